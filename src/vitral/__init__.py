@@ -1,0 +1,1 @@
+"""Train, resume and evaluate modern Vision Transformers, exactly reproducibly."""

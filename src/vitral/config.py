@@ -1,0 +1,389 @@
+"""Every knob of vitral on one page.
+
+Five frozen sections (model, data, augment, optim, train) make a `Config`. A recipe is a YAML file
+of the same words; the command line speaks them as `--section.key value`. Nothing heavy is imported
+here, so that `--help` is quick, and nothing is mutated: what is checked is checked on construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+
+class UserError(ValueError):
+    """A mistake its maker can mend: one line with what, where, expected, got and the mend."""
+
+
+class Shape(NamedTuple):
+    """Width and depth of an encoder: what a size preset fixes."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+
+
+PRESETS: dict[str, Shape] = {
+    "ti": Shape(192, 12, 3, 1),
+    "s": Shape(384, 12, 6, 2),
+    "b": Shape(768, 12, 12, 4),
+    "l": Shape(1024, 24, 16, 4),
+    "h": Shape(1280, 32, 16, 4),
+}
+
+Policy = Literal[
+    "none",
+    "autoaugment-imagenet",
+    "autoaugment-cifar10",
+    "randaugment",
+    "trivialaugment",
+    "3-augment",
+]
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _check_share(**values: float) -> None:
+    for name, value in values.items():
+        _check(0 <= value < 1, f"{name}: expected 0 or more and below 1, got {value}")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        _check(value > 0, f"{name}: expected a number above 0, got {value}")
+
+
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        _check(value >= 0, f"{name}: expected 0 or more, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """The architecture. A field left at None takes the size preset's value."""
+
+    size: Literal["ti", "s", "b", "l", "h"] = "s"
+    """Preset of dim, depth, num_heads and num_kv_heads."""
+    dim: int | None = None
+    """Width of a token."""
+    depth: int | None = None
+    """Number of encoder blocks."""
+    num_heads: int | None = None
+    """Query heads; dim / num_heads is the head size, a multiple of four."""
+    num_kv_heads: int | None = None
+    """Key/value heads, each shared by a group of query heads; num_heads makes plain attention."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward network over dim."""
+    patch_size: int = 16
+    """Side of a square patch, in pixels."""
+    image_size: int = 224
+    """Side of the images trained on, in pixels; later any multiple of patch_size will do."""
+    num_registers: int = 0
+    """Register tokens beside the CLS token (Darcet et al. 2023)."""
+    pooling: Literal["cls", "mean"] = "cls"
+    """What the head reads: the CLS token, or the mean of the patch tokens."""
+    rope: Literal["axial", "mixed"] = "axial"
+    """Rotary frequencies: fixed along x and y, or learned in mixed directions (Heo et al. 2024)."""
+    rope_theta: float = 100.0
+    """Base of the rotary frequencies, positions counted in patches."""
+    qk_norm: bool = False
+    """RMSNorm on every query and key head (Dehghani et al. 2023)."""
+    layer_scale: float = 0.0
+    """Initial LayerScale of each branch (Touvron et al. 2021); 0 turns it off."""
+    qkv_bias: bool = True
+    """Bias in the projection to queries, keys and values."""
+    ffn_bias: bool = True
+    """Biases in the feed-forward network."""
+    dropout: float = 0.0
+    """Dropout after attention and after the feed-forward network."""
+    stochastic_depth: float = 0.0
+    """Chance to skip the last block's branches, rising from 0 at the first (Huang et al. 2016)."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, a third more work."""
+
+    def __post_init__(self) -> None:
+        dim, depth, num_heads, num_kv_heads = self.shape
+        _check_positive(dim=dim, depth=depth, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        _check_positive(patch_size=self.patch_size, image_size=self.image_size)
+        _check_positive(mlp_ratio=self.mlp_ratio, rope_theta=self.rope_theta)
+        _check_not_negative(num_registers=self.num_registers, layer_scale=self.layer_scale)
+        _check_share(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
+        _check(
+            num_heads % num_kv_heads == 0,
+            f"num_heads: expected a multiple of num_kv_heads {num_kv_heads}, got {num_heads}; "
+            "set one of the two so that the groups come out even",
+        )
+        _check(
+            dim % num_heads == 0 and dim // num_heads % 4 == 0,
+            f"dim: expected num_heads {num_heads} times a head size that is a multiple of four, "
+            f"got {dim} (head size {dim / num_heads:g}); change dim or num_heads",
+        )
+        nearest = max(1, round(self.image_size / self.patch_size)) * self.patch_size
+        _check(
+            self.image_size % self.patch_size == 0,
+            f"image_size: expected a multiple of patch_size {self.patch_size}, "
+            f"got {self.image_size}; the nearest is {nearest}",
+        )
+
+    @property
+    def shape(self) -> Shape:
+        """dim, depth, num_heads and num_kv_heads: each the field, or else the preset's value."""
+        own = (self.dim, self.depth, self.num_heads, self.num_kv_heads)
+        preset = PRESETS[self.size]
+        return Shape(*(p if o is None else o for o, p in zip(own, preset, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and how they are read."""
+
+    path: str = "digits"
+    """An image folder, or a known set: digits, synthetic, cifar10, cifar100, imagenette."""
+    val_fraction: float = 0.1
+    """Share of the images held out, by seed, where a folder has no validation split."""
+    workers: int | None = None
+    """Decoding processes; None: the cores but one, 16 at most; 0: decode in the main process."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Resampling of crops, always antialiased."""
+    eval_crop: float = 0.875
+    """Share of the short side that the central square taken for evaluation spans."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue that images are normalised with, on a scale of 0 to 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of red, green and blue, likewise."""
+
+    def __post_init__(self) -> None:
+        _check(self.path != "", "path: expected a folder or the name of a known set, got nothing")
+        _check(
+            0 < self.val_fraction < 1,
+            f"val_fraction: expected a share between 0 and 1, got {self.val_fraction}",
+        )
+        _check_not_negative(workers=self.workers or 0)
+        _check(
+            0 < self.eval_crop <= 1, f"eval_crop: expected above 0, at most 1, got {self.eval_crop}"
+        )
+        _check(min(self.std) > 0, f"std: expected three numbers above 0, got {self.std}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What is drawn anew for every sample, as a pure function of (seed, epoch, index)."""
+
+    crop: Literal["none", "resized", "padded"] = "resized"
+    """Random resized crop; or the evaluation crop, as it is or shifted by up to crop_padding."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and greatest share of the area that a random resized crop takes."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Least and greatest aspect ratio (width over height) of a random resized crop."""
+    crop_padding: int = 4
+    """Greatest shift of a padded crop, in pixels of the model's image."""
+    flip: float = 0.5
+    """Chance of a left-right flip."""
+    rotation: float = 0.0
+    """Random affine: greatest angle either way, in degrees."""
+    zoom: float = 0.0
+    """Random affine: greatest change of scale either way, as a share."""
+    shear: float = 0.0
+    """Random affine: greatest shear along x either way, in degrees."""
+    shift: float = 0.0
+    """Random affine: greatest shift in x and in y either way, in pixels of the model's image."""
+    policy: Policy = "none"
+    """AutoAugment (its ImageNet or CIFAR-10 policy), RandAugment, TrivialAugment or 3-Augment."""
+    randaugment_ops: int = 2
+    """Operations that RandAugment applies in a row."""
+    randaugment_magnitude: int = 9
+    """Their strength, from 0 to 30."""
+    brightness: float = 0.0
+    """Color jitter: greatest change either way, as a share."""
+    contrast: float = 0.0
+    """Color jitter: greatest change either way, as a share."""
+    saturation: float = 0.0
+    """Color jitter: greatest change either way, as a share."""
+    hue: float = 0.0
+    """Color jitter: greatest turn either way, as a share of the colour circle, at most 0.5."""
+    erasing: float = 0.0
+    """Chance of Random Erasing (Zhong et al. 2017)."""
+    mixup: float = 0.0
+    """Alpha of Mixup's Beta distribution (Zhang et al. 2017); 0 turns it off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta distribution (Yun et al. 2019); beside Mixup, half of the batches."""
+    mix_until: float = 1.0
+    """Share of the training after which Mixup and CutMix stop."""
+    repeats: int = 1
+    """Differently augmented copies of an image in a batch (Hoffer et al. 2020)."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            _check(
+                0 < low <= high, f"{name}: expected two rising numbers above 0, got {low} {high}"
+            )
+        _check(self.crop_scale[1] <= 1, f"crop_scale: expected at most 1, got {self.crop_scale[1]}")
+        for name in ("flip", "erasing", "mix_until"):
+            value = getattr(self, name)
+            _check(0 <= value <= 1, f"{name}: expected a share from 0 to 1, got {value}")
+        for name in ("crop_padding", "rotation", "shift", "randaugment_ops", "mixup", "cutmix"):
+            _check_not_negative(**{name: getattr(self, name)})
+        for name in ("brightness", "contrast", "saturation"):
+            _check_not_negative(**{name: getattr(self, name)})
+        _check_share(zoom=self.zoom)
+        _check(0 <= self.shear < 90, f"shear: expected 0 to below 90 degrees, got {self.shear}")
+        _check(0 <= self.hue <= 0.5, f"hue: expected a share from 0 to 0.5, got {self.hue}")
+        _check(
+            0 <= self.randaugment_magnitude <= 30,
+            f"randaugment_magnitude: expected 0 to 30, got {self.randaugment_magnitude}",
+        )
+        _check(self.repeats >= 1, f"repeats: expected 1 or more, got {self.repeats}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running mean and of the running square of the gradient."""
+    eps: float = 1e-8
+    """Term added to AdamW's denominator."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay, on matrices only."""
+    warmup_epochs: float = 5.0
+    """Epochs of linear warmup before the cosine."""
+    final_lr: float = 0.0
+    """Learning rate that the cosine ends at, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Greatest global gradient norm; 0 turns clipping off."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per block below the head, for fine-tuning (Clark et al. 2020)."""
+
+    def __post_init__(self) -> None:
+        _check_positive(lr=self.lr, eps=self.eps)
+        _check_not_negative(weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs)
+        _check_not_negative(clip_norm=self.clip_norm)
+        _check(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"betas: expected two shares, got {self.betas}",
+        )
+        _check(0 <= self.final_lr <= 1, f"final_lr: expected a share of lr, got {self.final_lr}")
+        _check(
+            0 < self.layer_decay <= 1,
+            f"layer_decay: expected above 0, at most 1, got {self.layer_decay}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run."""
+
+    out: str | None = None
+    """Run folder; None takes runs/<recipe>."""
+    seed: int = 0
+    """All that is random follows from it."""
+    epochs: int = 90
+    """Passes over the training images."""
+    batch_size: int = 1024
+    """Images of one optimiser step, however they are cut into micro-batches."""
+    micro_batch: int | None = None
+    """Images of one forward pass; None takes the largest cut of the batch that fits the device."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Soft-target cross-entropy, or binary cross-entropy over every class."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the classes."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of weights; 0 turns it off."""
+    init: str | None = None
+    """Weights to start from; another number of classes gets a new head."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 autocast or float32; auto takes bf16 on a GPU that has it."""
+    compile: bool | None = None
+    """torch.compile the model; None does so on a GPU."""
+    deterministic: bool = False
+    """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
+    threads: int | None = None
+    """CPU threads of the training process; None takes one a core, 16 at most."""
+    eval_every: int = 1
+    """Epochs between validations."""
+    log_every: int = 50
+    """Steps between lines of the metrics log."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints; None leaves it to checkpoint_minutes."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints."""
+    profile: bool = False
+    """Write a torch.profiler trace of ten steps."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(seed=self.seed)
+        _check_positive(epochs=self.epochs, batch_size=self.batch_size, eval_every=self.eval_every)
+        _check_positive(log_every=self.log_every, checkpoint_minutes=self.checkpoint_minutes)
+        for name in ("micro_batch", "threads", "checkpoint_steps"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
+        _check_share(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
+        size, micro = self.batch_size, self.micro_batch
+        _check(size % 2 == 0, f"batch_size: expected an even number, got {size}; take {size + 1}")
+        _check(
+            micro is None or micro % 2 == 0, f"micro_batch: expected an even number, got {micro}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: what a recipe holds and `config.yaml` keeps."""
+
+    model: ViTConfig = ViTConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        size, repeats = self.train.batch_size, self.augment.repeats
+        _check(
+            size % (2 * repeats) == 0,
+            f"train.batch_size: expected a multiple of twice augment.repeats {repeats}, got {size}",
+        )
+        _check(
+            self.optim.warmup_epochs < self.train.epochs or self.optim.warmup_epochs == 0,
+            f"optim.warmup_epochs: expected fewer than train.epochs {self.train.epochs}, "
+            f"got {self.optim.warmup_epochs:g}; give both, or --optim.warmup-epochs 0",
+        )
+
+
+# What may change between a run and its resumption, as it leaves the mathematics as they were. The
+# data may move: its fingerprint is compared instead of its path.
+CHANGEABLE = frozenset(
+    {
+        "model.activation_checkpointing",
+        "data.path",
+        "data.workers",
+        "train.out",
+        "train.eval_every",
+        "train.log_every",
+        "train.checkpoint_steps",
+        "train.checkpoint_minutes",
+        "train.profile",
+    }
+)
+
+
+def flatten(config: Config) -> dict[str, object]:
+    """The settings of `config` as {"section.key": value}."""
+    return {
+        f"{section.name}.{key}": value
+        for section in dataclasses.fields(config)
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items()
+    }
