@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake its maker can mend: one line with what, where, expected, got and the mend."""
 
 
@@ -308,8 +308,8 @@ class TrainConfig:
     """Where to train; auto takes the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or float32; auto takes bf16 on a GPU that has it."""
-    compile: bool | None = None
-    """torch.compile the model; None does so on a GPU."""
+    compile: Literal["auto", "always", "never"] = "auto"
+    """torch.compile the model; auto does so on a GPU."""
     deterministic: bool = False
     """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
     threads: int | None = None

@@ -1,0 +1,323 @@
+"""The Vision Transformer, whole, to be read from top to bottom.
+
+Dosovitskiy et al. 2020, "An image is worth 16x16 words", with pre-normalisation by RMSNorm, rotary
+positions in two dimensions and grouped-query attention.
+
+Sizes, in comments and docstrings alike:
+    B  images in a batch        N  tokens: the prefix (CLS, registers), then the patches
+    C  colour channels, 3       D  width of a token, `dim`
+    H  height in pixels         Q  query heads, `num_heads`
+    W  width in pixels          K  key/value heads, `num_kv_heads`
+    P  side of a patch          S  size of a head, D / Q
+
+Initialisation:
+    weights of the linear layers       truncated normal, standard deviation 1 / sqrt(fan-in)
+    biases                             0
+    weights and bias of the head       0, so that training starts at the uniform prediction
+    CLS token, registers               normal, standard deviation 0.02
+    scale of an RMSNorm                1
+    LayerScale                         `layer_scale`
+    mixed rotary frequencies           the axial magnitudes, each head turned by a random angle
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitral.config import UserError, ViTConfig
+
+CHANNELS = 3
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts images into square patches, flattens them and projects each linearly.
+
+    `forward` takes images (B, C, H, W), H and W multiples of P, and gives tokens
+    (B, H / P * W / P, D), row by row.
+    """
+
+    def __init__(self, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.projection = nn.Linear(CHANNELS * patch_size**2, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        B, C, H, W = images.shape
+        P = self.patch_size
+        patches = images.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)
+        return self.projection(patches.reshape(B, (H // P) * (W // P), C * P * P))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis (Zhang and Sennrich 2019).
+
+    Computed in float32, returned in the input's dtype; shapes stay.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A bf16 input beside a float32 scale leaves torch's fused path and warns; so does autocast.
+        exact = x if x.dtype == self.scale.dtype else x.float()
+        return F.rms_norm(exact, self.scale.shape, self.scale, eps=1e-6).to(x.dtype)
+
+
+class RoPE2D(nn.Module):
+    """Sines and cosines of rotary positions in x and y (Su et al. 2021; Heo et al. 2024).
+
+    Channel pair (i, i + S/2) of a head at patch (x, y) turns by x * fx[i] + y * fy[i]. Axial: the
+    first half of the pairs turns with x alone, the second with y alone, both at frequencies
+    theta^(-4j/S). Mixed: fx and fy are learned, per block and per key/value head, as the queries of
+    a group must turn as their key does. Prefix tokens do not turn. Positions are in patches, so the
+    tables follow any grid; nothing but mixed frequencies is in the state dict.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim, self.depth, self.num_heads, self.num_kv_heads = config.shape
+        self.theta = config.rope_theta
+        self.head_size = dim // self.num_heads
+        self.num_prefix = 1 + config.num_registers
+        shape = (self.depth, 2, self.num_kv_heads, self.head_size // 2)
+        self.mixed = nn.Parameter(torch.empty(shape)) if config.rope == "mixed" else None
+
+    def axial(self, device: torch.device | None) -> Tensor:
+        """Frequencies (1, 2, 1, S/2): along x, then along y."""
+        quarter = self.head_size // 4
+        exponents = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
+        falling = self.theta**-exponents
+        still = torch.zeros_like(falling)
+        rows = [torch.cat([falling, still]), torch.cat([still, falling])]
+        return torch.stack(rows)[None, :, None]
+
+    def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Cosine and sine for each block, float32: (1, N, S/2) or (Q + K, N, S/2)."""
+        x = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
+        y = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
+        frequencies = self.axial(device) if self.mixed is None else self.mixed.float()
+        fx, fy = frequencies[:, 0, :, None], frequencies[:, 1, :, None]
+        angles = x[:, None] * fx + y[:, None] * fy  # (1 or depth, 1 or K, patches, S/2)
+        angles = F.pad(angles, (0, 0, self.num_prefix, 0))  # an angle of zero turns nothing
+        if self.mixed is not None:
+            group = self.num_heads // self.num_kv_heads
+            angles = torch.cat([angles.repeat_interleave(group, dim=1), angles], dim=1)
+        tables = list(zip(angles.cos().unbind(), angles.sin().unbind(), strict=True))
+        return tables * self.depth if len(tables) == 1 else tables
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turns the channel pairs (i, i + S/2) of heads (B, heads, N, S); keeps shape and dtype."""
+    a, b = x.float().chunk(2, dim=-1) if x.dtype.itemsize < 4 else x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1).to(x.dtype)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Self-attention in which Q / K query heads share one key and value (Ainslie et al. 2023).
+
+    `forward` takes tokens (B, N, D) and the block's rotary tables, and gives (B, N, D).
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim, _, self.num_heads, self.num_kv_heads = config.shape
+        self.head_size = dim // self.num_heads
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        self.qkv = nn.Linear(dim, width, bias=config.qkv_bias)
+        self.projection = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(self.head_size) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        B, N, D = x.shape
+        heads = self.qkv(x).view(B, N, -1, self.head_size).transpose(1, 2)  # (B, Q + 2K, N, S)
+        turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        turned = rotate(turned, cosine, sine)
+        q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
+        return self.projection(self.attend(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(S)) v for queries (B, Q, N, S), keys and values (B, K, N, S)."""
+        group = self.num_heads // self.num_kv_heads
+        if group == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        # Only the half-precision CUDA kernels know groups; elsewhere enable_gqa falls silently to
+        # the slow kernel that writes the whole attention matrix.
+        if q.is_cuda and q.dtype.itemsize == 2:
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU in its tanh form, which fused kernels speak, linear: (B, N, D) to (B, N, D)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.shape.dim
+        hidden = round(dim * config.mlp_ratio)
+        self.expand = nn.Linear(dim, hidden, bias=config.ffn_bias)
+        self.contract = nn.Linear(hidden, dim, bias=config.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+
+
+class Branch(nn.Module):
+    """What a branch passes through before it is added: dropout, LayerScale, stochastic depth.
+
+    Shapes stay. Stochastic depth drops the branch of whole images and scales the others up.
+    """
+
+    def __init__(self, config: ViTConfig, skip: float) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.skip = skip
+        initial = torch.full((config.shape.dim,), config.layer_scale)
+        self.scale = nn.Parameter(initial) if config.layer_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        if self.scale is not None:
+            x = x * self.scale
+        if self.training and self.skip:
+            keep = torch.empty(len(x), 1, 1, device=x.device, dtype=x.dtype)
+            x = x * (keep.bernoulli_(1 - self.skip) / (1 - self.skip))
+        return x
+
+
+class EncoderBlock(nn.Module):
+    """x + drop(attention(norm(x))), then x + drop(ffn(norm(x))): tokens (B, N, D) to (B, N, D)."""
+
+    def __init__(self, config: ViTConfig, skip: float) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.shape.dim)
+        self.attention = GroupedQueryAttention(config)
+        self.attention_drop = Branch(config, skip)
+        self.ffn_norm = RMSNorm(config.shape.dim)
+        self.ffn = FeedForward(config)
+        self.ffn_drop = Branch(config, skip)
+
+    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        x = x + self.attention_drop(self.attention(self.attention_norm(x), cosine, sine))
+        return x + self.ffn_drop(self.ffn(self.ffn_norm(x)))
+
+
+class ViT(nn.Module):
+    """A Vision Transformer classifier.
+
+    >>> import torch
+    >>> from vitral import ViT, ViTConfig
+    >>> model = ViT(ViTConfig(size="ti"), num_classes=10)
+    >>> model(torch.zeros(2, 3, 224, 160)).shape
+    torch.Size([2, 10])
+
+    Args:
+        config: the architecture.
+        num_classes: outputs of the head.
+    """
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__()
+        dim, depth, _, _ = config.shape
+        self.config = config
+        self.num_classes = num_classes
+        self.num_prefix = 1 + config.num_registers
+        self.patch_embedding = PatchEmbedding(config.patch_size, dim)
+        self.cls = nn.Parameter(torch.empty(dim))
+        self.registers = nn.Parameter(torch.empty(config.num_registers, dim))
+        self.rope = RoPE2D(config)
+        rates = [config.stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)
+        self.norm = RMSNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, by the table at the top of this file."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                deviation = module.in_features**-0.5
+                nn.init.trunc_normal_(module.weight, 0, deviation, -2 * deviation, 2 * deviation)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.scale)
+            elif isinstance(module, Branch) and module.scale is not None:
+                nn.init.constant_(module.scale, self.config.layer_scale)
+        nn.init.normal_(self.cls, std=0.02)
+        nn.init.normal_(self.registers, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        if self.rope.mixed is not None:
+            magnitudes = self.rope.axial(self.cls.device).sum(1)  # (1, 1, S/2)
+            turn = torch.rand(*self.rope.mixed[:, 0, :, :1].shape, device=self.cls.device)
+            # The second half of the pairs starts at a right angle to the first, as in axial RoPE.
+            right = torch.tensor([0.0, 0.25], device=self.cls.device)
+            turn = 2 * torch.pi * (turn + right.repeat_interleave(self.rope.head_size // 4))
+            self.rope.mixed[:, 0] = magnitudes * turn.cos()
+            self.rope.mixed[:, 1] = magnitudes * turn.sin()
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the last norm.
+
+        Args:
+            images: (B, C, H, W), normalised; H and W multiples of the patch size, otherwise free.
+
+        Returns:
+            (B, N, D): the CLS token, the registers, then the patches row by row.
+
+        Raises:
+            UserError: for images of another shape.
+        """
+        P = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != CHANNELS:
+            raise UserError(f"images: expected (B, {CHANNELS}, H, W), got {tuple(images.shape)}")
+        rows, columns = images.shape[2] // P, images.shape[3] // P
+        if (rows * P, columns * P) != tuple(images.shape[2:]):
+            got = " by ".join(map(str, images.shape[2:]))
+            raise UserError(f"images: expected sides that are multiples of {P} pixels, got {got}")
+        x = self.patch_embedding(images)
+        prefix = torch.cat([self.cls[None], self.registers]).expand(len(x), -1, -1)
+        # Without autocast all is of one dtype; with it the residual stream stays in float32.
+        x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
+        tables = self.rope(rows, columns, x.device)
+        for block, (cosine, sine) in zip(self.blocks, tables, strict=True):
+            if self.training and self.config.activation_checkpointing:
+                x = checkpoint(block, x, cosine, sine, use_reentrant=False)
+            else:
+                x = block(x, cosine, sine)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W)."""
+        x = self.forward_features(images)
+        pooled = x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
+        return self.head(pooled)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of learned numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def count_flops(config: ViTConfig, num_classes: int, image_size: int | None = None) -> int:
+    """Floating-point operations of one image's forward pass: matrix products, two a multiply-add.
+
+    Counted by torch on a model without memory; a training step takes three times as many.
+    """
+    side = image_size or config.image_size
+    with torch.device("meta"):
+        model = ViT(config, num_classes).eval()
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(torch.empty(1, CHANNELS, side, side))
+    return counter.get_total_flops()

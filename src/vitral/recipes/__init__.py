@@ -1,0 +1,170 @@
+"""Recipes: YAML files that name whole runs, and the one strict parser behind YAML and command line.
+
+A YAML file is flattened to `--section.key value` tokens, so that a mistake in a file and a mistake on
+the command line meet the same parser and the same message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import tyro
+import yaml
+
+from vitral.config import Config, UserError, flatten
+
+SHORT = {"--data": "--data.path", "--out": "--train.out", "--init": "--train.init"}
+
+
+def names() -> list[str]:
+    """The recipes that come with vitral."""
+    files = resources.files(__name__).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def text(name: str) -> str:
+    """The YAML of a recipe.
+
+    Raises:
+        UserError: for a name that is none, with the nearest one.
+    """
+    if name not in names():
+        raise UserError(f"recipe: no recipe is called {name!r}{_nearest(name, names())}")
+    return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load(source: str, arguments: Sequence[str] = (), *, program: str = "vitral train") -> Config:
+    """The settings of a recipe, by name or as a YAML file, changed by command-line arguments.
+
+    Without a `train.out` of its own the run goes to runs/<recipe>.
+
+    Raises:
+        UserError: for an unknown recipe, key or value.
+    """
+    is_file = source.endswith((".yaml", ".yml"))
+    content = _read(Path(source)) if is_file else text(source)
+    name = Path(source).stem
+    config = parse(_tokens(content, where=source), Config(), program=program)
+    arguments = _expand(arguments)
+    if config.train.out is None:
+        arguments = ["--train.out", f"runs/{name}", *arguments]
+    return parse(arguments, config, program=f"{program} {source}")
+
+
+def dump(config: Config) -> str:
+    """`config` as YAML that `load` reads back to the same settings."""
+    sections: dict[str, dict[str, object]] = {}
+    for path, value in flatten(config).items():
+        section, key = path.split(".")
+        plain = list(value) if isinstance(value, tuple) else value
+        sections.setdefault(section, {})[key] = plain
+    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=False)
+
+
+def parse(arguments: Sequence[str], default: Config, *, program: str = "vitral") -> Config:
+    """`default` changed by `--section.key value` arguments; prints help and exits for --help.
+
+    Raises:
+        UserError: one line for an unknown key (with the nearest), or a value of the wrong kind.
+    """
+    arguments = _expand(arguments)
+    _check_names(arguments)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(Config, args=arguments, default=default, prog=program)
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise UserError(_one_line(box.getvalue())) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(
+            f"recipe: cannot read {path}: {reason}; `vitral recipes` lists the others"
+        ) from None
+
+
+def _expand(arguments: Sequence[str]) -> list[str]:
+    """Writes --data, --out and --init out, whether their value follows or stands behind '='."""
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(SHORT.get(name, name) + equals + value)
+    return expanded
+
+
+def _tokens(content: str, where: str) -> list[str]:
+    """The `--section.key value` form of a YAML document."""
+    try:
+        document = yaml.safe_load(content) or {}
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: not valid YAML: {reason}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{where}: expected sections such as 'model:', got {document!r}")
+    flags = {path for path, value in flatten(Config()).items() if isinstance(value, bool)}
+    tokens: list[str] = []
+    for section, settings in document.items():
+        if not isinstance(settings, dict):
+            raise UserError(
+                f"{where}: {section}: expected 'key: value' lines below, got {settings!r}"
+            )
+        for key, value in settings.items():
+            path = f"{section}.{key}"
+            if path in flags and isinstance(value, bool):
+                tokens.append(f"--{section}.{'' if value else 'no-'}{key}")
+            else:
+                values = value if isinstance(value, list) else [value]
+                tokens += [f"--{path}", *map(str, values)]
+    return tokens
+
+
+def _options() -> list[str]:
+    """Every option of the command line."""
+    options = []
+    for path, value in flatten(Config()).items():
+        section, key = path.replace("_", "-").split(".")
+        options.append(f"--{section}.{key}")
+        if isinstance(value, bool):
+            options.append(f"--{section}.no-{key}")
+    return options
+
+
+def _check_names(arguments: Sequence[str]) -> None:
+    options = [*_options(), "--help"]
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name.replace("_", "-") not in options:
+            near = _nearest(name.replace("_", "-"), [*options, *SHORT])
+            raise UserError(f"{name}: no such setting{near}; `vitral train --help` lists all")
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(words)}"
+
+
+def _one_line(box: str) -> str:
+    """tyro's boxed message as one line: its first paragraph, without the frame."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line) for line in box.splitlines()]
+    lines = [line for line in lines if not line.startswith(("╭", "╰", "+"))]
+    paragraph: list[str] = []
+    for line in lines:
+        if line.startswith(("──", "--")) or not line.strip():
+            break
+        paragraph.append(line.strip())
+    line = " ".join(paragraph).removeprefix("Error parsing ")
+    return re.sub(
+        r"no type matching (\S+) could .* from \['(.*)'\]\.", r"expected \1, got '\2'", line
+    )
