@@ -1,1 +1,37 @@
-"""Train, resume and evaluate modern Vision Transformers, exactly reproducibly."""
+"""Train, resume and evaluate modern Vision Transformers, exactly reproducibly.
+
+Five names: `ViT` and `ViTConfig` make a model, `train` trains one, `load` loads its weights and
+`evaluate` measures them. torch is imported when a name that needs it is touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitral.config import ViTConfig
+    from vitral.evaluation import evaluate
+    from vitral.model import ViT
+    from vitral.training import train
+    from vitral.weights import load
+
+__all__ = ["ViT", "ViTConfig", "evaluate", "load", "train"]
+
+_HOMES = {
+    "ViT": "model",
+    "ViTConfig": "config",
+    "evaluate": "evaluation",
+    "load": "weights",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"vitral.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -387,3 +387,14 @@ def flatten(config: Config) -> dict[str, object]:
         for section in dataclasses.fields(config)
         for key, value in dataclasses.asdict(getattr(config, section.name)).items()
     }
+
+
+def from_sections(document: dict[str, dict[str, object]]) -> Config:
+    """The settings of {"section": {"key": value}}, as `dataclasses.asdict` or JSON give them."""
+    kinds = {"model": ViTConfig, "data": DataConfig, "augment": AugmentConfig}
+    kinds |= {"optim": OptimConfig, "train": TrainConfig}
+    sections = {}
+    for name, settings in document.items():
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        sections[name] = kinds[name](**plain)
+    return Config(**sections)

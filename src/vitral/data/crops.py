@@ -1,0 +1,194 @@
+"""Where an image is cropped, and how the crop is resampled.
+
+Boxes are int64 arrays of shape (B, 4): top, left, height and width in pixels of the source. A box
+may leave its image; what lies outside is black.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitral.config import AugmentConfig
+from vitral.data.sampling import Integers, uniforms
+
+Floats = NDArray[np.float64]
+
+TRIES = 10
+
+
+def eval_boxes(sizes: Integers, share: float) -> Integers:
+    """The central squares whose side is `share` of the short side.
+
+    Args:
+        sizes: height and width of each image, shape (B, 2).
+
+    Returns:
+        Boxes, shape (B, 4).
+    """
+    side = np.maximum(np.rint(share * sizes.min(axis=1, keepdims=True)), 1)
+    return np.concatenate([np.rint((sizes - side) / 2), side, side], axis=1).astype(np.int64)
+
+
+def random_boxes(
+    config: AugmentConfig,
+    share: float,
+    image_size: int,
+    sizes: Integers,
+    seed: int,
+    epochs: int | Integers,
+    indices: Integers,
+) -> Integers:
+    """The crop of each sample, a pure function of (seed, epoch, index) and the image's size.
+
+    Args:
+        share: of the short side that evaluation takes.
+        image_size: side of the model's image, in pixels.
+        sizes: height and width of each image, shape (B, 2).
+        epochs: of all samples, or of each, shape (B,).
+        indices: of the samples in the data set, shape (B,).
+
+    Returns:
+        Boxes, shape (B, 4).
+    """
+    if config.crop == "none":
+        return eval_boxes(sizes, share)
+    if config.crop == "resized":
+        uniform = uniforms(seed, epochs, indices, 2 * TRIES + 2, purpose="crop")
+        return _resized_boxes(config.crop_scale, config.crop_ratio, sizes, uniform)
+    boxes = eval_boxes(sizes, share)
+    uniform = uniforms(seed, epochs, indices, 2, purpose="crop")
+    shift = np.floor(uniform * (2 * config.crop_padding + 1)) - config.crop_padding
+    boxes[:, :2] += np.rint(shift * boxes[:, 2:] / image_size).astype(np.int64)
+    return boxes
+
+
+def rectangles(
+    uniform: Floats, area: Floats | float, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[Floats, Floats]:
+    """Sides a and b of the rectangles that Inception-style crops and Random Erasing try in turn.
+
+    Args:
+        uniform: numbers in [0, 1), shape (B, 2 * TRIES).
+        area: of the image, in pixels, a number or shape (B, 1).
+        scale: range of the rectangle's share of `area`, uniform.
+        ratio: range of a / b, log-uniform.
+
+    Returns:
+        Whole numbers a and b, both of shape (B, TRIES).
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    target = area * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
+    aspect = np.exp(low + (high - low) * uniform[:, TRIES:])
+    return np.rint(np.sqrt(target * aspect)), np.rint(np.sqrt(target / aspect))
+
+
+def _resized_boxes(
+    scale: tuple[float, float], ratio: tuple[float, float], sizes: Integers, uniform: Floats
+) -> Integers:
+    """Random resized crops (Szegedy et al. 2014), in the distribution of torchvision's."""
+    height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    w, h = rectangles(uniform[:, : 2 * TRIES], height * width, scale, ratio)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(axis=1, keepdims=True)
+    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
+    top = np.floor(uniform[:, -2:-1] * (height - h + 1))
+    left = np.floor(uniform[:, -1:] * (width - w + 1))
+
+    most_h = np.minimum(height, np.rint(width / ratio[0]))
+    most_w = np.minimum(width, np.rint(height * ratio[1]))
+    central = [(height - most_h) // 2, (width - most_w) // 2, most_h, most_w]
+    found = fits.any(axis=1, keepdims=True)
+    boxes = np.where(found, np.hstack([top, left, h, w]), np.hstack(central))
+    return boxes.astype(np.int64)
+
+
+def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> Tensor:
+    """One crop, resized with antialiasing on the CPU.
+
+    Args:
+        image: uint8, shape (3, H, W), of any strides.
+        box: top, left, height and width, shape (4,).
+        size: side of the result, in pixels.
+        interpolation: "bilinear" or "bicubic".
+
+    Returns:
+        uint8, shape (3, size, size), contiguous.
+    """
+    top, left, height, width = (int(x) for x in box)
+    bottom, right = top + height, left + width
+    crop = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    if top < 0 or left < 0 or bottom > image.shape[1] or right > image.shape[2]:
+        before = (max(-left, 0), max(-top, 0))
+        after = (width - crop.shape[2] - before[0], height - crop.shape[1] - before[1])
+        crop = F.pad(crop, (before[0], after[0], before[1], after[1]))
+    if (height, width) != (size, size):
+        # The strides of a decoder (channels last) take torch's fastest way as they are.
+        crop = F.interpolate(crop[None], (size, size), mode=interpolation, antialias=True)[0]
+    return crop.contiguous()
+
+
+def resample(images: Tensor, boxes: Integers, size: int, interpolation: str) -> Tensor:
+    """Crops of a batch, resized with antialiasing on any device: two batched matrix products.
+
+    Equals `crop_resize` of each image within one grey level, and exactly where nothing is resized.
+
+    Args:
+        images: uint8, shape (B, 3, H, W).
+        boxes: on the host, shape (B, 4).
+        size: side of the result, in pixels.
+        interpolation: "bilinear" or "bicubic".
+
+    Returns:
+        uint8, shape (B, 3, size, size).
+    """
+    B, C, H, W = images.shape
+    starts_lengths = torch.from_numpy(boxes).to(images.device, torch.float32, non_blocking=True)
+    top, left, height, width = starts_lengths.unbind(1)
+    margin_y = int(max(0, -boxes[:, 0].min(), (boxes[:, 0] + boxes[:, 2]).max() - H))
+    margin_x = int(max(0, -boxes[:, 1].min(), (boxes[:, 1] + boxes[:, 3]).max() - W))
+    along_y = _filter_weights(top, height, H, margin_y, size, interpolation)
+    along_x = _filter_weights(left, width, W, margin_x, size, interpolation)
+
+    rows = images.reshape(B, C * H, W).float() @ along_x.transpose(1, 2)
+    # Rounded and clipped between the two passes, as F.interpolate does with uint8.
+    rows = rows.round_().clamp_(0, 255).view(B, C, H, size).transpose(1, 2)  # (B, H, C, size)
+    pixels = along_y @ rows.reshape(B, H, C * size)
+    pixels = pixels.view(B, size, C, size).transpose(1, 2)
+    return pixels.round().clamp_(0, 255).to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _filter_weights(
+    start: Tensor, length: Tensor, source: int, margin: int, size: int, interpolation: str
+) -> Tensor:
+    """Antialiasing weights of one axis: `length` pixels from `start` on become `size` pixels.
+
+    The filter is widened by the factor of reduction, and normalised over the pixels of the box,
+    those outside the image included, so that they count as black.
+
+    Args:
+        start, length: in source pixels, both of shape (B,).
+        source: pixels of the image along the axis.
+        margin: how many pixels a box may leave the image by.
+
+    Returns:
+        Shape (B, size, source).
+    """
+    scale = (length / size)[:, None, None]
+    pixel = torch.arange(-margin, source + margin, device=start.device) - start[:, None, None]
+    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    distance = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()  # (B, size, source + 2 margin)
+    if interpolation == "bilinear":
+        weights = (1 - distance).clamp(min=0)
+    else:  # Keys 1981 with a = -0.5
+        near = (1.5 * distance - 2.5) * distance * distance + 1
+        far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
+    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    weights = weights / weights.sum(2, keepdim=True)
+    return weights[:, :, margin : margin + source]

@@ -1,0 +1,122 @@
+"""What a model does on a labelled set, and the figures that follow from it."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitral.data.loader import Batch
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The predictions for n images, in the order of the set."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    """(n,)"""
+    ranked: NDArray[np.int64]
+    """(n, min(5, classes)): the likeliest classes, the first first."""
+    confidence: NDArray[np.float64]
+    """(n,): the probability of the likeliest class."""
+    loss: float
+    """Mean cross-entropy, in nats."""
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose likeliest class is right."""
+        return float(self.hits(1).mean())
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class is among the five likeliest."""
+        return float(self.hits(5).mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error over 15 bins of equal width (Guo et al. 2017).
+
+        The mean distance between confidence and accuracy, each bin (low, high] weighted by its
+        images.
+        """
+        bins = np.clip(np.ceil(self.confidence * BINS) - 1, 0, BINS - 1).astype(int)
+        gaps = np.bincount(bins, self.confidence - self.hits(1), BINS)
+        return float(np.abs(gaps).sum() / len(self.labels))
+
+    def hits(self, k: int) -> NDArray[np.bool_]:
+        """(n,): whether the class is among the k likeliest, k at most 5."""
+        return (self.ranked[:, :k] == self.labels[:, None]).any(1)
+
+    def metrics(self) -> dict[str, float]:
+        """Loss, top-1, top-5 and calibration error by name."""
+        return {
+            "loss": self.loss,
+            "top1": self.top1,
+            "top5": self.top5,
+            "ece": self.calibration_error,
+        }
+
+    def per_class(self) -> list[tuple[str, int, float, float]]:
+        """Name, images, top-1 and top-5 of each class that has images."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        first, five = (np.bincount(self.labels, self.hits(k), len(self.classes)) for k in (1, 5))
+        return [
+            (name, int(n), float(a / n), float(b / n))
+            for name, n, a, b in zip(self.classes, counts, first, five, strict=True)
+            if n
+        ]
+
+    def confused_pairs(self) -> list[tuple[str, str, int]]:
+        """True class, predicted class and images of each confusion, the most frequent first."""
+        wrong = ~self.hits(1)
+        pairs = Counter(zip(self.labels[wrong], self.ranked[wrong, 0], strict=True))
+        ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+        return [(self.classes[a], self.classes[b], n) for (a, b), n in ordered]
+
+    def write_tables(self, directory: Path) -> None:
+        """Writes per_class.csv and confused_pairs.csv."""
+        tables = {
+            "per_class.csv": (("class", "images", "top1", "top5"), self.per_class()),
+            "confused_pairs.csv": (("class", "predicted", "images"), self.confused_pairs()),
+        }
+        for name, (header, rows) in tables.items():
+            with (directory / name).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([header, *rows])
+
+
+@torch.no_grad()
+def measure(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: tuple[str, ...]
+) -> Scores:
+    """Scores of a model.
+
+    Args:
+        forward: images (B, C, H, W) to logits (B, classes), in evaluation mode.
+        batches: as `vitral.data.loader.eval_batches` gives them.
+        classes: the names of the logits.
+    """
+    labels, ranked, confidence = [], [], []
+    loss = 0.0
+    for batch in batches:
+        truth = batch.targets
+        logits = forward(batch.images)[: len(truth)].float()
+        likely = logits.softmax(1).topk(min(5, len(classes)))
+        loss += F.cross_entropy(logits, truth, reduction="sum").item()
+        labels.append(truth.cpu())
+        ranked.append(likely.indices.cpu())
+        confidence.append(likely.values[:, 0].double().cpu())
+    truth = torch.cat(labels).numpy()
+    return Scores(
+        classes, truth, torch.cat(ranked).numpy(), torch.cat(confidence).numpy(), loss / len(truth)
+    )

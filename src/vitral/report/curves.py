@@ -1,0 +1,50 @@
+"""curves.png and lr.png, drawn from the rows of the metrics log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Rows = Sequence[Mapping[str, float]]
+
+
+def draw(directory: Path, rows: Rows) -> None:
+    """Writes both pictures into a run folder."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    _line(loss, rows, "loss", "training")
+    _line(loss, rows, "val_loss", "validation")
+    _line(loss, rows, "ema_loss", "validation, EMA")
+    _line(accuracy, rows, "val_top1", "top-1", 100)
+    _line(accuracy, rows, "ema_top1", "top-1, EMA", 100)
+    _line(accuracy, rows, "val_top5", "top-5", 100)
+    _finish(loss, "cross-entropy (nats)")
+    _finish(accuracy, "validation accuracy (%)")
+    figure.savefig(directory / "curves.png", dpi=120)
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    rate, norm = figure.subplots(1, 2)
+    _line(rate, rows, "lr", "learning rate")
+    _line(norm, rows, "grad_norm", "gradient norm before clipping")
+    _finish(rate, "learning rate")
+    _finish(norm, "global gradient norm")
+    figure.savefig(directory / "lr.png", dpi=120)
+
+
+def _line(axes: Axes, rows: Rows, column: str, label: str, factor: float = 1.0) -> None:
+    points = [(row["epoch"], factor * row[column]) for row in rows if column in row]
+    if points:
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, label=label, linewidth=1.5, marker="." if len(points) < 3 else None)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(axes.lines) > 1:
+        axes.legend(frameon=False)

@@ -1,0 +1,5 @@
+"""Training: optimiser and schedule, step, loop, checkpoints and the run folder."""
+
+from vitral.training.loop import train
+
+__all__ = ["train"]

@@ -1,0 +1,70 @@
+"""Checkpoints: checkpoints/step_NNNNNNN, each a verified directory without pickles."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitral import storage
+
+SCHEMA = 1
+KEEP = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from: named tensors of "model", "optimizer", "ema", and plain values."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
+    """Writes and verifies a checkpoint, then removes all but the last three and the best one's.
+
+    Raises:
+        OSError, CorruptError: older checkpoints are untouched.
+    """
+    folder.mkdir(exist_ok=True)
+    directory = folder / f"step_{checkpoint.step:07d}"
+    state = {"schema": SCHEMA, "step": checkpoint.step, **checkpoint.state}
+    storage.write(directory, checkpoint.tensors, {"state": state})
+    storage.verify(directory)
+    present = sorted(_steps(folder), reverse=True)
+    for step in present[KEEP:]:
+        if step != best_step:
+            shutil.rmtree(folder / f"step_{step:07d}")
+
+
+def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint of the highest step that verifies; one that does not is warned of."""
+    for step in sorted(_steps(folder), reverse=True):
+        directory = folder / f"step_{step:07d}"
+        try:
+            storage.verify(directory)
+            state = storage.read_json(directory, "state.json")
+            if state.get("schema") != SCHEMA:
+                raise storage.CorruptError(
+                    f"{directory}: schema {state.get('schema')}, not {SCHEMA}"
+                )
+            names = [path.stem for path in sorted(directory.glob("*.safetensors"))]
+            tensors = {name: storage.read_tensors(directory, name) for name in names}
+        except storage.CorruptError as error:
+            warn(f"checkpoint of step {step} passed over: {error}")
+            continue
+        return Checkpoint(step, tensors, state)
+    return None
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    matches = (re.fullmatch(r"step_(\d{7,})", path.name) for path in folder.iterdir())
+    return [int(match[1]) for match in matches if match]

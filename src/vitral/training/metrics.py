@@ -1,0 +1,151 @@
+"""The log of a run: metrics.csv and metrics.jsonl, TensorBoard, and what a terminal shows."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+MEASURES = ("loss", "top1", "top5", "ece")
+COLUMNS = (
+    "step",
+    "epoch",
+    "images",
+    "lr",
+    "loss",
+    "grad_norm",
+    "skipped",
+    "broken",
+    *(f"val_{name}" for name in MEASURES),
+    *(f"ema_{name}" for name in MEASURES),
+)
+# What depends on the machine and the hour: no part of what an exact resume reproduces.
+CLOCK = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu")
+
+
+class MetricsLog:
+    """Appends a row at a time to both files and to TensorBoard.
+
+    Args:
+        directory: the run folder.
+        step: the step that the run goes on from; rows of later steps are cut first.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        self.csv, self.jsonl = directory / "metrics.csv", directory / "metrics.jsonl"
+        rows = [row for row in read_rows(self.jsonl) if row["step"] <= step]
+        _replace(self.jsonl, "".join(json.dumps(row) + "\n" for row in rows))
+        _replace(
+            self.csv, _as_csv([dict(zip(COLUMNS + CLOCK, COLUMNS + CLOCK, strict=True)), *rows])
+        )
+        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Adds a row; a column that it lacks stays empty."""
+        with self.jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(row)) + "\n")
+        with self.csv.open("a", encoding="utf-8") as file:
+            file.write(_as_csv([row]))
+        for name, value in row.items():
+            self.board.add_scalar(name, value, int(row["step"]))
+
+    def picture(self, grid: Tensor) -> None:
+        """Shows a picture (C, H, W), uint8, in TensorBoard."""
+        self.board.add_image("train_batch", grid, 0)
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        self.board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _as_csv(rows: list[Mapping[str, float]] | list[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS + CLOCK, lineterminator="\n")
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _replace(path: Path, content: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(content, encoding="utf-8")
+    os.replace(beside, path)
+
+
+class Console:
+    """What a person watches: a progress bar on a terminal, elsewhere a plain line now and then.
+
+    Every message, and every plain line, goes to train.log as well.
+    """
+
+    INTERVAL = 5.0  # seconds between plain lines
+
+    def __init__(self, path: Path, total: int, step: int, stream: IO[str] = sys.stdout) -> None:
+        self.file = path.open("a", encoding="utf-8")
+        self.stream = stream
+        self.total = total
+        self.bar = None
+        if stream.isatty():
+            layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+            self.bar = tqdm(
+                total=total, initial=step, bar_format=layout, file=stream, dynamic_ncols=True
+            )
+        self.last = time.monotonic()
+
+    def message(self, text: str) -> None:
+        """Something to be read now and kept."""
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def due(self) -> bool:
+        """Whether it is time to show progress again."""
+        interval = 0.5 if self.bar is not None else self.INTERVAL
+        return time.monotonic() - self.last >= interval
+
+    def progress(self, step: int, text: str, seconds_left: float) -> None:
+        """Shows how far the run is."""
+        self.last = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        else:
+            self.message(f"step {step}/{self.total}  {text}  left {duration(seconds_left)}")
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        if self.bar is not None:
+            self.bar.close()
+        self.file.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 42 s, 3:05 or 12:03:05."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

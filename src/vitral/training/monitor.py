@@ -1,0 +1,127 @@
+"""What a run is watched by: means since the last log row, the clock, memory, and the profiler."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import profile, schedule
+
+# Dense bf16 rates in FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+class Counters:
+    """Sums since the last log row and counts of skipped steps, kept on the device.
+
+    Reading them waits for the device, so it is done for a log row or a checkpoint alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # losses, norms and steps since the last row; skipped steps in all, in a row, worst row
+        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
+        """Counts a step; the loss and norm of a skipped one stay out of the means."""
+        taken = 1 - skipped
+        zero = torch.zeros_like(loss)
+        seen = torch.stack([torch.where(skipped > 0, zero, x) for x in (loss, norm)])
+        in_a_row = (self.values[4] + 1) * skipped
+        worst = torch.maximum(self.values[5], in_a_row)
+        counted = torch.stack([taken, skipped])
+        self.values[:4] += torch.cat([seen, counted])
+        self.values[4], self.values[5] = in_a_row, worst
+
+    def read(self) -> dict[str, float]:
+        """Mean loss and gradient norm since the last row, skipped steps, and the worst row."""
+        losses, norms, steps, skipped, _, worst = self.values.tolist()
+        steps = max(steps, 1.0)
+        return {
+            "loss": losses / steps,
+            "grad_norm": norms / steps,
+            "skipped": int(skipped),
+            "worst": int(worst),
+        }
+
+    def start_row(self) -> None:
+        """Begins the sums of the next log row."""
+        self.values[:3] = 0
+
+
+class Clock:
+    """Seconds of the run, and images and waiting since the last log row."""
+
+    def __init__(self, seconds: float) -> None:
+        self.begin = time.monotonic() - seconds
+        self.start_row()
+
+    def start_row(self) -> None:
+        """Begins the next row."""
+        self.row = time.monotonic()
+        self.images, self.waited = 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what is done inside as waiting for data."""
+        before = time.monotonic()
+        yield
+        self.waited += time.monotonic() - before
+
+    def read(self, flops_per_image: float) -> dict[str, float]:
+        """The clock columns of a log row; MFU counts the model's own work, forward and backward."""
+        now = time.monotonic()
+        passed = max(now - self.row, 1e-9)
+        columns = {
+            "seconds": round(now - self.begin, 3),
+            "images_per_second": round(self.images / passed, 1),
+            "data_wait": round(self.waited / passed, 4),
+            "memory_gb": round(memory_gb(), 3),
+        }
+        peak = peak_flops()
+        if peak is not None:
+            columns["mfu"] = round(3 * flops_per_image * self.images / passed / peak, 4)
+        return columns
+
+
+def memory_gb() -> float:
+    """Most memory used so far, in 10^9 bytes: of the GPU, or else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def peak_flops() -> float | None:
+    """The bf16 rate of the GPU, if there is a known one."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+
+
+@contextlib.contextmanager
+def profiling(wanted: bool, directory: Path) -> Iterator[profile | None]:
+    """A profiler of ten steps, after five to warm up, that writes trace.json; or none."""
+    if not wanted:
+        yield None
+        return
+
+    def write(profiler: profile) -> None:
+        profiler.export_chrome_trace(str(directory / "trace.json"))
+
+    plan = schedule(wait=2, warmup=3, active=10, repeat=1)
+    with profile(schedule=plan, on_trace_ready=write) as profiler:
+        yield profiler

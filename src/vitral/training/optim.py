@@ -1,0 +1,157 @@
+"""AdamW, its parameter groups and schedule, the loss, and the moving average of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitral.config import OptimConfig
+from vitral.model import ViT
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warmup, then a cosine: the learning rate as a pure function of the step.
+
+    The first step has 1 / warmup of the peak, the last of the warmup the peak itself, and the step
+    after the last would have `final_lr` of it (Loshchilov and Hutter 2016).
+    """
+
+    optim: OptimConfig
+    warmup: int
+    total: int
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step 0, 1, ... total - 1."""
+        if step < self.warmup:
+            return self.optim.lr * (step + 1) / self.warmup
+        progress = (step + 1 - self.warmup) / (self.total + 1 - self.warmup)
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.optim.lr * (self.optim.final_lr + (1 - self.optim.final_lr) * cosine)
+
+
+def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, object]]:
+    """Groups of equal weight decay and equal factor `lr_factor` on the learning rate.
+
+    Decay is for the matrices of linear layers alone: not for biases, norms, tokens, LayerScale or
+    rotary frequencies. A parameter k blocks below the head has the factor layer_decay^k: the head
+    and the last norm 1, the last block layer_decay, the embedding layer_decay^(depth + 1).
+    """
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    depth = len(model.blocks)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks."):
+            below = depth - int(name.split(".")[1])
+        else:
+            below = 0 if name.startswith(("norm.", "head.")) else depth + 1
+        decay = config.weight_decay if id(parameter) in matrices else 0.0
+        groups.setdefault((decay, config.layer_decay**below), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor), members in groups.items()
+    ]
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2017), clipping by global norm, skipping non-finite steps."""
+
+    def __init__(self, model: ViT, config: OptimConfig) -> None:
+        self.config = config
+        self.named = dict(model.named_parameters())
+        groups = parameter_groups(model, config)
+        # The fused form reads `found_inf` on the device: a bad step is skipped without a
+        # synchronisation.
+        self.adamw = torch.optim.AdamW(
+            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+
+    def step(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips the gradients and steps, then clears them.
+
+        Returns:
+            The global gradient norm before clipping, and whether the step was skipped, 0.0 or 1.0,
+            as it or the loss was not finite; both on the device.
+        """
+        parameters = list(self.named.values())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        skipped = 1 - (norm.isfinite() & loss.isfinite()).float()
+        if self.config.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def state(self) -> dict[str, Tensor]:
+        """The running means by parameter name: NAME.step, NAME.exp_avg and NAME.exp_avg_sq."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.named.items()
+            for key, value in self.adamw.state[parameter].items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        for name, value in tensors.items():
+            name, _, key = name.rpartition(".")
+            parameter = self.named[name]
+            self.adamw.state[parameter][key] = value.to(parameter.device)
+
+
+def loss_sum(logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"]) -> Tensor:
+    """The loss of each image against soft targets, summed over the images, in float32.
+
+    Args:
+        logits: (B, classes).
+        targets: (B, classes), rows that sum to one.
+        kind: cross-entropy, or binary cross-entropy averaged over the classes.
+    """
+    logits = logits.float()
+    if kind == "ce":
+        return F.cross_entropy(logits, targets, reduction="sum")
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+
+
+class EMA:
+    """The exponential moving average of a model's weights, with warmup.
+
+    The decay of update t = 1, 2, ... is min(decay, t / (t + 9)), so that the start is forgotten.
+    """
+
+    def __init__(self, model: ViT, decay: float) -> None:
+        self.decay = decay
+        self.average = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: ViT, step: int) -> None:
+        """Moves towards `model` after its optimiser step number `step` = 1, 2, ..."""
+        weight = 1 - min(self.decay, step / (step + 9))
+        torch._foreach_lerp_(list(self.average.values()), list(model.parameters()), weight)
+
+    @contextlib.contextmanager
+    def applied_to(self, model: ViT) -> Iterator[None]:
+        """Puts the averages in the place of the model's weights for a while, copying nothing."""
+        self._exchange(model)
+        try:
+            yield
+        finally:
+            self._exchange(model)
+
+    def _exchange(self, model: ViT) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.data, self.average[name] = self.average[name], parameter.data
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over the averages of a checkpoint."""
+        for name, value in self.average.items():
+            value.copy_(tensors[name])

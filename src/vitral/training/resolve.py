@@ -1,0 +1,114 @@
+"""What is chosen from the machine or by measuring: once, and kept in the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitral.config import Config
+from vitral.data.loader import available_cores
+from vitral.data.sampling import derive_seed
+from vitral.model import CHANNELS, ViT
+from vitral.training.optim import loss_sum
+from vitral.weights import start_from
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Choices that the sums hang on: another number of threads adds up in another order."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["bf16", "fp32"]
+    compile: bool
+    threads: int
+    micro_batch: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 autocast, or nothing."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, torch.bfloat16)
+
+
+def build_model(config: Config, num_classes: int, *, init: bool) -> ViT:
+    """The model of a run at its start: drawn by the seed, or begun from `train.init`.
+
+    Raises:
+        UserError: if the weights to start from do not fit.
+    """
+    torch.manual_seed(derive_seed("init", config.train.seed))
+    model = ViT(config.model, num_classes)
+    if init and config.train.init is not None:
+        start_from(model, config.train.init)
+    return model
+
+
+def resolve(config: Config, model: ViT, device: torch.device) -> Resolved:
+    """Makes the choices that `config` leaves open, for a model that lies on `device`."""
+    train = config.train
+    gpu = device.type == "cuda"
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    compiled = gpu if train.compile == "auto" else train.compile == "always"
+    resolved = Resolved(
+        device="cuda" if gpu else "cpu",
+        precision=precision,
+        compile=compiled,
+        threads=train.threads or min(16, available_cores()),
+        micro_batch=min(train.micro_batch or train.batch_size, train.batch_size),
+    )
+    if gpu and train.micro_batch is None:
+        return _with_fitting_batch(resolved, config, model, device)
+    return resolved
+
+
+def apply_settings(config: Config, resolved: Resolved) -> None:
+    """Sets the process up: threads, TF32, and determinism on a GPU if it is asked for."""
+    torch.set_num_threads(resolved.threads)
+    torch.set_float32_matmul_precision("high")
+    if config.train.deterministic and resolved.device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]:
+    """The model as the step calls it."""
+    return torch.compile(model, dynamic=False) if resolved.compile else model
+
+
+def _with_fitting_batch(
+    resolved: Resolved, config: Config, model: ViT, device: torch.device
+) -> Resolved:
+    """Halves the micro-batch until a forward and a backward pass fit beside the optimiser's state."""
+    forward = compiled(model, resolved)
+    side, size = config.model.image_size, config.train.batch_size
+    bytes_of_weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cuts = 1
+    while True:
+        micro = -(-size // (2 * cuts)) * 2
+        try:
+            ballast = torch.empty(4 * bytes_of_weights, dtype=torch.uint8, device=device)
+            images = torch.zeros(micro, CHANNELS, side, side, device=device)
+            targets = torch.zeros(micro, model.num_classes, device=device)
+            with resolved.autocast():
+                loss = loss_sum(forward(images), targets, config.train.loss)
+            loss.backward()
+            del ballast, images, targets, loss
+            break
+        except torch.cuda.OutOfMemoryError:
+            if micro == 2:
+                raise
+            cuts *= 2
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    return Resolved(**{**vars(resolved), "micro_batch": micro})

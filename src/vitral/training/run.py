@@ -1,0 +1,134 @@
+"""The run folder: who may write it, what it holds, and the signals that end a run in good order."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import torch
+
+from vitral import recipes
+from vitral.config import CHANGEABLE, Config, UserError, flatten
+
+
+class Interrupted(Exception):
+    """The run was asked to end by a signal; it has written a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+class Signals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends the process at once."""
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __enter__(self) -> Signals:
+        self.received: int | None = None
+        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: writing a checkpoint; once more to end at once\n".encode())
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def refuse_other_settings(self, config: Config) -> list[str]:
+        """Compares with the settings of the run that is there, if one is.
+
+        Returns:
+            A line for each setting that differs without altering the mathematics.
+
+        Raises:
+            UserError: for a setting that does alter it.
+        """
+        existing = self.path / "config.yaml"
+        if not existing.exists():
+            return []
+        was, now = flatten(recipes.load(str(existing))), flatten(config)
+        changed = [name for name in now if now[name] != was[name] and name != "train.out"]
+        for name in changed:
+            if name not in CHANGEABLE:
+                raise UserError(
+                    f"{name}: the run in {self.path} has {was[name]}, not {now[name]}; "
+                    f"resume it with its own settings, or start another: --out {self._free_name()}"
+                )
+        return [f"{name}: {was[name]} becomes {now[name]}" for name in changed]
+
+    def open(self, config: Config) -> None:
+        """Makes the folder, takes its lock and writes config.yaml.
+
+        Raises:
+            UserError: if it cannot be written, or another process is training in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # flock would outlive a SIGKILL in forked workers; this lock dies with its process.
+            self.lock = (self.path / ".lock").open("w")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"out: another run is live in {self.path}; wait for it, or give another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"out: cannot write {self.path}: {error.strerror}; give another --out"
+            ) from None
+        beside = self.path / ".config.yaml.new"
+        beside.write_text(recipes.dump(config), encoding="utf-8")
+        beside.replace(self.path / "config.yaml")
+
+    def write_environment(self, **facts: object) -> None:
+        """Writes env.json: versions, hardware, command, and what was resolved."""
+        packages = ("vitral", "torch", "torchvision", "torchcodec", "numpy", "safetensors")
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in packages},
+            "cpu_cores": os.cpu_count(),
+            "gpu": gpu,
+            "cuda": torch.version.cuda if gpu else None,
+            **facts,
+        }
+        (self.path / "env.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Lets the lock go."""
+        self.lock.close()
+
+    def _free_name(self) -> Path:
+        number = 2
+        while (other := self.path.with_name(f"{self.path.name}-{number}")).exists():
+            number += 1
+        return other
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,161 @@
+"""Weights that describe themselves: a folder with the model, its EMA and all that using them takes.
+
+config.json         architecture, class names, preprocessing, recipe, metrics, which file to use
+model.safetensors   the weights as trained
+ema.safetensors     their moving average, where the run kept one
+manifest.json       sizes and SHA-256 of the above
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vitral import storage
+from vitral.config import Config, UserError, from_sections
+from vitral.model import ViT
+
+SCHEMA = 1
+Which = Literal["model", "ema"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What the weights say of themselves."""
+
+    config: Config
+    """The settings they were trained with: architecture, preprocessing, recipe."""
+    classes: tuple[str, ...]
+    """Names, in the order of the logits."""
+    fingerprint: str
+    """Of the data set."""
+    default: Which
+    """The file to use if none is asked for."""
+    metrics: Mapping[str, float]
+    """What validation measured, by the names of the metrics log."""
+    vitral: str
+    """The version that wrote them."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model ready to use, in evaluation mode, and what is known about it."""
+
+    model: ViT
+    description: Description
+    path: Path
+
+
+def save(
+    directory: Path, states: Mapping[Which, Mapping[str, Tensor]], description: Description
+) -> None:
+    """Writes a weight folder, replacing one that is there. Raises OSError."""
+    document = {"schema": SCHEMA, **dataclasses.asdict(description)}
+    storage.write(directory, dict(states), {"config": document})
+
+
+def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -> Weights:
+    """Loads weights for use.
+
+    Args:
+        path: a weight folder, or a run folder, whose best weights are taken.
+        which: "model" or "ema"; None takes the one that the weights name.
+        device: where the model shall be.
+
+    Raises:
+        UserError: for a path without weights, corrupt ones, or those of a newer vitral.
+    """
+    directory = find(Path(path))
+    try:
+        storage.verify(directory)
+        description = _read_description(directory, storage.read_json(directory, "config.json"))
+        which = which or description.default
+        if not (directory / f"{which}.safetensors").exists():
+            raise UserError(
+                f"weights: {directory} holds no {which} weights, only {description.default}"
+            )
+        state = storage.read_tensors(directory, which)
+    except storage.CorruptError as error:
+        raise UserError(f"weights: {error}; copy the folder anew or train again") from None
+    with torch.device("meta"):
+        model = ViT(description.config.model, len(description.classes))
+    model.load_state_dict(state, assign=True)
+    return Weights(model.to(device).eval().requires_grad_(False), description, directory)
+
+
+def find(path: Path) -> Path:
+    """The weight folder that `path` means: itself, or a run's best, or else its last.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for candidate in (path, path / "weights" / "best", path / "weights" / "last"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    what = "no such folder" if not path.exists() else "it holds no weights"
+    raise UserError(
+        f"weights: {path}: {what}; expected a folder with config.json and model.safetensors, "
+        "such as runs/NAME or runs/NAME/weights/best"
+    )
+
+
+def start_from(model: ViT, path: str | Path) -> list[str]:
+    """Copies weights into `model` and returns the names that keep their own initialisation.
+
+    The head does so where the number of classes differs; image sizes never matter.
+
+    Raises:
+        UserError: if the architectures differ.
+    """
+    source = load(path).model.state_dict()
+    own = model.state_dict()
+    if source["head.weight"].shape[0] != model.num_classes:
+        source = {name: value for name, value in source.items() if not name.startswith("head.")}
+    strange = sorted(source.keys() - own.keys())
+    other = [n for n in source if n in own and source[n].shape != own[n].shape]
+    missing = sorted(name for name in own.keys() - source.keys() if not name.startswith("head."))
+    for names, what in ((other, "another shape"), (strange, "no place"), (missing, "no value")):
+        if names:
+            raise UserError(
+                f"init: {names[0]} of {path} has {what} in this model "
+                f"({len(names)} such weights); give the model settings that it was trained with"
+            )
+    model.load_state_dict(source, strict=False)
+    return sorted(own.keys() - source.keys())
+
+
+def describe(
+    config: Config, classes: tuple[str, ...], fingerprint: str, metrics: Mapping[str, float]
+) -> Description:
+    """The description of a run's weights: the default is what validated best, raw or EMA.
+
+    The architecture is written out, so that it does not hang on what a preset means later.
+    """
+    better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
+    model = dataclasses.replace(config.model, **config.model.shape._asdict())
+    return Description(
+        config=dataclasses.replace(config, model=model),
+        classes=classes,
+        fingerprint=fingerprint,
+        default="ema" if better else "model",
+        metrics=metrics,
+        vitral=version("vitral"),
+    )
+
+
+def _read_description(directory: Path, document: dict[str, Any]) -> Description:
+    schema = document.pop("schema", None)
+    if schema != SCHEMA:
+        raise UserError(
+            f"weights: {directory}: expected schema {SCHEMA}, got {schema}; "
+            "install the vitral that wrote them"
+        )
+    config, classes = from_sections(document["config"]), tuple(document["classes"])
+    return Description(**{**document, "config": config, "classes": classes})
