@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class UserError(Exception):
@@ -380,16 +380,19 @@ CHANGEABLE = frozenset(
 )
 
 
-def flatten(config: Config) -> dict[str, object]:
-    """The settings of `config` as {"section.key": value}."""
-    return {
-        f"{section.name}.{key}": value
-        for section in dataclasses.fields(config)
-        for key, value in dataclasses.asdict(getattr(config, section.name)).items()
-    }
+def flatten(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass as {"key": value}; those of a section as "section.key"."""
+    flat = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= {f"{field.name}.{key}": inner for key, inner in flatten(value).items()}
+        else:
+            flat[field.name] = value
+    return flat
 
 
-def from_sections(document: dict[str, dict[str, object]]) -> Config:
+def from_sections(document: dict[str, dict[str, Any]]) -> Config:
     """The settings of {"section": {"key": value}}, as `dataclasses.asdict` or JSON give them."""
     kinds = {"model": ViTConfig, "data": DataConfig, "augment": AugmentConfig}
     kinds |= {"optim": OptimConfig, "train": TrainConfig}

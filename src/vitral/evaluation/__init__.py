@@ -1,6 +1,6 @@
 """Exact accuracy over every image once, per class, and calibration."""
 
 from vitral.evaluation.evaluate import evaluate
-from vitral.evaluation.scores import Scores, measure
+from vitral.evaluation.scores import Scores, measure, summarise
 
-__all__ = ["Scores", "evaluate", "measure"]
+__all__ = ["Scores", "evaluate", "measure", "summarise"]

@@ -120,3 +120,22 @@ def measure(
     return Scores(
         classes, truth, torch.cat(ranked).numpy(), torch.cat(confidence).numpy(), loss / len(truth)
     )
+
+
+def summarise(scores: Scores) -> str:
+    """The figures as text, with a table of the classes: above twenty the worst and the best."""
+    lines = [
+        f"{len(scores.labels):,} images, {len(scores.classes)} classes",
+        f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}   "
+        f"calibration error {scores.calibration_error:.2%}",
+    ]
+    table = scores.per_class()
+    if len(table) > 20:
+        table = sorted(table, key=lambda row: row[2])
+        table = table[:10] + table[-5:]
+        lines.append("the ten worst classes and the five best:")
+    width = max(len("class"), *(len(row[0]) for row in table))
+    lines.append(f"{'class':{width}}  images    top-1    top-5")
+    for name, count, top1, top5 in table:
+        lines.append(f"{name:{width}}  {count:6,}  {top1:7.2%}  {top5:7.2%}")
+    return "\n".join(lines)

@@ -13,12 +13,14 @@ import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 import yaml
 
 from vitral.config import Config, UserError, flatten
 
+T = TypeVar("T")
 SHORT = {"--data": "--data.path", "--out": "--train.out", "--init": "--train.init"}
 
 
@@ -35,11 +37,16 @@ def text(name: str) -> str:
         UserError: for a name that is none, with the nearest one.
     """
     if name not in names():
-        raise UserError(f"recipe: no recipe is called {name!r}{_nearest(name, names())}")
+        raise UserError(
+            f"recipe: none is called {name!r}{nearest(name, names())}; "
+            "`vitral recipes` lists them; a file's name ends in .yaml"
+        )
     return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load(source: str, arguments: Sequence[str] = (), *, program: str = "vitral train") -> Config:
+def load(
+    source: str, arguments: Sequence[str] = (), *, program: str = "vitral train", about: str = ""
+) -> Config:
     """The settings of a recipe, by name or as a YAML file, changed by command-line arguments.
 
     Without a `train.out` of its own the run goes to runs/<recipe>.
@@ -50,11 +57,14 @@ def load(source: str, arguments: Sequence[str] = (), *, program: str = "vitral t
     is_file = source.endswith((".yaml", ".yml"))
     content = _read(Path(source)) if is_file else text(source)
     name = Path(source).stem
-    config = parse(_tokens(content, where=source), Config(), program=program)
+    try:
+        config = parse(_tokens(content, where=source), Config(), program=program)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     arguments = _expand(arguments)
     if config.train.out is None:
         arguments = ["--train.out", f"runs/{name}", *arguments]
-    return parse(arguments, config, program=f"{program} {source}")
+    return parse(arguments, config, program=f"{program} {source}", about=about)
 
 
 def dump(config: Config) -> str:
@@ -67,18 +77,26 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(sections, sort_keys=False, default_flow_style=False)
 
 
-def parse(arguments: Sequence[str], default: Config, *, program: str = "vitral") -> Config:
-    """`default` changed by `--section.key value` arguments; prints help and exits for --help.
+def parse(arguments: Sequence[str], default: T, *, program: str, about: str = "") -> T:
+    """The dataclass `default` changed by arguments; prints help and exits for --help.
+
+    Args:
+        arguments: `--key value`, or `--section.key value`.
+        default: what holds for what is not given; help shows it.
+        program: how the command is called.
+        about: a description for help.
 
     Raises:
         UserError: one line for an unknown key (with the nearest), or a value of the wrong kind.
     """
-    arguments = _expand(arguments)
-    _check_names(arguments)
+    arguments = _expand(arguments) if isinstance(default, Config) else list(arguments)
+    _check_names(arguments, default, program)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(Config, args=arguments, default=default, prog=program)
+            return tyro.cli(
+                type(default), args=arguments, default=default, prog=program, description=about
+            )
     except SystemExit as exit:
         if not exit.code:
             raise
@@ -130,29 +148,24 @@ def _tokens(content: str, where: str) -> list[str]:
     return tokens
 
 
-def _options() -> list[str]:
-    """Every option of the command line."""
-    options = []
-    for path, value in flatten(Config()).items():
-        section, key = path.replace("_", "-").split(".")
-        options.append(f"--{section}.{key}")
+def _check_names(arguments: Sequence[str], default: object, program: str) -> None:
+    options = ["--help"]
+    for path, value in flatten(default).items():
+        section, dot, key = path.replace("_", "-").rpartition(".")
+        options.append(f"--{section}{dot}{key}")
         if isinstance(value, bool):
-            options.append(f"--{section}.no-{key}")
-    return options
-
-
-def _check_names(arguments: Sequence[str]) -> None:
-    options = [*_options(), "--help"]
+            options.append(f"--{section}{dot}no-{key}")
+    short = SHORT if isinstance(default, Config) else {}
     for argument in arguments:
         name = argument.partition("=")[0]
         if name.startswith("--") and name.replace("_", "-") not in options:
-            near = _nearest(name.replace("_", "-"), [*options, *SHORT])
-            raise UserError(f"{name}: no such setting{near}; `vitral train --help` lists all")
+            near = nearest(name.replace("_", "-"), [*options, *short])
+            raise UserError(f"{name}: no such setting{near}; `{program} --help` lists all")
 
 
-def _nearest(word: str, words: Sequence[str]) -> str:
+def nearest(word: str, words: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.4)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(words)}"
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _one_line(box: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from vitral.config import DataConfig
+from vitral.config import Config, DataConfig
+from vitral.data.loader import STILL, train_batches
+from vitral.data.sources import open_dataset
 
 SIDE = 96  # pixels that an image is at least shown with
 
@@ -31,3 +34,25 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 def save(picture: Tensor, path: Path) -> None:
     """Writes a picture (C, H, W), uint8, in the format that the path's ending names."""
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
+
+
+def preview(config: Config, path: Path, count: int = 16) -> None:
+    """A picture of the first training images: rows as in validation, and below them augmented."""
+    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    assert dataset.train is not None
+    plain = dataclasses.replace(STILL, repeats=config.augment.repeats)
+    shown = []
+    for augmentation in (plain, config.augment):
+        batches = train_batches(
+            dataset.train,
+            dataclasses.replace(config, augment=augmentation),
+            len(dataset.classes),
+            steps=range(1),
+            total_steps=1,
+            micro_batch=count,
+            workers=0,
+            device=torch.device("cpu"),
+        )
+        shown.append(to_pixels(next(batches).images, config.data).split(8))
+    rows = [row for pair in zip(*shown, strict=True) for row in pair]
+    save(grid(torch.cat(rows)), path)

@@ -1,0 +1,261 @@
+"""The command: the only place that reads arguments. torch is imported by the verbs that need it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vitral.config import Config, UserError
+
+HELP = """\
+vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
+
+  vitral train [RECIPE|FILE.yaml] [--data PATH|NAME] [--out DIR] [--section.key value ...]
+               no recipe: handwritten digits, about a minute on two CPU cores
+               the same command goes on with a run that was cut off; --dry-run only plans it
+  vitral val WEIGHTS [--data PATH|NAME] [--out DIR]
+               exact accuracy, per class, and calibration
+  vitral recipes [NAME]
+               lists the recipes, or prints one
+  vitral data check PATH|NAME        counts, classes, broken files, decode rate
+  vitral data preview PATH|NAME [RECIPE] [--out FILE]
+               a picture of a batch, before and after augmentation
+  vitral bench model|data [RECIPE] [--data PATH] [--section.key value ...]
+               rate of the training step, or of the input beside torchvision's
+  vitral doctor
+               what this machine offers: devices, kernels, decoders, disk
+
+WEIGHTS is a run folder or a weight folder such as runs/digits/weights/best.
+`vitral train RECIPE --help` lists every setting with the recipe's value.
+"""
+
+TRAIN = """Trains, or goes on with the run in --out. Short forms: --data for --data.path, --out for
+--train.out, --init for --train.init. --dry-run prints the settings, the model's size, the steps and
+an estimate of the time, and stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValOptions:
+    """Options of `vitral val`."""
+
+    data: str | None = None
+    """Image folder or known set; None takes the set that the weights were trained on."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None takes what the weights name."""
+    batch_size: int = 256
+    """Images of a forward pass."""
+    workers: int | None = None
+    """Decoding processes; None takes the cores but one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    out: str | None = None
+    """Folder to write per_class.csv and confused_pairs.csv to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Options of `vitral data check`."""
+
+    workers: int | None = None
+    """Decoding processes; None takes a core each."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 0, 2 for a user's mistake, or a signal's."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"vitral: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has gone, as `| head` does; the interpreter must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"vitral {version('vitral')}")
+        return 0
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train": _train,
+        "val": _val,
+        "recipes": _recipes,
+        "data": _data,
+        "bench": _bench,
+        "doctor": _doctor,
+    }
+    return _choose("command", words, verbs)
+
+
+def _choose(what: str, words: list[str], verbs: dict[str, Callable[[list[str]], int]]) -> int:
+    from vitral.recipes import nearest
+
+    got = words[0] if words else "nothing"
+    if got not in verbs:
+        near = nearest(got, list(verbs))
+        raise UserError(f"{what}: expected one of {', '.join(verbs)}, got {got}{near}")
+    return verbs[got](words[1:])
+
+
+def _load(words: list[str], program: str, about: str) -> Config:
+    """Settings from [RECIPE] and `--section.key value`; a folder of one's own takes imagenette128."""
+    from vitral import recipes
+
+    if words and not words[0].startswith("-"):
+        return recipes.load(words[0], words[1:], program=program, about=about)
+    config = recipes.load("digits", words, program=program, about=about)
+    if config.data.path == "digits":
+        return config
+    return recipes.load("imagenette128", words, program=program, about=about)
+
+
+def _train(words: list[str]) -> int:
+    dry = "--dry-run" in words
+    config = _load([word for word in words if word != "--dry-run"], "vitral train", TRAIN)
+    if dry:
+        from vitral.bench import plan
+
+        print(plan(config))
+        return 0
+    from vitral.training import Interrupted, train
+
+    try:
+        train(config)
+    except Interrupted as interrupted:
+        return interrupted.exit_code
+    return 0
+
+
+def _val(words: list[str]) -> int:
+    from vitral import recipes
+
+    path, rest = _positional(words, "WEIGHTS", "vitral val")
+    options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
+    from vitral.evaluation import evaluate, summarise
+
+    scores = evaluate(
+        path,
+        options.data,
+        which=options.which,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=options.device,
+    )
+    print(summarise(scores))
+    if options.out is not None:
+        _writable(options.out)
+        scores.write_tables(Path(options.out))
+    return 0
+
+
+def _recipes(words: list[str]) -> int:
+    from vitral import recipes
+
+    if words and words[0] in ("-h", "--help"):
+        print("usage: vitral recipes [NAME]")
+    elif words:
+        print(recipes.text(words[0]), end="")
+    else:
+        for name in recipes.names():
+            print(f"{name:20}  {recipes.text(name).splitlines()[0].lstrip('# ')}")
+    return 0
+
+
+def _data(words: list[str]) -> int:
+    return _choose("data", words, {"check": _check, "preview": _preview})
+
+
+def _check(words: list[str]) -> int:
+    from vitral import recipes
+
+    path, rest = _positional(words, "PATH", "vitral data check")
+    options = recipes.parse(rest, CheckOptions(), program="vitral data check PATH")
+    from vitral.data.check import check, format_report
+    from vitral.data.loader import available_cores
+
+    config = dataclasses.replace(Config().data, path=path)
+    workers = available_cores() if options.workers is None else options.workers
+    report = check(config, Config().model.image_size, Config().train.seed, workers)
+    print(format_report(report))
+    return 0
+
+
+def _preview(words: list[str]) -> int:
+    path, rest = _positional(words, "PATH", "vitral data preview")
+    out = "preview.jpg"
+    if "--out" in rest[:-1]:
+        where = rest.index("--out")
+        out = rest[where + 1]
+        del rest[where : where + 2]
+    where = 1 if rest and not rest[0].startswith("-") else 0
+    if rest != ["--help"]:
+        rest[where:where] = ["--data", path]
+    config = _load(rest, "vitral data preview PATH", "Writes preview.jpg, or --out FILE.")
+    if Path(out).suffix.lower() not in (".jpg", ".jpeg", ".png"):
+        raise UserError(f"out: expected a name that ends in .jpg or .png, got {out}")
+    from vitral.report.pictures import preview
+
+    _writable(str(Path(out).parent))
+    preview(config, Path(out))
+    print(f"{out}: images as validation sees them, and below each as training does")
+    return 0
+
+
+def _bench(words: list[str]) -> int:
+    def model(rest: list[str]) -> int:
+        config = _load(rest, "vitral bench model", "Rate of the training step on synthetic images.")
+        from vitral.bench import bench_model
+
+        print(bench_model(config))
+        return 0
+
+    def data(rest: list[str]) -> int:
+        about = "Images decoded and cropped per second and core, beside torchvision's transforms."
+        config = _load(rest, "vitral bench data", about)
+        from vitral.bench import bench_data
+
+        print(bench_data(config))
+        return 0
+
+    return _choose("bench", words, {"model": model, "data": data})
+
+
+def _doctor(words: list[str]) -> int:
+    if words:
+        raise UserError(f"doctor: expected no arguments, got {' '.join(words)}")
+    from vitral.doctor import examine
+
+    print(examine())
+    return 0
+
+
+def _positional(words: list[str], name: str, program: str) -> tuple[str, list[str]]:
+    """The first argument and the others; a call for help goes to the parser of the others."""
+    if words and words[0] in ("-h", "--help"):
+        return "", ["--help"]
+    if not words or words[0].startswith("-"):
+        raise UserError(f"{program}: expected {name} first, got {words[0] if words else 'nothing'}")
+    return words[0], words[1:]
+
+
+def _writable(directory: str) -> None:
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: cannot write {directory}: {error.strerror}") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"out: cannot write {directory}; give another folder")

@@ -1,0 +1,103 @@
+"""What this machine offers for training: devices, precision, kernels, decoders, cores, disk."""
+
+from __future__ import annotations
+
+import io
+import platform
+import shutil
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchcodec.decoders import decode_image
+
+from vitral.data.loader import available_cores
+from vitral.training.monitor import peak_flops
+
+KERNELS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+)
+
+
+def examine() -> str:
+    """A report in plain text."""
+    packages = ("vitral", "torch", "torchvision", "torchcodec", "safetensors", "numpy", "pillow")
+    lines = [
+        f"python      {platform.python_version()} on {platform.platform()}",
+        "packages    " + ", ".join(f"{name} {version(name)}" for name in packages),
+        f"processor   {available_cores()} cores usable, {torch.get_num_threads()} threads in torch",
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines += _gpu() if device.type == "cuda" else ["GPU         none that torch can use"]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        lines.append(f"attention   {name} on {device.type}: {', '.join(_kernels(device, dtype))}")
+    lines.append(f"decoders    {', '.join(_decoders())}")
+    lines += [_disk("runs", Path.cwd()), *_shared_memory()]
+    return "\n".join(lines)
+
+
+def _gpu() -> list[str]:
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        lines.append(f"GPU {index}       {facts.name}, {facts.total_memory / 1e9:.0f} GB")
+    bf16 = "yes" if torch.cuda.is_bf16_supported() else "no: training runs in float32"
+    peak = peak_flops()
+    rate = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown, so MFU is not shown"
+    return [*lines, f"bf16        {bf16}", f"peak rate   {rate}"]
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The kernels of scaled_dot_product_attention that take six query and two key/value heads."""
+    q = torch.zeros(1, 6, 197, 64, device=device, dtype=dtype)
+    grouped = device.type == "cuda" and dtype == torch.bfloat16
+    k = q[:, :2] if grouped else q
+    able = []
+    for kernel in KERNELS:
+        try:
+            with warnings.catch_warnings(action="ignore"), sdpa_kernel(kernel):
+                F.scaled_dot_product_attention(q, k, k, enable_gqa=grouped)
+        except RuntimeError:
+            continue
+        able.append(kernel.name.lower().removesuffix("_attention"))
+    return able
+
+
+def _decoders() -> list[str]:
+    """The formats that torchcodec decodes here, of those that people have."""
+    able = []
+    picture = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    for name in ("JPEG", "PNG", "WEBP", "AVIF"):
+        content = io.BytesIO()
+        try:
+            picture.save(content, name)
+            decode_image(content.getvalue())
+        except Exception as error:  # a codec that is missing says so in many ways
+            able.append(f"{name} by Pillow alone ({type(error).__name__})")
+        else:
+            able.append(name)
+    return able
+
+
+def _disk(name: str, path: Path) -> str:
+    usage = shutil.disk_usage(path)
+    return f"disk        {usage.free / 1e9:,.0f} GB free for {name} in {path}"
+
+
+def _shared_memory() -> list[str]:
+    """Workers hand batches over through it; a container often has but 64 MB."""
+    path = Path("/dev/shm")
+    if not path.exists():
+        return []
+    free = shutil.disk_usage(path).free / 1e9
+    hint = "" if free > 1 else "; workers may run out of it: give docker --ipc=host"
+    return [f"shared mem  {free:,.1f} GB free{hint}"]
