@@ -129,7 +129,7 @@ def _our_rest(config: Config, images: torch.Tensor) -> torch.Tensor:
 
 
 def _reference(side: int) -> Callable[[Image.Image], torch.Tensor]:
-    """The training preset of torchvision's references/classification, AutoAugment and erasing on."""
+    """The preset of torchvision's references/classification, with AutoAugment and erasing."""
     return v2.Compose(
         [
             v2.RandomResizedCrop(side, antialias=True),

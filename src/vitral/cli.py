@@ -112,7 +112,7 @@ def _choose(what: str, words: list[str], verbs: dict[str, Callable[[list[str]], 
 
 
 def _load(words: list[str], program: str, about: str) -> Config:
-    """Settings from [RECIPE] and `--section.key value`; a folder of one's own takes imagenette128."""
+    """Settings from [RECIPE] and `--section.key value`; other data than digits: imagenette128."""
     from vitral import recipes
 
     if words and not words[0].startswith("-"):

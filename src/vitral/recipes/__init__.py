@@ -1,7 +1,7 @@
-"""Recipes: YAML files that name whole runs, and the strict parser behind YAML and command line.
+"""Recipes: YAML files that name whole runs, and the parser behind YAML and command line.
 
-A YAML file is flattened to `--section.key value` tokens, so that a mistake in a file and a mistake on
-the command line meet the same parser and the same message.
+A YAML file is flattened to `--section.key value` tokens, so that a mistake in a file and one on the
+command line meet the same strict parser and get the same message.
 """
 
 from __future__ import annotations

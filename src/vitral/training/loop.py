@@ -108,7 +108,7 @@ class Trainer:
         self.log = MetricsLog(run.path, self.step)
         self.console = Console(run.path / "train.log", self.total, self.step)
         self.clock = Clock(self.log.seconds)
-        self.last_checkpoint = time.monotonic()
+        self.last_checkpoint = self.last_drawing = time.monotonic()
 
     def _plan_steps(self) -> None:
         train = self.config.train
@@ -152,7 +152,7 @@ class Trainer:
                 self._save_checkpoint()
                 self.console.message(f"stopped at step {self.step}; the same command goes on")
                 raise
-        curves.draw(self.run.path, read_rows(self.log.jsonl))
+        self._draw()
         self.console.message(f"finished: {self._results()}; all of it is in {self.run.path}")
 
     def close(self) -> None:
@@ -244,7 +244,13 @@ class Trainer:
         self.console.message(
             f"epoch {self.step / self.epoch_steps:.0f}: {shown}  val loss {scores['val'].loss:.3f}"
         )
+        if time.monotonic() - self.last_drawing > 60:
+            self._draw()
+        self.clock.start_row()  # the next row is about training alone
+
+    def _draw(self) -> None:
         curves.draw(self.run.path, read_rows(self.log.jsonl))
+        self.last_drawing = time.monotonic()
 
     def _measure(self, signals: Signals) -> Scores:
         self.model.eval()
@@ -264,7 +270,7 @@ class Trainer:
         return measure(forward, until_signal(batches), self.dataset.classes)
 
     def _keep_weights(self, scores: dict[str, Scores]) -> None:
-        """Writes weights/last, weights/best if these are, and the tables of the better of the two."""
+        """Writes weights/last, weights/best if these are, and the tables of the better kind."""
         kind = max(scores, key=lambda k: scores[k].top1)
         top1 = scores[kind].top1
         scores[kind].write_tables(self.run.path)

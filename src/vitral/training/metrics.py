@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -90,7 +89,7 @@ def _as_csv(rows: list[Mapping[str, float]] | list[dict[str, str]]) -> str:
 def _replace(path: Path, content: str) -> None:
     beside = path.with_name(f".{path.name}.new")
     beside.write_text(content, encoding="utf-8")
-    os.replace(beside, path)
+    beside.replace(path)
 
 
 class Console:

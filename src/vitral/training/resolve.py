@@ -88,7 +88,7 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
 def _with_fitting_batch(
     resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> Resolved:
-    """Halves the micro-batch until a forward and a backward pass fit beside the optimiser's state."""
+    """Halves the micro-batch until both passes fit beside the optimiser's state."""
     forward = compiled(model, resolved)
     side, size = config.model.image_size, config.train.batch_size
     bytes_of_weights = sum(p.numel() * p.element_size() for p in model.parameters())
