@@ -44,7 +44,7 @@ def tiny(**changes):
 
 
 def stir(module):
-    """`module` in float64 and in evaluation, every parameter random: no zero or one hides a term."""
+    """`module` in float64 and in evaluation, all parameters random: no zero hides a term."""
     torch.manual_seed(1)
     for parameter in module.double().parameters():
         nn.init.normal_(parameter, 0.2, 0.5 / max(1, parameter.shape[-1]) ** 0.5)
@@ -371,19 +371,17 @@ def test_block_is_attention_then_feed_forward_each_added_after_its_norm(training
 
 
 @pytest.mark.parametrize(
-    ("dropout", "skip", "constant_over"),
-    [(0.3, 0.0, ()), (0.0, 0.3, (1, 2))],
-    ids=["dropout", "stochastic depth"],
+    ("dropout", "skip"), [(0.3, 0.0), (0.0, 0.3)], ids=["dropout", "stochastic depth"]
 )
-def test_branches_drop_their_share_and_keep_the_mean(dropout, skip, constant_over):
+def test_branches_drop_their_share_and_keep_the_mean(dropout, skip):
     torch.manual_seed(0)
     branch = Branch(tiny(dim=48, dropout=dropout), skip)
     x = torch.ones(20_000, 2, 3)
     dropped = branch(x)
-    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(1 / 0.7)}
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert dropped.mean() == pytest.approx(1, abs=0.03)
     spread = dropped.amax(dim=(1, 2)) - dropped.amin(dim=(1, 2))
-    assert (spread == 0).all() == bool(constant_over)
+    assert (spread == 0).all() == (skip > 0)  # whole images
     assert branch.eval()(x).equal(x)
 
 
@@ -409,16 +407,6 @@ def test_layer_scale_multiplies_both_branches():
     branch.scale.copy_(torch.arange(48))
     assert branch(torch.ones(2, 3, 48)).equal(torch.arange(48.0).expand(2, 3, 48))
     assert not [k for k in ViT(tiny(), 5).state_dict() if k.endswith("drop.scale")]
-
-
-@torch.no_grad()
-def test_query_key_norm_makes_scores_blind_to_the_size_of_queries_and_keys():
-    for qk_norm in (True, False):
-        model = vit(qk_norm=qk_norm, qkv_bias=False)
-        before = model(images())
-        for block in model.blocks:
-            block.attention.qkv.weight[: 8 * 48] *= 1000  # six heads of queries, two of keys
-        assert (relative_error(model(images()), before) < 1e-6) == qk_norm
 
 
 @pytest.mark.parametrize(
@@ -606,11 +594,12 @@ def test_flops(size, side):
 # What surrounds the model
 
 
-@pytest.mark.parametrize("variant", ["registers", "qk_norm"])
-def test_compiles_into_one_graph(variant):
-    changes = {**VARIANTS[variant], "stochastic_depth": 0.2, "dropout": 0.1, "layer_scale": 0.1}
-    model = vit(**changes, activation_checkpointing=variant == "registers")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+@pytest.mark.parametrize(("rope", "backend"), [("axial", "eager"), ("mixed", "aot_eager")])
+def test_compiles_into_one_graph(rope, backend):
+    changes = {"num_registers": 1, "qk_norm": True, "layer_scale": 0.1, "pooling": "mean"}
+    changes |= {"dropout": 0.1, "stochastic_depth": 0.2, "activation_checkpointing": True}
+    model = vit(rope=rope, **changes)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(images()), model(images()))
     F.cross_entropy(compiled.train()(images()), torch.tensor([0, 3])).backward()

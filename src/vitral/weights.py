@@ -54,11 +54,11 @@ class Weights:
 
 
 def save(
-    directory: Path, states: Mapping[Which, Mapping[str, Tensor]], description: Description
+    directory: Path, states: Mapping[str, Mapping[str, Tensor]], description: Description
 ) -> None:
     """Writes a weight folder, replacing one that is there. Raises OSError."""
     document = {"schema": SCHEMA, **dataclasses.asdict(description)}
-    storage.write(directory, dict(states), {"config": document})
+    storage.write(directory, states, {"config": document})
 
 
 def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -> Weights:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -168,17 +169,20 @@ def _fetch(
 ) -> Iterator[Fetched]:
     if isinstance(records, Pixels):
         return _crop_on_device(records, config, requests, device)
-    loader = DataLoader(
-        _Decoding(records, config),
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
-    )
-    return iter(loader)
+    with warnings.catch_warnings():
+        # More workers than cores is what was asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _Decoding(records, config),
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
+        )
+        return iter(loader)
 
 
 def _crop_on_device(

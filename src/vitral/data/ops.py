@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def apply_slot(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     for kind, function in enumerate(_FUNCTIONS, start=1):
         rows = np.flatnonzero(kinds == kind)
         if rows.size:
-            images = on_rows(images, rows, lambda x: function(x, ops[rows], values[rows]))  # noqa: B023
+            images = on_rows(images, rows, partial(function, ops=ops[rows], values=values[rows]))
     return images
 
 
@@ -77,11 +78,9 @@ def to_device(array: NDArray, device: torch.device) -> Tensor:
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
-def _factors(values: Floats, device: torch.device) -> tuple[Tensor, Tensor]:
-    """f and 1 - f in float32, both of shape (B, 1, 1, 1)."""
-    return tuple(
-        to_device(x.astype(np.float32), device).view(-1, 1, 1, 1) for x in (values, 1 - values)
-    )
+def _column(values: Floats, device: torch.device) -> Tensor:
+    """Values as float32 of shape (B, 1, 1, 1)."""
+    return to_device(values.astype(np.float32), device).view(-1, 1, 1, 1)
 
 
 def _to_uint8(x: Tensor) -> Tensor:
@@ -203,14 +202,14 @@ def _pointwise(images: Tensor, ops: Ops, values: Floats) -> Tensor:
         chosen = images if len(rows) == B else images.index_select(0, index)
         table = _to_uint8(_TABLES[Op(op)](chosen, levels, strength))
         tables.index_copy_(0, index, table.expand(len(rows), C, 256))
-    return tables.gather(2, images.view(B, C, -1).long()).view(B, C, S, S)
+    return tables.gather(2, images.flatten(2).long()).view(B, C, S, S)
 
 
 # ---- What looks at several channels or pixels.
 
 
 def _saturation(images: Tensor, ops: Ops, values: Floats) -> Tensor:
-    factor, rest = _factors(values, images.device)
+    factor, rest = (_column(x, images.device) for x in (values, 1 - values))
     return _to_uint8(images * factor + _gray(images).floor_()[:, None] * rest)
 
 
@@ -222,7 +221,7 @@ def _sharpness(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     B, C, S, _ = images.shape
     if S <= 2:
         return images
-    _, rest = _factors(values, images.device)
+    rest = _column(1 - values, images.device)
     sharp = images.float()
     kernel = torch.ones(1, 1, 3, 3, device=images.device)
     kernel[0, 0, 1, 1] = 5
@@ -234,7 +233,7 @@ def _sharpness(images: Tensor, ops: Ops, values: Floats) -> Tensor:
 
 
 def _hue(images: Tensor, ops: Ops, values: Floats) -> Tensor:
-    turn, _ = _factors(values, images.device)
+    turn = _column(values, images.device)
     rgb = images.float().mul_(1 / 255)
     r, g, b = rgb.unbind(1)
     low, value = rgb.aminmax(dim=1)

@@ -274,7 +274,7 @@ class Trainer:
         kind = max(scores, key=lambda k: scores[k].top1)
         top1 = scores[kind].top1
         scores[kind].write_tables(self.run.path)
-        states: dict[weights.Which, dict[str, Tensor]] = {"model": self.model.state_dict()}
+        states: dict[str, dict[str, Tensor]] = {"model": self.model.state_dict()}
         if self.ema is not None:
             states["ema"] = self.ema.average
         description = weights.describe(

@@ -7,9 +7,8 @@ import io
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -79,7 +78,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def _as_csv(rows: list[Mapping[str, float]] | list[dict[str, str]]) -> str:
+def _as_csv(rows: Sequence[Mapping[str, object]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS + CLOCK, lineterminator="\n")
     writer.writerows(rows)
@@ -100,15 +99,15 @@ class Console:
 
     INTERVAL = 5.0  # seconds between plain lines
 
-    def __init__(self, path: Path, total: int, step: int, stream: IO[str] = sys.stdout) -> None:
+    def __init__(self, path: Path, total: int, step: int) -> None:
         self.file = path.open("a", encoding="utf-8")
-        self.stream = stream
+        self.stream = sys.stdout
         self.total = total
         self.bar = None
-        if stream.isatty():
+        if self.stream.isatty():
             layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
             self.bar = tqdm(
-                total=total, initial=step, bar_format=layout, file=stream, dynamic_ncols=True
+                total=total, initial=step, bar_format=layout, file=self.stream, dynamic_ncols=True
             )
         self.last = time.monotonic()
 

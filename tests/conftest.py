@@ -1,0 +1,21 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)  # forked children could otherwise wait for threads they did not inherit
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Two classes of small JPEGs: 40 to train on, 12 to validate."""
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 6)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                low = draw.integers(0, 120, (5, 6, 3)) + 120 * label
+                picture = Image.fromarray(low.astype(np.uint8)).resize((24, 20))
+                picture.save(root / split / name / f"{i:02d}.jpg", quality=90)
+    return root

@@ -1,0 +1,151 @@
+"""Crops: boxes against torchvision's distribution, resampling against F.interpolate."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import CenterCrop, RandomResizedCrop
+
+from vitral.config import AugmentConfig
+from vitral.data.crops import crop_resize, eval_boxes, random_boxes, resample
+
+SIZES = np.array([[300, 400], [401, 333], [33, 47], [64, 64], [500, 40]])
+
+
+def picture(*shape, seed=0):
+    """Smooth random colours with some noise, uint8, shape (..., 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    *batch, height, width = shape
+    coarse = torch.rand(int(np.prod(batch)), 3, 6, 6, generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
+    noise = 0.05 * torch.randn(smooth.shape, generator=generator)
+    return ((smooth + noise).clamp(0, 1) * 255).to(torch.uint8).view(*batch, 3, height, width)
+
+
+def draw(config, sizes, count, seed=3, epochs=1, indices=None):
+    indices = np.arange(count) if indices is None else indices
+    sizes = np.broadcast_to(sizes, (len(indices), 2))
+    return random_boxes(config, 0.875, 224, sizes, seed, epochs, indices)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.875])
+def test_eval_box_is_the_central_square(share):
+    for (height, width), box in zip(SIZES, eval_boxes(SIZES, share), strict=True):
+        side = round(share * min(height, width))
+        image = torch.arange(height * width).view(1, height, width)
+        top, left, h, w = box
+        assert (h, w) == (side, side)
+        assert torch.equal(image[:, top : top + h, left : left + w], CenterCrop(side)(image))
+
+
+def test_no_crop_is_the_eval_box():
+    boxes = random_boxes(AugmentConfig(crop="none"), 0.9, 8, SIZES, 0, 0, np.arange(5))
+    assert (boxes == eval_boxes(SIZES, 0.9)).all()
+
+
+def test_padded_crop_shifts_evenly_by_up_to_the_padding():
+    config = AugmentConfig(crop="padded", crop_padding=4)
+    boxes = random_boxes(config, 1.0, 32, np.full((9000, 2), 32), 0, 0, np.arange(9000))
+    assert (boxes[:, 2:] == 32).all()
+    for axis in (0, 1):
+        shifts, counts = np.unique(boxes[:, axis], return_counts=True)
+        assert shifts.tolist() == list(range(-4, 5))
+        assert abs(counts - 1000).max() < 150  # five standard deviations
+    larger = random_boxes(config, 1.0, 32, np.full((9000, 2), 96), 0, 0, np.arange(9000))
+    assert (larger[:, :2] == 3 * boxes[:, :2]).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "ratio"),
+    [
+        ((300, 400), (0.08, 1.0), (3 / 4, 4 / 3)),
+        ((300, 400), (0.9, 1.0), (3 / 4, 4 / 3)),  # ten tries often fail
+        ((500, 40), (0.5, 1.0), (3 / 4, 4 / 3)),  # always falls back, too tall
+        ((40, 500), (0.5, 1.0), (3 / 4, 4 / 3)),  # too wide
+        ((8, 8), (0.2, 0.5), (1.0, 1.5)),
+    ],
+)
+def test_resized_crop_has_torchvisions_distribution(size, scale, ratio):
+    torch.manual_seed(0)
+    count = 3000
+    image = torch.empty(3, *size)
+    theirs = np.array(
+        [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)]
+    )
+    ours = draw(AugmentConfig(crop_scale=scale, crop_ratio=ratio), size, count)
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    assert len(np.unique(ours, axis=0)) > 1 or len(np.unique(theirs, axis=0)) == 1
+    features = {
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "ratio": lambda b: b[:, 3] / b[:, 2],
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+    }
+    for name, feature in features.items():
+        a, b = np.sort(feature(ours)), np.sort(feature(theirs))
+        at = np.union1d(a, b)
+        distance = abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max()
+        # Two-sample Kolmogorov-Smirnov at a level of one in ten thousand.
+        assert distance / count < 2.23 * np.sqrt(2 / count), name
+
+
+def test_boxes_do_not_depend_on_the_batch():
+    for config in (AugmentConfig(), AugmentConfig(crop="padded")):
+        whole = random_boxes(config, 0.9, 32, np.tile(SIZES, (4, 1)), 1, 2, np.arange(20))
+        for chosen in ([7], [19, 3, 7, 0]):
+            sizes, epochs = SIZES[np.array(chosen) % 5], np.full(len(chosen), 2)
+            part = random_boxes(config, 0.9, 32, sizes, 1, epochs, np.array(chosen))
+            assert (part == whole[chosen]).all()
+        other = random_boxes(config, 0.9, 32, np.tile(SIZES, (4, 1)), 1, 3, np.arange(20))
+        assert (other != whole).any(axis=1).mean() > 0.8
+
+
+INSIDE = np.array([[0, 0, 90, 70], [13, 5, 60, 31], [40, 30, 24, 24], [7, 9, 10, 50], [3, 3, 1, 2]])
+OUTSIDE = np.array([[-6, -9, 50, 50], [60, 50, 40, 40], [-5, 10, 100, 20], [-40, 0, 24, 24]])
+
+
+def reference(image, box, size, interpolation):
+    """The crop, padded with black, through F.interpolate."""
+    padded = F.pad(image, (100, 100, 100, 100))
+    top, left, height, width = box
+    crop = padded[:, top + 100 : top + height + 100, left + 100 : left + width + 100]
+    return F.interpolate(crop[None], (size, size), mode=interpolation, antialias=True)[0]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [24, 57])
+@pytest.mark.parametrize("boxes", [INSIDE, OUTSIDE], ids=["inside", "outside"])
+def test_both_resizers_equal_interpolate(boxes, size, interpolation):
+    images = picture(len(boxes), 90, 70)
+    images[0, :, 20:40] = 255  # hard edges, where the cubic filter overshoots
+    images[0, :, 25:30] = 0
+    batched = resample(images, boxes, size, interpolation)
+    assert batched.dtype == torch.uint8
+    assert batched.is_contiguous()
+    for image, box, ours in zip(images, boxes, batched, strict=True):
+        expected = reference(image, box, size, interpolation)
+        assert (ours.int() - expected.int()).abs().max() <= 1
+        for strides in (torch.contiguous_format, torch.channels_last):
+            single = crop_resize(
+                image[None].contiguous(memory_format=strides)[0], box, size, interpolation
+            )
+            assert single.is_contiguous()
+            assert (single.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_crop_of_the_target_size_is_not_resampled(interpolation):
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    for box in ([4, 7, 24, 24], [-3, -5, 24, 24], [30, 40, 24, 24]):
+        top, left = box[:2]
+        padded = F.pad(image, (30, 30, 30, 30))
+        expected = padded[:, top + 30 : top + 54, left + 30 : left + 54]
+        assert torch.equal(crop_resize(image, np.array(box), 24, interpolation), expected)
+        assert torch.equal(resample(image[None], np.array([box]), 24, interpolation)[0], expected)
+
+
+def test_a_constant_image_stays_constant():
+    images = torch.full((3, 3, 90, 70), 255, dtype=torch.uint8)
+    for interpolation in ("bilinear", "bicubic"):
+        assert (resample(images, INSIDE[:3], 32, interpolation) == 255).all()

@@ -1,0 +1,199 @@
+"""A run that is killed and started again ends as the run that was not."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+from vitral import recipes
+from vitral.training import Interrupted, train
+from vitral.training.metrics import CLOCK, read_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+SETTINGS = {
+    "model.dim": 16,
+    "model.depth": 2,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 2,
+    "model.patch_size": 4,
+    "model.image_size": 16,
+    "model.dropout": 0.1,
+    "model.stochastic_depth": 0.3,
+    "augment.policy": "trivialaugment",
+    "augment.erasing": 0.5,
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
+    "optim.warmup_epochs": 1,
+    "train.epochs": 4,
+    "train.batch_size": 12,
+    "train.micro_batch": 8,
+    "train.ema_decay": 0.95,
+    "train.log_every": 1,
+    "train.checkpoint_steps": 3,
+    "train.threads": 1,
+}
+STEPS = 14  # 4 * 40 images in batches of 12
+
+
+def make_config(data, out, **changes):
+    settings = {**SETTINGS, "data.path": data, "train.out": out}
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return recipes.load("digits", words)
+
+
+def start(config):
+    """Trains in a forked process, as torch takes seconds to import; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")
+        train(config)
+        code = 0
+    except Interrupted as interrupted:
+        code = interrupted.exit_code
+    except BaseException:
+        (Path(config.train.out) / "failure.txt").write_text(traceback.format_exc())
+    finally:
+        os._exit(code)
+
+
+def finish(config):
+    _, status = os.waitpid(start(config), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def signal_at(config, step, number):
+    """Trains until the log has reached `step`, sends a signal, and returns the exit code."""
+    child = start(config)
+    log = Path(config.train.out) / "metrics.jsonl"
+    while not any(row["step"] >= step for row in read_rows(log)):
+        time.sleep(0.001)
+        done, status = os.waitpid(child, os.WNOHANG)
+        assert not done, f"ended before step {step}: {status}"
+    os.kill(child, number)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def digests(out):
+    """What has to be equal: every tensor and table, and the log without its clock columns."""
+    out = Path(out)
+    newest = max((out / "checkpoints").iterdir())
+    files = [*newest.glob("*.safetensors"), *(out / "weights").glob("*/*.safetensors")]
+    files += [out / "per_class.csv", out / "confused_pairs.csv"]
+    found = {
+        str(file.relative_to(out)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files
+    }
+    assert len(found) == 9, sorted(found)
+    rows = read_rows(out / "metrics.jsonl")
+    found["log"] = json.dumps([{k: v for k, v in r.items() if k not in CLOCK} for r in rows])
+    lines = (out / "metrics.csv").read_text().splitlines()
+    found["csv"] = "\n".join(line.rsplit(",", len(CLOCK))[0] for line in lines)
+    state = json.loads((newest / "state.json").read_text())
+    found["state"] = {k: state[k] for k in ("step", "best", "evaluated", "counters", "metrics")}
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(image_folder, tmp_path_factory):
+    """The digests of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert finish(make_config(image_folder, out, data__workers=0)) == 0
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    return digests(out)
+
+
+@pytest.mark.parametrize("workers", [(0, 1, 0), (1, 3, 0), (3, 0, 1)])
+def test_killed_at_random_steps(image_folder, tmp_path, whole, workers):
+    at = sorted(random.sample(range(1, STEPS - 1), 2))
+    print("killed at", at)
+    for step, count in zip(at, workers, strict=False):
+        config = make_config(image_folder, tmp_path / "run", data__workers=count)
+        assert signal_at(config, step, signal.SIGKILL) == -signal.SIGKILL
+    assert finish(make_config(image_folder, tmp_path / "run", data__workers=workers[-1])) == 0
+    assert digests(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_path, whole, number):
+    config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
+    assert signal_at(config, 5, number) == 128 + number
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert int(newest.name.removeprefix("step_")) >= 5
+    assert steps[-1] <= int(newest.name.removeprefix("step_"))
+    assert finish(config) == 0
+    assert digests(tmp_path / "run") == whole
+
+
+def damages(file):
+    data = file.read_bytes()
+
+    def flip():
+        middle = len(data) // 2
+        file.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+
+    return {
+        "truncated": lambda: file.write_bytes(data[: len(data) // 2]),
+        "flipped": flip,
+        "deleted": file.unlink,
+    }
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    ],
+)
+def test_damaged_checkpoint_is_passed_over(half_done, tmp_path, name, damage):
+    from vitral.training import checkpoint
+
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(half_done / "checkpoints", folder)
+    newest, before = sorted(folder.iterdir(), reverse=True)[:2]
+    damages(newest / name)[damage]()
+    warnings = []
+    found = checkpoint.latest(folder, warnings.append)
+    assert found is not None
+    assert found.step == int(before.name.removeprefix("step_"))
+    (warning,) = warnings
+    assert newest.name in warning
+    if damage != "flipped" or name != "manifest.json":
+        assert name in warning
+
+
+@pytest.fixture(scope="module")
+def half_done(image_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("half") / "run"
+    assert signal_at(make_config(image_folder, out), 10, signal.SIGKILL) == -signal.SIGKILL
+    return out
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    image_folder, half_done, tmp_path, whole
+):
+    shutil.copytree(half_done, tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    damages(newest / "model.safetensors")["flipped"]()
+    assert finish(make_config(image_folder, tmp_path / "run")) == 0
+    assert digests(tmp_path / "run") == whole
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "passed over" in log
+    assert str(newest) in log
