@@ -57,10 +57,11 @@ def train(recipe: str | Config = "digits", *arguments: str) -> Path:
     begun = (run.path / "checkpoints").is_dir()
     model = build_model(config, len(dataset.classes), init=not begun)
     with run:
-        run.open(config)
+        run.open()
         warnings: list[str] = []
         checkpoint = checkpoints.latest(run.path / "checkpoints", warnings.append)
         trainer = Trainer(config, dataset, model, device, run, checkpoint)
+        run.write_config(config)
         try:
             for text in (*dataset.notes, *changes, *warnings):
                 trainer.console.message(text)

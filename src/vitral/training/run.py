@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import IO
 
 import torch
 
@@ -53,6 +54,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock: IO[str] | None = None
 
     def refuse_other_settings(self, config: Config) -> list[str]:
         """Compares with the settings of the run that is there, if one is.
@@ -76,8 +78,8 @@ class RunFolder:
                 )
         return [f"{name}: {was[name]} becomes {now[name]}" for name in changed]
 
-    def open(self, config: Config) -> None:
-        """Makes the folder, takes its lock and writes config.yaml.
+    def open(self) -> None:
+        """Makes the folder and takes its lock.
 
         Raises:
             UserError: if it cannot be written, or another process is training in it.
@@ -95,6 +97,9 @@ class RunFolder:
             raise UserError(
                 f"out: cannot write {self.path}: {error.strerror}; give another --out"
             ) from None
+
+    def write_config(self, config: Config) -> None:
+        """Writes config.yaml, a recipe that repeats the run."""
         beside = self.path / ".config.yaml.new"
         beside.write_text(recipes.dump(config), encoding="utf-8")
         beside.replace(self.path / "config.yaml")
@@ -117,7 +122,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Lets the lock go."""
-        self.lock.close()
+        if self.lock is not None:
+            self.lock.close()
 
     def _free_name(self) -> Path:
         number = 2

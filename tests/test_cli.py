@@ -1,0 +1,337 @@
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitral import storage
+from vitral.cli import main
+from vitral.training.metrics import read_rows
+
+TINY = "--model.dim 16 --model.depth 1 --model.patch-size 4 --train.threads 1".split()
+SHORT = "--train.epochs 2 --optim.warmup-epochs 0 --train.log-every 5".split()
+
+
+def folder_settings(folder, out, *more):
+    words = ["train", "digits", "--data", str(folder), "--out", str(out), *TINY, *SHORT]
+    return [*words, "--model.image-size", "16", "--train.batch-size", "8", *more]
+
+
+@pytest.fixture(scope="module")
+def run(image_folder, tmp_path_factory):
+    """A finished run on the small image folder."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(folder_settings(image_folder, out)) == 0
+    return out
+
+
+@pytest.fixture
+def mistake(capsys, tmp_path):
+    """Runs a command that must fail: one line on stderr, exit code 2, nothing left behind."""
+
+    def expect(words, *fragments, out=tmp_path / "out"):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        text = capsys.readouterr().err
+        assert re.fullmatch(r"vitral: .+\n", text), text
+        for fragment in fragments:
+            assert fragment in text, text
+        assert not out.exists()
+        return text
+
+    return expect
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        ("train digit", ["'digit'", "did you mean digits"]),
+        ("trian", ["trian", "did you mean train"]),
+        ("train digits --model.dimm 3", ["--model.dimm", "did you mean --model.dim"]),
+        ("train digits --train.epochs many", ["--train.epochs", "many"]),
+        ("train digits --model.num-heads 6", ["head size"]),
+        ("train digits --model.num-kv-heads 3", ["num_heads", "multiple of num_kv_heads 3"]),
+        ("train digits --model.dim 40", ["head size", "multiple of four"]),
+        ("train digits --model.image-size 9", ["image_size", "nearest is 8"]),
+        ("train digits --train.batch-size 7", ["batch_size", "even"]),
+        ("train digits --data /no/such/folder", ["/no/such/folder"]),
+        ("train digits --data cifra10", ["did you mean cifar10"]),
+        ("train digits --init /no/weights", ["/no/weights"]),
+        ("train nothing.yaml", ["nothing.yaml", "No such file"]),
+        ("train digits --train.device cuda", ["GPU"]),
+        ("val", ["WEIGHTS"]),
+        ("val /no/weights", ["/no/weights", "no such folder"]),
+        ("val /no/weights --wich ema", ["--wich", "did you mean --which"]),
+        ("recipes digit", ["did you mean digits"]),
+        ("data chekc .", ["did you mean check"]),
+        ("bench data digits", ["digits needs no decoding"]),
+    ],
+)
+def test_mistakes_are_one_line(words, fragments, mistake, tmp_path):
+    if words == "train digits --train.device cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    words = words.split()
+    if words[0] == "train":
+        words += ["--out", tmp_path / "out"]
+    mistake(words, *fragments)
+
+
+def test_mistakes_in_yaml(mistake, tmp_path):
+    for content, fragment in {
+        "model:\n  patch: 4\n": "did you mean --model.patch-size",
+        "modle:\n  dim: 4\n": "modle.dim",
+        "train:\n  epochs: ten\n": "ten",
+        "model: [": "not valid YAML",
+        "- model\n": "expected sections",
+    }.items():
+        (tmp_path / "mine.yaml").write_text(content)
+        mistake(["train", tmp_path / "mine.yaml"], "mine.yaml", fragment)
+
+
+def test_mistakes_in_folders(image_folder, mistake, tmp_path):
+    def broken(change):
+        folder = tmp_path / "images"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(image_folder, folder)
+        change(folder)
+        return folder_settings(folder, tmp_path / "out")
+
+    def flatten(folder):
+        for path in list((folder / "val").glob("*/*")):
+            path.rename(folder / "val" / f"{path.parent.name}_{path.name}")
+        for path in (folder / "val").iterdir():
+            if path.is_dir():
+                path.rmdir()
+
+    def empty(folder):
+        (folder / "train" / "grey").mkdir()
+        (folder / "val" / "grey").mkdir()
+
+    mistake(broken(lambda f: (f / "val" / "dark").rename(f / "val" / "dusk")), "dark", "dusk")
+    mistake(broken(flatten), "val", "class")
+    mistake(broken(empty), "grey")
+    mistake(broken(lambda f: shutil.rmtree(f / "train" / "light")), "train")
+    mistake(broken(lambda f: [p.unlink() for p in f.glob("*/*/*")]), "images")
+
+
+def test_folder_that_cannot_be_written(image_folder, mistake, tmp_path):
+    (tmp_path / "file").write_text("")
+    mistake(folder_settings(image_folder, tmp_path / "file" / "run"), "cannot write")
+
+
+def test_two_runs_in_one_folder(image_folder, run, mistake, tmp_path):
+    child = os.fork()
+    if not child:
+        lock = (run / ".lock").open("w")
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        (tmp_path / "locked").write_text("")
+        signal.pause()
+    while not (tmp_path / "locked").exists():
+        time.sleep(0.001)
+    try:
+        mistake(folder_settings(image_folder, run), "another run is live", str(run))
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def test_other_settings_are_refused_by_name(image_folder, run, mistake):
+    words = folder_settings(image_folder, run, "--optim.lr", "0.5")
+    mistake(words, "optim.lr", "0.003", "0.5", f"--out {run}-2")
+
+
+def test_settings_without_mathematics_may_change(image_folder, run, capsys):
+    assert main(folder_settings(image_folder, run, "--data.workers", "1")) == 0
+    out = capsys.readouterr().out
+    assert "data.workers: None becomes 1" in out
+    assert "this run is finished" in out
+
+
+def test_other_data_is_refused(image_folder, run, mistake, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    (folder / "train" / "dark" / "00.jpg").unlink()
+    mistake(folder_settings(folder, run), "not the set")
+
+
+def test_run_folder_tells_its_story(run):
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert found >= {
+        "config.yaml",
+        "env.json",
+        "train.log",
+        "metrics.csv",
+        "metrics.jsonl",
+        "curves.png",
+        "lr.png",
+        "train_batch.jpg",
+        "per_class.csv",
+        "confused_pairs.csv",
+        "weights/best/model.safetensors",
+        "weights/last/config.json",
+        "checkpoints/step_0000010/manifest.json",
+    }
+    assert any(name.startswith("tensorboard/events") for name in found)
+    assert not any(name.endswith((".pkl", ".pt", ".pth", ".metadata")) for name in found)
+    for name in ("curves.png", "lr.png", "train_batch.jpg"):
+        with Image.open(run / name) as picture:
+            assert picture.size[0] > 200
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [5, 10]
+
+
+def test_config_repeats_the_run(run, tmp_path):
+    assert main(["train", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    name = "weights/last/model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_val_agrees_with_training(run, capsys, tmp_path):
+    last = read_rows(run / "metrics.jsonl")[-1]
+    words = ["val", str(run / "weights" / "last"), "--which", "model", "--batch-size", "5"]
+    assert main([*words, "--out", str(tmp_path / "tables")]) == 0
+    out = capsys.readouterr().out
+    assert f"top-1 {last['val_top1']:.2%}" in out
+    assert f"loss {last['val_loss']:.4f}" in out
+    assert (tmp_path / "tables" / "per_class.csv").read_text().startswith("class,images,top1,top5")
+
+
+def test_val_refuses_other_classes(image_folder, run, mistake, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    for split in ("train", "val"):
+        (folder / split / "light").rename(folder / split / "lit")
+    mistake(["val", run, "--data", folder], "class 1 is 'lit', not 'light'")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+def test_corrupt_weights_are_refused(run, mistake, tmp_path, name):
+    shutil.copytree(run / "weights" / "last", tmp_path / "weights")
+    file = tmp_path / "weights" / name
+    data = file.read_bytes()
+    file.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    mistake(["val", tmp_path / "weights"], "weights")
+
+
+def test_init_takes_weights_with_other_classes(image_folder, run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "light", folder / split / "white")
+    out = tmp_path / "tuned"
+    more = ["--init", str(run), "--model.image-size", "20", "--optim.layer-decay", "0.7"]
+    assert main(folder_settings(folder, out, *more)) == 0
+    assert storage.read_tensors(out / "weights" / "last", "model")["head.weight"].shape == (3, 16)
+
+
+def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):
+    words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
+    mistake([*words, "--model.dim", "32"], "another shape")
+
+
+def many_images(root, count):
+    for split, many in (("train", count), ("val", 4)):
+        for label in range(2):
+            (root / split / f"class{label}").mkdir(parents=True)
+            picture = Image.fromarray(np.full((4, 4, 3), 200 * label, np.uint8))
+            for i in range(many // 2):
+                picture.save(root / split / f"class{label}" / f"{i:04d}.png")
+    return root
+
+
+def test_broken_image_is_replaced_and_counted(tmp_path, capsys):
+    folder = many_images(tmp_path / "images", 1100)
+    bad = folder / "train" / "class0" / "0007.png"
+    bad.write_bytes(bad.read_bytes()[:40])
+    words = folder_settings(folder, tmp_path / "out", "--train.epochs", "1")
+    assert main([*words, "--model.image-size", "4", "--train.batch-size", "110"]) == 0
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert log.count("broken image") == 1
+    assert str(bad) in log
+    assert read_rows(tmp_path / "out" / "metrics.jsonl")[-1]["broken"] == 1
+
+
+def test_too_many_broken_images_stop_the_run(image_folder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    bad = folder / "train" / "dark" / "03.jpg"
+    bad.write_bytes(b"no image")
+    assert main(folder_settings(folder, tmp_path / "out")) == 2
+    assert str(bad) in capsys.readouterr().err
+
+
+def test_broken_validation_image_stops_at_once(image_folder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder, folder)
+    bad = folder / "val" / "dark" / "03.jpg"
+    bad.write_bytes(b"no image")
+    assert main(folder_settings(folder, tmp_path / "out")) == 2
+    assert str(bad) in capsys.readouterr().err
+
+
+def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, capsys):
+    more = "--optim.lr 1e30 --optim.clip-norm 0 --train.epochs 8 --train.checkpoint-steps 1"
+    assert main(folder_settings(image_folder, tmp_path / "out", *more.split())) == 2
+    assert "10 updates in a row were not finite" in capsys.readouterr().err
+    newest = max((tmp_path / "out" / "checkpoints").iterdir())
+    storage.verify(newest)
+    model = storage.read_tensors(newest, "model")
+    assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+def test_dry_run_only_plans(image_folder, tmp_path, capsys):
+    assert main([*folder_settings(image_folder, tmp_path / "out"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for word in ("parameters", "FLOPs", "steps       10 of 8", "time", "patch_size: 4"):
+        assert word in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_preview_and_check(image_folder, tmp_path, capsys):
+    picture = tmp_path / "preview.png"
+    assert main(["data", "preview", str(image_folder), "digits", "--out", str(picture)]) == 0
+    with Image.open(picture) as drawn:
+        assert drawn.size[0] > 500
+    assert main(["data", "check", str(image_folder), "--workers", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "dark" in out
+    assert "40" in out
+
+
+def test_doctor_and_recipes(capsys):
+    assert main(["doctor"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert main(["recipes"]) == 0
+    assert "imagenet-l16-400ep" in capsys.readouterr().out
+    assert main(["recipes", "digits"]) == 0
+    assert capsys.readouterr().out.startswith("# ")
+
+
+def test_benchmarks_run(image_folder, capsys):
+    assert main(["bench", "model", "digits", *TINY, "--train.batch-size", "4"]) == 0
+    words = ["bench", "data", "digits", "--data", str(image_folder), "--model.image-size", "16"]
+    assert main(words) == 0
+    assert "times torchvision" in capsys.readouterr().out
+
+
+HELP = """
+import atexit, os, sys
+from vitral.cli import main
+atexit.register(lambda: os._exit(40 + len({"torch", "numpy", "matplotlib"} & set(sys.modules))))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("words", ["--help", "train --help", "val --help", "recipes --help"])
+def test_help_needs_no_torch(words):
+    command = [sys.executable, "-u", "-c", HELP, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 40, done.stderr
+    assert "vitral" in done.stdout
