@@ -1,0 +1,104 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as reference
+
+from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
+from vitral.data.decode import decode
+from vitral.data.loader import STILL, eval_batches, train_batches
+from vitral.data.sources import open_dataset
+
+EVERYTHING = AugmentConfig(
+    policy="trivialaugment", brightness=0.4, erasing=0.5, mixup=0.8, cutmix=1.0, rotation=5.0
+)
+CPU = torch.device("cpu")
+
+
+def make_config(path, augment=EVERYTHING, batch_size=24, **train):
+    return Config(
+        model=ViTConfig(image_size=16, patch_size=4),
+        data=DataConfig(path=str(path)),
+        augment=augment,
+        train=TrainConfig(batch_size=batch_size, label_smoothing=0.1, **train),
+    )
+
+
+def batches(config, *, steps=range(4), micro_batch=24, workers=0):
+    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    found = train_batches(
+        dataset.train,
+        config,
+        len(dataset.classes),
+        steps=steps,
+        total_steps=8,
+        micro_batch=micro_batch,
+        workers=workers,
+        device=CPU,
+    )
+    return list(found)
+
+
+@pytest.mark.parametrize("path", ["folder", "digits"])
+@pytest.mark.parametrize(("micro_batch", "workers"), [(10, 0), (8, 2), (2, 1)])
+def test_cut_and_workers_change_nothing(image_folder, path, micro_batch, workers):
+    config = make_config(image_folder if path == "folder" else path)
+    whole, cut = batches(config), batches(config, micro_batch=micro_batch, workers=workers)
+    assert len(whole) == 4
+    assert [b.step for b in cut] == sorted(b.step for b in cut)
+    for name in ("images", "targets"):
+        parts = [torch.cat([getattr(b, name) for b in found]) for found in (whole, cut)]
+        assert torch.equal(*parts)
+
+
+def test_any_step_can_be_the_first(image_folder):
+    config = make_config(image_folder)
+    for a, b in zip(batches(config)[2:], batches(config, steps=range(2, 4)), strict=True):
+        assert a.step == b.step
+        assert torch.equal(a.images, b.images)
+
+
+def test_epochs_differ_and_seeds_differ(image_folder):
+    config = make_config(image_folder, batch_size=40)
+    first, second = batches(config, steps=range(2), micro_batch=40)
+    other = batches(make_config(image_folder, batch_size=40, seed=1), steps=range(1), micro_batch=40)
+    assert not torch.equal(first.images, second.images)
+    assert not torch.equal(first.images, other[0].images)
+
+
+def test_targets_are_smoothed_labels_that_sum_to_one(image_folder):
+    plain = make_config(image_folder, STILL, batch_size=40)
+    (batch,) = batches(plain, steps=range(1), micro_batch=40)
+    assert torch.equal(batch.targets.unique(), torch.tensor([0.05, 0.95]))
+    assert batch.targets.sum(0).tolist() == pytest.approx([20, 20])
+    mixed = batches(make_config(image_folder))
+    assert all(torch.allclose(b.targets.sum(1), torch.ones(24)) for b in mixed)
+
+
+def test_mixing_stops_when_it_shall(image_folder):
+    config = make_config(image_folder, dataclasses.replace(EVERYTHING, mix_until=0.5))
+    pure = [len(b.targets.unique()) == 2 for b in batches(config, steps=range(8))]
+    assert pure[4:] == [True] * 4
+    assert not all(pure[:4])
+
+
+@pytest.mark.parametrize("path", ["folder", "digits"])
+def test_evaluation_sees_every_image_once_in_order(image_folder, path):
+    config = make_config(image_folder if path == "folder" else path)
+    val = open_dataset(config.data, 16, 0).val
+    found = list(eval_batches(val, config, 5, 1, CPU))
+    assert {b.images.shape for b in found} == {(5, 3, 16, 16)}
+    labels = np.concatenate([b.targets.numpy() for b in found])
+    assert labels.tolist() == val.labels.tolist()
+
+
+def test_evaluation_is_a_central_crop_resized_and_normalised(image_folder):
+    config = make_config(image_folder)
+    val = open_dataset(config.data, 16, 0).val
+    (batch,) = eval_batches(val, config, len(val), 0, CPU)
+    image = decode(val.read(3))  # 20 rows of 24 pixels: the central 18 by 18
+    crop = reference.resize(image[:, 1:19, 3:21], [16, 16], antialias=True)
+    mean, std = list(config.data.mean), list(config.data.std)
+    wanted = reference.normalize(reference.to_dtype(crop, scale=True), mean, std)
+    assert (batch.images[3] - wanted).abs().max() < 1.01 / 255 / min(std)

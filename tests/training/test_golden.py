@@ -1,0 +1,34 @@
+"""The loss curve of a tiny run: a change of the mathematics, meant or not, shows here.
+
+After a change that is meant, print `curve` and put it in the place of GOLDEN, with a word of why in
+the commit.
+"""
+
+import pytest
+
+from vitral import train
+from vitral.training.metrics import read_rows
+
+SETTINGS = """
+--model.dim 32 --model.depth 2 --model.num-heads 4 --model.num-kv-heads 2 --model.num-registers 1
+--model.qk-norm --model.layer-scale 0.1 --model.dropout 0.1 --model.stochastic-depth 0.1
+--augment.crop padded --augment.crop-padding 1 --augment.policy autoaugment-cifar10
+--augment.erasing 0.1 --augment.mixup 0.8 --augment.cutmix 1 --augment.mix-until 0.2
+--optim.warmup-epochs 0.5 --train.epochs 4 --train.batch-size 96 --train.micro-batch 32 --train.ema-decay 0.9
+--train.log-every 5 --train.label-smoothing 0 --train.threads 1
+"""
+GOLDEN = [
+    *(2.3036, 2.30336, 2.29311, 2.2907, 2.27262, 2.26775, 2.24776, 2.24684, 2.24235, 2.20743),
+    *(2.23007, 2.20249),  # the training loss; then the gradient norm, and the loss in validation
+    *(1.16414, 2.19753, 2.19685),
+]
+
+
+def test_loss_curve_of_a_tiny_run(tmp_path):
+    run = train("digits", *SETTINGS.split(), "--out", str(tmp_path / "run"))
+    rows = read_rows(run / "metrics.jsonl")
+    curve = [round(row["loss"], 5) for row in rows]
+    final = [round(rows[-1][name], 5) for name in ("grad_norm", "val_loss", "ema_loss")]
+    print(curve + final)
+    # Other processors add in another order.
+    assert curve + final == pytest.approx(GOLDEN, rel=3e-4)
