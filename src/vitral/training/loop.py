@@ -35,10 +35,6 @@ EVAL_BATCH = 256
 def train(recipe: str | Config = "digits", *arguments: str) -> Path:
     """Trains a model, or goes on with a run that is there, and returns the run folder.
 
-    >>> import vitral
-    >>> vitral.train("digits", "--train.epochs", "1", "--out", "runs/one")  # doctest: +SKIP
-    PosixPath('runs/one')
-
     Args:
         recipe: the name of a recipe, a YAML file, or settings with `train.out` given.
         arguments: changes to a recipe, as on the command line.
