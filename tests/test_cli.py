@@ -1,4 +1,5 @@
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -292,6 +293,14 @@ def test_dry_run_only_plans(image_folder, tmp_path, capsys):
     for word in ("parameters", "FLOPs", "steps       10 of 8", "time", "patch_size: 4"):
         assert word in out
     assert not (tmp_path / "out").exists()
+
+
+def test_profile_writes_a_trace(image_folder, tmp_path):
+    more = ["--train.profile", "--train.epochs", "4"]
+    assert main(folder_settings(image_folder, tmp_path / "out", *more)) == 0
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert "aten::scaled_dot_product_attention" in names
 
 
 def test_preview_and_check(image_folder, tmp_path, capsys):

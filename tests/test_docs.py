@@ -60,7 +60,9 @@ def test_readme_names_the_sizes_that_models_have():
         config = vitral.ViTConfig(size=size)
         with torch.device("meta"):
             millions = vitral.ViT(config, 1000).num_parameters / 1e6
-        row = f"| {size} | {shape.dim} | {shape.depth} | {shape.num_heads} | {shape.num_kv_heads} | "
+        row = (
+            f"| {size} | {shape.dim} | {shape.depth} | {shape.num_heads} | {shape.num_kv_heads} | "
+        )
         assert f"{row}{millions:.1f} M | {count_flops(config, 1000) / 1e9:.1f} |" in text
 
 

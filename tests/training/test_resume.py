@@ -58,7 +58,7 @@ def start(config):
         return child
     code = 1
     try:
-        sys.stdout = sys.stderr = Path(os.devnull).open("w")
+        sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
         train(config)
         code = 0
     except Interrupted as interrupted:

@@ -164,7 +164,7 @@ def _check_names(arguments: Sequence[str], default: object, program: str) -> Non
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
-    """A hint at the word that may have been meant: a longer one, one in a section, or a like one."""
+    """A hint at the word that may be meant: a longer one, one in a section, or one like it."""
     longer = [other for other in words if word and other.startswith(word)]
     inside = [other for other in words if other.endswith(f".{word.lstrip('-')}")]
     near = [*longer, *inside, *difflib.get_close_matches(word, words, n=1, cutoff=0.4)]

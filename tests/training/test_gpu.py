@@ -1,0 +1,54 @@
+"""What only a GPU can show: pytest -m gpu"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from vitral import recipes, train
+from vitral.training.metrics import read_rows
+
+pytestmark = pytest.mark.gpu
+
+SETTINGS = """
+--data synthetic --model.dim 64 --model.depth 2 --model.num-heads 2 --model.num-kv-heads 1
+--model.patch-size 8 --model.image-size 64 --augment.policy trivialaugment --augment.mixup 0.8
+--optim.warmup-epochs 0.5 --train.epochs 2 --train.eval-every 1 --train.batch-size 256
+--train.log-every 1 --train.ema-decay 0.9 --train.device cuda
+"""
+
+
+def test_deterministic_run_resumes_exactly(tmp_path):
+    """Two halves, by a checkpoint in the middle, equal the whole."""
+    words = [*SETTINGS.split(), "--train.deterministic", "--train.checkpoint-steps", "7"]
+    whole = train("digits", *words, "--out", str(tmp_path / "whole"))
+    half = train("digits", *words, "--out", str(tmp_path / "half"))
+    for checkpoint in sorted((half / "checkpoints").iterdir())[1:]:
+        checkpoint.rename(tmp_path / checkpoint.name)
+    train("digits", *words, "--out", str(tmp_path / "half"))
+    for name in ("model", "ema"):
+        file = f"weights/last/{name}.safetensors"
+        assert (whole / file).read_bytes() == (half / file).read_bytes()
+
+
+def test_bf16_and_compile_follow_float32(tmp_path):
+    """The loss curves of the fast and the plain way lie close together."""
+    curves = []
+    for kind, compiled in (("bf16", "always"), ("fp32", "never")):
+        words = [*SETTINGS.split(), "--train.precision", kind, "--train.compile", compiled]
+        run = train("digits", *words, "--out", str(tmp_path / kind))
+        curves.append([row["loss"] for row in read_rows(run / "metrics.jsonl")])
+    assert curves[0] == pytest.approx(curves[1], abs=0.05)
+
+
+def test_micro_batch_is_cut_until_it_fits():
+    from vitral.training.resolve import build_model, resolve
+
+    config = recipes.load("imagenet-b16-300ep", ["--train.compile", "never"])
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=1 << 16)
+    )
+    model = build_model(config, 1000, init=False).cuda()
+    resolved = resolve(config, model, torch.device("cuda"))
+    assert 2 <= resolved.micro_batch < 1 << 16
+    assert resolved.micro_batch % 2 == 0
