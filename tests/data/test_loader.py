@@ -62,7 +62,9 @@ def test_any_step_can_be_the_first(image_folder):
 def test_epochs_differ_and_seeds_differ(image_folder):
     config = make_config(image_folder, batch_size=40)
     first, second = batches(config, steps=range(2), micro_batch=40)
-    other = batches(make_config(image_folder, batch_size=40, seed=1), steps=range(1), micro_batch=40)
+    other = batches(
+        make_config(image_folder, batch_size=40, seed=1), steps=range(1), micro_batch=40
+    )
     assert not torch.equal(first.images, second.images)
     assert not torch.equal(first.images, other[0].images)
 

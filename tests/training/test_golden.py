@@ -14,7 +14,8 @@ SETTINGS = """
 --model.qk-norm --model.layer-scale 0.1 --model.dropout 0.1 --model.stochastic-depth 0.1
 --augment.crop padded --augment.crop-padding 1 --augment.policy autoaugment-cifar10
 --augment.erasing 0.1 --augment.mixup 0.8 --augment.cutmix 1 --augment.mix-until 0.2
---optim.warmup-epochs 0.5 --train.epochs 4 --train.batch-size 96 --train.micro-batch 32 --train.ema-decay 0.9
+--optim.warmup-epochs 0.5 --train.epochs 4 --train.batch-size 96 --train.micro-batch 32
+--train.ema-decay 0.9
 --train.log-every 5 --train.label-smoothing 0 --train.threads 1
 """
 GOLDEN = [

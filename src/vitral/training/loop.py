@@ -90,6 +90,7 @@ class Trainer:
 
         self.step = 0
         self.evaluated = 0  # the step of the last validation
+        self.saved = (0, 0)  # step and last validation of the newest checkpoint
         self.best = {"step": -1.0, "top1": -1.0}
         self.metrics: dict[str, float] = {}
         self.broken: dict[int, str] = {}
@@ -149,6 +150,7 @@ class Trainer:
                 self._save_checkpoint()
                 self.console.message(f"stopped at step {self.step}; the same command goes on")
                 raise
+        self._save_checkpoint()
         self._draw()
         self.console.message(f"finished: {self._results()}; all of it is in {self.run.path}")
 
@@ -289,10 +291,12 @@ class Trainer:
         train = self.config.train
         every = train.checkpoint_steps
         late = time.monotonic() - self.last_checkpoint > 60 * train.checkpoint_minutes
-        if late or self.step == self.total or (every is not None and self.step % every == 0):
+        if late or (every is not None and self.step % every == 0):
             self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
+        if self.saved == (self.step, self.evaluated):
+            return
         self._stop_if_diverged(self.counters.read()["worst"])
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
         if self.ema is not None:
@@ -310,6 +314,7 @@ class Trainer:
         }
         folder = self.run.path / "checkpoints"
         checkpoints.save(folder, Checkpoint(self.step, tensors, state), int(self.best["step"]))
+        self.saved = (self.step, self.evaluated)
         self.last_checkpoint = time.monotonic()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -325,6 +330,7 @@ class Trainer:
             self.ema.load_state(checkpoint.tensors["ema"])
         self.step = checkpoint.step
         self.evaluated, self.best = state["evaluated"], state["best"]
+        self.saved = (self.step, self.evaluated)
         self.metrics, self.broken = state["metrics"], dict(state["broken"])
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
         self.resolved = Resolved(**state["resolved"])

@@ -72,8 +72,10 @@ def resolve(config: Config, model: ViT, device: torch.device) -> Resolved:
 def apply_settings(config: Config, resolved: Resolved) -> None:
     """Sets the process up: threads, TF32, and determinism on a GPU if it is asked for."""
     torch.set_num_threads(resolved.threads)
+    if resolved.device == "cpu":
+        return
     torch.set_float32_matmul_precision("high")
-    if config.train.deterministic and resolved.device == "cuda":
+    if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
