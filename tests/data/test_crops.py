@@ -98,7 +98,7 @@ def test_boxes_do_not_depend_on_the_batch():
             part = random_boxes(config, 0.9, 32, sizes, 1, epochs, np.array(chosen))
             assert (part == whole[chosen]).all()
         other = random_boxes(config, 0.9, 32, np.tile(SIZES, (4, 1)), 1, 3, np.arange(20))
-        assert (other != whole).any(axis=1).mean() > 0.8
+        assert (other != whole).any(axis=1).mean() > 0.7  # the tall image always falls back
 
 
 INSIDE = np.array([[0, 0, 90, 70], [13, 5, 60, 31], [40, 30, 24, 24], [7, 9, 10, 50], [3, 3, 1, 2]])
@@ -125,7 +125,11 @@ def test_both_resizers_equal_interpolate(boxes, size, interpolation):
     assert batched.is_contiguous()
     for image, box, ours in zip(images, boxes, batched, strict=True):
         expected = reference(image, box, size, interpolation)
-        assert (ours.int() - expected.int()).abs().max() <= 1
+        difference = (ours.int() - expected.int()).abs()
+        # Torch's weights of 16 bits turn a few roundings between the passes, which the cubic
+        # filter can amplify.
+        assert difference.max() <= (1 if interpolation == "bilinear" else 2)
+        assert (difference > 1).float().mean() < 1e-3
         for strides in (torch.contiguous_format, torch.channels_last):
             single = crop_resize(
                 image[None].contiguous(memory_format=strides)[0], box, size, interpolation
@@ -149,3 +153,23 @@ def test_a_constant_image_stays_constant():
     images = torch.full((3, 3, 90, 70), 255, dtype=torch.uint8)
     for interpolation in ("bilinear", "bicubic"):
         assert (resample(images, INSIDE[:3], 32, interpolation) == 255).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("shape", "size"), [((20, 17), 40), ((130, 90), 13)])
+def test_resampling_depends_on_no_other_image_of_the_batch(shape, size, interpolation):
+    rng = np.random.default_rng(1)
+    height, width = rng.integers(1, [[shape[0]], [shape[1]]], (2, 30))
+    # Some boxes leave their image, so that batches differ in their margins.
+    top, left = (rng.integers(-5, n - k + 6) for n, k in zip(shape, (height, width), strict=True))
+    boxes, images = np.stack([top, left, height, width], axis=1), picture(30, *shape)
+    whole = resample(images, boxes, size, interpolation)
+    for part in [slice(0, 30, 2), *(slice(i, i + 1) for i in range(30))]:
+        assert torch.equal(resample(images[part], boxes[part], size, interpolation), whole[part])
+
+
+def test_resampling_reads_no_image_on_the_host():
+    images = torch.empty(2, 3, 20, 30, dtype=torch.uint8, device="meta")
+    resampled = resample(images, np.array([[0, 0, 9, 9], [-3, 5, 20, 40]]), 16, "bicubic")
+    assert resampled.is_meta
+    assert resampled.shape == (2, 3, 16, 16)

@@ -205,7 +205,7 @@ def augment(images: Tensor, plan: Plan) -> Tensor:
     Returns:
         uint8, shape (B, 3, S, S).
     """
-    images = images.clone()
+    images = images.clone(memory_format=torch.contiguous_format)
     rows = np.flatnonzero(plan.flip)
     if rows.size:
         images = on_rows(images, rows, lambda x: x.flip(3))

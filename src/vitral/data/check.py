@@ -1,20 +1,130 @@
-"""Look at every image of a data set: counts, sizes, broken files, speed of decoding."""
+"""Looks at every image of a set before a training has to: counts, sizes, broken files, speed."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
+from torch.utils.data import DataLoader, Dataset
 
 from vitral.config import DataConfig
 from vitral.data.decode import DecodeError, decode
 from vitral.data.sampling import Integers
-from vitral.data.sources import Files, Pixels, Records, open_dataset
+from vitral.data.sources import Files, open_dataset
+
+FEW_CLASSES = 30
+Look = tuple[int, int, str, float]  # width, height, what is wrong or nothing, seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found."""
+
+    name: str
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    counts: dict[str, Integers]
+    """Images of each class by split, each of shape (classes,)."""
+    broken: tuple[tuple[str, str], ...]
+    """Path and reason of each file that cannot be decoded."""
+    sides: Integers
+    """Width and height of each image that can, in pixels. Shape (images, 2)."""
+    sizes: Integers
+    """Bytes of each file, or of each image of a pixel set. Shape (images,)."""
+    rate: float | None
+    """Images decoded per second of a core's own time; None where nothing needs decoding."""
+
+
+def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Report:
+    """Decode every file of the set that `config.path` names.
+
+    Args:
+        image_size: side of synthetic images, in pixels.
+        seed: draws the held-out images where there is no validation split.
+        workers: decoding processes; 0 decodes in this one.
+
+    Raises:
+        UserError: the set cannot be opened.
+    """
+    dataset = open_dataset(config, image_size, seed)
+    counts, broken, sides, sizes, seconds = {}, [], [], [], []
+    for split, records in (("train", dataset.train), ("val", dataset.val)):
+        assert records is not None
+        counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
+        if not isinstance(records, Files):
+            sides += [records.images.shape[:1:-1]] * len(records)
+            sizes += [records.images[0].numel()] * len(records)
+            continue
+        sizes += records.sizes.tolist()
+        for i, (width, height, reason, spent) in enumerate(_look_at_all(records, workers)):
+            seconds.append(spent)
+            if reason:
+                broken.append((records.where(i), reason))
+            else:
+                sides.append((width, height))
+    rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
+    found = np.array(sides, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
+    return Report(dataset.name, dataset.classes, dataset.notes, counts, tuple(broken), *found, rate)
+
+
+def _look_at_all(records: Files, workers: int) -> Iterator[Look]:
+    with warnings.catch_warnings():
+        # More workers than cores is what was asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            _Looking(records),
+            batch_size=64,
+            sampler=range(len(records)),
+            num_workers=workers,
+            collate_fn=list,
+            worker_init_fn=_leave_ctrl_c_to_the_parent,
+            multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
+        )
+        batches = iter(loader)
+    for looks in batches:
+        yield from looks
+
+
+class _Looking(Dataset[Look]):
+    def __init__(self, records: Files) -> None:
+        self.records = records
+
+    def __getitem__(self, i: int) -> Look:
+        started = time.process_time()  # unlike the clock's, not stretched by other processes
+        try:
+            height, width = decode(self.records.read(i)).shape[1:]
+        except (DecodeError, OSError) as error:
+            return 0, 0, str(error), time.process_time() - started
+        return width, height, "", time.process_time() - started
+
+
+def _leave_ctrl_c_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def format_report(report: Report) -> str:
+    """The report as plain text; of more than thirty classes only the rarest and most frequent."""
+    lines = [f"{report.name}: {len(report.classes):,} classes", *report.notes]
+    for split, counts in report.counts.items():
+        lines += [f"{split}: {counts.sum():,} images, {_spread(counts, 'a class')}"]
+        rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
+        if len(rising) > FEW_CLASSES:
+            rising[5:-5] = ["..."]
+        lines += [f"  rarest first: {', '.join(rising)}"]
+    if len(report.sides):
+        for side, values in zip(("short", "long"), np.sort(report.sides, axis=1).T, strict=True):
+            lines += [f"{side} side: {_spread(values, 'pixels')}"]
+    lines += [f"size: {_spread(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
+    if report.rate is not None:
+        lines += [f"decoding: {report.rate:,.0f} images per second and core"]
+    lines += [f"broken files: {len(report.broken)}"]
+    return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
+
+
+def _spread(values: Integers, unit: str) -> str:
+    return f"{values.min():,} to {values.max():,} {unit} (median {int(np.median(values)):,})"

@@ -100,11 +100,12 @@ def warp(images: Tensor, matrices: Floats, mode: str) -> Tensor:
         mode: "nearest" or "bilinear".
     """
     S = images.shape[-1]
-    # Elementwise rather than by a matrix product, which may run in TF32 on a GPU.
-    theta = to_device((matrices / (0.5 * S)).astype(np.float32), images.device)[..., None, None]
+    # Elementwise rather than by a matrix product, which may run in TF32 on a GPU. Rounded where
+    # torchvision's product rounds, so that positions halfway between pixels fall on the same side.
+    theta = to_device(matrices.astype(np.float32), images.device)[..., None, None] / (0.5 * S)
     x = torch.arange(S, device=images.device) - 0.5 * (S - 1)
-    grid = theta[:, :, 0] * x + theta[:, :, 1] * x[:, None] + theta[:, :, 2]  # (B, 2, S, S)
-    grid = grid.permute(0, 2, 3, 1)
+    grid = torch.addcmul(theta[:, :, 0] * x, theta[:, :, 1], x[:, None]) + theta[:, :, 2]
+    grid = grid.permute(0, 2, 3, 1)  # (B, S, S, 2)
     return F.grid_sample(images.float(), grid, mode, align_corners=False).round_().to(torch.uint8)
 
 
@@ -155,6 +156,11 @@ def _gray(images: Tensor) -> Tensor:
     return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
+def _posterize(images: Tensor, levels: Tensor, values: Tensor) -> Tensor:
+    dropped = (8 - values).int()
+    return levels.int().bitwise_right_shift(dropped).bitwise_left_shift(dropped).float()
+
+
 def _contrast(images: Tensor, levels: Tensor, values: Tensor) -> Tensor:
     # In float64 the sum of whole numbers is exact, whatever its order.
     mean = _gray(images).floor_().mean((1, 2), dtype=torch.float64).float()
@@ -183,7 +189,7 @@ def _equalize(images: Tensor, levels: Tensor, values: Tensor) -> Tensor:
 _TABLES: dict[Op, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     Op.BRIGHTNESS: lambda images, levels, values: levels * values,
     Op.CONTRAST: _contrast,
-    Op.POSTERIZE: lambda images, levels, values: levels - levels % torch.exp2(8 - values),
+    Op.POSTERIZE: _posterize,
     Op.SOLARIZE: lambda images, levels, values: torch.where(levels < values, levels, 255 - levels),
     Op.AUTOCONTRAST: _autocontrast,
     Op.EQUALIZE: _equalize,
@@ -210,7 +216,7 @@ def _pointwise(images: Tensor, ops: Ops, values: Floats) -> Tensor:
 
 def _saturation(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     factor, rest = (_column(x, images.device) for x in (values, 1 - values))
-    return _to_uint8(images * factor + _gray(images).floor_()[:, None] * rest)
+    return _to_uint8((images * factor).addcmul_(_gray(images).floor_()[:, None], rest))
 
 
 def _grayscale(images: Tensor, ops: Ops, values: Floats) -> Tensor:
@@ -218,17 +224,15 @@ def _grayscale(images: Tensor, ops: Ops, values: Floats) -> Tensor:
 
 
 def _sharpness(images: Tensor, ops: Ops, values: Floats) -> Tensor:
-    B, C, S, _ = images.shape
-    if S <= 2:
+    if images.shape[-1] <= 2:
         return images
-    rest = _column(1 - values, images.device)
     sharp = images.float()
-    kernel = torch.ones(1, 1, 3, 3, device=images.device)
-    kernel[0, 0, 1, 1] = 5
-    # Whole numbers up to 3,315 are exact even in TF32, and so is their sum in any order.
-    smooth = F.conv2d(sharp.view(B * C, 1, S, S), kernel).view(B, C, S - 2, S - 2)
     inner = sharp[:, :, 1:-1, 1:-1]
-    inner += (smooth.div_(13).round_() - inner) * rest
+    # Sums of shifted images are exact, and on a CPU ten times as fast as a convolution.
+    rows = sharp[:, :, :-2] + sharp[:, :, 1:-1] + sharp[:, :, 2:]
+    smooth = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner
+    smooth = smooth.div_(13).round_()
+    inner.addcmul_(smooth.sub_(inner), _column(1 - values, images.device))
     return _to_uint8(sharp)
 
 
@@ -244,10 +248,13 @@ def _hue(images: Tensor, ops: Ops, values: Floats) -> Tensor:
         (g - b) / divisor,
         torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor),
     )
-    sixth = 6 * (sector[:, None] / 6 + turn).remainder_(1)  # (B, 1, S, S)
-    offset = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1).to(images.device, non_blocking=True)
-    k = (sixth + offset).remainder_(6)
-    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    hue = sector[:, None] / 6 + turn  # (B, 1, S, S)
+    sixth = 6 * hue.sub_(hue.floor())
+    # How far each channel falls below the brightest: red from 1 to 5, green and blue outside of
+    # two sixths either way of their own 2 and 4.
+    share = torch.cat(
+        [2 - (sixth - 3).abs_(), (sixth - 2).abs_() - 1, (sixth - 4).abs_() - 1], dim=1
+    ).clamp_(0, 1)
     # torchvision's way back to uint8: by a little less than 256, and cut off.
     return _to_uint8((value[:, None] - chroma[:, None] * share).mul_(255.999))
 

@@ -1,0 +1,130 @@
+"""The order of samples and their random numbers: pure, exact in count, independent of the cut."""
+
+import numpy as np
+import pytest
+
+from vitral.data.sampling import Order, derive_seed, hashed, permutation, uniforms
+
+INDICES = np.arange(20_000)
+
+
+def test_permutation_is_one_and_pure():
+    orders = [(seed, epoch, permutation(seed, epoch, 997)) for seed in (0, 1) for epoch in (0, 1)]
+    for seed, epoch, order in orders:
+        assert sorted(order) == list(range(997))
+        assert not order.flags.writeable  # it is cached
+        permutation.cache_clear()
+        assert np.array_equal(permutation(seed, epoch, 997), order)
+        # as many fixed points as chance gives between any two: about one
+        assert all((order == other).sum() < 10 for *_, other in orders if other is not order)
+    assert permutation(0, 0, 1).tolist() == [0]
+
+
+def test_every_place_is_equally_likely():
+    counts = np.zeros((5, 5))
+    for epoch in range(5000):
+        counts[np.arange(5), permutation(3, epoch, 5)] += 1
+    assert ((counts - 1000) ** 2 / 1000).sum() < 45  # chi squared, 16 degrees: one in 7,000
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    values = uniforms(7, 3, INDICES, 6)
+    assert values.shape == (20_000, 6)
+    assert values.dtype == np.float64
+    assert values.min() >= 0
+    assert values.max() < 1
+    for k in (1, 2, 3, 4):  # five standard errors
+        spread = (1 / (2 * k + 1) - 1 / (k + 1) ** 2) ** 0.5
+        assert np.abs((values**k).mean(0) - 1 / (k + 1)).max() < 5 * spread / len(values) ** 0.5
+    neighbours = [values, np.roll(values, 1, axis=0), uniforms(7, 4, INDICES, 6)]
+    neighbours += [uniforms(8, 3, INDICES, 6), uniforms(7, 3, INDICES, 6, "other")]
+    correlation = np.corrcoef(np.hstack(neighbours), rowvar=False) - np.eye(30)
+    assert np.abs(correlation).max() < 5 / len(values) ** 0.5
+    bins = np.stack([np.histogram(column, 64, (0, 1))[0] for column in values.T])
+    assert ((bins - 312.5) ** 2 / 312.5).sum(1).max() < 130  # 63 degrees
+
+
+def test_uniforms_are_a_pure_function_of_sample_and_column():
+    values = uniforms(7, 3, INDICES[:50], 6, "crop")
+    assert np.array_equal(uniforms(7, 3, INDICES[:50], 2, "crop"), values[:, :2])
+    assert uniforms(7, 3, INDICES[:50], 0, "crop").shape == (50, 0)
+    shuffled = np.random.default_rng(0).permutation(50)
+    assert np.array_equal(uniforms(7, 3, shuffled, 6, "crop"), values[shuffled])
+    assert np.array_equal(uniforms(7, 3, np.array([11, 11]), 6, "crop"), values[[11, 11]])
+    assert uniforms(7, 3, INDICES[:0], 6).shape == (0, 6)
+
+
+def test_an_epoch_a_sample_equals_an_epoch_a_call():
+    epochs = np.arange(50) % 3
+    values = uniforms(7, epochs, INDICES[:50], 4)
+    for epoch in range(3):
+        here = epochs == epoch
+        assert np.array_equal(values[here], uniforms(7, epoch, INDICES[:50][here], 4))
+
+
+def test_hash_takes_every_word_and_its_place_into_account():
+    calls = [(), (0,), (0, 0), (1,), (0, 1), (1, 0), (-1,), (2**63,), (1, 2, 3), (3, 2, 1)]
+    assert len({int(hashed(*words)) for words in calls}) == len(calls)
+    bits = np.unpackbits(
+        (hashed(1, INDICES) ^ hashed(1, INDICES ^ 1)).view(np.uint8).reshape(-1, 8), axis=1
+    )
+    assert bits.mean() == pytest.approx(0.5, abs=0.005)  # one bit in turns half of those out
+    assert np.array_equal(hashed(1, INDICES)[5:7], hashed(1, INDICES[5:7]))
+
+
+def test_derived_seeds_suit_torch_and_differ_by_purpose_and_word():
+    seeds = [derive_seed(p, *w) for p in ("mix", "drop") for w in ((0,), (1,), (0, 1), (1, 0))]
+    assert len(set(seeds)) == 8
+    assert all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed("mix", 0, 1) == seeds[2]
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "repeats"),
+    [(10, 4, 1), (12, 4, 1), (7, 6, 1), (3, 8, 1), (1, 4, 1), (10, 8, 2), (5, 12, 3), (3, 16, 2)],
+)
+def test_every_epoch_holds_every_sample_once(size, batch_size, repeats):
+    order = Order(5, size, batch_size, repeats)
+    distinct = batch_size // repeats
+    stream = []
+    for step in range(4 * size):
+        epochs, indices = order.samples(step, 0, batch_size)
+        copies = indices.reshape(repeats, distinct)
+        assert (copies == copies[0]).all()
+        drawn_for = epochs.reshape(repeats, distinct)
+        assert (drawn_for // repeats == drawn_for[0] // repeats).all()
+        assert (drawn_for % repeats == np.arange(repeats)[:, None]).all()
+        stream += zip(drawn_for[0] // repeats, copies[0], strict=True)
+        for cut in (1, batch_size // 2):
+            parts = [order.samples(step, a, a + cut) for a in range(0, batch_size, cut)]
+            whole = [np.concatenate(part) for part in zip(*parts, strict=True)]
+            assert np.array_equal(whole, [epochs, indices])
+    for epoch in range(4 * distinct):
+        members = stream[epoch * size : (epoch + 1) * size]
+        expected = permutation(5, epoch, size)
+        assert members == [(epoch, index) for index in expected]
+
+
+@pytest.mark.parametrize(("batch_size", "repeats"), [(8, 1), (8, 2), (12, 3), (16, 4), (8, 4)])
+def test_partners_are_different_images(batch_size, repeats):
+    order = Order(0, 48, batch_size, repeats)  # whole batches in an epoch
+    for step in range(48 * repeats // batch_size):
+        _, indices = order.samples(step, 0, batch_size)
+        assert (indices != indices[np.arange(batch_size) ^ 1]).all()
+        assert np.unique(indices, return_counts=True)[1].tolist() == [repeats] * (
+            batch_size // repeats
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "repeats", "ends"),
+    [
+        (10, 4, 1, [0, 3, 5, 8, 10]),
+        (12, 4, 1, [0, 3, 6, 9, 12]),
+        (3, 8, 1, [0, 1, 1, 2, 2]),
+        (10, 8, 2, [0, 2, 3, 4, 5]),
+    ],
+)
+def test_end_of_epoch_by_hand(size, batch_size, repeats, ends):
+    order = Order(0, size, batch_size, repeats)
+    assert [order.end_of_epoch(epoch) for epoch in range(5)] == ends
