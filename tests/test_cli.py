@@ -204,6 +204,19 @@ def test_val_agrees_with_training(run, capsys, tmp_path):
     assert (tmp_path / "tables" / "per_class.csv").read_text().startswith("class,images,top1,top5")
 
 
+def test_val_counts_only_what_training_held_out(image_folder, tmp_path, capsys):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(image_folder / "train", folder)
+    assert main(folder_settings(folder, out)) == 0
+    last = read_rows(out / "metrics.jsonl")[-1]
+    for words in ([], ["--data", str(folder)]):
+        capsys.readouterr()
+        assert main(["val", str(out / "weights" / "last"), "--which", "model", *words]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("4 images, 2 classes")
+        assert f"loss {last['val_loss']:.4f}" in said
+
+
 def test_val_refuses_other_classes(image_folder, run, mistake, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)

@@ -40,15 +40,15 @@ def evaluate(
     if not isinstance(weights, Weights):
         weights = load(weights, which=which, device=str(place))
     description = weights.description
-    config = dataclasses.replace(
-        description.config,
-        data=dataclasses.replace(
-            description.config.data,
-            path=data or description.config.data.path,
-            workers=workers,
-        ),
+    trained_on = description.config.data.path
+    own = data is None or data == trained_on
+    settings = dataclasses.replace(
+        description.config.data, path=data or trained_on, workers=workers
     )
-    dataset = open_dataset(config.data, config.model.image_size, config.train.seed, train=False)
+    config = dataclasses.replace(description.config, data=settings)
+    # A set without a validation split is opened as training did, so that only what it held out
+    # counts; of another set all counts.
+    dataset = open_dataset(settings, config.model.image_size, config.train.seed, train=own)
     _refuse_other_classes(description.classes, dataset.classes, config)
     assert dataset.val is not None
     batches = eval_batches(
