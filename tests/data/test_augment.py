@@ -227,6 +227,15 @@ def test_plan_and_pixels_do_not_depend_on_the_batch(config):
     assert (draw_plan(config, 32, 2, 2, indices).values != plan.values).any()
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
+def test_nothing_waits_for_the_device(config):
+    images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")  # has no values to read
+    plan = draw_plan(config, 32, 1, 2, np.arange(64))
+    finished = finish(augment(images, plan), plan, (0.5,) * 3, (0.2,) * 3)
+    mixed, _ = mix(finished, torch.empty(64, 10, device="meta"), Mix(0.75, (2, 4, 10, 12)))
+    assert mixed.shape == images.shape
+
+
 def test_shares_of_what_is_drawn():
     B = 20_000
     indices = np.arange(B)
@@ -388,9 +397,10 @@ def test_augmenting_reads_no_image_on_the_host(config):
     assert finish(images, plan, (0.5,) * 3, (0.2,) * 3).is_meta
 
 
-def test_the_layout_of_images_in_memory_does_not_matter():
-    images = pictures(32).repeat(3, 1, 1, 1)
-    plan = draw_plan(FULL, 32, 0, 0, np.arange(len(images)))
+@pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())
+def test_the_layout_of_images_in_memory_does_not_matter(op):
+    images = pictures(16)
+    plan = plan_of([[op]] * len(images), [[values_of(op, 16)[-1]]] * len(images))
     interleaved = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(augment(interleaved, plan), augment(images, plan))
 
