@@ -7,13 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitral.config import PRESETS, UserError, ViTConfig
+from vitral.config import UserError, ViTConfig
 from vitral.model import (
     Branch,
-    EncoderBlock,
-    FeedForward,
     GroupedQueryAttention,
-    PatchEmbedding,
     RMSNorm,
     RoPE2D,
     ViT,
@@ -44,10 +41,13 @@ def tiny(**changes):
 
 
 def stir(module):
-    """`module` in float64 and in evaluation, all parameters random: no zero hides a term."""
+    """`module` in float64 and in evaluation, all parameters random: no zero or one hides a term."""
     torch.manual_seed(1)
     for parameter in module.double().parameters():
-        nn.init.normal_(parameter, 0.2, 0.5 / max(1, parameter.shape[-1]) ** 0.5)
+        if parameter.ndim > 1:  # of mean zero, or all tokens become one
+            nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
+        else:
+            nn.init.normal_(parameter, 0.8, 0.3)
     return module.eval()
 
 
@@ -187,24 +187,6 @@ def test_grouped_queries_equal_repeated_keys_and_values(num_heads, num_kv_heads)
     torch.testing.assert_close(module(x, cosine, sine), torch.cat(expected, dim=-1))
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
-@torch.no_grad()
-def test_query_heads_listen_to_their_groups_key_value_head_alone(num_heads, num_kv_heads):
-    module, cosine, sine = attention(num_heads, num_kv_heads)
-    x = tokens(2, 7, 8 * num_heads)
-    before = module(x, cosine, sine).split(8, dim=-1)
-    for shared in range(num_kv_heads):
-        changed = [num_heads + shared, num_heads + num_kv_heads + shared]
-        weights = module.qkv.weight.view(-1, 8, 8 * num_heads)
-        kept = weights.clone()
-        weights[changed] += 1
-        after = module(x, cosine, sine).split(8, dim=-1)
-        weights.copy_(kept)
-        heard = {h for h, (a, b) in enumerate(zip(after, before, strict=True)) if not a.equal(b)}
-        group = num_heads // num_kv_heads
-        assert heard == set(range(shared * group, (shared + 1) * group))
-
-
 @torch.no_grad()
 def test_equal_heads_make_torchs_multi_head_attention():
     module, cosine, sine = attention(4, 4)
@@ -254,15 +236,6 @@ def test_rotation_equals_complex_multiplication(rope, grid, num_registers):
         assert relative_error(rotate(x, cosine, sine), torch.stack(expected, dim=1)) < 1e-6
 
 
-def test_first_half_of_pairs_turns_with_x_and_second_with_y():
-    cosine, sine = RoPE2D(tiny())(2, 3, CPU)[0]
-    angles = torch.atan2(sine, cosine)[0, 1:].view(2, 3, 2, 2)  # (row, column, half, frequency)
-    x = torch.arange(3.0)[:, None] * torch.tensor([1.0, 0.1])
-    y = torch.arange(2.0)[:, None] * torch.tensor([1.0, 0.1])
-    torch.testing.assert_close(angles[:, :, 0], x.expand(2, 3, 2))
-    torch.testing.assert_close(angles[:, :, 1], y[:, None].expand(2, 3, 2))
-
-
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @torch.no_grad()
 def test_scores_depend_on_the_offset_alone(rope):
@@ -287,16 +260,11 @@ def test_scores_depend_on_the_offset_alone(rope):
 @torch.no_grad()
 def test_prefix_tokens_are_exactly_untouched(rope, dtype):
     x = tokens(2, 8, 4 + 6, 8).to(dtype)
-    for cosine, sine in RoPE2D(tiny(rope=rope, num_registers=3))(3, 2, CPU):
+    for cosine, sine in stir(RoPE2D(tiny(rope=rope, num_registers=3)))(3, 2, CPU):
         turned = rotate(x, cosine, sine)
         assert turned.dtype == dtype
         assert turned[:, :, :5].equal(x[:, :, :5])  # and the patch in the corner
         assert not turned[:, :, 5:].equal(x[:, :, 5:])
-
-
-@pytest.mark.parametrize(("rope", "learned"), [("axial", []), ("mixed", ["rope.mixed"])])
-def test_only_mixed_frequencies_are_kept(rope, learned):
-    assert [key for key in ViT(tiny(rope=rope), 5).state_dict() if "rope" in key] == learned
 
 
 def test_mixed_frequencies_start_as_axial_magnitudes_turned_by_head():
@@ -317,8 +285,6 @@ def test_mixed_frequencies_start_as_axial_magnitudes_turned_by_head():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rms_norm_by_formula(dtype, magnitude):
     module = RMSNorm(64)
-    assert [(name, *p.shape) for name, p in module.named_parameters()] == [("scale", 64)]
-    assert (module.scale == 1).all()
     nn.init.normal_(module.scale, 1, 0.3)
     if dtype == torch.float64:
         module.double()
@@ -331,43 +297,6 @@ def test_rms_norm_by_formula(dtype, magnitude):
         assert (got != expected.to(dtype)).double().mean() < 0.005
     else:
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
-
-
-def test_rms_norm_does_not_overflow_in_half_precision():
-    assert RMSNorm(8)(torch.full((1, 8), 1000.0, dtype=torch.float16)).eq(1).all()
-
-
-@pytest.mark.parametrize("size", [(8, 8), (4, 12), (12, 4)], ids=str)
-def test_patch_embedding_equals_strided_convolution(size):
-    module = stir(PatchEmbedding(4, 10))
-    kernel = module.projection.weight.view(10, 3, 4, 4)
-    convolved = F.conv2d(images(*size), kernel, module.projection.bias, stride=4)
-    torch.testing.assert_close(module(images(*size)), convolved.flatten(2).mT)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mlp_ratio", [4.0, 1.5])
-def test_feed_forward_by_formula(bias, mlp_ratio):
-    module = stir(FeedForward(tiny(ffn_bias=bias, mlp_ratio=mlp_ratio)))
-    state = module.state_dict()
-    assert state["expand.weight"].shape == (48 * mlp_ratio, 48)
-    x = tokens(2, 3, 48)
-    hidden = x @ state["expand.weight"].T + state.get("expand.bias", 0)
-    expected = gelu_by_formula(hidden) @ state["contract.weight"].T + state.get("contract.bias", 0)
-    torch.testing.assert_close(module(x), expected)
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_block_is_attention_then_feed_forward_each_added_after_its_norm(training):
-    config = tiny(dropout=0.3, layer_scale=0.1)
-    block = stir(EncoderBlock(config, skip=0.5)).train(training)
-    cosine, sine = RoPE2D(config)(2, 2, CPU)[0]
-    x = tokens(3, 5, 48)
-    torch.manual_seed(3)
-    got = block(x, cosine, sine)
-    torch.manual_seed(3)
-    y = x + block.attention_drop(block.attention(block.attention_norm(x), cosine, sine))
-    assert got.equal(y + block.ffn_drop(block.ffn(block.ffn_norm(y))))
 
 
 @pytest.mark.parametrize(
@@ -397,58 +326,19 @@ def test_stochastic_depth_rises_with_depth_and_draws_each_branch_anew():
     assert both.double().mean() == pytest.approx(0.36, abs=0.02)
 
 
-@torch.no_grad()
-def test_layer_scale_multiplies_both_branches():
-    model = ViT(tiny(layer_scale=1e-3), 5)
-    scales = {k: v for k, v in model.state_dict().items() if k.endswith("drop.scale")}
-    assert len(scales) == 4
-    assert all(s.equal(torch.full((48,), 1e-3)) for s in scales.values())
-    branch = model.blocks[0].ffn_drop
-    branch.scale.copy_(torch.arange(48))
-    assert branch(torch.ones(2, 3, 48)).equal(torch.arange(48.0).expand(2, 3, 48))
-    assert not [k for k in ViT(tiny(), 5).state_dict() if k.endswith("drop.scale")]
-
-
 @pytest.mark.parametrize(
-    ("changes", "gone"),
+    ("flag", "gone"),
     [
-        ({"qkv_bias": False}, ["attention.qkv.bias"]),
-        ({"ffn_bias": False}, ["ffn.expand.bias", "ffn.contract.bias"]),
+        ("qkv_bias", ["attention.qkv.bias"]),
+        ("ffn_bias", ["ffn.expand.bias", "ffn.contract.bias"]),
     ],
 )
-def test_bias_flags_remove_their_biases_alone(changes, gone):
-    kept = ViT(tiny(), 5).state_dict().keys()
+def test_bias_flags_remove_their_biases_alone(flag, gone):
     removed = {f"blocks.{i}.{name}" for i in range(2) for name in gone}
-    assert ViT(tiny(**changes), 5).state_dict().keys() == kept - removed
+    assert ViT(tiny(**{flag: False}), 5).state_dict().keys() == vit().state_dict().keys() - removed
 
 
 # The whole
-
-
-@pytest.mark.parametrize("num_registers", [0, 3])
-@torch.no_grad()
-def test_tokens_are_class_then_registers_then_patches(num_registers):
-    model = vit(num_registers=num_registers)
-    seen = []
-    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    features = model.forward_features(images(8, 12))
-    assert features.shape == (2, 1 + num_registers + 6, 48)
-    for sequence in seen[0]:
-        assert sequence[0].equal(model.cls)
-        assert sequence[1 : 1 + num_registers].equal(model.registers)
-    assert seen[0][:, 1 + num_registers :].equal(model.patch_embedding(images(8, 12)))
-
-
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-@torch.no_grad()
-def test_head_reads_the_class_token_or_the_mean_of_the_patches(pooling):
-    model = vit(pooling=pooling, num_registers=2)
-    features = model.forward_features(images())
-    # norm is the last step: root mean square one, once its scale is taken out
-    root = (features / model.norm.scale).square().mean(-1).sqrt()
-    torch.testing.assert_close(root, torch.ones_like(root), rtol=1e-4, atol=0)
-    pooled = features[:, 0] if pooling == "cls" else features[:, 3:].mean(1)
-    torch.testing.assert_close(model(images()), model.head(pooled))
 
 
 @torch.no_grad()
@@ -537,20 +427,6 @@ def test_initialisation_is_that_of_the_table():
                 assert values.abs().max() > 1.9 / math.sqrt(values.shape[1]), name
 
 
-def test_fresh_model_predicts_uniformly_and_follows_the_seed():
-    states = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        model = ViT(tiny(rope="mixed", num_registers=1), 5)
-        assert (model(images().float()) == 0).all()
-        states.append(model.state_dict())
-    first, same, other = states
-    assert all(first[key].equal(same[key]) for key in first)
-    drawn = [key for key in first if not first[key].equal(other[key])]
-    weights = {k for k in first if k.endswith("weight") and k != "head.weight"}
-    assert set(drawn) == weights | {"cls", "registers", "rope.mixed"}
-
-
 # Sizes
 
 SIZES = {
@@ -562,33 +438,22 @@ SIZES = {
 }
 
 
-def test_presets():
-    assert PRESETS == SIZES
-
-
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("patch_size", [14, 16])
-def test_number_of_parameters(size, patch_size):
+@pytest.mark.parametrize(("patch_size", "side"), [(16, None), (14, 168)])
+def test_parameters_and_operations_counted_by_hand(size, patch_size, side):
     D, depth, Q, K = SIZES[size]
-    embedding = 3 * patch_size**2 * D + D + D
-    qkv = (D + 1) * (Q + 2 * K) * (D // Q)
-    ffn = (D + 1) * 4 * D + (4 * D + 1) * D
-    block = D + qkv + (D + 1) * D + D + ffn
+    config = ViTConfig(size=size, patch_size=patch_size)
+    qkv = (Q + 2 * K) * (D // Q)
+    weights = D * qkv + D * D + 2 * D * 4 * D
+    block = weights + qkv + D + 4 * D + D + 2 * D
+    embedding = 3 * patch_size**2 * D
     with torch.device("meta"):
-        model = ViT(ViTConfig(size=size, patch_size=patch_size), num_classes=1000)
-    assert model.num_parameters == embedding + depth * block + D + (D + 1) * 1000
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("side", [None, 160])
-def test_flops(size, side):
-    D, depth, Q, K = SIZES[size]
-    patches = ((side or 224) // 16) ** 2
+        model = ViT(config, num_classes=10)
+    assert model.num_parameters == embedding + 2 * D + depth * block + D + (D + 1) * 10
+    patches = ((side or 224) // patch_size) ** 2
     N = patches + 1
-    qkv = N * D * (Q + 2 * K) * (D // Q)
-    block = qkv + 2 * N * N * D + N * D * D + 2 * N * D * 4 * D
-    multiply_adds = patches * 3 * 16**2 * D + depth * block + D * 10
-    assert count_flops(ViTConfig(size=size), 10, side) == 2 * multiply_adds
+    multiply_adds = patches * embedding + depth * (N * weights + 2 * N * N * D) + D * 10
+    assert count_flops(config, 10, side) == 2 * multiply_adds
 
 
 # What surrounds the model
@@ -599,28 +464,26 @@ def test_compiles_into_one_graph(rope, backend):
     changes = {"num_registers": 1, "qk_norm": True, "layer_scale": 0.1, "pooling": "mean"}
     changes |= {"dropout": 0.1, "stochastic_depth": 0.2, "activation_checkpointing": True}
     model = vit(rope=rope, **changes)
-    compiled = torch.compile(model, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(images()), model(images()))
-    F.cross_entropy(compiled.train()(images()), torch.tensor([0, 3])).backward()
+    compiled = torch.compile(model.train(), backend=backend, fullgraph=True)
+    logits = []
+    for forward in (model, compiled):
+        torch.manual_seed(4)
+        logits.append(forward(images()))
+    torch.testing.assert_close(*logits)
+    logits[1].square().sum().backward()
     assert model.cls.grad.norm() > 0
 
 
-@pytest.mark.parametrize("variant", ["mixed", "qk_norm", "layer_scale", "mean"])
+@pytest.mark.parametrize("variant", ["qk_norm", "mean"])
 def test_bfloat16_stays_close(variant):
     model = vit(**VARIANTS[variant]).float()
     exact = model(images().float())
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(images().float())
+        assert model.forward_features(images().float()).dtype == torch.float32  # the residuals
     mixed.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert relative_error(mixed.float(), exact) < 0.03
     rounded = model.bfloat16()(images().bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert relative_error(rounded.float(), exact) < 0.1
-
-
-def test_residual_stream_stays_in_float32_under_autocast():
-    model = vit().float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.forward_features(images().float()).dtype == torch.float32

@@ -1,0 +1,145 @@
+"""Figures of evaluation against cases worked out by hand and loops written from the definitions."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitral.data.loader import Batch
+from vitral.evaluation.scores import Scores, measure, summarise
+
+CLASSES = tuple("abcdefg")
+
+
+def make(labels, ranked, confidence, classes=CLASSES):
+    columns = (np.array(column) for column in (labels, ranked, confidence))
+    return Scores(classes, *columns, loss=1.5)
+
+
+@pytest.fixture
+def scores():
+    """Six images; of e and g there are none."""
+    ranked = [
+        [0, 1, 2, 3, 4],  # a, right
+        [1, 0, 2, 3, 4],  # a, second
+        [1, 2, 3, 4, 0],  # a, fifth
+        [0, 2, 3, 4, 5],  # b, not among five
+        [2, 0, 1, 3, 4],  # c, right
+        [5, 2, 3, 4, 6],  # d, third
+    ]
+    return make([0, 0, 0, 1, 2, 3], ranked, [0.9, 0.5, 0.4, 0.9, 1.0, 0.4])
+
+
+def test_figures_by_hand(scores):
+    # bins (0.333, 0.4], (0.466, 0.533], (0.866, 0.933] and (0.933, 1]: 2 wrong at 0.4, 1 at 0.5,
+    # one of two right at 0.9, and one right at 1
+    expected_error = (2 * 0.4 + 0.5 + (1.8 - 1) + 0) / 6
+    assert scores.metrics() == {
+        "loss": 1.5,
+        "top1": pytest.approx(2 / 6),
+        "top5": pytest.approx(5 / 6),
+        "ece": pytest.approx(expected_error),
+    }
+    assert scores.per_class() == [
+        ("a", 3, pytest.approx(1 / 3), 1.0),
+        ("b", 1, 0.0, 0.0),
+        ("c", 1, 1.0, 1.0),
+        ("d", 1, 0.0, 1.0),
+    ]
+    assert scores.confused_pairs() == [("a", "b", 2), ("b", "a", 1), ("d", "f", 1)]
+
+
+def test_tables_are_written(scores, tmp_path):
+    scores.write_tables(tmp_path)
+    for name, header, expected in (
+        ("per_class.csv", ["class", "images", "top1", "top5"], scores.per_class()),
+        ("confused_pairs.csv", ["class", "predicted", "images"], scores.confused_pairs()),
+    ):
+        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        assert rows == [header, *([str(value) for value in row] for row in expected)]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "hits", "expected"),
+    [
+        ([1.0, 1.0], [1, 1], 0.0),
+        ([1.0, 1.0], [0, 0], 1.0),
+        ([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0], 0.0),
+        ([0.2, 0.21], [1, 0], (0.8 + 0.21) / 2),  # 0.2 closes the third bin
+        ([0.19, 0.2], [1, 0], 0.61 / 2),
+        ([0.0, 0.5], [0, 1], 0.25),
+    ],
+)
+def test_calibration_error_by_hand(confidence, hits, expected):
+    scores = make([0] * len(hits), [[1 - hit, 5] for hit in hits], confidence)
+    assert scores.calibration_error == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 53, 60])
+@pytest.mark.parametrize("num_classes", [2, 3, 5, 9])
+def test_every_image_counts_once(num_classes, size):
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = torch.randn(53, num_classes, generator=generator) * 2
+    labels = torch.randint(num_classes, (53,), generator=generator)
+    classes = tuple(f"class {i}" for i in range(num_classes))
+    images = logits.view(53, num_classes, 1, 1)  # a model that reads its logits off the image
+    parts = zip(images.split(size), labels.split(size), strict=True)
+    batches = [  # the last filled up with copies of its last image
+        Batch(number, torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)]), truth, [])
+        for number, (part, truth) in enumerate(parts)
+    ]
+    shapes = []
+
+    def forward(batch):
+        shapes.append(len(batch))
+        return batch.flatten(1)
+
+    scores = measure(forward, batches, classes)
+    assert set(shapes) == {size}
+
+    rows = list(zip(logits.double().softmax(1).tolist(), labels.tolist(), strict=True))
+    order = [sorted(range(num_classes), key=lambda c, p=p: -p[c]) for p, _ in rows]
+    best = [(o[0], label, p[o[0]]) for o, (p, label) in zip(order, rows, strict=True)]
+    assert scores.labels.tolist() == labels.tolist()
+    assert scores.ranked.tolist() == [o[:5] for o in order]
+    assert scores.loss == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
+    assert scores.top1 == pytest.approx(sum(o == label for o, label, _ in best) / 53)
+    assert scores.top5 == pytest.approx(
+        sum(label in o[:5] for o, (_, label) in zip(order, rows, strict=True)) / 53
+    )
+    error = 0.0
+    for k in range(15):
+        inside = [(o == label) - p for o, label, p in best if k / 15 < p <= (k + 1) / 15]
+        error += abs(sum(inside)) / 53
+    assert scores.calibration_error == pytest.approx(error, abs=1e-6)
+    for name, images_of, top1, _ in scores.per_class():
+        own = [o == label for o, label, _ in best if classes[label] == name]
+        assert (images_of, top1) == (len(own), pytest.approx(sum(own) / len(own)))
+    wrong = [(classes[label], classes[o]) for o, label, _ in best if o != label]
+    pairs = scores.confused_pairs()
+    assert {(a, b): n for a, b, n in pairs} == {pair: wrong.count(pair) for pair in wrong}
+    assert [n for *_, n in pairs] == sorted((n for *_, n in pairs), reverse=True)
+
+
+def test_half_precision_logits_are_measured_in_float32():
+    logits = torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
+    batch = Batch(0, logits, torch.tensor([0, 1, 2, 3, 0, 1]), [])
+    scores = measure(lambda x: x.flatten(1), [batch], CLASSES[:4])
+    exact = logits.double().flatten(1).softmax(1).amax(1)
+    np.testing.assert_allclose(scores.confidence, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [3, 30])
+def test_summary_shows_every_class_or_the_worst_and_best(num_classes):
+    classes = tuple(f"class{i:02d}" for i in range(num_classes))
+    labels = np.repeat(np.arange(num_classes), 2)
+    guesses = labels.copy()
+    guesses[1::4] = 0  # every other class is half right
+    text = summarise(make(labels, guesses[:, None], np.full(len(labels), 0.5), classes))
+    assert text.startswith(f"{len(labels)} images, {num_classes} classes\ntop-1 ")
+    assert text.count("\nclass") == 1 + min(num_classes, 15)
+    assert ("ten worst" in text) == (num_classes > 20)
+    assert "class02       2   50.00%   50.00%" in text

@@ -1,0 +1,192 @@
+"""Every constraint of the settings, and what a mistake is told."""
+
+import dataclasses
+import re
+
+import pytest
+
+from vitral.config import (
+    CHANGEABLE,
+    AugmentConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+    UserError,
+    ViTConfig,
+    flatten,
+)
+
+SECTIONS = [ViTConfig, DataConfig, AugmentConfig, OptimConfig, TrainConfig]
+NAN = float("nan")
+
+# Section, field, values that are refused.
+REFUSED = [
+    *[(ViTConfig, name, (0, -1)) for name in ("dim", "depth", "num_heads", "num_kv_heads")],
+    *[(ViTConfig, name, (0, -16)) for name in ("patch_size", "image_size")],
+    *[(ViTConfig, name, (0.0, -1.0, NAN)) for name in ("mlp_ratio", "rope_theta")],
+    (ViTConfig, "num_registers", (-1,)),
+    (ViTConfig, "layer_scale", (-0.1, NAN)),
+    *[(ViTConfig, name, (-0.1, 1.0, NAN)) for name in ("dropout", "stochastic_depth")],
+    (DataConfig, "path", ("",)),
+    (DataConfig, "val_fraction", (0.0, 1.0, -0.1, NAN)),
+    (DataConfig, "workers", (-1,)),
+    (DataConfig, "eval_crop", (0.0, 1.1, NAN)),
+    (DataConfig, "std", ((0.2, 0.0, 0.2), (0.2, 0.2, -0.2))),
+    (AugmentConfig, "crop_scale", ((0.0, 1.0), (0.5, 0.2), (0.5, 1.1), (NAN, 1.0))),
+    (AugmentConfig, "crop_ratio", ((0.0, 1.0), (2.0, 1.0))),
+    *[(AugmentConfig, name, (-0.1, 1.1, NAN)) for name in ("flip", "erasing", "mix_until")],
+    *[(AugmentConfig, name, (-1,)) for name in ("crop_padding", "randaugment_ops")],
+    *[(AugmentConfig, name, (-0.1, NAN)) for name in ("rotation", "shift", "mixup", "cutmix")],
+    *[(AugmentConfig, name, (-0.1, NAN)) for name in ("brightness", "contrast", "saturation")],
+    (AugmentConfig, "zoom", (-0.1, 1.0)),
+    (AugmentConfig, "shear", (-0.1, 90.0)),
+    (AugmentConfig, "hue", (-0.1, 0.51)),
+    (AugmentConfig, "randaugment_magnitude", (-1, 31)),
+    (AugmentConfig, "repeats", (0, -1)),
+    *[(OptimConfig, name, (0.0, -1.0, NAN)) for name in ("lr", "eps")],
+    *[(OptimConfig, n, (-1.0, NAN)) for n in ("weight_decay", "warmup_epochs", "clip_norm")],
+    (OptimConfig, "betas", ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, NAN))),
+    (OptimConfig, "final_lr", (-0.1, 1.1)),
+    (OptimConfig, "layer_decay", (0.0, 1.1)),
+    (TrainConfig, "seed", (-1,)),
+    *[(TrainConfig, name, (0, -1)) for name in ("epochs", "batch_size", "eval_every")],
+    *[(TrainConfig, name, (0, -1)) for name in ("log_every", "checkpoint_minutes")],
+    *[(TrainConfig, name, (0, -1)) for name in ("micro_batch", "threads", "checkpoint_steps")],
+    *[(TrainConfig, name, (-0.1, 1.0, NAN)) for name in ("label_smoothing", "ema_decay")],
+    *[(TrainConfig, name, (3, 7)) for name in ("batch_size", "micro_batch")],
+]
+
+# Values at the edge of what is allowed.
+ALLOWED = [
+    (
+        ViTConfig,
+        {"num_registers": 0, "layer_scale": 1e-6, "dropout": 0.0, "stochastic_depth": 0.99},
+    ),
+    (ViTConfig, {"dim": 4, "num_heads": 1, "num_kv_heads": 1, "depth": 1}),
+    (ViTConfig, {"num_heads": 12, "num_kv_heads": 12}),
+    (ViTConfig, {"patch_size": 1, "image_size": 1}),
+    (DataConfig, {"val_fraction": 0.5, "workers": 0, "eval_crop": 1.0, "mean": (0.0, 0.0, 0.0)}),
+    (AugmentConfig, {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 1.0}),
+    (AugmentConfig, {"erasing": 1.0, "mix_until": 0.0, "hue": 0.5, "shear": 89.0, "zoom": 0.99}),
+    (AugmentConfig, {"randaugment_magnitude": 30, "randaugment_ops": 0, "crop_padding": 0}),
+    (OptimConfig, {"betas": (0.0, 0.0), "final_lr": 1.0, "layer_decay": 1.0, "clip_norm": 0.0}),
+    (OptimConfig, {"weight_decay": 0.0, "warmup_epochs": 0.0}),
+    (TrainConfig, {"batch_size": 2, "micro_batch": 2, "epochs": 1, "threads": 1}),
+]
+
+
+def told(make, *parts):
+    """Checks that `make` fails with one line that holds `parts`, and gives it."""
+    with pytest.raises(UserError) as error:
+        make()
+    message = str(error.value)
+    assert re.fullmatch(r"[\w.]+: expected .+, got .+", message), message
+    for part in parts:
+        assert part in message, message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [(section, name, value) for section, name, values in REFUSED for value in values],
+)
+def test_refused(section, name, value):
+    # a pair is reported whole or by its bound at fault
+    got = next((part for part in value if part > 1), "") if isinstance(value, tuple) else value
+    message = told(lambda: section(**{name: value}), str(got) if got else "")
+    assert message.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(("section", "fields"), ALLOWED)
+def test_allowed_at_the_edge(section, fields):
+    section(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 4}, ("num_heads: ", "multiple of num_kv_heads 4", "6")),
+        ({"num_heads": 2, "num_kv_heads": 4, "dim": 32}, ("num_heads: ", "num_kv_heads 4", "2")),
+        ({"dim": 100}, ("dim: ", "num_heads 6", "got 100")),
+        ({"dim": 60}, ("dim: ", "multiple of four", "got 60", "head size 10")),
+        ({"dim": 12, "num_heads": 6, "num_kv_heads": 6}, ("dim: ", "head size 2")),
+        ({"image_size": 230}, ("image_size: ", "patch_size 16", "got 230", "nearest is 224")),
+        ({"image_size": 239}, ("image_size: ", "nearest is 240")),
+        ({"image_size": 5, "patch_size": 14}, ("image_size: ", "nearest is 14")),
+    ],
+)
+def test_shapes_that_do_not_fit(fields, parts):
+    message = told(lambda: ViTConfig(**fields), *parts)
+    assert message.startswith(parts[0])
+
+
+@pytest.mark.parametrize("section", [*SECTIONS, Config])
+def test_frozen_and_by_keyword_alone(section):
+    first = dataclasses.fields(section)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(section(), first, None)
+    with pytest.raises(TypeError):
+        section(getattr(section(), first))
+    assert section() == section()
+    assert hash(section()) == hash(section())
+
+
+def test_own_shape_goes_before_the_presets():
+    assert ViTConfig(size="b").shape == (768, 12, 12, 4)
+    assert ViTConfig(size="b", depth=3, num_kv_heads=6).shape == (768, 3, 12, 6)
+    assert ViTConfig(size="ti", dim=96, num_heads=2, num_kv_heads=2).shape == (96, 12, 2, 2)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix", "mixes"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)])
+def test_mixes(mixup, cutmix, mixes):
+    assert AugmentConfig(mixup=mixup, cutmix=cutmix).mixes == bool(mixes)
+
+
+def test_batch_holds_pairs_of_every_repeat():
+    repeats = AugmentConfig(repeats=2)
+    Config(augment=repeats, train=TrainConfig(batch_size=8))
+    train = TrainConfig(batch_size=6)
+    message = told(lambda: Config(augment=repeats, train=train), "repeats 2", "got 6")
+    assert message.startswith("train.batch_size: ")
+
+
+def test_warmup_ends_before_the_training():
+    optim = OptimConfig(warmup_epochs=3)
+    Config(optim=optim, train=TrainConfig(epochs=4))
+    for epochs in (3, 2):
+        train = TrainConfig(epochs=epochs)
+        message = told(
+            lambda train=train: Config(optim=optim, train=train), f"epochs {epochs}", "got 3"
+        )
+        assert message.startswith("optim.warmup_epochs: ")
+        Config(optim=OptimConfig(warmup_epochs=0), train=train)
+
+
+def test_flatten():
+    config = Config(
+        model=ViTConfig(size="l", qk_norm=True),
+        optim=OptimConfig(betas=(0.8, 0.95)),
+        train=TrainConfig(out=None, batch_size=64),
+    )
+    flat = flatten(config)
+    assert flat["model.size"] == "l"
+    assert flat["model.dim"] is None  # not the preset's
+    assert flat["model.qk_norm"] is True
+    assert flat["optim.betas"] == (0.8, 0.95)
+    assert flat["train.batch_size"] == 64
+    assert [key.split(".")[0] for key in flat] == [
+        name
+        for name, section in zip(
+            ("model", "data", "augment", "optim", "train"), SECTIONS, strict=True
+        )
+        for _ in dataclasses.fields(section)
+    ]
+    assert flat.keys() >= CHANGEABLE
+    different = flatten(Config())
+    assert {key for key in flat if flat[key] != different[key]} == {
+        "model.size",
+        "model.qk_norm",
+        "optim.betas",
+        "train.batch_size",
+    }

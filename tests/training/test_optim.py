@@ -1,0 +1,263 @@
+"""Schedule, groups, AdamW, losses and averages against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vitral.config import OptimConfig, ViTConfig
+from vitral.model import ViT
+from vitral.training.optim import EMA, Optimizer, Schedule, loss_sum, parameter_groups
+
+NAN, INF = math.nan, math.inf
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    fields = {"dim": 16, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "num_registers": 1}
+    fields |= {"patch_size": 2, "image_size": 4, "layer_scale": 0.1, "qk_norm": True}
+    model = ViT(ViTConfig(**fields, **changes), num_classes=3)
+    nn.init.normal_(model.head.weight, std=0.1)
+    return model
+
+
+def fill_gradients(model, step, scale=1.0):
+    """Gives every parameter a gradient that follows from `step`."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.grad = (noise * scale).to(parameter.dtype)
+
+
+def bits(model, optimizer):
+    """A copy of all that a step changes."""
+    named = {**dict(model.named_parameters()), **optimizer.state()}
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def assert_equal(first, second):
+    assert first.keys() == second.keys()
+    assert [name for name in first if not first[name].equal(second[name])] == []
+
+
+# cos(k pi / 6) for k = 1 to 5, on a scale of 0 to 1
+FALL = [(2 + 3**0.5) / 4, 3 / 4, 1 / 2, 1 / 4, (2 - 3**0.5) / 4]
+
+
+@pytest.mark.parametrize(
+    ("optim", "warmup", "expected"),
+    [
+        ({"lr": 1.0}, 2, [1 / 2, 1, *FALL]),
+        ({"lr": 8.0}, 4, [2, 4, 6, 8, *[8 * share for share in FALL]]),
+        ({"lr": 1.0}, 0, FALL),
+        ({"lr": 0.5}, 1, [0.5, *[share / 2 for share in FALL]]),
+        ({"lr": 2.0, "final_lr": 0.1}, 2, [1, 2, *[0.2 + 1.8 * share for share in FALL]]),
+        ({"lr": 2.0, "final_lr": 1.0}, 0, [2] * 5),
+    ],
+)
+def test_schedule_by_hand(optim, warmup, expected):
+    schedule = Schedule(OptimConfig(**optim), warmup, total=warmup + 5)
+    assert [schedule.lr(step) for step in range(warmup + 5)] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("final_lr", [0.0, 0.2])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1), (1, 2), (5, 6), (10, 100), (0, 1000)])
+def test_schedule_starts_ends_and_never_jumps(warmup, total, final_lr):
+    schedule = Schedule(OptimConfig(lr=3.0, final_lr=final_lr), warmup, total)
+    rates = [schedule.lr(step) for step in range(total)]
+    assert min(rates) > 0
+    assert max(rates) <= 3
+    assert not warmup or max(rates) == rates[warmup - 1] == 3
+    assert rates == sorted(rates[:warmup]) + sorted(rates[warmup:], reverse=True)
+    assert 3 * final_lr < rates[-1]
+    assert schedule.lr(total) == pytest.approx(3 * final_lr, abs=1e-12)
+    falls = [a - b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False)]
+    assert all(fall <= 3 * math.pi / 2 / (total + 1 - warmup) for fall in falls)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope": "mixed"}, {"qkv_bias": False, "ffn_bias": False}])
+def test_decay_is_for_the_matrices_of_linear_layers_alone(changes):
+    model = tiny(**changes)
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.3))
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    names = {group["weight_decay"]: {by_id[id(p)] for p in group["params"]} for group in groups}
+    layers = ["attention.qkv", "attention.projection", "ffn.expand", "ffn.contract"]
+    matrices = {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in layers}
+    matrices |= {"patch_embedding.projection.weight", "head.weight"}
+    assert names == {0.3: matrices, 0.0: set(by_id.values()) - matrices}
+    assert sum(len(group["params"]) for group in groups) == len(by_id)  # none twice
+    assert {group["lr_factor"] for group in groups} == {1}
+
+
+def test_layer_decay_by_hand():
+    model = tiny(rope="mixed")
+    factors = {}
+    for group in parameter_groups(model, OptimConfig(layer_decay=0.5)):
+        factors |= {id(p): group["lr_factor"] for p in group["params"]}
+    expected = {"head": 1, "norm": 1, "blocks.1": 1 / 2, "blocks.0": 1 / 4}
+    expected |= dict.fromkeys(["patch_embedding", "cls", "registers", "rope"], 1 / 8)
+    for name, parameter in model.named_parameters():
+        part = next(part for part in expected if name.startswith(part))
+        assert factors[id(parameter)] == expected[part], name
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 1000.0])
+def test_steps_equal_adamw_by_formula(clip_norm):
+    config = OptimConfig(
+        betas=(0.8, 0.95), eps=1e-3, weight_decay=0.3, clip_norm=clip_norm, layer_decay=0.5
+    )
+    model = tiny().double()
+    optimizer = Optimizer(model, config)
+    matrices = {n for n, p in model.named_parameters() if p.ndim == 2 and n != "registers"}
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    mean = {name: torch.zeros_like(value) for name, value in expected.items()}
+    square = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for t, lr in enumerate([0.01, 0.02, 0.005], start=1):
+        fill_gradients(model, t, scale=10.0 ** (2 - t))
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+        factor = min(1, clip_norm / (norm + 1e-6)) if clip_norm else 1
+        for name, value in expected.items():
+            below = 1 + (name[7] == "0") if name.startswith("blocks.") else 3
+            below = 0 if name.startswith(("norm.", "head.")) else below
+            rate, g = lr * 0.5**below, gradients[name] * factor
+            mean[name] = 0.8 * mean[name] + 0.2 * g
+            square[name] = 0.95 * square[name] + 0.05 * g**2
+            value *= 1 - rate * 0.3 * (name in matrices)
+            corrected = (square[name] / (1 - 0.95**t)).sqrt() + 1e-3
+            value -= rate * mean[name] / (1 - 0.8**t) / corrected
+        got, skipped = optimizer.step(lr, torch.tensor(1.0))
+        assert got.item() == pytest.approx(norm, rel=1e-12)
+        assert skipped.item() == 0
+        assert all(p.grad is None for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("good_before", [0, 2])
+@pytest.mark.parametrize(
+    ("gradient", "loss"),
+    [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (1.0, NAN), (1.0, INF), (NAN, NAN)],
+)
+def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before):
+    model, other = tiny(), tiny()
+    optimizer, undisturbed = (Optimizer(m, OptimConfig()) for m in (model, other))
+    for step in range(good_before):
+        for m, o in ((model, optimizer), (other, undisturbed)):
+            fill_gradients(m, step)
+            o.step(1e-2, torch.tensor(1.0))
+    before = bits(model, optimizer)
+    fill_gradients(model, 99)
+    model.cls.grad[3] = gradient
+    norm, skipped = optimizer.step(1e-2, torch.tensor(loss))
+    assert skipped.item() == 1
+    assert norm.isfinite() == math.isfinite(gradient)
+    after = bits(model, optimizer)
+    assert_equal({name: after[name] for name in before}, before)
+    assert all(p.grad is None for p in model.parameters())
+    for m, o in ((model, optimizer), (other, undisturbed)):
+        fill_gradients(m, 7)
+        assert o.step(2e-2, torch.tensor(1.0))[1].item() == 0
+    assert_equal(bits(model, optimizer), bits(other, undisturbed))
+
+
+def test_state_continues_to_the_bit():
+    config = OptimConfig(layer_decay=0.7)
+    model = tiny()
+    optimizer = Optimizer(model, config)
+    for step in range(3):
+        fill_gradients(model, step)
+        optimizer.step(1e-2, torch.tensor(1.0))
+    state = {name: value.clone() for name, value in optimizer.state().items()}
+    assert {name.rpartition(".")[2] for name in state} == {"step", "exp_avg", "exp_avg_sq"}
+    again = tiny()
+    again.load_state_dict(model.state_dict())
+    resumed = Optimizer(again, config)
+    resumed.load_state(state)
+    for step in range(3, 5):
+        for m, o in ((model, optimizer), (again, resumed)):
+            fill_gradients(m, step)
+            o.step(2e-2, torch.tensor(1.0))
+    assert_equal(bits(model, optimizer), bits(again, resumed))
+
+
+def test_average_by_hand():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    ema = EMA(model, decay=0.2)
+    # decays 1/10, 2/11, then 3/12 is above 0.2
+    for step, (weight, average) in enumerate([(1.0, 0.9), (2.0, 1.8), (3.0, 2.76)], start=1):
+        nn.init.constant_(model.weight, weight)
+        ema.update(model, step)
+        assert ema.average["weight"].item() == pytest.approx(average, rel=1e-6)
+        assert model.weight.item() == weight
+    ema.update(model, 10**6)
+    assert ema.average["weight"].item() == pytest.approx(0.2 * 2.76 + 0.8 * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_average_is_applied_for_a_while(error):
+    model = tiny()
+    ema = EMA(model, 0.9)
+    fill_gradients(model, 0)
+    Optimizer(model, OptimConfig()).step(0.1, torch.tensor(1.0))
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    average = {name: value.clone() for name, value in ema.average.items()}
+    members = list(model.parameters())
+    try:
+        with ema.applied_to(model):
+            assert_equal(dict(model.named_parameters()), average)
+            if error:
+                raise error
+    except ValueError:
+        pass
+    assert_equal(dict(model.named_parameters()), own)
+    assert_equal(ema.average, average)
+    assert all(a is b for a, b in zip(model.parameters(), members, strict=True))
+    other = EMA(tiny(), 0.9)
+    other.load_state(average)
+    for each in (ema, other):
+        each.update(model, 5)
+    assert_equal(ema.average, other.average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_loss_by_formula(kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, 5, generator=generator) * 20).to(dtype)
+    targets = torch.rand(6, 5, generator=generator)
+    targets /= targets.sum(1, keepdim=True)
+    expected = 0.0
+    for x, t in zip(logits.double().tolist(), targets.double().tolist(), strict=True):
+        if kind == "ce":
+            total = math.log(sum(math.exp(value) for value in x))
+            expected += sum(share * (total - value) for value, share in zip(x, t, strict=True))
+        else:
+            terms = [
+                share * math.log1p(math.exp(-value)) + (1 - share) * math.log1p(math.exp(value))
+                for value, share in zip(x, t, strict=True)
+            ]
+            expected += sum(terms) / 5
+    loss = loss_sum(logits, targets, kind)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+@pytest.mark.parametrize("micro_batch", [2, 4, 6])
+def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
+    images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1)
+    results = []
+    for size in (12, micro_batch):
+        model = tiny().double()
+        optimizer = Optimizer(model, OptimConfig(clip_norm=0.01))
+        for part, truth in zip(images.split(size), targets.split(size), strict=True):
+            (loss_sum(model(part), truth, kind) / 12).backward()
+        gradients = [p.grad.clone() for p in model.parameters()]
+        norm, _ = optimizer.step(1e-2, torch.tensor(1.0))
+        results.append([norm, *gradients, *model.parameters()])
+    for one, sum_of_parts in zip(*results, strict=True):
+        torch.testing.assert_close(sum_of_parts, one, rtol=1e-10, atol=1e-12)
