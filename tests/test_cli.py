@@ -92,6 +92,9 @@ def test_mistakes_in_yaml(mistake, tmp_path):
         "train:\n  epochs: ten\n": "ten",
         "model: [": "not valid YAML",
         "- model\n": "expected sections",
+        "optim: {lr: 1, lr: 2}\n": "'lr' is given twice",
+        "data:\n  path: yes\n": "data.path: expected text, got True",
+        "optim:\n  lr: .inf\n": "lr: expected a number above 0, got inf",
     }.items():
         (tmp_path / "mine.yaml").write_text(content)
         mistake(["train", tmp_path / "mine.yaml"], "mine.yaml", fragment)

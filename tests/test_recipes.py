@@ -159,7 +159,7 @@ def test_unknown_settings_are_refused_with_the_nearest(mistake, content, argumen
         ("train: {epochs: 1.5}", (), ["train.epochs", "'1.5'"]),
         ("train: {epochs: null}", (), ["train.epochs", "None"]),
         ("train: {epochs: true}", (), ["train.epochs", "True"]),
-        ("model: {dim: wide}", (), ["model.dim", "INT", "'wide'"]),
+        ("model: {dim: wide}", (), ["model.dim", "an integer or None", "'wide'"]),
         ("model: {dim: '1\n\n2'}", (), ["model.dim"]),
         ("model: {size: xl}", (), ["model.size", "'xl'", "'ti'", "'h'"]),
         ("augment: {policy: auto}", (), ["augment.policy", "'auto'", "'3-augment'"]),
@@ -168,7 +168,7 @@ def test_unknown_settings_are_refused_with_the_nearest(mistake, content, argumen
         ("optim: {betas: [0.9]}", (), ["optim.betas", "2"]),
         ("data: {std: [1, 2, x]}", (), ["data.std", "'x'"]),
         ("", ("--train.epochs", "many"), ["--train.epochs", "'many'"]),
-        ("", ("--model.dim", "very " * 40), ["--model.dim", "INT", "very " * 39]),
+        ("", ("--model.dim", "very " * 40), ["--model.dim", "an integer or None", "very " * 39]),
         ("", ("--model.size=xl",), ["--model.size", "'xl'"]),
         ("", ("--data",), ["--data.path"]),
         ("", ("--optim.lr", "--out", "x"), ["--optim.lr"]),
@@ -247,3 +247,13 @@ def test_settings_load_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_values_that_look_like_options_round_trip(tmp_path):
+    config = recipes.load("digits", ["--out=--odd", "--model.qk-norm"])
+    (tmp_path / "odd.yaml").write_text(recipes.dump(config))
+    assert recipes.load(str(tmp_path / "odd.yaml")) == config
+    (tmp_path / "dashes.yaml").write_text("model: {qk-norm: true, num-kv-heads: 3}\n")
+    model = recipes.load(str(tmp_path / "dashes.yaml")).model
+    assert model.qk_norm
+    assert model.num_kv_heads == 3

@@ -8,6 +8,7 @@ here, so that `--help` is quick, and nothing is mutated: what is checked is chec
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -55,12 +56,12 @@ def _check_share(**values: float) -> None:
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        _check(value > 0, f"{name}: expected a number above 0, got {value}")
+        _check(0 < value < math.inf, f"{name}: expected a number above 0, got {value}")
 
 
 def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
-        _check(value >= 0, f"{name}: expected 0 or more, got {value}")
+        _check(0 <= value < math.inf, f"{name}: expected 0 or more, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,10 @@ class ViTConfig:
         _check_positive(dim=dim, depth=depth, num_heads=num_heads, num_kv_heads=num_kv_heads)
         _check_positive(patch_size=self.patch_size, image_size=self.image_size)
         _check_positive(mlp_ratio=self.mlp_ratio, rope_theta=self.rope_theta)
+        _check(
+            round(dim * self.mlp_ratio) > 0,
+            f"mlp_ratio: expected a hidden width of 1 or more, got {self.mlp_ratio} times {dim}",
+        )
         _check_not_negative(num_registers=self.num_registers, layer_scale=self.layer_scale)
         _check_share(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
         _check(
@@ -167,6 +172,8 @@ class DataConfig:
         _check(
             0 < self.eval_crop <= 1, f"eval_crop: expected above 0, at most 1, got {self.eval_crop}"
         )
+        finite = all(map(math.isfinite, (*self.mean, *self.std)))
+        _check(finite, f"mean, std: expected numbers, got {self.mean} and {self.std}")
         _check(min(self.std) > 0, f"std: expected three numbers above 0, got {self.std}")
 
 
@@ -221,7 +228,8 @@ class AugmentConfig:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             _check(
-                0 < low <= high, f"{name}: expected two rising numbers above 0, got {low} {high}"
+                0 < low <= high < math.inf,
+                f"{name}: expected two rising numbers above 0, got {low} {high}",
             )
         _check(self.crop_scale[1] <= 1, f"crop_scale: expected at most 1, got {self.crop_scale[1]}")
         for name in ("flip", "erasing", "mix_until"):
@@ -327,6 +335,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_not_negative(seed=self.seed)
+        for name in ("out", "init"):
+            _check(getattr(self, name) != "", f"{name}: expected a folder, got nothing")
         _check_positive(epochs=self.epochs, batch_size=self.batch_size, eval_every=self.eval_every)
         _check_positive(log_every=self.log_every, checkpoint_minutes=self.checkpoint_minutes)
         for name in ("micro_batch", "threads", "checkpoint_steps"):

@@ -11,7 +11,7 @@ Sizes, in comments and docstrings alike:
     P  side of a patch          S  size of a head, D / Q
 
 Initialisation:
-    weights of the linear layers       truncated normal, standard deviation 1 / sqrt(fan-in)
+    weights of the linear layers       normal of deviation 1 / sqrt(fan-in), cut at two deviations
     biases                             0
     weights and bias of the head       0, so that training starts at the uniform prediction
     CLS token, registers               normal, standard deviation 0.02

@@ -41,6 +41,8 @@ def write(
     """
     building = directory.with_name(f".{directory.name}.new")
     retired = directory.with_name(f".{directory.name}.old")
+    if retired.exists() and not directory.exists():  # a kill came between the two renames
+        retired.rename(directory)
     shutil.rmtree(building, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
     building.mkdir()
@@ -57,7 +59,12 @@ def write(
         _sync(building)
         if directory.exists():
             directory.rename(retired)
-        building.rename(directory)
+        try:
+            building.rename(directory)
+        except OSError:
+            if retired.exists():
+                retired.rename(directory)
+            raise
         _sync(directory.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -68,9 +75,13 @@ def verify(directory: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
-        CorruptError: for a missing file, one of another size, or one with another content.
+        CorruptError: for a missing file, one with another content, or one that is not listed.
     """
-    for name, expected in read_json(directory, MANIFEST).items():
+    manifest = read_json(directory, MANIFEST)
+    for path in [*directory.glob("*.safetensors"), *directory.glob("*.json")]:
+        if path.name not in manifest and path.name != MANIFEST:
+            raise CorruptError(f"{path}: not in the manifest")
+    for name, expected in manifest.items():
         try:
             data = (directory / name).read_bytes()
         except OSError as error:

@@ -75,8 +75,8 @@ class Order:
     """The endless concatenation of permuted epochs, cut into global batches.
 
     With `repeats` R > 1 a batch of G holds G / R images, R times each: position j holds image
-    j mod (G / R), so that the partners j and j xor 1 of Mixup are always different images; each
-    copy is augmented as of its own epoch.
+    j mod (G / R), so that within an epoch the partners j and j xor 1 of Mixup are different images;
+    each copy is augmented as of its own epoch.
     """
 
     seed: int

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 import yaml
@@ -21,6 +22,15 @@ import yaml
 from vitral.config import Config, UserError, flatten
 
 T = TypeVar("T")
+# What tyro says, and what people understand.
+PLAIN = {
+    r"no type matching (\S+) could be .* from \['(.*)'\]\..*": r"expected \1, got '\2'",
+    r"\{None\}\|INT": "an integer or None",
+    r"\{None\}\|FLOAT": "a number or None",
+    r"invalid literal for int\(\) with base 10: ": "expected an integer, got ",
+    r"could not convert string to float: ": "expected a number, got ",
+    r"^Unrecognized options: (.*)": r"expected nothing more after the settings, got \1",
+}
 SHORT = {"--data": "--data.path", "--out": "--train.out", "--init": "--train.init"}
 
 
@@ -58,7 +68,7 @@ def load(
     content = _read(Path(source)) if is_file else text(source)
     name = Path(source).stem
     try:
-        config = parse(_tokens(content, where=source), Config(), program=program)
+        config = parse(_tokens(content), Config(), program=program)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     arguments = _expand(arguments)
@@ -93,7 +103,7 @@ def parse(arguments: Sequence[str], default: T, *, program: str, about: str = ""
     _check_names(arguments, default, program)
     box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), _wide_terminal("--help" not in arguments):
             return tyro.cli(
                 type(default), args=arguments, default=default, prog=program, description=about
             )
@@ -101,6 +111,30 @@ def parse(arguments: Sequence[str], default: T, *, program: str, about: str = ""
         if not exit.code:
             raise
         raise UserError(_one_line(box.getvalue())) from None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader that takes no key twice, where YAML's would keep the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+@contextlib.contextmanager
+def _wide_terminal(wanted: bool) -> Iterator[None]:
+    """Keeps tyro from breaking a message into lines."""
+    before = dict(os.environ)
+    if wanted:
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        os.environ.update(before)
 
 
 def _read(path: Path) -> str:
@@ -122,29 +156,33 @@ def _expand(arguments: Sequence[str]) -> list[str]:
     return expanded
 
 
-def _tokens(content: str, where: str) -> list[str]:
+def _tokens(content: str) -> list[str]:
     """The `--section.key value` form of a YAML document."""
     try:
-        document = yaml.safe_load(content) or {}
+        document = yaml.load(content, _StrictLoader) or {}
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{where}: not valid YAML: {reason}") from None
+        raise UserError(f"not valid YAML: {reason}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{where}: expected sections such as 'model:', got {document!r}")
-    flags = {path for path, value in flatten(Config()).items() if isinstance(value, bool)}
+        raise UserError(f"expected sections such as 'model:', got {document!r}")
+    defaults = flatten(Config())
+    flags = {path for path, value in defaults.items() if isinstance(value, bool)}
+    texts = {path for path, value in defaults.items() if isinstance(value, str)}
+    texts |= {"train.out", "train.init"}
     tokens: list[str] = []
     for section, settings in document.items():
         if not isinstance(settings, dict):
-            raise UserError(
-                f"{where}: {section}: expected 'key: value' lines below, got {settings!r}"
-            )
+            raise UserError(f"{section}: expected 'key: value' lines below, got {settings!r}")
         for key, value in settings.items():
-            path = f"{section}.{key}"
+            path = f"{section}.{key}".replace("-", "_")
+            if path in texts and not isinstance(value, str | None):
+                raise UserError(f"{path}: expected text, got {value!r}; quote it")
             if path in flags and isinstance(value, bool):
                 tokens.append(f"--{section}.{'' if value else 'no-'}{key}")
             else:
-                values = value if isinstance(value, list) else [value]
-                tokens += [f"--{path}", *map(str, values)]
+                # Behind '=' a value may begin with dashes.
+                many = isinstance(value, list)
+                tokens += [f"--{path}", *map(str, value)] if many else [f"--{path}={value}"]
     return tokens
 
 
@@ -181,6 +219,6 @@ def _one_line(box: str) -> str:
             break
         paragraph.append(line.strip())
     line = " ".join(paragraph).removeprefix("Error parsing ")
-    return re.sub(
-        r"no type matching (\S+) could .* from \['(.*)'\]\.", r"expected \1, got '\2'", line
-    )
+    for pattern, plain in PLAIN.items():
+        line = re.sub(pattern, plain, line)
+    return line
