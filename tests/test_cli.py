@@ -70,6 +70,7 @@ def mistake(capsys, tmp_path):
         ("train digits --train.device cuda", ["GPU"]),
         ("val", ["WEIGHTS"]),
         ("val /no/weights", ["/no/weights", "no such folder"]),
+        ("val /no/weights --batch-size 0", ["batch_size"]),
         ("val /no/weights --wich ema", ["--wich", "did you mean --which"]),
         ("recipes digit", ["did you mean digits"]),
         ("data chekc .", ["did you mean check"]),
@@ -212,7 +213,7 @@ def test_val_counts_only_what_training_held_out(image_folder, tmp_path, capsys):
     shutil.copytree(image_folder / "train", folder)
     assert main(folder_settings(folder, out)) == 0
     last = read_rows(out / "metrics.jsonl")[-1]
-    for words in ([], ["--data", str(folder)]):
+    for words in ([], ["--data", f"{folder}/"]):
         capsys.readouterr()
         assert main(["val", str(out / "weights" / "last"), "--which", "model", *words]) == 0
         said = capsys.readouterr().out

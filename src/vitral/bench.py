@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from vitral import recipes
 from vitral.config import Config, UserError
 from vitral.data import augment, crops
-from vitral.data.decode import decode
+from vitral.data.decode import DecodeError, decode
 from vitral.data.sampling import Order
 from vitral.data.sources import Dataset, Files, open_dataset
 from vitral.evaluation.evaluate import pick_device
@@ -24,7 +24,7 @@ from vitral.model import CHANNELS, ViT, count_flops
 from vitral.training.metrics import duration
 from vitral.training.monitor import memory_gb, peak_flops
 from vitral.training.optim import Optimizer, loss_sum
-from vitral.training.resolve import Resolved, apply_settings, build_model, compiled, resolve
+from vitral.training.resolve import Resolved, build_model, compiled, prepare_device, resolve
 
 ROUNDS = 5
 
@@ -61,10 +61,10 @@ def bench_model(config: Config, num_classes: int = 1000) -> str:
         f"{'compiled' if resolved.compile else 'not compiled'}, {resolved.threads} threads",
         f"step        {1e3 * seconds:.1f} ms for {resolved.micro_batch} images, median of {ROUNDS}",
         f"rate        {rate:,.0f} images/s, {work / 1e12:.3f} TFLOP/s",
-        f"memory      {memory_gb():.2f} GB",
+        f"memory      {memory_gb(resolved.device):.2f} GB",
     ]
     peak = peak_flops()
-    if peak is not None:
+    if peak is not None and resolved.precision == "bf16":
         lines.append(f"MFU         {work / peak:.1%}")
     return "\n".join(lines)
 
@@ -80,7 +80,7 @@ def bench_data(config: Config) -> str:
     if not isinstance(records, Files):
         raise UserError(f"bench data: {dataset.name} needs no decoding; give an image folder")
     torch.set_num_threads(1)
-    encoded = [records.read(i) for i in range(min(len(records), 256))]
+    encoded = [records.read(i) for i in range(min(len(records), 256)) if _decodes(records, i)]
     ours, rest, theirs = [], [], []
     for _ in range(ROUNDS):
         started = time.perf_counter()
@@ -108,6 +108,14 @@ def bench_data(config: Config) -> str:
         ratio = statistics.median(b / a for a, b in zip(seconds, theirs, strict=True))
         lines.append(f"{name:40}{rate:8,.0f} images/s  {ratio:5.2f} times torchvision")
     return "\n".join(lines)
+
+
+def _decodes(records: Files, index: int) -> bool:
+    try:
+        decode(records.read(index))
+    except DecodeError:
+        return False
+    return True
 
 
 def _our_crops(config: Config, encoded: list[bytes]) -> torch.Tensor:
@@ -146,8 +154,9 @@ def _reference(side: int) -> Callable[[Image.Image], torch.Tensor]:
 def _training_step(config: Config, num_classes: int) -> tuple[ViT, Callable[[], object], Resolved]:
     device = pick_device(config.train.device)
     model = build_model(config, num_classes, init=False).to(device)
+    prepare_device(config, device)
     resolved = resolve(config, model, device)
-    apply_settings(config, resolved)
+    torch.set_num_threads(resolved.threads)
     optimizer = Optimizer(model, config.optim)
     forward = compiled(model, resolved)
     side = config.model.image_size

@@ -56,6 +56,10 @@ class ValOptions:
     out: str | None = None
     """Folder to write per_class.csv and confused_pairs.csv to."""
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
@@ -147,6 +151,8 @@ def _val(words: list[str]) -> int:
     options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
     from vitral.evaluation import evaluate, summarise
 
+    if options.out is not None:
+        _writable(options.out)
     scores = evaluate(
         path,
         options.data,
@@ -157,7 +163,6 @@ def _val(words: list[str]) -> int:
     )
     print(summarise(scores))
     if options.out is not None:
-        _writable(options.out)
         scores.write_tables(Path(options.out))
     return 0
 
@@ -191,7 +196,7 @@ def _check(words: list[str]) -> int:
     workers = available_cores() if options.workers is None else options.workers
     report = check(config, Config().model.image_size, Config().train.seed, workers)
     print(format_report(report))
-    return 0
+    return 2 if report.broken else 0
 
 
 def _preview(words: list[str]) -> int:

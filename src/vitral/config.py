@@ -299,7 +299,7 @@ class TrainConfig:
     seed: int = 0
     """All that is random follows from it."""
     epochs: int = 90
-    """Passes over the training images."""
+    """Passes over the training images; with augment.repeats R a pass holds one in R, R times."""
     batch_size: int = 1024
     """Images of one optimiser step, however they are cut into micro-batches."""
     micro_batch: int | None = None

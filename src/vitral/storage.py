@@ -29,7 +29,9 @@ class CorruptError(Exception):
 def write(
     directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
 ) -> None:
-    """Writes or replaces `directory`, atomically: built beside its place, flushed to disk, renamed.
+    """Writes or replaces `directory`: built beside its place, flushed to disk, renamed.
+
+    A kill at any moment leaves the old content or the new, at worst for `recover` to put back.
 
     Args:
         directory: the place; its parent must exist.
@@ -41,8 +43,7 @@ def write(
     """
     building = directory.with_name(f".{directory.name}.new")
     retired = directory.with_name(f".{directory.name}.old")
-    if retired.exists() and not directory.exists():  # a kill came between the two renames
-        retired.rename(directory)
+    recover(directory)
     shutil.rmtree(building, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
     building.mkdir()
@@ -69,6 +70,13 @@ def write(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def recover(directory: Path) -> None:
+    """Puts back what a kill between the two renames of `write` left aside."""
+    retired = directory.with_name(f".{directory.name}.old")
+    if retired.exists() and not directory.exists():
+        retired.rename(directory)
 
 
 def verify(directory: Path) -> None:

@@ -136,12 +136,16 @@ def describe(
 ) -> Description:
     """The description of a run's weights: the default is what validated best, raw or EMA.
 
-    The architecture is written out, so that it does not hang on what a preset means later.
+    The architecture is written out, so that it does not hang on what a preset means later, and
+    so is the path of an image folder, so that it does not hang on where one stands.
     """
     better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
     model = dataclasses.replace(config.model, **config.model.shape._asdict())
+    place = Path(config.data.path).expanduser()
+    path = str(place.resolve()) if place.is_dir() else config.data.path
+    data = dataclasses.replace(config.data, path=path)
     return Description(
-        config=dataclasses.replace(config, model=model),
+        config=dataclasses.replace(config, model=model, data=data),
         classes=classes,
         fingerprint=fingerprint,
         default="ema" if better else "model",
@@ -157,5 +161,11 @@ def _read_description(directory: Path, document: dict[str, Any]) -> Description:
             f"weights: {directory}: expected schema {SCHEMA}, got {schema}; "
             "install the vitral that wrote them"
         )
-    config, classes = from_sections(document["config"]), tuple(document["classes"])
-    return Description(**{**document, "config": config, "classes": classes})
+    try:
+        config, classes = from_sections(document["config"]), tuple(document["classes"])
+        return Description(**{**document, "config": config, "classes": classes})
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"weights: {directory}: config.json is not this vitral's: {error}; "
+            f"install vitral {document.get('vitral')}, which wrote it"
+        ) from None

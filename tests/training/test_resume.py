@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from vitral import recipes
-from vitral.training import Interrupted, train
+from vitral import recipes, storage
+from vitral.config import UserError
+from vitral.training import Interrupted, checkpoint, train
+from vitral.training.checkpoint import Checkpoint
 from vitral.training.metrics import CLOCK, read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -163,8 +165,6 @@ def damages(file):
     ],
 )
 def test_damaged_checkpoint_is_passed_over(half_done, tmp_path, name, damage):
-    from vitral.training import checkpoint
-
     folder = tmp_path / "checkpoints"
     shutil.copytree(half_done / "checkpoints", folder)
     newest, before = sorted(folder.iterdir(), reverse=True)[:2]
@@ -197,3 +197,71 @@ def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     log = (tmp_path / "run" / "train.log").read_text()
     assert "passed over" in log
     assert str(newest) in log
+
+
+def test_validation_that_a_signal_cut_short_is_logged_once(image_folder, tmp_path, whole):
+    """Stopped before its validation was saved, then killed after its row was written."""
+    out = tmp_path / "run"
+    config = make_config(image_folder, out)
+    assert finish(config) == 0
+    newest = max((out / "checkpoints").iterdir())
+    state = storage.read_json(newest, "state.json")
+    names = [path.stem for path in newest.glob("*.safetensors")]
+    tensors = {name: storage.read_tensors(newest, name) for name in names}
+    row = read_rows(out / "metrics.jsonl")[-1]
+    undone = {**state, "evaluated": 0, "best": {"step": -1, "top1": -1}, "metrics": {}}
+    undone["counters"] = [row["loss"], row["grad_norm"], 1, 0, 0, 0]
+    storage.write(newest, tensors, {"state": undone})
+    assert finish(config) == 0
+    assert digests(out) == whole
+
+
+def test_checkpoint_between_two_renames_is_found(half_done, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(half_done / "checkpoints", folder)
+    newest = max(folder.iterdir())
+    newest.rename(folder / f".{newest.name}.old")
+    shutil.copytree(half_done / "checkpoints" / newest.name, folder / f".{newest.name}.new")
+    found = checkpoint.latest(folder, print)
+    assert found is not None
+    assert newest.name == f"step_{found.step:07d}"
+    checkpoint.save(folder, Checkpoint(found.step + 1, {}, {}), None)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_run_without_a_usable_checkpoint_is_left_alone(image_folder, half_done, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(half_done, out)
+    for directory in (out / "checkpoints").iterdir():
+        (directory / "manifest.json").unlink()
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
+        train(make_config(image_folder, out))
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_init_counts_until_there_is_a_checkpoint(image_folder, tmp_path, whole):
+    """A kill in the first write leaves an empty folder of checkpoints."""
+    assert finish(make_config(image_folder, tmp_path / "source")) == 0
+    digests_of = []
+    for name in ("fresh", "begun"):
+        config = make_config(image_folder, tmp_path / name, train__init=tmp_path / "source")
+        if name == "begun":
+            (tmp_path / name / "checkpoints").mkdir(parents=True)
+        assert finish(config) == 0
+        digests_of.append(digests(tmp_path / name))
+    assert digests_of[0] == digests_of[1] != whole
+
+
+def test_training_outlives_its_listener(image_folder, tmp_path, whole, capfd):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reader)
+        sys.stdout = os.fdopen(writer, "w")
+        train(make_config(image_folder, tmp_path / "run"))
+        os._exit(0)
+    os.close(writer)
+    os.close(reader)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert digests(tmp_path / "run") == whole

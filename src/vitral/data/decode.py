@@ -39,7 +39,7 @@ def decode(data: bytes) -> torch.Tensor:
     try:
         with warnings.catch_warnings(action="ignore"):
             return _decode(data)
-    except DecodeError:
+    except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError:
         raise DecodeError(f"not an image in a known format ({', '.join(_FORMATS)})") from None

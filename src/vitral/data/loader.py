@@ -223,12 +223,12 @@ class _Decoding(Dataset[Fetched]):
     def _decode(self, index: int, broken: list[tuple[int, str]]) -> tuple[Tensor, int]:
         """Image and label of a record, or of the next one that can be decoded.
 
-        Where many in a row cannot, it is black: whoever counts the broken ones stops the run.
+        Where more in a row cannot than a run puts up with, it is black: the run will stop.
         """
-        for _ in range(CHUNK):
+        for _ in range(CHUNK + len(self.records) // 1000):
             try:
                 return decode(self.records.read(index)), int(self.records.labels[index])
-            except (DecodeError, OSError) as error:
+            except (DecodeError, FileNotFoundError, PermissionError) as error:
                 broken.append((index, str(error)))
                 index = (index + 1) % len(self.records)
         return torch.zeros(3, 1, 1, dtype=torch.uint8), int(self.records.labels[index])

@@ -38,10 +38,13 @@ def evaluate(
     """
     place = pick_device(device)
     if not isinstance(weights, Weights):
-        weights = load(weights, which=which, device=str(place))
+        weights = load(weights, which=which)
+    elif which is not None:
+        raise UserError("which: expected none beside loaded weights, which are of one kind")
+    weights.model.to(place)
     description = weights.description
     trained_on = description.config.data.path
-    own = data is None or data == trained_on
+    own = data is None or Path(data).expanduser().resolve() == Path(trained_on).resolve()
     settings = dataclasses.replace(
         description.config.data, path=data or trained_on, workers=workers
     )

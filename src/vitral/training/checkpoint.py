@@ -37,15 +37,19 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
     state = {"schema": SCHEMA, "step": checkpoint.step, **checkpoint.state}
     storage.write(directory, checkpoint.tensors, {"state": state})
     storage.verify(directory)
-    present = sorted(_steps(folder), reverse=True)
+    present = sorted(steps(folder), reverse=True)
     for step in present[KEEP:]:
         if step != best_step:
             shutil.rmtree(folder / f"step_{step:07d}")
+    for stray in folder.glob(".step_*"):  # of a write that was killed
+        shutil.rmtree(stray, ignore_errors=True)
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint of the highest step that verifies; one that does not is warned of."""
-    for step in sorted(_steps(folder), reverse=True):
+    for aside in folder.glob(".step_*.old"):
+        storage.recover(folder / aside.name[1:-4])
+    for step in sorted(steps(folder), reverse=True):
         directory = folder / f"step_{step:07d}"
         try:
             storage.verify(directory)
@@ -63,7 +67,8 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _steps(folder: Path) -> list[int]:
+def steps(folder: Path) -> list[int]:
+    """The steps that there are checkpoints of, whole or not."""
     if not folder.is_dir():
         return []
     matches = (re.fullmatch(r"step_(\d{7,})", path.name) for path in folder.iterdir())

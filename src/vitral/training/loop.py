@@ -24,7 +24,7 @@ from vitral.training.checkpoint import Checkpoint
 from vitral.training.metrics import Console, MetricsLog, read_rows
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA, Optimizer, Schedule, loss_sum
-from vitral.training.resolve import Resolved, apply_settings, build_model, compiled, resolve
+from vitral.training.resolve import Resolved, build_model, compiled, prepare_device, resolve
 from vitral.training.run import Interrupted, RunFolder, Signals
 
 PATIENCE = 10  # non-finite updates in a row that stop a run
@@ -50,12 +50,16 @@ def train(recipe: str | Config = "digits", *arguments: str) -> Path:
     changes = run.refuse_other_settings(config)
     device = pick_device(config.train.device)
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
-    begun = (run.path / "checkpoints").is_dir()
-    model = build_model(config, len(dataset.classes), init=not begun)
+    folder, warnings = run.path / "checkpoints", []
+    model = build_model(config, len(dataset.classes), init=not checkpoints.steps(folder))
     with run:
         run.open()
-        warnings: list[str] = []
-        checkpoint = checkpoints.latest(run.path / "checkpoints", warnings.append)
+        checkpoint = checkpoints.latest(folder, warnings.append)
+        if checkpoint is None and warnings:
+            raise UserError(
+                f"out: no checkpoint in {folder} can be used: {warnings[0]}; restore one, or "
+                "start another run with --out"
+            )
         trainer = Trainer(config, dataset, model, device, run, checkpoint)
         run.write_config(config)
         try:
@@ -83,6 +87,7 @@ class Trainer:
         assert dataset.val is not None
         self.config, self.dataset, self.device, self.run = config, dataset, device, run
         self.records, self.val_records = dataset.train, dataset.val
+        prepare_device(config, device)
         self.model = model.to(device)
         self.optimizer = Optimizer(model, config.optim)
         self.ema = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
@@ -99,13 +104,15 @@ class Trainer:
             self.resolved = resolve(config, self.model, device)
         else:
             self._restore(checkpoint)
-        apply_settings(config, self.resolved)
+        torch.set_num_threads(self.resolved.threads)
         self.forward = compiled(self.model, self.resolved)
         self.workers = resolve_workers(config.data, self.records)
         self.flops = count_flops(config.model, len(dataset.classes))
-        self.log = MetricsLog(run.path, self.step)
+        # The row of a validation that is still to be done is none to keep.
+        undone = self.step in self.evaluations and self.evaluated != self.step
+        self.log = MetricsLog(run.path, self.step - undone)
         self.console = Console(run.path / "train.log", self.total, self.step)
-        self.clock = Clock(self.log.seconds)
+        self.clock = Clock(self.log.seconds, self.resolved)
         self.last_checkpoint = self.last_drawing = time.monotonic()
 
     def _plan_steps(self) -> None:
@@ -190,6 +197,7 @@ class Trainer:
         """Shows progress, and writes the log row of a step that is not validated."""
         if self.console.due():
             seen, pace = self.counters.read(), self.clock.read(self.flops)
+            self._stop_if_diverged(seen["worst"])
             text = (
                 f"epoch {self.step / self.epoch_steps:.1f}  loss {seen['loss']:.3f}  "
                 f"lr {self.schedule.lr(self.step - 1):.1e}  norm {seen['grad_norm']:.2f}  "
@@ -313,6 +321,7 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
         }
         folder = self.run.path / "checkpoints"
+        self.log.board.flush()
         checkpoints.save(folder, Checkpoint(self.step, tensors, state), int(self.best["step"]))
         self.saved = (self.step, self.evaluated)
         self.last_checkpoint = time.monotonic()
@@ -334,6 +343,11 @@ class Trainer:
         self.metrics, self.broken = state["metrics"], dict(state["broken"])
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
         self.resolved = Resolved(**state["resolved"])
+        if self.resolved.device != self.device.type:
+            raise UserError(
+                f"train.device: the run in {self.run.path} began on {self.resolved.device}, not "
+                f"{self.device.type}; resume it there, or start another run with --out"
+            )
 
     def _note_broken(self, batch: Batch) -> None:
         """Logs records that could not be decoded, and stops where they are too many."""

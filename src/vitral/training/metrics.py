@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -114,10 +115,13 @@ class Console:
     def message(self, text: str) -> None:
         """Something to be read now and kept."""
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
-        if self.bar is not None:
-            self.bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+        try:
+            if self.bar is not None:
+                self.bar.write(text, file=self.stream)
+            else:
+                print(text, file=self.stream, flush=True)
+        except BrokenPipeError:  # nobody listens any more: train.log still does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def due(self) -> bool:
         """Whether it is time to show progress again."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.profiler import profile, schedule
 
+from vitral.training.resolve import Resolved
+
 # Dense bf16 rates in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -66,7 +68,9 @@ class Counters:
 class Clock:
     """Seconds of the run, and images and waiting since the last log row."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, resolved: Resolved) -> None:
+        self.device = resolved.device
+        self.peak = peak_flops() if resolved.precision == "bf16" else None
         self.begin = time.monotonic() - seconds
         self.start_row()
 
@@ -90,17 +94,16 @@ class Clock:
             "seconds": round(now - self.begin, 3),
             "images_per_second": round(self.images / passed, 1),
             "data_wait": round(self.waited / passed, 4),
-            "memory_gb": round(memory_gb(), 3),
+            "memory_gb": round(memory_gb(self.device), 3),
         }
-        peak = peak_flops()
-        if peak is not None:
-            columns["mfu"] = round(3 * flops_per_image * self.images / passed / peak, 4)
+        if self.peak is not None:
+            columns["mfu"] = round(3 * flops_per_image * self.images / passed / self.peak, 4)
         return columns
 
 
-def memory_gb() -> float:
+def memory_gb(device: str) -> float:
     """Most memory used so far, in 10^9 bytes: of the GPU, or else of this process."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -109,7 +112,8 @@ def memory_gb() -> float:
 def peak_flops() -> float | None:
     """The bf16 rate of the GPU, if there is a known one."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+    words = f" {name.replace('-', ' ')} "
+    return next((rate for key, rate in PEAK_FLOPS.items() if f" {key} " in words), None)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,15 +70,15 @@ def resolve(config: Config, model: ViT, device: torch.device) -> Resolved:
     return resolved
 
 
-def apply_settings(config: Config, resolved: Resolved) -> None:
-    """Sets the process up: threads, TF32, and determinism on a GPU if it is asked for."""
-    torch.set_num_threads(resolved.threads)
-    if resolved.device == "cpu":
+def prepare_device(config: Config, device: torch.device) -> None:
+    """Sets a GPU up, before anything runs there: TF32, and determinism if it is asked for."""
+    if device.type == "cpu":
         return
     torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(config.train.deterministic)
     if config.train.deterministic:
+        # Read once, at the first matrix product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -90,27 +91,38 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
 def _with_fitting_batch(
     resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> Resolved:
-    """Halves the micro-batch until both passes fit beside the optimiser's state."""
-    forward = compiled(model, resolved)
-    side, size = config.model.image_size, config.train.batch_size
-    bytes_of_weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    cuts = 1
+    """Halves the micro-batch until both passes fit beside the optimiser's state.
+
+    Tried without compilation, which needs less memory and would compile for every size.
+    """
+    size, cuts = config.train.batch_size, 1
     while True:
         micro = -(-size // (2 * cuts)) * 2
         try:
-            ballast = torch.empty(4 * bytes_of_weights, dtype=torch.uint8, device=device)
-            images = torch.zeros(micro, CHANNELS, side, side, device=device)
-            targets = torch.zeros(micro, model.num_classes, device=device)
-            with resolved.autocast():
-                loss = loss_sum(forward(images), targets, config.train.loss)
-            loss.backward()
-            del ballast, images, targets, loss
-            break
+            _try_batch(micro, resolved, config, model, device)
         except torch.cuda.OutOfMemoryError:
             if micro == 2:
                 raise
             cuts *= 2
+        else:
+            return dataclasses.replace(resolved, micro_batch=micro)
         finally:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-    return Resolved(**{**vars(resolved), "micro_batch": micro})
+
+
+def _try_batch(
+    micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
+) -> None:
+    """A forward and backward pass beside as much memory as a run has in use besides."""
+    side = config.model.image_size
+    images = torch.zeros(micro, CHANNELS, side, side, device=device)
+    targets = torch.zeros(micro, model.num_classes, device=device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Moments, EMA and a spare; the next batch, which is augmented meanwhile.
+    besides = 4 * weights + 24 * images.numel()
+    ballast = torch.empty(besides, dtype=torch.uint8, device=device)
+    with resolved.autocast():
+        loss = loss_sum(model(images), targets, config.train.loss)
+    loss.backward()
+    del ballast
