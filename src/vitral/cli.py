@@ -150,17 +150,20 @@ def _val(words: list[str]) -> int:
     path, rest = _positional(words, "WEIGHTS", "vitral val")
     options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
     from vitral.evaluation import evaluate, summarise
+    from vitral.weights import load
 
+    weights = load(path, which=options.which)
     if options.out is not None:
         _writable(options.out)
     scores = evaluate(
-        path,
+        weights,
         options.data,
-        which=options.which,
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,
     )
+    kind = options.which or weights.description.default
+    print(f"{weights.path} ({kind}) on {options.data or weights.description.config.data.path}")
     print(summarise(scores))
     if options.out is not None:
         scores.write_tables(Path(options.out))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vitral.config import DataConfig
 from vitral.data.decode import DecodeError, decode
+from vitral.data.loader import in_workers
 from vitral.data.sampling import Integers
 from vitral.data.sources import Files, open_dataset
 
 FEW_CLASSES = 30
+BATCH = 64  # files that a worker looks at in one go
 Look = tuple[int, int, str, float]  # width, height, what is wrong or nothing, seconds
 
 
@@ -73,38 +72,28 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
 
 
 def _look_at_all(records: Files, workers: int) -> Iterator[Look]:
-    with warnings.catch_warnings():
-        # More workers than cores is what was asked for.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            _Looking(records),
-            batch_size=64,
-            sampler=range(len(records)),
-            num_workers=workers,
-            collate_fn=list,
-            worker_init_fn=_leave_ctrl_c_to_the_parent,
-            multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
-        )
-        batches = iter(loader)
-    for looks in batches:
+    N = len(records)
+    parts = (range(first, min(first + BATCH, N)) for first in range(0, N, BATCH))
+    for looks in in_workers(_Looking(records), parts, workers):
         yield from looks
 
 
-class _Looking(Dataset[Look]):
+class _Looking(Dataset[list[Look]]):
+    """Decodes the images of a request; runs in worker processes."""
+
     def __init__(self, records: Files) -> None:
         self.records = records
 
-    def __getitem__(self, i: int) -> Look:
+    def __getitem__(self, request: range) -> list[Look]:
+        return [self._look(index) for index in request]
+
+    def _look(self, index: int) -> Look:
         started = time.process_time()  # unlike the clock's, not stretched by other processes
         try:
-            height, width = decode(self.records.read(i)).shape[1:]
+            height, width = decode(self.records.read(index)).shape[1:]
         except (DecodeError, OSError) as error:
             return 0, 0, str(error), time.process_time() - started
         return width, height, "", time.process_time() - started
-
-
-def _leave_ctrl_c_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def format_report(report: Report) -> str:

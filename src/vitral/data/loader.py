@@ -12,6 +12,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from vitral.data.decode import DecodeError, decode
 from vitral.data.sampling import Integers, Order
 from vitral.data.sources import Files, Pixels
 
+T = TypeVar("T")
 CHUNK = 16  # images decoded before their crops are drawn together
 STILL = AugmentConfig(crop="none", flip=0.0)
 
@@ -139,7 +141,10 @@ def eval_batches(
 
     def prepare(fetched: Fetched) -> Batch:
         for index, reason in fetched.broken:
-            raise UserError(f"data: {describe(records, index)}: {reason}; mend or remove the file")
+            raise UserError(
+                f"data: {describe(records, index)}: {reason}; "
+                "mend or remove it and start anew; `vitral data check` finds all"
+            )
         images = fetched.images.to(device, non_blocking=True)
         if len(images) < batch_size:
             filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
@@ -169,16 +174,23 @@ def _fetch(
 ) -> Iterator[Fetched]:
     if isinstance(records, Pixels):
         return _crop_on_device(records, config, requests, device)
+    return in_workers(_Decoding(records, config), requests, workers, device.type == "cuda")
+
+
+def in_workers(
+    dataset: Dataset[T], requests: Iterable[Any], workers: int, pin_memory: bool = False
+) -> Iterator[T]:
+    """What `dataset` has for each request, in order, fetched by worker processes."""
     with warnings.catch_warnings():
         # More workers than cores is what was asked for.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         loader = DataLoader(
-            _Decoding(records, config),
+            dataset,
             batch_size=None,
             sampler=requests,
             num_workers=workers,
-            collate_fn=_as_it_is,  # pyright: ignore[reportArgumentType]
-            pin_memory=device.type == "cuda",
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
             worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
         )
@@ -234,7 +246,7 @@ class _Decoding(Dataset[Fetched]):
         return torch.zeros(3, 1, 1, dtype=torch.uint8), int(self.records.labels[index])
 
 
-def _as_it_is(fetched: Fetched) -> Fetched:
+def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 

@@ -360,7 +360,8 @@ class Trainer:
             names = ", ".join(describe(self.records, index) for index in sorted(self.broken)[:10])
             raise UserError(
                 f"data: {len(self.broken)} of {len(self.records)} training images are broken, more "
-                f"than {BROKEN_SHARE:.1%}: {names}; mend or remove them (vitral data check)"
+                f"than {BROKEN_SHARE:.1%}: {names}; mend or remove them and start anew; "
+                "`vitral data check` finds all"
             )
 
     def _save_picture(self, images: Tensor) -> None:
