@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from vitral.data import decode as module
 from vitral.data.decode import DecodeError, decode
@@ -232,3 +232,15 @@ def test_an_image_of_the_cap_is_let_through(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(DecodeError, match="exceeds the cap"):
         decode(data)
+
+
+def test_a_turned_png_with_a_colour_profile_is_turned():
+    """Pillow decodes it, and Pillow leaves the turning to its caller."""
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG", exif=exif, icc_profile=profile)
+    turned = np.rot90(pixels, -1).transpose(2, 0, 1)
+    assert np.array_equal(decode(content.getvalue()).numpy(), turned)
