@@ -17,8 +17,9 @@ from vitral import recipes
 from vitral.config import Config, UserError
 from vitral.data import augment, crops
 from vitral.data.decode import DecodeError, decode
+from vitral.data.records import Dataset, Encoded, Packed, Pixels
 from vitral.data.sampling import Order
-from vitral.data.sources import Dataset, Files, open_dataset
+from vitral.data.sources import open_dataset
 from vitral.evaluation.evaluate import pick_device
 from vitral.model import CHANNELS, ViT, count_flops
 from vitral.training.metrics import duration
@@ -77,7 +78,7 @@ def bench_data(config: Config) -> str:
     """
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed, train=False)
     records = dataset.val
-    if not isinstance(records, Files):
+    if records is None or isinstance(records, Packed | Pixels):
         raise UserError(f"bench data: {dataset.name} needs no decoding; give an image folder")
     torch.set_num_threads(1)
     encoded = [records.read(i) for i in range(min(len(records), 256)) if _decodes(records, i)]
@@ -110,7 +111,7 @@ def bench_data(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _decodes(records: Files, index: int) -> bool:
+def _decodes(records: Encoded, index: int) -> bool:
     try:
         decode(records.read(index))
     except DecodeError:

@@ -193,7 +193,7 @@ def _check(words: list[str]) -> int:
     path, rest = _positional(words, "PATH", "vitral data check")
     options = recipes.parse(rest, CheckOptions(), program="vitral data check PATH")
     from vitral.data.check import check, format_report
-    from vitral.data.loader import available_cores
+    from vitral.data.fetch import available_cores
 
     config = dataclasses.replace(Config().data, path=path)
     workers = available_cores() if options.workers is None else options.workers

@@ -148,11 +148,14 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     path: str = "digits"
-    """An image folder, or a known set: digits, synthetic, cifar10, cifar100, imagenette."""
+    """A folder of images, archives, Parquet or a pack, or a known set: digits, synthetic,
+    cifar10, cifar100, imagenette."""
     val_fraction: float = 0.1
     """Share of the images held out, by seed, where a folder has no validation split."""
     workers: int | None = None
-    """Decoding processes; None: the cores but one, 16 at most; 0: decode in the main process."""
+    """Fetching processes; None: the cores but one, 16 at most; 0: fetch in the main process."""
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Who decodes JPEGs; auto measures at the start of a run and takes the faster."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling of crops, always antialiased."""
     eval_crop: float = 0.875
@@ -301,9 +304,11 @@ class TrainConfig:
     epochs: int = 90
     """Passes over the training images; with augment.repeats R a pass holds one in R, R times."""
     batch_size: int = 1024
-    """Images of one optimiser step, however they are cut into micro-batches."""
+    """Images of one optimiser step, however they are cut into processes and micro-batches."""
     micro_batch: int | None = None
     """Images of one forward pass; None takes the largest cut of the batch that fits the device."""
+    progressive: tuple[tuple[int, float], ...] = ()
+    """Image sizes in a row, each with its share of the steps; none: model.image_size throughout."""
     loss: Literal["ce", "bce"] = "ce"
     """Soft-target cross-entropy, or binary cross-entropy over every class."""
     label_smoothing: float = 0.0
@@ -320,8 +325,12 @@ class TrainConfig:
     """torch.compile the model; auto does so on a GPU."""
     deterministic: bool = False
     """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
+    reproducible: bool = False
+    """Bit-identical weights whatever the number of processes: a power of two, at most 8; slower."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over processes: a whole model in each, or its parameters spread over them (FSDP2)."""
     threads: int | None = None
-    """CPU threads of the training process; None takes one a core, 16 at most."""
+    """CPU threads of a training process; None takes one a core, 16 at most; reproducible: one."""
     eval_every: int = 1
     """Epochs between validations."""
     log_every: int = 50
@@ -343,6 +352,16 @@ class TrainConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
         _check_share(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
+        shares = sum(share for _, share in self.progressive)
+        _check(
+            not self.progressive or math.isclose(shares, 1, abs_tol=1e-3),
+            f"progressive: expected shares of the steps that add up to 1, got {shares:g}",
+        )
+        for side, share in self.progressive:
+            _check(
+                side > 0 and share > 0,
+                f"progressive: expected image sizes and shares above 0, got {side} and {share:g}",
+            )
         size, micro = self.batch_size, self.micro_batch
         _check(size % 2 == 0, f"batch_size: expected an even number, got {size}; take {size + 1}")
         _check(
@@ -371,6 +390,21 @@ class Config:
             f"optim.warmup_epochs: expected fewer than train.epochs {self.train.epochs}, "
             f"got {self.optim.warmup_epochs:g}; give both, or --optim.warmup-epochs 0",
         )
+        patch = self.model.patch_size
+        for side, _ in self.train.progressive:
+            _check(
+                side % patch == 0,
+                f"train.progressive: expected multiples of model.patch_size {patch}, got {side}",
+            )
+
+    def image_size_at(self, progress: float) -> int:
+        """Side of the images trained on, in pixels, at a share `progress` of the steps."""
+        passed = 0.0
+        for side, share in self.train.progressive:
+            passed += share
+            if progress < passed:
+                return side
+        return self.train.progressive[-1][0] if self.train.progressive else self.model.image_size
 
 
 # What may change between a run and its resumption, as it leaves the mathematics as they were. The
@@ -408,6 +442,9 @@ def from_sections(document: dict[str, dict[str, Any]]) -> Config:
     kinds |= {"optim": OptimConfig, "train": TrainConfig}
     sections = {}
     for name, settings in document.items():
-        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        sections[name] = kinds[name](**plain)
+        sections[name] = kinds[name](**{key: _as_tuple(v) for key, v in settings.items()})
     return Config(**sections)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

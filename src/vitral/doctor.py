@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchcodec.decoders import decode_image
 
-from vitral.data.loader import available_cores
+from vitral.data.fetch import available_cores
 from vitral.training.monitor import peak_flops
 
 KERNELS = (

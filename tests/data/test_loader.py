@@ -25,7 +25,7 @@ def make_config(path, augment=EVERYTHING, batch_size=24, **train):
     )
 
 
-def batches(config, *, steps=range(4), micro_batch=24, workers=0):
+def batches(config, *, steps=range(4), micro_batch=24, workers=0, share=(0, 1)):
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     found = train_batches(
         dataset.train,
@@ -36,6 +36,7 @@ def batches(config, *, steps=range(4), micro_batch=24, workers=0):
         micro_batch=micro_batch,
         workers=workers,
         device=CPU,
+        share=share,
     )
     return list(found)
 
@@ -104,3 +105,37 @@ def test_evaluation_is_a_central_crop_resized_and_normalised(image_folder):
     mean, std = list(config.data.mean), list(config.data.std)
     wanted = reference.normalize(reference.to_dtype(crop, scale=True), mean, std)
     assert (batch.images[3] - wanted).abs().max() < 1.01 / 255 / min(std)
+
+
+def test_image_sizes_follow_the_progress(image_folder):
+    config = make_config(image_folder, progressive=((8, 0.5), (16, 0.5)))
+    found = batches(config, steps=range(8), micro_batch=12, workers=2)
+    sides = [b.images.shape[2:] for b in found]
+    assert sides == [(8, 8)] * 8 + [(16, 16)] * 8
+    plain = batches(make_config(image_folder), steps=range(4, 8))
+    later = torch.cat([b.images for b in found[8:]])
+    assert torch.equal(later, torch.cat([b.images for b in plain]))
+
+
+@pytest.mark.parametrize("path", ["folder", "digits"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_shares_of_processes_are_the_global_batches(image_folder, path, processes):
+    config = make_config(image_folder if path == "folder" else path)
+    whole = batches(config)
+    shares = [batches(config, share=(k, processes), micro_batch=4) for k in range(processes)]
+    parts = sorted((b for share in shares for b in share), key=lambda b: (b.step, b.first))
+    assert torch.equal(torch.cat([b.images for b in whole]), torch.cat([b.images for b in parts]))
+    assert torch.equal(torch.cat([b.targets for b in whole]), torch.cat([b.targets for b in parts]))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_evaluation_in_shares_is_the_evaluation(image_folder, processes):
+    config = make_config(image_folder)
+    val = open_dataset(config.data, 16, 0).val
+    whole = list(eval_batches(val, config, 5, 0, CPU))
+    shares = [eval_batches(val, config, 5, 0, CPU, (k, processes)) for k in range(processes)]
+    parts = [batch for share in shares for batch in share]
+    assert [b.step for b in parts] == [b.step for b in whole]
+    for a, b in zip(whole, parts, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.targets, b.targets)

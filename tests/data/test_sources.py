@@ -12,9 +12,10 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from vitral.config import DataConfig, UserError
-from vitral.data import sources
+from vitral.data import records, sources
 from vitral.data.decode import decode
-from vitral.data.sources import Dataset, Files, Pixels, open_dataset
+from vitral.data.records import Dataset, Files, Pixels
+from vitral.data.sources import open_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def opened(root, seed=0, **options):
 
 
 def paths(records):
-    return [os.fsdecode(path) for path in records.paths]
+    return [os.fsdecode(path) for path in records.names]
 
 
 def refusal(root, **options):
@@ -242,7 +243,7 @@ def test_the_fingerprint_does_not_hang_on_the_order_of_listing(tmp_path, monkeyp
 def test_the_fingerprint_is_computed_once(monkeypatch):
     dataset = opened("digits")
     before = dataset.fingerprint
-    monkeypatch.setattr(sources.hashlib, "sha256", None)
+    monkeypatch.setattr(records.hashlib, "sha256", None)
     assert dataset.fingerprint == before
 
 
@@ -316,7 +317,7 @@ def test_classes_that_differ(tmp_path):
     put_split(tmp_path, "train", 1, [f"c{i}" for i in range(9)])
     put_split(tmp_path, "val", 1, ["c0", "c1", "c2", "c3", "x"])
     message = refusal(tmp_path)
-    assert "only in train/: c4, c5, c6 and 2 more, only in val/: x;" in message
+    assert "only in the training split: c4, c5, c6 and 2 more, only in validation: x;" in message
 
 
 @pytest.mark.parametrize("split", ["train/", ""])

@@ -11,13 +11,14 @@ from torch.utils.data import Dataset
 
 from vitral.config import DataConfig
 from vitral.data.decode import DecodeError, decode
-from vitral.data.loader import in_workers
+from vitral.data.fetch import in_workers
+from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.sampling import Integers
-from vitral.data.sources import Files, open_dataset
+from vitral.data.sources import open_dataset
 
 FEW_CLASSES = 30
 BATCH = 64  # files that a worker looks at in one go
-Look = tuple[int, int, str, float]  # width, height, what is wrong or nothing, seconds
+Look = tuple[int, int, int, str, float]  # width, height, bytes, what is wrong, seconds
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     for split, records in (("train", dataset.train), ("val", dataset.val)):
         assert records is not None
         counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
-        if not isinstance(records, Files):
+        if isinstance(records, Packed | Pixels):
             sides += [records.images.shape[:1:-1]] * len(records)
-            sizes += [records.images[0].numel()] * len(records)
+            sizes += [np.prod(records.images.shape[1:])] * len(records)
             continue
-        sizes += records.sizes.tolist()
-        for i, (width, height, reason, spent) in enumerate(_look_at_all(records, workers)):
+        for i, (width, height, size, reason, spent) in enumerate(_look_at_all(records, workers)):
             seconds.append(spent)
+            sizes.append(size)
             if reason:
                 broken.append((records.where(i), reason))
             else:
@@ -71,7 +72,7 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     return Report(dataset.name, dataset.classes, dataset.notes, counts, tuple(broken), *found, rate)
 
 
-def _look_at_all(records: Files, workers: int) -> Iterator[Look]:
+def _look_at_all(records: Encoded, workers: int) -> Iterator[Look]:
     N = len(records)
     parts = (range(first, min(first + BATCH, N)) for first in range(0, N, BATCH))
     for looks in in_workers(_Looking(records), parts, workers):
@@ -81,7 +82,7 @@ def _look_at_all(records: Files, workers: int) -> Iterator[Look]:
 class _Looking(Dataset[list[Look]]):
     """Decodes the images of a request; runs in worker processes."""
 
-    def __init__(self, records: Files) -> None:
+    def __init__(self, records: Encoded) -> None:
         self.records = records
 
     def __getitem__(self, request: range) -> list[Look]:
@@ -89,11 +90,15 @@ class _Looking(Dataset[list[Look]]):
 
     def _look(self, index: int) -> Look:
         started = time.process_time()  # unlike the clock's, not stretched by other processes
+        width = height = size = 0
+        reason = ""
         try:
-            height, width = decode(self.records.read(index)).shape[1:]
+            content = self.records.read(index)
+            size = len(content)
+            height, width = decode(content).shape[1:]
         except (DecodeError, OSError) as error:
-            return 0, 0, str(error), time.process_time() - started
-        return width, height, "", time.process_time() - started
+            reason = str(error)
+        return width, height, size, reason, time.process_time() - started
 
 
 def format_report(report: Report) -> str:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torchcodec.decoders import decode_image
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchcodec.decoders import decode_image, decode_jpeg
 
 MAX_PIXELS = 64_000_000
 
@@ -49,6 +52,47 @@ def decode(data: bytes) -> torch.Tensor:
     except Exception as error:
         # Broken files make both libraries raise nearly anything, SyntaxError and struct.error too.
         raise DecodeError(_reason(error)) from error
+
+
+def gpu_decodes(data: bytes) -> bool:
+    """Whether the GPU's decoder gives what `decode` does: a JPEG in colour or grey, upright."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            header = Image.open(io.BytesIO(data), formats=["JPEG"])
+            upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:
+        return False
+    W, H = header.size
+    return header.mode in ("RGB", "L") and upright and W * H <= MAX_PIXELS
+
+
+def decode_on_gpu(
+    contents: Sequence[Tensor], plain: NDArray[np.bool_], device: torch.device
+) -> list[Tensor | None]:
+    """Decode JPEGs on a GPU, and everything that its decoder does not read on the CPU.
+
+    Args:
+        contents: encoded bytes, each uint8 of shape (length,), on the CPU.
+        plain: what `gpu_decodes` said of each, shape (B,).
+
+    Returns:
+        An image for each, as `decode` gives it, on `device`; None where it cannot be decoded.
+    """
+    chosen = np.flatnonzero(plain).tolist()
+    images: list[Tensor | None] = [None] * len(contents)
+    try:
+        found = decode_jpeg([contents[i] for i in chosen], mode="RGB", device=device)
+    except RuntimeError:  # one broken image spoils the call: each alone, then, on the CPU
+        found = []
+    for i, image in zip(chosen, found, strict=False):
+        images[i] = image
+    for i, image in enumerate(images):
+        if image is None:
+            try:
+                images[i] = decode(contents[i].numpy().tobytes()).to(device)
+            except DecodeError:
+                continue
+    return images
 
 
 def _decode(data: bytes) -> torch.Tensor:

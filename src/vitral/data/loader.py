@@ -1,48 +1,27 @@
-"""Records become batches on the device: decoded and cropped, copied, augmented.
+"""Requests become batches on the device: fetched, copied, augmented, one ahead of the step.
 
-Encoded files are decoded and cropped to uint8 by worker processes; pixel sets lie on the device and
-are cropped there. All the rest, from flip to normalisation, is one batched code on the device.
+What is fetched are crops in uint8; all the rest, from flip to normalisation, is one batched code on
+the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from vitral.config import AugmentConfig, Config, DataConfig, UserError
-from vitral.data import augment, crops
-from vitral.data.decode import DecodeError, decode
-from vitral.data.sampling import Integers, Order
-from vitral.data.sources import Files, Pixels
+from vitral.config import AugmentConfig, Config, UserError
+from vitral.data import augment
+from vitral.data.fetch import Decoder, Fetched, Request, describe, fetch
+from vitral.data.records import Records
+from vitral.data.sampling import Order
 
-T = TypeVar("T")
-CHUNK = 16  # images decoded before their crops are drawn together
 STILL = AugmentConfig(crop="none", flip=0.0)
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def resolve_workers(config: DataConfig, records: Files | Pixels) -> int:
-    """The number of decoding processes: none for pixel sets, which lie on the device."""
-    if isinstance(records, Pixels):
-        return 0
-    return min(16, available_cores() - 1) if config.workers is None else config.workers
 
 
 @dataclass(frozen=True)
@@ -51,6 +30,8 @@ class Batch:
 
     step: int
     """The global batch that it is a slice of; in evaluation its number."""
+    first: int
+    """Place of its first image in the global batch; in evaluation in the set."""
     images: Tensor
     """(B, C, S, S), float32, normalised."""
     targets: Tensor
@@ -59,31 +40,8 @@ class Batch:
     """Records that could not be decoded, with the reason; others took their place."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """Samples to fetch for one batch: the epoch to draw each for and its index, both (B,)."""
-
-    step: int
-    epochs: Integers
-    indices: Integers
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """The samples of a request: cropped uint8 images (B, C, S, S) and labels (B,)."""
-
-    request: Request
-    images: Tensor
-    labels: Tensor
-    broken: list[tuple[int, str]]
-
-    def pin_memory(self) -> Fetched:
-        """Called by DataLoader, so that the copy to the device need not be waited for."""
-        return dataclasses.replace(self, images=self.images.pin_memory())
-
-
 def train_batches(
-    records: Files | Pixels,
+    records: Records,
     config: Config,
     num_classes: int,
     *,
@@ -92,23 +50,32 @@ def train_batches(
     micro_batch: int,
     workers: int,
     device: torch.device,
+    share: tuple[int, int] = (0, 1),
+    decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
     """The micro-batches of the global batches `steps`, in order, augmented and mixed.
 
     What a sample looks like depends on the seed, its epoch and its index alone; how it is mixed on
-    the global batch and its place in it. So neither workers nor micro-batches change anything.
+    the global batch and its place in it. So neither workers nor micro-batches nor the number of
+    processes change anything.
+
+    Args:
+        share: which part of every global batch, of how many equal ones, all of even size.
     """
-    size, seed, repeats = config.train.batch_size, config.train.seed, config.augment.repeats
-    order = Order(seed, len(records), size, repeats)
-    requests = (
-        Request(step, *order.samples(step, first, min(first + micro_batch, size)))
-        for step in steps
-        for first in range(0, size, micro_batch)
-    )
-    smoothing = config.train.label_smoothing
+    seed, smoothing = config.train.seed, config.train.label_smoothing
+    size = config.train.batch_size // share[1]
+    start = share[0] * size
+    order = Order(seed, len(records), config.train.batch_size, config.augment.repeats)
+
+    def requests() -> Iterator[Request]:
+        for step in steps:
+            side = config.image_size_at(step / total_steps)
+            for first in range(start, start + size, micro_batch):
+                chosen = order.samples(step, first, min(first + micro_batch, start + size))
+                yield Request(step, first, side, *chosen)
 
     def prepare(fetched: Fetched) -> Batch:
-        request, side = fetched.request, config.model.image_size
+        request, side = fetched.request, fetched.request.side
         plan = augment.draw_plan(config.augment, side, seed, request.epochs, request.indices)
         images = augment.augment(fetched.images.to(device, non_blocking=True), plan)
         images = augment.finish(images, plan, config.data.mean, config.data.std)
@@ -118,26 +85,38 @@ def train_batches(
             mix = augment.draw_mix(config.augment, side, seed, request.step)
             if mix is not None:
                 images, targets = augment.mix(images, targets, mix)
-        return Batch(request.step, images, targets, fetched.broken)
+        return Batch(request.step, request.first, images, targets, fetched.broken)
 
-    return _beside(_fetch(records, config, requests, workers, device), prepare, device)
+    fetched = fetch(records, config, requests(), workers, device, decoder)
+    return _beside(fetched, prepare, device)
 
 
 def eval_batches(
-    records: Files | Pixels, config: Config, batch_size: int, workers: int, device: torch.device
+    records: Records,
+    config: Config,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    share: tuple[int, int] = (0, 1),
+    decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
     """Every record once, in order.
 
     The last batch is filled up with copies of an image, so that all batches have one shape; as many
     images count as there are labels.
 
+    Args:
+        share: which part of the batches, of how many contiguous ones.
+
     Raises:
         UserError: for an image that cannot be decoded.
     """
     still = dataclasses.replace(config, augment=STILL)
+    side = config.model.image_size
     everything = np.arange(len(records))
     parts = [everything[first : first + batch_size] for first in range(0, len(records), batch_size)]
-    requests = [Request(step, np.zeros_like(part), part) for step, part in enumerate(parts)]
+    mine = range(*(len(parts) * (share[0] + k) // share[1] for k in (0, 1)))
+    requests = [Request(n, int(parts[n][0]), side, np.zeros_like(parts[n]), parts[n]) for n in mine]
 
     def prepare(fetched: Fetched) -> Batch:
         for index, reason in fetched.broken:
@@ -150,110 +129,10 @@ def eval_batches(
             filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
             images = torch.cat([images, filling])
         images = augment.finish(images, None, config.data.mean, config.data.std)
-        return Batch(fetched.request.step, images, fetched.labels.to(device), [])
+        request = fetched.request
+        return Batch(request.step, request.first, images, fetched.labels.to(device), [])
 
-    return _beside(_fetch(records, still, requests, workers, device), prepare, device)
-
-
-def describe(records: Files | Pixels, index: int) -> str:
-    """What to call a record in a message: its path, or its number."""
-    return records.where(index) if isinstance(records, Files) else f"image {index}"
-
-
-def _boxes(config: Config, sizes: Integers, epochs: Integers, indices: Integers) -> Integers:
-    share, side, seed = config.data.eval_crop, config.model.image_size, config.train.seed
-    return crops.random_boxes(config.augment, share, side, sizes, seed, epochs, indices)
-
-
-def _fetch(
-    records: Files | Pixels,
-    config: Config,
-    requests: Iterable[Request],
-    workers: int,
-    device: torch.device,
-) -> Iterator[Fetched]:
-    if isinstance(records, Pixels):
-        return _crop_on_device(records, config, requests, device)
-    return in_workers(_Decoding(records, config), requests, workers, device.type == "cuda")
-
-
-def in_workers(
-    dataset: Dataset[T], requests: Iterable[Any], workers: int, pin_memory: bool = False
-) -> Iterator[T]:
-    """What `dataset` has for each request, in order, fetched by worker processes."""
-    with warnings.catch_warnings():
-        # More workers than cores is what was asked for.
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=requests,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
-            multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
-        )
-        return iter(loader)
-
-
-def _crop_on_device(
-    records: Pixels, config: Config, requests: Iterable[Request], device: torch.device
-) -> Iterator[Fetched]:
-    pixels, labels = records.images.to(device), torch.from_numpy(records.labels)
-    for request in requests:
-        chosen = torch.from_numpy(request.indices)
-        images = pixels[chosen.to(device)]
-        sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
-        boxes = _boxes(config, sizes, request.epochs, request.indices)
-        images = crops.resample(images, boxes, config.model.image_size, config.data.interpolation)
-        yield Fetched(request, images, labels[chosen], [])
-
-
-class _Decoding(Dataset[Fetched]):
-    """Decodes and crops the samples of a request; runs in worker processes."""
-
-    def __init__(self, records: Files, config: Config) -> None:
-        self.records = records
-        self.config = config
-
-    def __getitem__(self, request: Request) -> Fetched:
-        size, interpolation = self.config.model.image_size, self.config.data.interpolation
-        images = torch.empty(len(request.indices), 3, size, size, dtype=torch.uint8)
-        labels = torch.empty(len(request.indices), dtype=torch.int64)
-        broken: list[tuple[int, str]] = []
-        for first in range(0, len(images), CHUNK):
-            part = slice(first, first + CHUNK)
-            decoded = [self._decode(int(index), broken) for index in request.indices[part]]
-            sizes = np.array([image.shape[1:] for image, _ in decoded])
-            boxes = _boxes(self.config, sizes, request.epochs[part], request.indices[part])
-            for k, ((image, label), box) in enumerate(zip(decoded, boxes, strict=True), first):
-                images[k] = crops.crop_resize(image, box, size, interpolation)
-                labels[k] = label
-        return Fetched(request, images, labels, broken)
-
-    def _decode(self, index: int, broken: list[tuple[int, str]]) -> tuple[Tensor, int]:
-        """Image and label of a record, or of the next one that can be decoded.
-
-        Where more in a row cannot than a run puts up with, it is black: the run will stop.
-        """
-        for _ in range(CHUNK + len(self.records) // 1000):
-            try:
-                return decode(self.records.read(index)), int(self.records.labels[index])
-            except (DecodeError, FileNotFoundError, PermissionError) as error:
-                broken.append((index, str(error)))
-                index = (index + 1) % len(self.records)
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), int(self.records.labels[index])
-
-
-def _as_it_is(fetched: Any) -> Any:
-    return fetched
-
-
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    return _beside(fetch(records, still, requests, workers, device, decoder), prepare, device)
 
 
 def _beside(

@@ -6,101 +6,34 @@ is held out. A known set is asked for by name; a folder of the same name as `./n
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import hashlib
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from http.client import HTTPException
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from vitral.config import DataConfig, UserError
-from vitral.data.sampling import Integers, hashed
+from vitral.config import DataConfig
+from vitral.data.records import (
+    VALIDATION,
+    Dataset,
+    Files,
+    Pixels,
+    Split,
+    combine,
+    mistake,
+    printable,
+    some,
+)
 
 KNOWN_SETS = ("digits", "synthetic", "cifar10", "cifar100", "imagenette")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_VALIDATION = ("val", "validation", "test")
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """Encoded images, one a file."""
-
-    root: Path
-    paths: NDArray[np.bytes_]
-    """Relative to root, as `os.fsencode` gives them. Shape (N,)."""
-    sizes: Integers
-    """Bytes of each file. Shape (N,)."""
-    labels: Integers
-    """Shape (N,)."""
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. Raises OSError."""
-        return (self.root / os.fsdecode(self.paths[i])).read_bytes()
-
-    def where(self, i: int) -> str:
-        """The path of image `i`, for messages."""
-        return printable(self.root / os.fsdecode(self.paths[i]))
-
-    def take(self, chosen: NDArray[np.bool_]) -> Files:
-        """The images where `chosen`, shape (N,), is true."""
-        return Files(self.root, self.paths[chosen], self.sizes[chosen], self.labels[chosen])
-
-
-@dataclass(frozen=True, eq=False)
-class Pixels:
-    """Decoded images of one size, in memory."""
-
-    images: torch.Tensor
-    """Shape (N, 3, H, W), uint8."""
-    labels: Integers
-    """Shape (N,)."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-Records = Files | Pixels
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Two splits with the same classes; a label is a position in `classes`."""
-
-    name: str
-    classes: tuple[str, ...]
-    train: Records | None
-    val: Records | None
-    notes: tuple[str, ...] = ()
-    """What the user should be told."""
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over classes, labels, and paths with sizes or pixels; not over the location."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
-        for split, records in (("train", self.train), ("val", self.val)):
-            if records is not None:
-                digest.update(f"\0\0{split} {len(records)}\0".encode())
-                digest.update(np.ascontiguousarray(records.labels, "<i8").data)
-            if isinstance(records, Files):
-                digest.update(b"\0".join(records.paths.tolist()))
-                digest.update(np.ascontiguousarray(records.sizes, "<i8").data)
-            elif isinstance(records, Pixels):
-                digest.update(str(tuple(records.images.shape)).encode())
-                digest.update(records.images.contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool = True) -> Dataset:
@@ -126,92 +59,58 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
             case "imagenette":
                 return _open_folder(_imagenette(), config, seed, train)
             case path:
-                return _open_folder(Path(os.path.expanduser(path)), config, seed, train)  # noqa: PTH111
+                return _open_path(Path(os.path.expanduser(path)), config, seed, train)  # noqa: PTH111
     except OSError as error:
         where = error.filename or config.path
-        raise _mistake(where, "to read it", str(error.strerror), "mend or remove it") from error
+        raise mistake(where, "to read it", str(error.strerror), "mend or remove it") from error
 
 
-def printable(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name for people: bytes that are no UTF-8 are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _mistake(place: os.PathLike[str] | str, expected: str, got: str, mend: str) -> UserError:
-    return UserError(printable(f"data: {place}: expected {expected}, got {got}; {mend}"))
+def _open_path(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
+    """Whatever lies at a path: each kind of data set knows its own."""
+    return _open_folder(root, config, seed, train)
 
 
 def _open_folder(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     _require_folder(root, config.path)
-    name = printable(root.resolve().name)
     training, val = _find_splits(root)
     if val is None:
-        classes, records = _scan(root, training or "")
+        found = _scan(root, training or "")
         if not train and training is None:
-            return Dataset(name, classes, None, records)
-        return _hold_out(name, classes, records, config.val_fraction, seed)
-    classes, held_out = _scan(root, val)
-    notes = (f"{name} has no val/: {val}/ is validated on",) if val.lower() == "test" else ()
-    if not train:
-        return Dataset(name, classes, None, held_out, notes)
-    if training is None:
-        raise _mistake(root, f"train/ beside {val}/", "none", "put the training images there")
-    known, records = _scan(root, training)
-    if known != classes:
-        missing, extra = sorted({*known} - {*classes}), sorted({*classes} - {*known})
-        got = f"only in {training}/: {_some(missing)}, only in {val}/: {_some(extra)}"
-        raise _mistake(root, f"the classes of {training}/ in {val}/", got, "rename or remove them")
-    return Dataset(name, classes, records, held_out, notes)
+            return combine(root, None, found, config, seed)
+        return combine(root, found, None, config, seed)
+    held_out = _scan(root, val)
+    if train and training is None:
+        raise mistake(root, f"train/ beside {val}/", "none", "put the training images there")
+    known = _scan(root, training) if train and training is not None else None
+    dataset = combine(root, known, held_out, config, seed)
+    if val.lower() != "test":
+        return dataset
+    note = f"{dataset.name} has no val/: {val}/ is validated on"
+    return dataclasses.replace(dataset, notes=(note,))
 
 
 def _require_folder(root: Path, asked: str) -> None:
     if root.is_dir():
         return
     if root.exists():
-        raise _mistake(root, "an image folder", "a file", "if it is an archive, unpack it")
+        raise mistake(root, "an image folder", "a file", "if it is an archive, unpack it")
     near = difflib.get_close_matches(asked.lower(), KNOWN_SETS, n=1)
     mend = f"did you mean {near[0]}?" if near else f"known sets are {', '.join(KNOWN_SETS)}"
-    raise _mistake(root, "an image folder", "nothing of that name", mend)
+    raise mistake(root, "an image folder", "nothing of that name", mend)
 
 
 def _find_splits(root: Path) -> tuple[str | None, str | None]:
     """Names of the training and the validation folder; None twice where root holds classes."""
     folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
-    named = [folders[name] for name in ("train", *_VALIDATION) if name in folders]
+    named = [folders[name] for name in ("train", *VALIDATION) if name in folders]
     # A class may be called train, as one of CIFAR-100 is.
     if len(folders) > len(named) and all(_holds_images(root / name) for name in named):
         return None, None
-    val = (folders[name] for name in _VALIDATION if name in folders)
+    val = (folders[name] for name in VALIDATION if name in folders)
     return folders.get("train"), next(val, None)
 
 
-def _hold_out(
-    name: str, classes: tuple[str, ...], records: Files, fraction: float, seed: int
-) -> Dataset:
-    held = _draw_held_out(records, fraction, seed)
-    if not held.any():
-        got = "none: there is no val/, and no class has two images to hold one out"
-        raise _mistake(records.root, "validation images", got, "add val/, a folder for each class")
-    note = (
-        f"{name} has no val/, validation/ or test/: {held.sum():,} of its {len(held):,} "
-        f"images ({fraction:.0%} of each class) are held out, drawn by seed {seed}"
-    )
-    return Dataset(name, classes, records.take(~held), records.take(held), (note,))
-
-
-def _draw_held_out(records: Files, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which images to hold out: the rounded share of each class, at least one, never all. (N,)."""
-    words = np.array([crc32(path) for path in records.paths.tolist()])
-    order = np.lexsort((hashed(seed, crc32(b"held out"), words), records.labels))
-    counts = np.bincount(records.labels)
-    rank = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)
-    quota = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
-    held = np.empty(len(words), bool)
-    held[order] = rank < np.repeat(quota, counts)
-    return held
-
-
-def _scan(root: Path, split: str) -> tuple[tuple[str, ...], Files]:
+def _scan(root: Path, split: str) -> Split:
     """Class names and records of the class folders in one split, both in order of name."""
     base = root / split
     names = _class_folders(base, split)
@@ -219,9 +118,9 @@ def _scan(root: Path, split: str) -> tuple[tuple[str, ...], Files]:
     empty = [name for name, images in zip(names, found, strict=True) if not images]
     if len(empty) == len(names):
         expected = f"images ({', '.join(SUFFIXES)}), a folder for each class"
-        raise _mistake(base, expected, "none", "put images there, or give another folder")
+        raise mistake(base, expected, "none", "put images there, or give another folder")
     if empty:
-        raise _mistake(base, "images of each class", f"none of {_some(empty)}", "add or remove it")
+        raise mistake(base, "images of each class", f"none of {some(empty)}", "add or remove it")
     paths, sizes = zip(*(image for images in found for image in images), strict=True)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in found])
     return tuple(map(printable, names)), Files(root, np.array(paths), np.array(sizes), labels)
@@ -232,11 +131,11 @@ def _class_folders(base: Path, split: str) -> list[str]:
     names = sorted((entry.name for entry in _entries(base) if entry.is_dir()), key=os.fsencode)
     mend = "make one folder a class"
     if len(names) == 1:
-        raise _mistake(base, "two classes or more", f"{names[0]} alone", mend)
+        raise mistake(base, "two classes or more", f"{names[0]} alone", mend)
     if not names and _holds_images(base):
-        if split.lower() in _VALIDATION:
+        if split.lower() in VALIDATION:
             mend += f" as in train/, or remove {split}/ to have a part of train/ held out"
-        raise _mistake(base, "a folder for each class", "images directly in it", mend)
+        raise mistake(base, "a folder for each class", "images directly in it", mend)
     return names
 
 
@@ -263,10 +162,6 @@ def _holds_images(folder: Path) -> bool:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"
 
 
 def _digits() -> Dataset:
@@ -306,7 +201,7 @@ def _downloading(name: str, archive: str) -> Iterator[Path]:
     except (OSError, RuntimeError, HTTPException) as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
         mend = f"put {archive} into that folder, or point --data at an image folder"
-        raise _mistake(name, f"it in {place}, or a network", got, mend) from error
+        raise mistake(name, f"it in {place}, or a network", got, mend) from error
     finally:
         socket.setdefaulttimeout(patience)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from vitral.config import Config, UserError
-from vitral.data.loader import eval_batches, resolve_workers
+from vitral.data.fetch import resolve_workers
+from vitral.data.loader import eval_batches
 from vitral.data.sources import open_dataset
 from vitral.evaluation.scores import Scores, measure
 from vitral.weights import Weights, Which, load

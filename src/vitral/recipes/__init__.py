@@ -182,8 +182,13 @@ def _tokens(content: str) -> list[str]:
             else:
                 # Behind '=' a value may begin with dashes.
                 many = isinstance(value, list)
-                tokens += [f"--{path}", *map(str, value)] if many else [f"--{path}={value}"]
+                tokens += [f"--{path}", *_words(value)] if many else [f"--{path}={value}"]
     return tokens
+
+
+def _words(value: Any) -> list[str]:
+    """A list as the words of a command line; a list of lists likewise, one after the other."""
+    return [w for v in value for w in _words(v)] if isinstance(value, list) else [str(value)]
 
 
 def _check_names(arguments: Sequence[str], default: object, program: str) -> None:

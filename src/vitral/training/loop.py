@@ -12,9 +12,11 @@ from torch import Tensor
 
 from vitral import recipes, weights
 from vitral.config import Config, UserError
-from vitral.data.loader import Batch, describe, eval_batches, resolve_workers, train_batches
+from vitral.data.fetch import describe, resolve_workers
+from vitral.data.loader import Batch, eval_batches, train_batches
+from vitral.data.records import Dataset
 from vitral.data.sampling import Order, derive_seed
-from vitral.data.sources import Dataset, open_dataset
+from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure
 from vitral.evaluation.evaluate import pick_device
 from vitral.model import ViT, count_flops

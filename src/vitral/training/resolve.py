@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitral.config import Config
-from vitral.data.loader import available_cores
+from vitral.data.fetch import available_cores
 from vitral.data.sampling import derive_seed
 from vitral.model import CHANNELS, ViT
 from vitral.training.optim import loss_sum

@@ -1,0 +1,295 @@
+"""Records become cropped uint8 images on the device, by the way that suits what holds them.
+
+Encoded images are decoded and cropped by worker processes, or read by them and decoded by the GPU;
+packed squares are gathered by workers, and pixel sets lie on the device: both are cropped there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitral.config import Config, DataConfig
+from vitral.data import crops
+from vitral.data.decode import DecodeError, decode, decode_on_gpu, gpu_decodes
+from vitral.data.records import Encoded, Packed, Pixels, Records
+from vitral.data.sampling import Integers
+
+T = TypeVar("T")
+Decoder = Literal["cpu", "gpu"]
+CHUNK = 16  # images decoded before their crops are drawn together
+GPU_CHUNK = 32  # images that the GPU decodes and crops together
+
+
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def resolve_workers(config: DataConfig, records: Records, processes: int = 1) -> int:
+    """The number of fetching processes: none for pixel sets, which lie on the device.
+
+    Args:
+        processes: that train on this machine and share its cores.
+    """
+    if isinstance(records, Pixels):
+        return 0
+    cores = available_cores() // processes - 1
+    return max(0, min(16, cores)) if config.workers is None else config.workers
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples to fetch together: the epoch to draw each for and its index, both (B,)."""
+
+    step: int
+    first: int
+    """Place of the first sample in the global batch."""
+    side: int
+    """Of the images wanted, in pixels."""
+    epochs: Integers
+    indices: Integers
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The samples of a request: uint8 images (B, C, S, S), labels (B,), and what was broken."""
+
+    request: Request
+    images: Tensor
+    labels: Tensor
+    broken: list[tuple[int, str]]
+    """Records that could not be decoded, with the reason; others took their place."""
+
+    def pin_memory(self) -> Fetched:
+        """Called by DataLoader, so that the copy to the device need not be waited for."""
+        return replace(self, images=self.images.pin_memory())
+
+
+def fetch(
+    records: Records,
+    config: Config,
+    requests: Iterable[Request],
+    workers: int,
+    device: torch.device,
+    decoder: Decoder = "cpu",
+) -> Iterator[Fetched]:
+    """The samples of each request, in order, cropped; those of Pixels and a GPU's on `device`."""
+    gpu = device.type == "cuda"
+    if isinstance(records, Pixels):
+        return _crop_pixels(records, config, requests, device)
+    if isinstance(records, Packed):
+        squares = in_workers(_Gathering(records, config, crop=not gpu), requests, workers, gpu)
+        return _crop_squares(records, config, squares, device) if gpu else squares
+    if decoder == "gpu":
+        encoded = in_workers(_Reading(records), requests, workers)
+        return (_decode_on_gpu(records, config, read, device) for read in encoded)
+    return in_workers(_Decoding(records, config), requests, workers, gpu)
+
+
+def describe(records: Records, index: int) -> str:
+    """What to call a record in a message: its place, or its number."""
+    if isinstance(records, Packed | Pixels):
+        return f"image {index}"
+    return records.where(index)
+
+
+def in_workers(
+    dataset: Dataset[T], requests: Iterable[Any], workers: int, pin_memory: bool = False
+) -> Iterator[T]:
+    """What `dataset` has for each request, in order, fetched by worker processes."""
+    with warnings.catch_warnings():
+        # More workers than cores is what was asked for.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
+        )
+        return iter(loader)
+
+
+def _as_it_is(fetched: Any) -> Any:
+    return fetched
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> Integers:
+    return crops.random_boxes(
+        config.augment,
+        config.data.eval_crop,
+        request.side,
+        sizes,
+        config.train.seed,
+        request.epochs[part],
+        request.indices[part],
+    )
+
+
+class _Decoding(Dataset[Fetched]):
+    """Decodes and crops the samples of a request; runs in worker processes."""
+
+    def __init__(self, records: Encoded, config: Config) -> None:
+        self.records = records
+        self.config = config
+
+    def __getitem__(self, request: Request) -> Fetched:
+        size, interpolation = request.side, self.config.data.interpolation
+        images = torch.empty(len(request.indices), 3, size, size, dtype=torch.uint8)
+        labels = torch.empty(len(request.indices), dtype=torch.int64)
+        broken: list[tuple[int, str]] = []
+        for first in range(0, len(images), CHUNK):
+            part = slice(first, first + CHUNK)
+            decoded = [_decode(self.records, int(i), broken) for i in request.indices[part]]
+            sizes = np.array([image.shape[1:] for image, _ in decoded])
+            boxes = _boxes(self.config, sizes, request, part)
+            for k, ((image, label), box) in enumerate(zip(decoded, boxes, strict=True), first):
+                images[k] = crops.crop_resize(image, box, size, interpolation)
+                labels[k] = label
+        return Fetched(request, images, labels, broken)
+
+
+def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tuple[Tensor, int]:
+    """Image and label of a record, or of the next one that can be decoded.
+
+    Where more in a row cannot than a run puts up with, it is black: the run will stop.
+    """
+    for _ in range(CHUNK + len(records) // 1000):
+        try:
+            return decode(records.read(index)), int(records.labels[index])
+        except (DecodeError, FileNotFoundError, PermissionError) as error:
+            broken.append((index, str(error)))
+            index = (index + 1) % len(records)
+    return torch.zeros(3, 1, 1, dtype=torch.uint8), int(records.labels[index])
+
+
+class _Gathering(Dataset[Fetched]):
+    """Copies the packed squares of a request together, and crops them if no GPU does."""
+
+    def __init__(self, records: Packed, config: Config, crop: bool) -> None:
+        self.records = records
+        self.config = config
+        self.crop = crop
+
+    def __getitem__(self, request: Request) -> Fetched:
+        images = torch.from_numpy(self.records.images[request.indices])
+        labels = torch.from_numpy(self.records.labels[request.indices])
+        fetched = Fetched(request, images, labels, [])
+        return _crop(self.records, self.config, fetched) if self.crop else fetched
+
+
+def _crop(records: Packed, config: Config, squares: Fetched) -> Fetched:
+    """Crops drawn in the originals' pixels, and taken from the squares that those became."""
+    request = squares.request
+    sides = records.sides[request.indices]
+    boxes = _boxes(config, sides, request, slice(None))
+    scale = squares.images.shape[-1] / sides
+    boxes = boxes * np.hstack([scale, scale])
+    images = crops.resample(squares.images, boxes, request.side, config.data.interpolation)
+    return replace(squares, images=images)
+
+
+def _crop_squares(
+    records: Packed, config: Config, gathered: Iterator[Fetched], device: torch.device
+) -> Iterator[Fetched]:
+    for squares in gathered:
+        images = squares.images.to(device, non_blocking=True)
+        yield _crop(records, config, replace(squares, images=images))
+
+
+def _crop_pixels(
+    records: Pixels, config: Config, requests: Iterable[Request], device: torch.device
+) -> Iterator[Fetched]:
+    pixels, labels = records.images.to(device), torch.from_numpy(records.labels)
+    for request in requests:
+        chosen = torch.from_numpy(request.indices)
+        images = pixels[chosen.to(device)]
+        sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
+        boxes = _boxes(config, sizes, request, slice(None))
+        images = crops.resample(images, boxes, request.side, config.data.interpolation)
+        yield Fetched(request, images, labels[chosen], [])
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The encoded bytes of a request's samples, one after the other."""
+
+    request: Request
+    content: Tensor
+    lengths: list[int]
+    plain: NDArray[np.bool_]
+    """Which of them the GPU's decoder can read. Shape (B,)."""
+
+
+class _Reading(Dataset[_Read]):
+    """Reads the samples of a request for the GPU to decode; runs in worker processes."""
+
+    def __init__(self, records: Encoded) -> None:
+        self.records = records
+
+    def __getitem__(self, request: Request) -> _Read:
+        contents = [self._read(int(index)) for index in request.indices]
+        plain = np.array([gpu_decodes(content) for content in contents], bool)
+        joined = np.frombuffer(b"".join(contents), np.uint8).copy()
+        return _Read(request, torch.from_numpy(joined), [len(c) for c in contents], plain)
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self.records.read(index)
+        except (FileNotFoundError, PermissionError):
+            return b""  # decoding it fails once more, and puts another in its place
+
+
+def _decode_on_gpu(records: Encoded, config: Config, read: _Read, device: torch.device) -> Fetched:
+    request, broken = read.request, []
+    labels = torch.from_numpy(records.labels[request.indices])
+    contents = read.content.split(read.lengths)
+    images = torch.empty(len(contents), 3, request.side, request.side, dtype=torch.uint8)
+    images = images.to(device)
+    for first in range(0, len(contents), GPU_CHUNK):
+        part = slice(first, first + GPU_CHUNK)
+        decoded = decode_on_gpu(contents[part], read.plain[part], device)
+        for k, image in enumerate(decoded):
+            if image is None:
+                index = int(request.indices[first + k])
+                image, labels[first + k] = _decode(records, index, broken)
+                decoded[k] = image.to(device)
+        whole = [image for image in decoded if image is not None]
+        sizes = np.array([image.shape[1:] for image in whole])
+        boxes = _boxes(config, sizes, request, part)
+        images[part] = _crop_ragged(whole, boxes, request.side, config.data.interpolation)
+    return Fetched(request, images, labels, broken)
+
+
+def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, interpolation: str) -> Tensor:
+    """Crops of images of different sizes, resized in one go. (B, 3, size, size), uint8."""
+    height, width = (max(int(n), 1) for n in boxes[:, 2:].max(0))
+    stacked = images[0].new_zeros(len(images), 3, height, width)
+    for place, image, (top, left, h, w) in zip(stacked, images, boxes.tolist(), strict=True):
+        y, x = max(-top, 0), max(-left, 0)
+        crop = image[:, max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)]
+        place[:, y : y + crop.shape[1], x : x + crop.shape[2]] = crop
+    whole = np.hstack([np.zeros_like(boxes[:, :2]), boxes[:, 2:]])
+    return crops.resample(stacked, whole, size, interpolation)

@@ -1,0 +1,282 @@
+"""Tables of images with random access, and the data set that two of them make.
+
+A table is encoded (files, byte ranges of archives, rows of Parquet), packed (squares in a file that
+is mapped into memory) or pixels in memory. Record i is image i of a split, whatever holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, Self
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitral.config import DataConfig, UserError
+from vitral.data.sampling import Integers, hashed
+
+Names = NDArray[np.bytes_]
+VALIDATION = ("val", "validation", "test")
+
+
+class Encoded(Protocol):
+    """Encoded images, to be decoded one at a time."""
+
+    @property
+    def labels(self) -> Integers:
+        """Positions in the data set's classes. Shape (N,)."""
+        ...
+
+    @property
+    def names(self) -> Names:
+        """What each image is called, as bytes of a path; labels and names fix the order. (N,)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image `i`. Raises OSError."""
+        ...
+
+    def where(self, i: int) -> str:
+        """The place of image `i`, for messages."""
+        ...
+
+    def take(self, chosen: NDArray[np.bool_]) -> Self:
+        """The images where `chosen`, shape (N,), is true."""
+        ...
+
+    def identity(self) -> Iterator[bytes]:
+        """What tells these images from others, but for labels; not where they lie."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Files:
+    """Encoded images, one a file."""
+
+    root: Path
+    names: Names
+    """Paths relative to root, as `os.fsencode` gives them. Shape (N,)."""
+    sizes: Integers
+    """Bytes of each file. Shape (N,)."""
+    labels: Integers
+    """Shape (N,)."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image `i`. Raises OSError."""
+        return (self.root / os.fsdecode(self.names[i])).read_bytes()
+
+    def where(self, i: int) -> str:
+        """The path of image `i`, for messages."""
+        return printable(self.root / os.fsdecode(self.names[i]))
+
+    def take(self, chosen: NDArray[np.bool_]) -> Files:
+        """The images where `chosen`, shape (N,), is true."""
+        return Files(self.root, self.names[chosen], self.sizes[chosen], self.labels[chosen])
+
+    def identity(self) -> Iterator[bytes]:
+        """Names and sizes."""
+        yield b"\0".join(self.names.tolist())
+        yield np.ascontiguousarray(self.sizes, "<i8").tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Encoded images, each a range of bytes in one of a few archives."""
+
+    archives: tuple[Path, ...]
+    stamps: tuple[tuple[int, int], ...]
+    """Size in bytes and time of change in nanoseconds of each archive when it was indexed."""
+    archive: Integers
+    """Position in `archives` of each image. Shape (N,)."""
+    offsets: Integers
+    """First byte of each image. Shape (N,)."""
+    sizes: Integers
+    """Bytes of each image. Shape (N,)."""
+    names: Names
+    """Names inside the archives. Shape (N,)."""
+    labels: Integers
+    """Shape (N,)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def _open(self) -> dict[int, int]:
+        """Descriptors of the archives that were read from; `pread` shares no position."""
+        return {}
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image `i`. Raises OSError, if its archive has changed too."""
+        which = int(self.archive[i])
+        if which not in self._open:
+            descriptor = os.open(self.archives[which], os.O_RDONLY)
+            status = os.fstat(descriptor)
+            if (status.st_size, status.st_mtime_ns) != self.stamps[which]:
+                os.close(descriptor)
+                raise FileNotFoundError(f"{self.archives[which]} has changed since it was opened")
+            self._open[which] = descriptor
+        return os.pread(self._open[which], int(self.sizes[i]), int(self.offsets[i]))
+
+    def where(self, i: int) -> str:
+        """Archive and name of image `i`, for messages."""
+        archive = printable(self.archives[int(self.archive[i])])
+        return f"{archive}: {printable(self.names[i])}"
+
+    def take(self, chosen: NDArray[np.bool_]) -> Spans:
+        """The images where `chosen`, shape (N,), is true."""
+        columns = ("archive", "offsets", "sizes", "names", "labels")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
+
+    def identity(self) -> Iterator[bytes]:
+        """Names and sizes."""
+        yield b"\0".join(self.names.tolist())
+        yield np.ascontiguousarray(self.sizes, "<i8").tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Images squashed to squares of one size, in a file that is mapped into memory."""
+
+    images: NDArray[np.uint8]
+    """Shape (N, 3, P, P)."""
+    sides: Integers
+    """Height and width of each image before it was squashed. Shape (N, 2)."""
+    names: Names
+    """What each image was called where it came from. Shape (N,)."""
+    labels: Integers
+    """Shape (N,)."""
+    digest: str
+    """SHA-256 of the pixels, as the pack's manifest has it."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def identity(self) -> Iterator[bytes]:
+        """The digest of the pixels, and the original sizes."""
+        yield self.digest.encode()
+        yield np.ascontiguousarray(self.sides, "<i8").tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """Decoded images of one size, in memory."""
+
+    images: torch.Tensor
+    """Shape (N, 3, H, W), uint8."""
+    labels: Integers
+    """Shape (N,)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def identity(self) -> Iterator[bytes]:
+        """The pixels."""
+        yield str(tuple(self.images.shape)).encode()
+        yield self.images.contiguous().numpy().tobytes()
+
+
+Records = Encoded | Packed | Pixels
+Split = tuple[tuple[str, ...], Encoded]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Two splits with the same classes; a label is a position in `classes`."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Records | None
+    val: Records | None
+    notes: tuple[str, ...] = ()
+    """What the user should be told."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over classes, labels, and what identifies the images; not over the location."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        for split, records in (("train", self.train), ("val", self.val)):
+            if records is not None:
+                digest.update(f"\0\0{split} {len(records)}\0".encode())
+                digest.update(np.ascontiguousarray(records.labels, "<i8").data)
+                for part in records.identity():
+                    digest.update(part)
+        return digest.hexdigest()
+
+
+def combine(
+    root: Path, training: Split | None, val: Split | None, config: DataConfig, seed: int
+) -> Dataset:
+    """The data set of the splits found in `root`; without `val` a part of `training` is held out.
+
+    `training` is None where only the validation split is needed.
+
+    Raises:
+        UserError: the classes differ, or nothing can be held out.
+    """
+    name = printable(root.resolve().name)
+    if val is None:
+        assert training is not None
+        return _hold_out(root, name, *training, config.val_fraction, seed)
+    classes, held_out = val
+    if training is None:
+        return Dataset(name, classes, None, held_out)
+    known, records = training
+    if known != classes:
+        missing, extra = sorted({*known} - {*classes}), sorted({*classes} - {*known})
+        got = f"only in the training split: {some(missing)}, only in validation: {some(extra)}"
+        expected = "the same classes in both splits"
+        raise mistake(root, expected, got, "rename or remove them")
+    return Dataset(name, classes, records, held_out)
+
+
+def _hold_out(
+    root: Path, name: str, classes: tuple[str, ...], records: Encoded, fraction: float, seed: int
+) -> Dataset:
+    held = _draw_held_out(records, fraction, seed)
+    if not held.any():
+        got = "none: there is no val/, and no class has two images to hold one out"
+        raise mistake(root, "validation images", got, "add val/, a folder for each class")
+    note = (
+        f"{name} has no val/, validation/ or test/: {held.sum():,} of its {len(held):,} "
+        f"images ({fraction:.0%} of each class) are held out, drawn by seed {seed}"
+    )
+    return Dataset(name, classes, records.take(~held), records.take(held), (note,))
+
+
+def _draw_held_out(records: Encoded, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which images to hold out: the rounded share of each class, at least one, never all. (N,)."""
+    words = np.array([crc32(path) for path in records.names.tolist()])
+    order = np.lexsort((hashed(seed, crc32(b"held out"), words), records.labels))
+    counts = np.bincount(records.labels)
+    rank = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)
+    quota = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
+    held = np.empty(len(words), bool)
+    held[order] = rank < np.repeat(quota, counts)
+    return held
+
+
+def printable(name: str | bytes | os.PathLike[str]) -> str:
+    """A file name for people: bytes that are no UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def mistake(place: os.PathLike[str] | str, expected: str, got: str, mend: str) -> UserError:
+    """The error of a data set that cannot be used."""
+    return UserError(printable(f"data: {place}: expected {expected}, got {got}; {mend}"))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"
