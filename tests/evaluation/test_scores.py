@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from vitral.data.loader import Batch
-from vitral.evaluation.scores import Scores, measure, summarise
+from vitral.evaluation.scores import Scores, measure, merge, summarise
 
 CLASSES = tuple("abcdefg")
 
 
 def make(labels, ranked, confidence, classes=CLASSES):
     columns = (np.array(column) for column in (labels, ranked, confidence))
-    return Scores(classes, *columns, loss=1.5)
+    return Scores(classes, *columns, losses=np.full(len(labels), 1.5))
 
 
 @pytest.fixture
@@ -88,7 +88,13 @@ def test_every_image_counts_once(num_classes, size):
     images = logits.view(53, num_classes, 1, 1)  # a model that reads its logits off the image
     parts = zip(images.split(size), labels.split(size), strict=True)
     batches = [  # the last filled up with copies of its last image
-        Batch(number, torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)]), truth, [])
+        Batch(
+            number,
+            number * size,
+            torch.cat([part, part[-1:].expand(size - len(part), -1, -1, -1)]),
+            truth,
+            [],
+        )
         for number, (part, truth) in enumerate(parts)
     ]
     shapes = []
@@ -124,9 +130,24 @@ def test_every_image_counts_once(num_classes, size):
     assert [n for *_, n in pairs] == sorted((n for *_, n in pairs), reverse=True)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_parts_of_a_set_merge_to_its_scores(processes):
+    logits = torch.randn(12, 4, 1, 1, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 4
+    batches = [Batch(i, 4 * i, logits[4 * i :][:4], labels[4 * i :][:4], []) for i in range(3)]
+    whole = measure(lambda x: x.flatten(1), batches, CLASSES[:4])
+    cuts = [3 * k // processes for k in range(processes + 1)]
+    parts = [
+        measure(lambda x: x.flatten(1), batches[a:b], CLASSES[:4])
+        for a, b in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert merge(parts).metrics() == whole.metrics()
+    assert merge(parts).ranked.tolist() == whole.ranked.tolist()
+
+
 def test_half_precision_logits_are_measured_in_float32():
     logits = torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(0)).bfloat16()
-    batch = Batch(0, logits, torch.tensor([0, 1, 2, 3, 0, 1]), [])
+    batch = Batch(0, 0, logits, torch.tensor([0, 1, 2, 3, 0, 1]), [])
     scores = measure(lambda x: x.flatten(1), [batch], CLASSES[:4])
     exact = logits.double().flatten(1).softmax(1).amax(1)
     np.testing.assert_allclose(scores.confidence, exact, rtol=1e-6)

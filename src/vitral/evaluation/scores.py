@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,13 @@ class Scores:
     """(n, min(5, classes)): the likeliest classes, the first first."""
     confidence: NDArray[np.float64]
     """(n,): the probability of the likeliest class."""
-    loss: float
-    """Mean cross-entropy, in nats."""
+    losses: NDArray[np.float64]
+    """(n,): the cross-entropy of each image, in nats."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, in nats."""
+        return float(self.losses.mean())
 
     @property
     def top1(self) -> float:
@@ -106,20 +111,27 @@ def measure(
         batches: as `vitral.data.loader.eval_batches` gives them.
         classes: the names of the logits.
     """
-    labels, ranked, confidence = [], [], []
-    loss = 0.0
+    k = min(5, len(classes))
+    # An empty first part, as of many processes one may have no images.
+    empty = torch.zeros(0)
+    parts: list[tuple[Tensor, ...]] = [
+        (empty.long(), torch.zeros(0, k).long(), empty.double(), empty.double())
+    ]
     for batch in batches:
         truth = batch.targets
         logits = forward(batch.images)[: len(truth)].float()
-        likely = logits.softmax(1).topk(min(5, len(classes)))
-        loss += F.cross_entropy(logits, truth, reduction="sum").item()
-        labels.append(truth.cpu())
-        ranked.append(likely.indices.cpu())
-        confidence.append(likely.values[:, 0].double().cpu())
-    truth = torch.cat(labels).numpy()
-    return Scores(
-        classes, truth, torch.cat(ranked).numpy(), torch.cat(confidence).numpy(), loss / len(truth)
-    )
+        likely = logits.softmax(1).topk(k)
+        losses = F.cross_entropy(logits, truth, reduction="none")
+        found = (truth, likely.indices, likely.values[:, 0].double(), losses.double())
+        parts.append(tuple(column.cpu() for column in found))
+    return Scores(classes, *(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+
+
+def merge(parts: Sequence[Scores]) -> Scores:
+    """The scores of several parts of a set, in order, as one."""
+    columns = ("labels", "ranked", "confidence", "losses")
+    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
+    return Scores(parts[0].classes, *joined)
 
 
 def summarise(scores: Scores) -> str:
