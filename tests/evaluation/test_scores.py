@@ -62,6 +62,28 @@ def test_tables_are_written(scores, tmp_path):
         assert rows == [header, *([str(value) for value in row] for row in expected)]
 
 
+def test_wnids_are_shown_with_their_names(tmp_path):
+    classes = ("n01440764", "n02012849", "own")
+    scores = make([0, 1, 2], [[0], [2], [2]], [0.5] * 3, classes)
+    scores.write_tables(tmp_path)
+    tables = [(tmp_path / f"{name}.csv").read_text() for name in ("per_class", "confused_pairs")]
+    assert [table.splitlines() for table in tables] == [
+        [
+            "class,images,top1,top5,class_name",
+            'n01440764,1,1.0,1.0,"tench, Tinca tinca"',
+            "n02012849,1,0.0,0.0,crane",
+            "own,1,1.0,1.0,",
+        ],
+        ["class,predicted,images,class_name,predicted_name", "n02012849,own,1,crane,"],
+    ]
+    lines = summarise(scores).splitlines()
+    assert lines[3] == "n01440764 tench       1  100.00%  100.00%"
+    assert lines[4:] == [
+        "n02012849 crane       1    0.00%    0.00%",
+        f"own{'':19}1  100.00%  100.00%",
+    ]
+
+
 @pytest.mark.parametrize(
     ("confidence", "hits", "expected"),
     [

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vitral.data.imagenet import display, human_name
 from vitral.data.loader import Batch
 
 BINS = 15
@@ -90,12 +91,15 @@ class Scores:
         return [(self.classes[a], self.classes[b], n) for (a, b), n in ordered]
 
     def write_tables(self, directory: Path) -> None:
-        """Writes per_class.csv and confused_pairs.csv."""
+        """Writes per_class.csv and confused_pairs.csv; wnids with their names in more columns."""
         tables = {
-            "per_class.csv": (("class", "images", "top1", "top5"), self.per_class()),
-            "confused_pairs.csv": (("class", "predicted", "images"), self.confused_pairs()),
+            "per_class.csv": (1, ("class", "images", "top1", "top5"), self.per_class()),
+            "confused_pairs.csv": (2, ("class", "predicted", "images"), self.confused_pairs()),
         }
-        for name, (header, rows) in tables.items():
+        for name, (k, header, rows) in tables.items():
+            if any(map(human_name, self.classes)):
+                header = (*header, *(f"{column}_name" for column in header[:k]))
+                rows = [(*row, *(human_name(str(name)) for name in row[:k])) for row in rows]
             with (directory / name).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([header, *rows])
 
@@ -146,8 +150,8 @@ def summarise(scores: Scores) -> str:
         table = sorted(table, key=lambda row: row[2])
         table = table[:10] + table[-5:]
         lines.append("the ten worst classes and the five best:")
-    width = max(len("class"), *(len(row[0]) for row in table))
+    width = max(len("class"), *(len(display(row[0])) for row in table))
     lines.append(f"{'class':{width}}  images    top-1    top-5")
     for name, count, top1, top5 in table:
-        lines.append(f"{name:{width}}  {count:6,}  {top1:7.2%}  {top5:7.2%}")
+        lines.append(f"{display(name):{width}}  {count:6,}  {top1:7.2%}  {top5:7.2%}")
     return "\n".join(lines)

@@ -1,0 +1,54 @@
+"""Facts of ImageNet-1K (ILSVRC2012) that its archives lack or bury in a MATLAB file."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from functools import lru_cache
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@lru_cache
+def _lemmas() -> dict[str, str]:
+    """Names by wnid, in order of wnid."""
+    text = (files("vitral.data") / "imagenet_classes.txt").read_bytes()
+    assert hashlib.sha256(text).hexdigest().startswith("acf75ef0abe89694")
+    return dict(line.split(" ", 1) for line in text.decode().splitlines())
+
+
+@lru_cache
+def wnids() -> tuple[str, ...]:
+    """The WordNet ids of the 1,000 classes, sorted: `n01440764` is the first."""
+    return tuple(_lemmas())
+
+
+def human_name(wnid: str) -> str | None:
+    """All names of a class, such as `tench, Tinca tinca`; None for anything but a wnid of the set.
+
+    Twice it is `crane`: n02012849 is the bird, n03126707 the machine.
+    """
+    return _lemmas().get(wnid)
+
+
+def display(name: str) -> str:
+    """A class for people to read: `n01440764 tench` for a wnid, anything else as it is."""
+    known = human_name(name)
+    return f"{name} {known.split(', ')[0]}" if known else name
+
+
+@lru_cache
+def validation_labels() -> NDArray[np.int64]:
+    """Positions in `wnids()` of the validation images, in order of file name. Shape (50000,).
+
+    The first is of ILSVRC2012_val_00000001.JPEG. They are the ground truth of the development kit,
+    whose own numbers are in another order.
+    """
+    packed = (files("vitral.data") / "imagenet_val.xz").read_bytes()
+    raw = lzma.decompress(packed)
+    assert hashlib.sha256(raw).hexdigest().startswith("f5350687a5a78da7")
+    labels = np.frombuffer(raw, "<u2").astype(np.int64)
+    labels.flags.writeable = False
+    return labels
