@@ -122,7 +122,7 @@ def reference(model, images):
         cut = images[:, :, row * P : (row + 1) * P, column * P : (column + 1) * P]
         return linear(cut.flatten(1), "patch_embedding.projection")
 
-    first = [state["cls"], *state["registers"]]
+    first = [state["cls"], *state.get("registers", [])]
     sequence = [token.expand(len(images), D) for token in first]
     sequence += [patch(row, column) for row in range(rows) for column in range(columns)]
     x = torch.stack(sequence, dim=1)

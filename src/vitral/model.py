@@ -233,7 +233,8 @@ class ViT(nn.Module):
         self.num_prefix = 1 + config.num_registers
         self.patch_embedding = PatchEmbedding(config.patch_size, dim)
         self.cls = nn.Parameter(torch.empty(dim))
-        self.registers = nn.Parameter(torch.empty(config.num_registers, dim))
+        shape = (config.num_registers, dim)
+        self.registers = nn.Parameter(torch.empty(shape)) if config.num_registers else None
         self.rope = RoPE2D(config)
         rates = [config.stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)
@@ -255,7 +256,8 @@ class ViT(nn.Module):
             elif isinstance(module, Branch) and module.scale is not None:
                 nn.init.constant_(module.scale, self.config.layer_scale)
         nn.init.normal_(self.cls, std=0.02)
-        nn.init.normal_(self.registers, std=0.02)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=0.02)
         nn.init.zeros_(self.head.weight)
         if self.rope.mixed is not None:
             magnitudes = self.rope.axial(self.cls.device).sum(1)  # (1, 1, S/2)
@@ -286,7 +288,10 @@ class ViT(nn.Module):
             got = " by ".join(map(str, images.shape[2:]))
             raise UserError(f"images: expected sides that are multiples of {P} pixels, got {got}")
         x = self.patch_embedding(images)
-        prefix = torch.cat([self.cls[None], self.registers]).expand(len(x), -1, -1)
+        prefix = self.cls[None]
+        if self.registers is not None:
+            prefix = torch.cat([prefix, self.registers])
+        prefix = prefix.expand(len(x), -1, -1)
         # Without autocast all is of one dtype; with it the residual stream stays in float32.
         x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
         tables = self.rope(rows, columns, x.device)

@@ -51,6 +51,7 @@ def train_batches(
     workers: int,
     device: torch.device,
     share: tuple[int, int] = (0, 1),
+    parts: int = 1,
     decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
     """The micro-batches of the global batches `steps`, in order, augmented and mixed.
@@ -61,18 +62,20 @@ def train_batches(
 
     Args:
         share: which part of every global batch, of how many equal ones, all of even size.
+        parts: how many equal parts of that share no micro-batch goes across, of even size too.
     """
     seed, smoothing = config.train.seed, config.train.label_smoothing
-    size = config.train.batch_size // share[1]
-    start = share[0] * size
+    size = config.train.batch_size // (share[1] * parts)
+    starts = range(share[0] * parts * size, (share[0] + 1) * parts * size, size)
     order = Order(seed, len(records), config.train.batch_size, config.augment.repeats)
 
     def requests() -> Iterator[Request]:
         for step in steps:
             side = config.image_size_at(step / total_steps)
-            for first in range(start, start + size, micro_batch):
-                chosen = order.samples(step, first, min(first + micro_batch, start + size))
-                yield Request(step, first, side, *chosen)
+            for start in starts:
+                for first in range(start, start + size, micro_batch):
+                    chosen = order.samples(step, first, min(first + micro_batch, start + size))
+                    yield Request(step, first, side, *chosen)
 
     def prepare(fetched: Fetched) -> Batch:
         request, side = fetched.request, fetched.request.side

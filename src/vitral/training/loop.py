@@ -17,16 +17,25 @@ from vitral.data.loader import Batch, eval_batches, train_batches
 from vitral.data.records import Dataset
 from vitral.data.sampling import Order, derive_seed
 from vitral.data.sources import open_dataset
-from vitral.evaluation import Scores, measure
+from vitral.evaluation import Scores, measure, merge
 from vitral.evaluation.evaluate import pick_device
 from vitral.model import ViT, count_flops
 from vitral.report import curves, pictures
 from vitral.training import checkpoint as checkpoints
 from vitral.training.checkpoint import Checkpoint
+from vitral.training.distributed import (
+    SHARDS,
+    Agreement,
+    World,
+    check_processes,
+    full,
+    joined,
+)
 from vitral.training.metrics import Console, MetricsLog, read_rows
 from vitral.training.monitor import Clock, Counters, profiling
-from vitral.training.optim import EMA, Optimizer, Schedule, loss_sum
-from vitral.training.resolve import Resolved, build_model, compiled, prepare_device, resolve
+from vitral.training.optim import EMA, Optimizer, Schedule
+from vitral.training.parallel import Averaged, InFixedOrder
+from vitral.training.resolve import Resolved, build_model, prepare_device, resolve
 from vitral.training.run import Interrupted, RunFolder, Signals
 
 PATIENCE = 10  # non-finite updates in a row that stop a run
@@ -49,28 +58,66 @@ def train(recipe: str | Config = "digits", *arguments: str) -> Path:
     if config.train.out is None:
         raise UserError("train.out: expected a folder for the run, got none")
     run = RunFolder(Path(config.train.out))
-    changes = run.refuse_other_settings(config)
     device = pick_device(config.train.device)
-    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
-    folder, warnings = run.path / "checkpoints", []
-    model = build_model(config, len(dataset.classes), init=not checkpoints.steps(folder))
-    with run:
-        run.open()
-        checkpoint = checkpoints.latest(folder, warnings.append)
-        if checkpoint is None and warnings:
-            raise UserError(
-                f"out: no checkpoint in {folder} can be used: {warnings[0]}; restore one, or "
-                "start another run with --out"
-            )
-        trainer = Trainer(config, dataset, model, device, run, checkpoint)
-        run.write_config(config)
+    with joined(device.type == "cuda") as world, run:
+        device = world.together(lambda: world.device(device))
+        notes, dataset, model = world.together(lambda: _prepare(config, run, world))
+        if len({*world.gather(dataset.fingerprint)}) > 1:
+            raise UserError(f"data: {config.data.path} is not the same for all processes")
+        warnings: list[str] = []
+        checkpoint = world.together(lambda: _open(run, world, warnings))
+        checkpoint = _from_main(checkpoint, world)
+        trainer = world.together(
+            lambda: Trainer(config, dataset, model, device, run, checkpoint, world)
+        )
         try:
-            for text in (*dataset.notes, *changes, *warnings):
+            if world.main:
+                run.write_config(config)
+            for text in (*notes, *warnings):
                 trainer.console.message(text)
             trainer.fit()
         finally:
             trainer.close()
     return run.path
+
+
+def _prepare(config: Config, run: RunFolder, world: World) -> tuple[list[str], Dataset, ViT]:
+    """What is found to be wrong before anything is written."""
+    check_processes(config, world.size)
+    changes = run.refuse_other_settings(config) if world.main else []
+    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    begun = checkpoints.steps(run.path / "checkpoints")
+    model = build_model(config, len(dataset.classes), init=not begun)
+    return [*dataset.notes, *changes], dataset, model
+
+
+def _open(run: RunFolder, world: World, warnings: list[str]) -> Checkpoint | None:
+    """Takes the run folder, and reads the checkpoint that the run goes on from."""
+    if not world.main:
+        return None
+    run.open()
+    folder = run.path / "checkpoints"
+    checkpoint = checkpoints.latest(folder, warnings.append)
+    if checkpoint is None and warnings:
+        raise UserError(
+            f"out: no checkpoint in {folder} can be used: {warnings[0]}; restore one, or "
+            "start another run with --out"
+        )
+    return checkpoint
+
+
+def _from_main(checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
+    """The checkpoint that the main process has read, in every process."""
+    known = (checkpoint.step, list(checkpoint.tensors), checkpoint.state) if checkpoint else None
+    known = world.from_main(known)
+    if known is None:
+        return None
+    step, kinds, state = known
+    tensors = {
+        kind: world.tensors_from_main(checkpoint.tensors[kind] if checkpoint else None)
+        for kind in kinds
+    }
+    return Checkpoint(step, tensors, state)
 
 
 class Trainer:
@@ -84,16 +131,25 @@ class Trainer:
         device: torch.device,
         run: RunFolder,
         checkpoint: Checkpoint | None,
+        world: World,
     ) -> None:
         assert dataset.train is not None
         assert dataset.val is not None
         self.config, self.dataset, self.device, self.run = config, dataset, device, run
+        self.world, self.agreement = world, Agreement(world)
         self.records, self.val_records = dataset.train, dataset.val
+        self.workers = resolve_workers(config.data, self.records, world.local_size)
+        self._plan_steps()
         prepare_device(config, device)
         self.model = model.to(device)
-        self.optimizer = Optimizer(model, config.optim)
-        self.ema = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
-        self._plan_steps()
+        self.resolved = self._resolve(checkpoint)
+        torch.set_num_threads(self.resolved.threads)
+        if checkpoint is not None:
+            self.model.load_state_dict(checkpoint.tensors["model"])
+        passes = InFixedOrder if config.train.reproducible else Averaged
+        self.passes = passes(self.model, config.train, self.resolved, world)
+        self.optimizer = Optimizer(self.model, config.optim)
+        self.ema = EMA(self.model, config.train.ema_decay) if config.train.ema_decay else None
 
         self.step = 0
         self.evaluated = 0  # the step of the last validation
@@ -101,20 +157,18 @@ class Trainer:
         self.best = {"step": -1.0, "top1": -1.0}
         self.metrics: dict[str, float] = {}
         self.broken: dict[int, str] = {}
+        self.noted: dict[int, str] = {}  # by this process, since the last agreement
         self.counters = Counters(device)
-        if checkpoint is None:
-            self.resolved = resolve(config, self.model, device)
-        else:
+        if checkpoint is not None:
             self._restore(checkpoint)
-        torch.set_num_threads(self.resolved.threads)
-        self.forward = compiled(self.model, self.resolved)
-        self.workers = resolve_workers(config.data, self.records)
-        self.flops = count_flops(config.model, len(dataset.classes))
+        sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
+        classes = len(dataset.classes)
+        self.flops = {side: count_flops(config.model, classes, side) for side in sides}
         # The row of a validation that is still to be done is none to keep.
         undone = self.step in self.evaluations and self.evaluated != self.step
-        self.log = MetricsLog(run.path, self.step - undone)
-        self.console = Console(run.path / "train.log", self.total, self.step)
-        self.clock = Clock(self.log.seconds, self.resolved)
+        self.log = MetricsLog(run.path, self.step - undone) if world.main else None
+        self.console = Console(run.path / "train.log", self.total, self.step, not world.main)
+        self.clock = Clock(self.log.seconds if self.log else 0.0, self.resolved)
         self.last_checkpoint = self.last_drawing = time.monotonic()
 
     def _plan_steps(self) -> None:
@@ -126,6 +180,25 @@ class Trainer:
         self.evaluations = {order.end_of_epoch(epoch) for epoch in ends} | {self.total}
         warmup = round(self.config.optim.warmup_epochs * self.epoch_steps)
         self.schedule = Schedule(self.config.optim, warmup, self.total)
+
+    def _resolve(self, checkpoint: Checkpoint | None) -> Resolved:
+        """The choices of a new run, or those that it began with, the number of processes aside."""
+        config, device, world = self.config, self.device, self.world
+        if checkpoint is None:
+            decoder, rates = "cpu", {}
+            decoder, self.rates = world.from_main((decoder, rates))
+            return resolve(config, self.model, device, world, decoder)
+        began = Resolved(**checkpoint.state["resolved"])
+        self.rates = {}
+        if began.device != device.type:
+            raise UserError(
+                f"train.device: the run in {self.run.path} began on {began.device}, not "
+                f"{device.type}; resume it there, or start another run with --out"
+            )
+        if began.processes == world.size:
+            return began
+        now = resolve(config, self.model, device, world, began.decoder)
+        return dataclasses.replace(now, precision=began.precision, compile=began.compile)
 
     def fit(self) -> None:
         """Trains to the last step; at a signal writes a checkpoint and raises Interrupted."""
@@ -142,8 +215,14 @@ class Trainer:
             micro_batch=self.resolved.micro_batch,
             workers=self.workers,
             device=self.device,
+            share=(self.world.rank, self.world.size),
+            parts=SHARDS // self.world.size if self.config.train.reproducible else 1,
+            decoder=self.resolved.decoder,
         )
-        with Signals() as signals, profiling(self.config.train.profile, self.run.path) as profiler:
+        with (
+            Signals(self.world) as signals,
+            profiling(self.config.train.profile and self.world.main, self.run.path) as profiler,
+        ):
             try:
                 self._validate_if_due(signals)  # a signal may have come in the middle of it
                 while self.step < self.total:
@@ -152,10 +231,14 @@ class Trainer:
                         profiler.step()
                     self._report_if_due()
                     self._validate_if_due(signals)
-                    self._checkpoint_if_due()
-                    if signals.received and self.step < self.total:
-                        raise Interrupted(signals.received)
+                    late = self.world.main and self._checkpoint_is_late()
+                    signal, late = self.agreement.exchange(signals.received or 0, late)
+                    self._checkpoint_if_due(bool(late))
+                    if signal and self.step < self.total:
+                        raise Interrupted(signal)
+                self.agreement.finish()
             except Interrupted:
+                self.agreement.finish()
                 self._save_checkpoint()
                 self.console.message(f"stopped at step {self.step}; the same command goes on")
                 raise
@@ -165,7 +248,8 @@ class Trainer:
 
     def close(self) -> None:
         """Flushes the logs."""
-        self.log.close()
+        if self.log is not None:
+            self.log.close()
         self.console.close()
 
     def _update(self, batches: Iterator[Batch]) -> None:
@@ -173,33 +257,31 @@ class Trainer:
         train = self.config.train
         self.model.train()
         total = torch.zeros((), device=self.device)
-        done = 0
-        while done < train.batch_size:
+        done, share, side = 0, train.batch_size // self.world.size, 0
+        while done < share:
             with self.clock.waiting():
                 batch = next(batches)
             assert batch.step == self.step
             self._note_broken(batch)
-            if self.step == done == 0:
+            if self.step == batch.first == 0:
                 self._save_picture(batch.images[:32])
-            torch.manual_seed(derive_seed("dropout", train.seed, self.step, done))
-            with self.resolved.autocast():
-                logits = self.forward(batch.images)
-                loss = loss_sum(logits, batch.targets, train.loss) / train.batch_size
-            loss.backward()
-            total += loss.detach()
-            done += len(batch.images)
+            torch.manual_seed(derive_seed("dropout", train.seed, self.step, batch.first))
+            done, side = done + len(batch.images), batch.images.shape[-1]
+            total += self.passes.accumulate(batch, last=done == share)
+        total = self.passes.reduce(total)
         norm, skipped = self.optimizer.step(self.schedule.lr(self.step), total)
         self.step += 1
         if self.ema is not None:
-            self.ema.update(self.model, self.step)
+            self.ema.update(self.step)
         self.counters.add(total, norm, skipped)
-        self.clock.images += done
+        self.clock.count(train.batch_size, self.flops[side])
 
     def _report_if_due(self) -> None:
         """Shows progress, and writes the log row of a step that is not validated."""
-        if self.console.due():
-            seen, pace = self.counters.read(), self.clock.read(self.flops)
-            self._stop_if_diverged(seen["worst"])
+        if self.world.main and self.console.due():
+            seen, pace = self.counters.read(), self.clock.read()
+            if self.world.size == 1:
+                self._stop_if_diverged(seen["worst"])
             text = (
                 f"epoch {self.step / self.epoch_steps:.1f}  loss {seen['loss']:.3f}  "
                 f"lr {self.schedule.lr(self.step - 1):.1e}  norm {seen['grad_norm']:.2f}  "
@@ -210,11 +292,12 @@ class Trainer:
             left = (self.total - self.step) * self.config.train.batch_size
             self.console.progress(self.step, text, left / max(pace["images_per_second"], 1e-9))
         if self.step % self.config.train.log_every == 0 and self.step not in self.evaluations:
-            self._write_row(self.clock.read(self.flops), {})
+            self._write_row(self.clock.read(), {})
 
     def _write_row(self, pace: dict[str, float], measured: dict[str, float]) -> None:
         seen = self.counters.read()
         self._stop_if_diverged(seen.pop("worst"))
+        self._agree_on_broken()
         row = {
             "step": self.step,
             "epoch": self.step / self.epoch_steps,
@@ -225,7 +308,8 @@ class Trainer:
             **measured,
             **pace,
         }
-        self.log.write(row)
+        if self.log is not None:
+            self.log.write(row)
         self.counters.start_row()
         self.clock.start_row()
 
@@ -239,10 +323,10 @@ class Trainer:
     def _validate_if_due(self, signals: Signals) -> None:
         if self.step not in self.evaluations or self.evaluated == self.step:
             return
-        pace = self.clock.read(self.flops)
+        pace = self.clock.read()
         scores = {"val": self._measure(signals)}
         if self.ema is not None:
-            with self.ema.applied_to(self.model):
+            with self.ema.applied():
                 scores["ema"] = self._measure(signals)
         measured = {f"{k}_{m}": v for k, s in scores.items() for m, v in s.metrics().items()}
         self._write_row(pace, measured)
@@ -258,7 +342,8 @@ class Trainer:
         self.clock.start_row()  # the next row is about training alone
 
     def _draw(self) -> None:
-        curves.draw(self.run.path, read_rows(self.log.jsonl))
+        if self.log is not None:
+            curves.draw(self.run.path, read_rows(self.log.jsonl))
         self.last_drawing = time.monotonic()
 
     def _measure(self, signals: Signals) -> Scores:
@@ -266,41 +351,60 @@ class Trainer:
 
         def until_signal(batches: Iterable[Batch]) -> Iterator[Batch]:
             for batch in batches:
-                if signals.received:
+                # Alone it may end at once; of many, all go on to the next step.
+                if signals.received and self.world.size == 1:
                     raise Interrupted(signals.received)
                 yield batch
 
         def forward(images: Tensor) -> Tensor:
             with self.resolved.autocast():
-                return self.forward(images)
+                return self.passes.forward(images)
 
         size = min(EVAL_BATCH, len(self.val_records))
-        batches = eval_batches(self.val_records, self.config, size, self.workers, self.device)
-        return measure(forward, until_signal(batches), self.dataset.classes)
+        share = (self.world.rank, self.world.size)
+        batches = eval_batches(
+            self.val_records,
+            self.config,
+            size,
+            self.workers,
+            self.device,
+            share,
+            self.resolved.decoder,
+        )
+        part = self.world.together(
+            lambda: measure(forward, until_signal(batches), self.dataset.classes)
+        )
+        return merge(self.world.gather(part))
 
     def _keep_weights(self, scores: dict[str, Scores]) -> None:
         """Writes weights/last, weights/best if these are, and the tables of the better kind."""
         kind = max(scores, key=lambda k: scores[k].top1)
         top1 = scores[kind].top1
-        scores[kind].write_tables(self.run.path)
-        states: dict[str, dict[str, Tensor]] = {"model": self.model.state_dict()}
+        states = {"model": full(self.optimizer.named)}
         if self.ema is not None:
-            states["ema"] = self.ema.average
+            states["ema"] = full(self.ema.average)
+        best = top1 > self.best["top1"]
+        if self.world.main:
+            scores[kind].write_tables(self.run.path)
+            self._write_weights(states, ["last", "best"] if best else ["last"])
+        if best:
+            self.best = {"step": self.step, "top1": top1}
+            self._save_checkpoint()
+
+    def _write_weights(self, states: dict[str, dict[str, Tensor]], names: list[str]) -> None:
         description = weights.describe(
             self.config, self.dataset.classes, self.dataset.fingerprint, self.metrics
         )
         folder = self.run.path / "weights"
         folder.mkdir(exist_ok=True)
-        weights.save(folder / "last", states, description)
-        if top1 > self.best["top1"]:
-            self.best = {"step": self.step, "top1": top1}
-            weights.save(folder / "best", states, description)
-            self._save_checkpoint()
+        for name in names:
+            weights.save(folder / name, states, description)
 
-    def _checkpoint_if_due(self) -> None:
-        train = self.config.train
-        every = train.checkpoint_steps
-        late = time.monotonic() - self.last_checkpoint > 60 * train.checkpoint_minutes
+    def _checkpoint_is_late(self) -> bool:
+        return time.monotonic() - self.last_checkpoint > 60 * self.config.train.checkpoint_minutes
+
+    def _checkpoint_if_due(self, late: bool) -> None:
+        every = self.config.train.checkpoint_steps
         if late or (every is not None and self.step % every == 0):
             self._save_checkpoint()
 
@@ -308,9 +412,10 @@ class Trainer:
         if self.saved == (self.step, self.evaluated):
             return
         self._stop_if_diverged(self.counters.read()["worst"])
-        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state()}
+        self._agree_on_broken()
+        tensors = {"model": full(self.optimizer.named), "optimizer": full(self.optimizer.state())}
         if self.ema is not None:
-            tensors["ema"] = self.ema.average
+            tensors["ema"] = full(self.ema.average)
         state = {
             "evaluated": self.evaluated,
             "best": self.best,
@@ -323,8 +428,9 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
         }
         folder = self.run.path / "checkpoints"
-        self.log.board.flush()
-        checkpoints.save(folder, Checkpoint(self.step, tensors, state), int(self.best["step"]))
+        if self.log is not None:
+            self.log.board.flush()
+            checkpoints.save(folder, Checkpoint(self.step, tensors, state), int(self.best["step"]))
         self.saved = (self.step, self.evaluated)
         self.last_checkpoint = time.monotonic()
 
@@ -335,7 +441,6 @@ class Trainer:
                 f"data: {self.config.data.path} is not the set that the run in {self.run.path} "
                 "began with; give that one, or start another run with --out"
             )
-        self.model.load_state_dict(checkpoint.tensors["model"])
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state(checkpoint.tensors["ema"])
@@ -344,16 +449,18 @@ class Trainer:
         self.saved = (self.step, self.evaluated)
         self.metrics, self.broken = state["metrics"], dict(state["broken"])
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
-        self.resolved = Resolved(**state["resolved"])
-        if self.resolved.device != self.device.type:
-            raise UserError(
-                f"train.device: the run in {self.run.path} began on {self.resolved.device}, not "
-                f"{self.device.type}; resume it there, or start another run with --out"
-            )
 
     def _note_broken(self, batch: Batch) -> None:
-        """Logs records that could not be decoded, and stops where they are too many."""
-        for index, reason in batch.broken:
+        """Remembers records that could not be decoded."""
+        self.noted.update(batch.broken)
+        if self.noted and self.world.size == 1:
+            self._agree_on_broken()
+
+    def _agree_on_broken(self) -> None:
+        """Logs records that a process could not decode, and stops where they are too many."""
+        noted = {k: reason for part in self.world.gather(self.noted) for k, reason in part.items()}
+        self.noted = {}
+        for index, reason in sorted(noted.items()):
             if index not in self.broken:
                 self.broken[index] = reason
                 where = describe(self.records, index)
@@ -367,29 +474,35 @@ class Trainer:
             )
 
     def _save_picture(self, images: Tensor) -> None:
-        grid = pictures.grid(pictures.to_pixels(images, self.config.data))
-        pictures.save(grid, self.run.path / "train_batch.jpg")
-        self.log.picture(grid)
+        if self.log is not None:
+            grid = pictures.grid(pictures.to_pixels(images, self.config.data))
+            pictures.save(grid, self.run.path / "train_batch.jpg")
+            self.log.picture(grid)
 
     def _announce(self) -> None:
         resolved, size = self.resolved, self.config.train.batch_size
-        self.run.write_environment(
-            resolved=dataclasses.asdict(resolved),
-            workers=self.workers,
-            parameters=self.model.num_parameters,
-            flops_per_image=self.flops,
-            step=self.step,
-        )
+        parameters = sum(p.numel() for p in self.optimizer.named.values())
+        flops = self.flops[self.config.model.image_size]
+        if self.world.main:
+            self.run.write_environment(
+                resolved=dataclasses.asdict(resolved),
+                workers=self.workers,
+                parameters=parameters,
+                flops_per_image=flops,
+                step=self.step,
+                decode_rates=self.rates,
+            )
         start = f"goes on from step {self.step}" if self.step else "starts"
         self.console.message(
             f"{self.run.path} {start}: {self.dataset.name}, {len(self.records):,} images to train "
             f"on, {len(self.val_records):,} to validate, {len(self.dataset.classes)} classes"
         )
         self.console.message(
-            f"{self.model.num_parameters / 1e6:.2f} M parameters, {self.flops / 1e9:.3f} GFLOPs an "
+            f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs an "
             f"image; {self.total:,} steps of {size} images in micro-batches of "
             f"{resolved.micro_batch}, on {resolved.device} in {resolved.precision}, "
             f"{resolved.threads} threads, {self.workers} workers"
+            + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
         )
 
     def _results(self) -> str:

@@ -95,14 +95,16 @@ def _replace(path: Path, content: str) -> None:
 class Console:
     """What a person watches: a progress bar on a terminal, elsewhere a plain line now and then.
 
-    Every message, and every plain line, goes to train.log as well.
+    Every message, and every plain line, goes to train.log as well. A quiet one is for a process
+    that another speaks for.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
 
-    def __init__(self, path: Path, total: int, step: int) -> None:
+    def __init__(self, path: Path, total: int, step: int, quiet: bool) -> None:
+        path = Path(os.devnull) if quiet else path
         self.file = path.open("a", encoding="utf-8")
-        self.stream = sys.stdout
+        self.stream = self.file if quiet else sys.stdout
         self.total = total
         self.bar = None
         if self.stream.isatty():

@@ -66,18 +66,19 @@ class Counters:
 
 
 class Clock:
-    """Seconds of the run, and images and waiting since the last log row."""
+    """Seconds of the run, and images, their work and waiting since the last log row."""
 
     def __init__(self, seconds: float, resolved: Resolved) -> None:
         self.device = resolved.device
-        self.peak = peak_flops() if resolved.precision == "bf16" else None
+        rate = peak_flops() if resolved.precision == "bf16" else None
+        self.peak = rate and rate * resolved.processes
         self.begin = time.monotonic() - seconds
         self.start_row()
 
     def start_row(self) -> None:
         """Begins the next row."""
         self.row = time.monotonic()
-        self.images, self.waited = 0, 0.0
+        self.images, self.flops, self.waited = 0, 0.0, 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -86,7 +87,12 @@ class Clock:
         yield
         self.waited += time.monotonic() - before
 
-    def read(self, flops_per_image: float) -> dict[str, float]:
+    def count(self, images: int, flops_per_image: float) -> None:
+        """Counts the images of a step, of all processes, and a forward pass of each."""
+        self.images += images
+        self.flops += images * flops_per_image
+
+    def read(self) -> dict[str, float]:
         """The clock columns of a log row; MFU counts the model's own work, forward and backward."""
         now = time.monotonic()
         passed = max(now - self.row, 1e-9)
@@ -97,7 +103,7 @@ class Clock:
             "memory_gb": round(memory_gb(self.device), 3),
         }
         if self.peak is not None:
-            columns["mfu"] = round(3 * flops_per_image * self.images / passed / self.peak, 4)
+            columns["mfu"] = round(3 * self.flops / passed / self.peak, 4)
         return columns
 
 

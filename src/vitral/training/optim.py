@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vitral.config import OptimConfig
 from vitral.model import ViT
+from vitral.training.distributed import spread_like
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,11 @@ class Optimizer:
         """
         parameters = list(self.named.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        skipped = 1 - (norm.isfinite() & loss.isfinite()).float()
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        skipped = 1 - (norm.isfinite() & loss.isfinite()).float()
         for group in self.adamw.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
@@ -105,7 +109,7 @@ class Optimizer:
         for name, value in tensors.items():
             name, _, key = name.rpartition(".")
             parameter = self.named[name]
-            self.adamw.state[parameter][key] = value.to(parameter.device)
+            self.adamw.state[parameter][key] = spread_like(value, parameter)
 
 
 def loss_sum(logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"]) -> Tensor:
@@ -130,28 +134,32 @@ class EMA:
 
     def __init__(self, model: ViT, decay: float) -> None:
         self.decay = decay
-        self.average = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.model = dict(model.named_parameters())
+        self.average = {n: p.detach().clone() for n, p in self.model.items()}
 
     @torch.no_grad()
-    def update(self, model: ViT, step: int) -> None:
-        """Moves towards `model` after its optimiser step number `step` = 1, 2, ..."""
+    def update(self, step: int) -> None:
+        """Moves towards the model after its optimiser step number `step` = 1, 2, ..."""
         weight = 1 - min(self.decay, step / (step + 9))
-        torch._foreach_lerp_(list(self.average.values()), list(model.parameters()), weight)
+        torch._foreach_lerp_(list(self.average.values()), list(self.model.values()), weight)
 
     @contextlib.contextmanager
-    def applied_to(self, model: ViT) -> Iterator[None]:
-        """Puts the averages in the place of the model's weights for a while, copying nothing."""
-        self._exchange(model)
+    def applied(self) -> Iterator[None]:
+        """Puts the averages in the place of the model's weights for a while."""
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(model)
+            self._exchange()
 
-    def _exchange(self, model: ViT) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.data, self.average[name] = self.average[name], parameter.data
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self.model.items():
+            weights = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(weights)
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the averages of a checkpoint."""
         for name, value in self.average.items():
-            value.copy_(tensors[name])
+            value.copy_(spread_like(tensors[name], value))

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vitral.config import Config
-from vitral.data.fetch import available_cores
+from vitral.data.fetch import Decoder, available_cores
 from vitral.data.sampling import derive_seed
 from vitral.model import CHANNELS, ViT
+from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.weights import start_from
 
@@ -29,6 +30,8 @@ class Resolved:
     compile: bool
     threads: int
     micro_batch: int
+    processes: int
+    decoder: Decoder
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast, or nothing."""
@@ -50,24 +53,36 @@ def build_model(config: Config, num_classes: int, *, init: bool) -> ViT:
     return model
 
 
-def resolve(config: Config, model: ViT, device: torch.device) -> Resolved:
+def resolve(
+    config: Config,
+    model: ViT,
+    device: torch.device,
+    world: World | None = None,
+    decoder: Decoder = "cpu",
+) -> Resolved:
     """Makes the choices that `config` leaves open, for a model that lies on `device`."""
+    world = world or World()
     train = config.train
     gpu = device.type == "cuda"
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
     compiled = gpu if train.compile == "auto" else train.compile == "always"
+    reproducible = train.reproducible
+    share = train.batch_size // (SHARDS if reproducible else world.size)
+    threads = 1 if reproducible else max(1, min(16, available_cores() // world.local_size))
     resolved = Resolved(
         device="cuda" if gpu else "cpu",
         precision=precision,
         compile=compiled,
-        threads=train.threads or min(16, available_cores()),
-        micro_batch=min(train.micro_batch or train.batch_size, train.batch_size),
+        threads=train.threads or threads,
+        micro_batch=min(train.micro_batch or share, share),
+        processes=world.size,
+        decoder=decoder,
     )
     if gpu and train.micro_batch is None:
-        return _with_fitting_batch(resolved, config, model, device)
-    return resolved
+        resolved = _with_fitting_batch(resolved, config, model, device)
+    return dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
@@ -75,8 +90,9 @@ def prepare_device(config: Config, device: torch.device) -> None:
     if device.type == "cpu":
         return
     torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    if config.train.deterministic:
+    deterministic = config.train.deterministic or config.train.reproducible
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
         # Read once, at the first matrix product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
@@ -95,7 +111,7 @@ def _with_fitting_batch(
 
     Tried without compilation, which needs less memory and would compile for every size.
     """
-    size, cuts = config.train.batch_size, 1
+    size, cuts = resolved.micro_batch, 1
     while True:
         micro = -(-size // (2 * cuts)) * 2
         try:

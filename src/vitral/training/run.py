@@ -17,6 +17,7 @@ import torch
 
 from vitral import recipes
 from vitral.config import CHANGEABLE, Config, UserError, flatten
+from vitral.training.distributed import World
 
 
 class Interrupted(Exception):
@@ -28,9 +29,15 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends the process at once."""
+    """Notes SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends a lone process at once.
+
+    Of several processes each may get a signal twice, from the terminal and from torchrun.
+    """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self, world: World) -> None:
+        self.world = world
 
     def __enter__(self) -> Signals:
         self.received: int | None = None
@@ -42,11 +49,14 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        again = self.received is not None
+        if again and self.world.size == 1:
             os._exit(128 + number)
         self.received = number
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: writing a checkpoint; once more to end at once\n".encode())
+        if again or not self.world.main:
+            return
+        hint = "; once more to end at once" if self.world.size == 1 else ""
+        os.write(2, f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n".encode())
 
 
 class RunFolder:

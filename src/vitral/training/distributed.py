@@ -1,0 +1,180 @@
+"""The processes of a training, and what they agree on.
+
+torchrun starts them. Without it a training is a world of one, which agrees with itself at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vitral.config import Config, UserError
+
+T = TypeVar("T")
+SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the training."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among those of this machine."""
+    local_size: int = 1
+    group: dist.ProcessGroup | None = None
+    """For agreements, which go from CPU to CPU."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    def device(self, kind: torch.device) -> torch.device:
+        """The device of this process, of the kind that was picked.
+
+        Raises:
+            UserError: if the machine has too few GPUs.
+        """
+        if kind.type == "cpu" or self.size == 1:
+            return kind
+        if self.local_size > torch.cuda.device_count():
+            raise UserError(
+                f"gpus: expected at most {torch.cuda.device_count()} processes on this machine, "
+                f"a GPU each, got {self.local_size}"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has, by rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values *= self.size
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Does `action` in every process; a UserError in one is raised in all."""
+        result = mistake = None
+        try:
+            result = action()
+        except UserError as error:
+            mistake = str(error)
+        mistakes = self.gather(mistake)
+        for rank, text in enumerate(mistakes):
+            if text is not None:
+                alone = self.size > 1 and len({*mistakes}) > 1
+                raise UserError(f"process {rank}: {text}" if alone else text)
+        return result  # pyright: ignore[reportReturnType]
+
+    def from_main(self, value: T) -> T:
+        """What the main process has."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def tensors_from_main(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The named tensors of the main process, on the CPU; the others may give none."""
+        if self.size == 1:
+            return dict(tensors or {})
+        known = {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()}
+        received = {}
+        for name, (shape, dtype) in self.from_main(known).items():
+            own = tensors[name].cpu() if tensors else torch.empty(shape, dtype=dtype)
+            received[name] = own.contiguous()
+            dist.broadcast(received[name], src=0, group=self.group)
+        return received
+
+
+@contextlib.contextmanager
+def joined(gpu: bool) -> Iterator[World]:
+    """The world that torchrun's environment describes, for as long as it is in use.
+
+    Args:
+        gpu: whether training is on GPUs.
+    """
+    size, rank = (int(os.environ.get(name, default)) for name, default in WORLD)
+    if size == 1:
+        yield World()
+        return
+    local_rank, local_size = (int(os.environ[f"LOCAL_{n}"]) for n in ("RANK", "WORLD_SIZE"))
+    if gpu and local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    yield World(rank, size, local_rank, local_size, group)
+    # Not after a failure: the others would be waited for.
+    dist.destroy_process_group()
+
+
+WORLD = (("WORLD_SIZE", "1"), ("RANK", "0"))
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """Refuses a number of processes that the batch cannot be cut for. Raises UserError."""
+    size = config.train.batch_size
+    if size % (2 * processes):
+        fitting = max(1, round(size / (2 * processes))) * 2 * processes
+        raise UserError(
+            f"train.batch_size: expected a multiple of twice the {processes} processes, "
+            f"got {size}; the nearest is {fitting}"
+        )
+    if config.train.reproducible and SHARDS % processes:
+        raise UserError(
+            f"train.reproducible: expected 1, 2, 4 or {SHARDS} processes, got {processes}"
+        )
+
+
+class Agreement:
+    """What all processes wish, known one step later, so that no step waits for it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def exchange(self, *wishes: int) -> list[int]:
+        """Tells the others, and returns the greatest of what each told at the step before.
+
+        A world of one has its own wishes at once.
+        """
+        if self.world.size == 1:
+            return list(wishes)
+        agreed = self.finish() or [0] * len(wishes)
+        told = torch.tensor(wishes)
+        work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.world.group, async_op=True)
+        assert work is not None
+        self.pending = work, told
+        return agreed
+
+    def finish(self) -> list[int] | None:
+        """Waits for the last exchange, so that none is left open."""
+        if self.pending is None:
+            return None
+        work, told = self.pending
+        work.wait()
+        self.pending = None
+        return told.tolist()
+
+
+def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors of those that are spread over processes; every process must take part."""
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+
+
+def spread_like(value: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, spread over the processes as another of the same shape is, on its device."""
+    value = value.to(model.device)
+    if not isinstance(model, DTensor) or value.shape != model.shape:
+        return value
+    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)

@@ -1,0 +1,140 @@
+"""Forward and backward passes in one process or many, and how gradients become one."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from vitral.config import TrainConfig
+from vitral.data.loader import Batch
+from vitral.model import ViT
+from vitral.training.distributed import SHARDS, World
+from vitral.training.optim import loss_sum
+from vitral.training.resolve import Resolved, compiled
+
+
+class Averaged:
+    """Gradients are averaged over the processes while the backward pass still runs.
+
+    Each process holds the whole model (DDP, Li et al. 2020), or a part of every parameter (FSDP2,
+    Zhao et al. 2023); a model spread so is changed in place.
+    """
+
+    def __init__(self, model: ViT, train: TrainConfig, resolved: Resolved, world: World) -> None:
+        self.train, self.resolved, self.world = train, resolved, world
+        self.wrapped: DistributedDataParallel | FSDPModule | None = None
+        if world.size > 1 and train.parallel == "fsdp":
+            self.wrapped = _spread(model, resolved, world)
+            self.forward = model
+            return
+        self.forward = compiled(model, resolved)
+        if world.size > 1:
+            # Compiled before it is wrapped, so that buckets are sent between its graphs.
+            self.wrapped = DistributedDataParallel(
+                self.forward, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def accumulate(self, batch: Batch, last: bool) -> Tensor:
+        """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""
+        quiet = contextlib.nullcontext()
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_gradient_sync(last)
+        elif self.wrapped is not None and not last:
+            quiet = self.wrapped.no_sync()
+        call = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else self.forward
+        with quiet:
+            with self.resolved.autocast():
+                loss = loss_sum(call(batch.images), batch.targets, self.train.loss)
+                loss = loss / self.train.batch_size
+            # An average over the processes is wanted as a sum.
+            (loss * self.world.size).backward()
+        return loss.detach()
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """The loss of the global batch, from that of this process."""
+        if self.world.size > 1:
+            dist.all_reduce(loss)
+        return loss
+
+
+class InFixedOrder:
+    """Gradients of SHARDS equal parts of the global batch, added up as one binary tree.
+
+    The tree is the same whatever the number of processes, so the weights are too, bit by bit. It
+    costs a copy of the gradients for each level, and nothing is sent before the backward pass ends.
+    """
+
+    def __init__(self, model: ViT, train: TrainConfig, resolved: Resolved, world: World) -> None:
+        self.train, self.resolved, self.world = train, resolved, world
+        self.parameters = list(model.parameters())
+        self.forward = compiled(model, resolved)
+        self.shard = train.batch_size // SHARDS
+        self.sums: list[tuple[int, list[Tensor]]] = []
+        self.loss = torch.zeros(())
+
+    def accumulate(self, batch: Batch, last: bool) -> Tensor:
+        """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""
+        with self.resolved.autocast():
+            loss = loss_sum(self.forward(batch.images), batch.targets, self.train.loss)
+            loss = loss / self.train.batch_size
+        loss.backward()
+        self.loss = self.loss.to(loss.device) + loss.detach()
+        if (batch.first + len(batch.images)) % self.shard == 0:
+            self._end_shard()
+        return loss.detach()
+
+    def _end_shard(self) -> None:
+        leaves = [self.loss]
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            leaves.append(parameter.grad)
+            parameter.grad = None
+        self.loss = torch.zeros(())
+        self.sums.append((1, leaves))
+        while len(self.sums) > 1 and self.sums[-1][0] == self.sums[-2][0]:
+            (count, left), (_, right) = self.sums[-2:]
+            torch._foreach_add_(left, right)
+            self.sums[-2:] = [(2 * count, left)]
+
+    def reduce(self, loss: Tensor) -> Tensor:
+        """Puts the sums in the place of the gradients; returns the loss of the global batch."""
+        ((count, leaves),) = self.sums
+        assert count * self.world.size == SHARDS
+        self.sums = []
+        total, *gradients = map(self._add_up, leaves)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return total
+
+    def _add_up(self, own: Tensor) -> Tensor:
+        if self.world.size == 1:
+            return own
+        parts = own.new_empty(self.world.size, *own.shape)
+        dist.all_gather(list(parts.unbind()), own.contiguous())
+        while len(parts) > 1:
+            parts = parts[0::2] + parts[1::2]
+        return parts[0]
+
+
+def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
+    """Spreads the parameters over all processes, block by block.
+
+    In bf16 the blocks' parameters travel as bf16, and gradients are added in float32. What is
+    outside of the blocks stays in float32, and so does the residual stream.
+    """
+    mesh = init_device_mesh(resolved.device, (world.size,))
+    policy = MixedPrecisionPolicy()
+    if resolved.precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        if resolved.compile:
+            block.compile(dynamic=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The outermost parameters would stay gathered after an evaluation, and grow stale.
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
