@@ -36,9 +36,7 @@ class Averaged:
         self.forward = compiled(model, resolved)
         if world.size > 1:
             # Compiled before it is wrapped, so that buckets are sent between its graphs.
-            self.wrapped = DistributedDataParallel(
-                self.forward, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.wrapped = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
         """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""

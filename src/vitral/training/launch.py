@@ -1,0 +1,62 @@
+"""Starting torchrun for the user: `vitral train --gpus N`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from vitral.config import Config, UserError
+from vitral.data.sources import open_dataset
+from vitral.training.distributed import check_processes
+from vitral.training.run import RunFolder
+
+
+def launch(config: Config, processes: int, words: Sequence[str]) -> int:
+    """Runs `vitral train WORDS` in processes of this machine, a GPU each, and returns the exit code.
+
+    Raises:
+        UserError: for a mistake that the processes would make.
+    """
+    _check(config, processes)
+    # A store that outlives a restart may keep the address of the process before.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # train.threads is set later on
+    logging.disable()  # the processes speak for themselves
+    plan = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    )
+    try:
+        elastic_launch(plan, sys.executable)("-m", "vitral", "train", *words)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 1
+    except SignalException as signal:
+        return 128 + signal.sigval
+    return 0
+
+
+def _check(config: Config, processes: int) -> None:
+    if processes < 1:
+        raise UserError(f"gpus: expected 1 or more, got {processes}")
+    count = torch.cuda.device_count()
+    if config.train.device == "cuda" and processes > count:
+        raise UserError(f"gpus: expected at most {count}, those of this machine, got {processes}")
+    check_processes(config, processes)
+    RunFolder(Path(config.train.out or "")).refuse_other_settings(config)
+    open_dataset(config.data, config.model.image_size, config.train.seed)
