@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from vitral.config import Config, UserError
 HELP = """\
 vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
 
-  vitral train [RECIPE|FILE.yaml] [--data PATH|NAME] [--out DIR] [--section.key value ...]
+  vitral train [RECIPE|FILE.yaml] [--data PATH|NAME] [--out DIR] [--gpus N]
+               [--section.key value ...]
                no recipe: handwritten digits, about a minute on two CPU cores
                the same command goes on with a run that was cut off; --dry-run only plans it
   vitral val WEIGHTS [--data PATH|NAME] [--out DIR]
@@ -23,10 +25,14 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
   vitral recipes [NAME]
                lists the recipes, or prints one
   vitral data check PATH|NAME        counts, classes, broken files, decode rate
+  vitral data pack SRC DST [--size 256] [--jpeg]
+               squares in one file, for which training needs next to no processor; or small JPEGs
   vitral data preview PATH|NAME [RECIPE] [--out FILE]
                a picture of a batch, before and after augmentation
-  vitral bench model|data [RECIPE] [--data PATH] [--section.key value ...]
-               rate of the training step, or of the input beside torchvision's
+  vitral bench data PATH|NAME [RECIPE] [--section.key value ...]
+               rate of every way that images come in, beside torchvision's transforms
+  vitral bench model|train [RECIPE] [--data PATH|NAME] [--section.key value ...]
+               rate of the training step; of training, beside the step on synthetic images
   vitral doctor
                what this machine offers: devices, kernels, decoders, disk
 
@@ -35,8 +41,8 @@ WEIGHTS is a run folder or a weight folder such as runs/digits/weights/best.
 """
 
 TRAIN = """Trains, or goes on with the run in --out. Short forms: --data for --data.path, --out for
---train.out, --init for --train.init. --dry-run prints the settings, the model's size, the steps and
-an estimate of the time, and stops."""
+--train.out, --init for --train.init. --gpus N trains in N processes of this machine, a GPU each.
+--dry-run prints the settings, the model's size, the steps and an estimate of the time, and stops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +75,33 @@ class CheckOptions:
     """Decoding processes; None takes a core each."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """Options of `vitral data pack`."""
+
+    size: int = 256
+    """Side of the squares, or with --jpeg the short side, in pixels."""
+    jpeg: bool = False
+    """JPEGs of quality 90 instead of pixels: a seventh of the disk, but they must be decoded."""
+    workers: int | None = None
+    """Decoding processes; None takes a core each."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"size: expected 1 or more, got {self.size}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code: 0, 2 for a user's mistake, or a signal's."""
+    """Runs the command and returns its exit code.
+
+    That is 0, 2 for a user's mistake, 1 for a full disk, or a signal's.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"vitral: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # all processes of a training have the same
+            print(f"vitral: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -83,6 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone, as `| head` does; the interpreter must not try to flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"vitral: {place}{error.strerror}; make room and repeat the command", file=sys.stderr)
+        return 1
 
 
 def _dispatch(words: list[str]) -> int:
@@ -129,12 +161,18 @@ def _load(words: list[str], program: str, about: str) -> Config:
 
 def _train(words: list[str]) -> int:
     dry = "--dry-run" in words
-    config = _load([word for word in words if word != "--dry-run"], "vitral train", TRAIN)
+    words = [word for word in words if word != "--dry-run"]
+    processes, words = _take_processes(words)
+    config = _load(words, "vitral train", TRAIN)
     if dry:
         from vitral.bench import plan
 
         print(plan(config))
         return 0
+    if processes is not None:
+        from vitral.training.launch import launch
+
+        return launch(config, processes, words)
     from vitral.training import Interrupted, train
 
     try:
@@ -142,6 +180,19 @@ def _train(words: list[str]) -> int:
     except Interrupted as interrupted:
         return interrupted.exit_code
     return 0
+
+
+def _take_processes(words: list[str]) -> tuple[int | None, list[str]]:
+    """The value of --gpus, and the words without it."""
+    for where, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--gpus":
+            end = where + 1 if equals else where + 2
+            value = value if equals else "".join(words[where + 1 : end])
+            if not value.isdecimal():
+                raise UserError(f"gpus: expected a number of processes, got {value or 'nothing'}")
+            return int(value), words[:where] + words[end:]
+    return None, words
 
 
 def _val(words: list[str]) -> int:
@@ -184,7 +235,7 @@ def _recipes(words: list[str]) -> int:
 
 
 def _data(words: list[str]) -> int:
-    return _choose("data", words, {"check": _check, "preview": _preview})
+    return _choose("data", words, {"check": _check, "pack": _pack, "preview": _preview})
 
 
 def _check(words: list[str]) -> int:
@@ -202,6 +253,21 @@ def _check(words: list[str]) -> int:
     return 2 if report.broken else 0
 
 
+def _pack(words: list[str]) -> int:
+    from vitral import recipes
+
+    src, rest = _positional(words, "SRC", "vitral data pack")
+    dst, rest = _positional(rest, "DST", "vitral data pack SRC")
+    options = recipes.parse(rest, PackOptions(), program="vitral data pack SRC DST")
+    from vitral.data.fetch import available_cores
+    from vitral.data.packing import pack
+
+    config = dataclasses.replace(Config().data, path=src)
+    workers = available_cores() if options.workers is None else options.workers
+    print(pack(config, Config().train.seed, Path(dst), options.size, options.jpeg, workers))
+    return 0
+
+
 def _preview(words: list[str]) -> int:
     path, rest = _positional(words, "PATH", "vitral data preview")
     out = "preview.jpg"
@@ -209,10 +275,8 @@ def _preview(words: list[str]) -> int:
         where = rest.index("--out")
         out = rest[where + 1]
         del rest[where : where + 2]
-    where = 1 if rest and not rest[0].startswith("-") else 0
-    if rest != ["--help"]:
-        rest[where:where] = ["--data", path]
-    config = _load(rest, "vitral data preview PATH", "Writes preview.jpg, or --out FILE.")
+    about = "Writes preview.jpg, or --out FILE."
+    config = _load(_with_data(path, rest), "vitral data preview PATH", about)
     if Path(out).suffix.lower() not in (".jpg", ".jpeg", ".png"):
         raise UserError(f"out: expected a name that ends in .jpg or .png, got {out}")
     from vitral.report.pictures import preview
@@ -231,15 +295,24 @@ def _bench(words: list[str]) -> int:
         print(bench_model(config))
         return 0
 
+    def train(rest: list[str]) -> int:
+        about = "Rate of training beside that of its step on synthetic images."
+        config = _load(rest, "vitral bench train", about)
+        from vitral.bench import bench_train
+
+        print(bench_train(config))
+        return 0
+
     def data(rest: list[str]) -> int:
-        about = "Images decoded and cropped per second and core, beside torchvision's transforms."
-        config = _load(rest, "vitral bench data", about)
+        about = "Images per second of every way in, beside torchvision's transforms."
+        path, rest = _positional(rest, "PATH", "vitral bench data")
+        config = _load(_with_data(path, rest), "vitral bench data PATH", about)
         from vitral.bench import bench_data
 
         print(bench_data(config))
         return 0
 
-    return _choose("bench", words, {"model": model, "data": data})
+    return _choose("bench", words, {"model": model, "train": train, "data": data})
 
 
 def _doctor(words: list[str]) -> int:
@@ -258,6 +331,14 @@ def _positional(words: list[str], name: str, program: str) -> tuple[str, list[st
     if not words or words[0].startswith("-"):
         raise UserError(f"{program}: expected {name} first, got {words[0] if words else 'nothing'}")
     return words[0], words[1:]
+
+
+def _with_data(path: str, words: list[str]) -> list[str]:
+    """[RECIPE] and settings, with the path that stood before them as --data."""
+    if words == ["--help"]:
+        return words
+    where = 1 if words and not words[0].startswith("-") else 0
+    return [*words[:where], "--data", path, *words[where:]]
 
 
 def _writable(directory: str) -> None:

@@ -1,9 +1,12 @@
 """Crops: boxes against torchvision's distribution, resampling against F.interpolate."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop
 
 from vitral.config import AugmentConfig
@@ -157,15 +160,75 @@ def test_a_constant_image_stays_constant():
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("shape", "size"), [((20, 17), 40), ((130, 90), 13)])
-def test_resampling_depends_on_no_other_image_of_the_batch(shape, size, interpolation):
+@pytest.mark.parametrize("shift", [0, 0.3], ids=["whole", "fractional"])
+def test_resampling_depends_on_no_other_image_of_the_batch(shape, size, interpolation, shift):
     rng = np.random.default_rng(1)
     height, width = rng.integers(1, [[shape[0]], [shape[1]]], (2, 30))
     # Some boxes leave their image, so that batches differ in their margins.
     top, left = (rng.integers(-5, n - k + 6) for n, k in zip(shape, (height, width), strict=True))
-    boxes, images = np.stack([top, left, height, width], axis=1), picture(30, *shape)
+    boxes, images = np.stack([top, left, height, width], axis=1) + shift, picture(30, *shape)
     whole = resample(images, boxes, size, interpolation)
     for part in [slice(0, 30, 2), *(slice(i, i + 1) for i in range(30))]:
         assert torch.equal(resample(images[part], boxes[part], size, interpolation), whole[part])
+
+
+FRACTIONAL = np.array(
+    [[0.4, 7.7, 80.3, 60.1], [3.25, 0.5, 40.5, 69.5], [30.9, 20.2, 12.6, 9.3], [61.5, 50, 28.5, 20]]
+)
+
+
+@pytest.mark.parametrize(("interpolation", "support"), [("bilinear", 1), ("bicubic", 2)])
+@pytest.mark.parametrize("size", [16, 57])
+def test_fractional_boxes_equal_pillows(size, interpolation, support):
+    images = picture(len(FRACTIONAL), 90, 70)
+    for image, box, ours in zip(
+        images, FRACTIONAL, resample(images, FRACTIONAL, size, interpolation), strict=True
+    ):
+        top, left, height, width = box.tolist()
+        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+            (size, size),
+            getattr(Image.Resampling, interpolation.upper()),
+            box=(left, top, left + width, top + height),
+        )
+        difference = (ours.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs()
+        # Pillow lets the pixels around the box into the filter; where it reaches none they agree.
+        y, x = (math.ceil(support * max(1, size / n)) for n in (height, width))
+        inner = difference[:, y : size - y, x : size - x]
+        assert inner.max() <= support, inner.max()
+        assert (inner > 1).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("length", [1e-3, 0.4, 1 - 1e-7, 1, 1.6, 7.3, 20])
+def test_of_a_fractional_box_the_pixels_with_their_centres_in_it_count(length, interpolation):
+    rng = np.random.default_rng(2)
+    starts = rng.uniform(0, 20 - length, (300, 2))
+    starts[:60] = np.floor(2 * starts[:60]) / 2  # centres on the edges
+    boxes = np.hstack([starts, np.full((300, 2), length)])
+    middle, half = starts + length / 2, max(length, 1) / 2
+    inside = abs(np.arange(20) + 0.5 - middle[:, :, None]) <= half + 1e-3  # (300, 2, 20)
+    mask = torch.from_numpy(inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]
+    images = torch.where(mask, 77, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+    assert (resample(images, boxes, 9, interpolation) == 77).all()
+
+
+def test_each_pixel_with_its_centre_in_the_box_counts():
+    boxes = np.array([[2.6, 3.4, 5.0, 4.0]])  # rows 3 to 7, columns 3 to 6
+    images = torch.full((1, 3, 10, 10), 90, dtype=torch.uint8)
+    for y in range(10):
+        for x in range(10):
+            changed = images.clone()
+            changed[:, :, y, x] = 250
+            counts = bool((resample(changed, boxes, 8, "bilinear") != 90).any())
+            assert counts == (3 <= y <= 7 and 3 <= x <= 6), (y, x)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_whole_boxes_may_be_of_type_float(interpolation):
+    boxes = np.concatenate([INSIDE, OUTSIDE])
+    images = picture(len(boxes), 90, 70)
+    whole = resample(images, boxes, 24, interpolation)
+    assert torch.equal(resample(images, boxes.astype(np.float64), 24, interpolation), whole)
 
 
 def test_resampling_reads_no_image_on_the_host():

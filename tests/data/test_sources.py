@@ -261,8 +261,8 @@ def test_a_misspelt_name(asked, meant):
 
 
 def test_a_file_instead_of_a_folder(tmp_path):
-    (tmp_path / "set.tar").write_bytes(b"tar")
-    assert "got a file; if it is an archive, unpack it" in refusal(tmp_path / "set.tar")
+    (tmp_path / "set.zip").write_bytes(b"tar")
+    assert "got a file; if it is an archive, unpack it" in refusal(tmp_path / "set.zip")
 
 
 @pytest.mark.parametrize("folders", [[], ["a"], ["a", "b"], ["train/a", "train/b", "val/a"]])

@@ -1,6 +1,7 @@
 """Figures of evaluation against cases worked out by hand and loops written from the definitions."""
 
 import csv
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_parts_of_a_set_merge_to_its_scores(processes):
     cuts = [3 * k // processes for k in range(processes + 1)]
     parts = [
         measure(lambda x: x.flatten(1), batches[a:b], CLASSES[:4])
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in pairwise(cuts)
     ]
     assert merge(parts).metrics() == whole.metrics()
     assert merge(parts).ranked.tolist() == whole.ranked.tolist()

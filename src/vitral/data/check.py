@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from vitral.config import DataConfig
+from vitral.data import packed
 from vitral.data.decode import DecodeError, decode
 from vitral.data.fetch import in_workers
 from vitral.data.records import Encoded, Packed, Pixels
@@ -52,6 +54,8 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
         UserError: the set cannot be opened.
     """
     dataset = open_dataset(config, image_size, seed)
+    root = Path(config.path).expanduser()
+    damaged = packed.verify(root) if packed.found(root) else []
     counts, broken, sides, sizes, seconds = {}, [], [], [], []
     for split, records in (("train", dataset.train), ("val", dataset.val)):
         assert records is not None
@@ -67,6 +71,7 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
                 broken.append((records.where(i), reason))
             else:
                 sides.append((width, height))
+    broken += [(place, reason) for place, _, reason in (d.partition(": ") for d in damaged)]
     rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
     found = np.array(sides, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
     return Report(dataset.name, dataset.classes, dataset.notes, counts, tuple(broken), *found, rate)

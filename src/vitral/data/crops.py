@@ -1,7 +1,8 @@
 """Where an image is cropped, and how the crop is resampled.
 
 Boxes are int64 arrays of shape (B, 4): top, left, height and width in pixels of the source. A box
-may leave its image; what lies outside is black.
+may leave its image; what lies outside is black. Scaled to a squashed image a box is no longer whole
+pixels, and of type float64.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> 
     return crop.contiguous()
 
 
-def resample(images: Tensor, boxes: Integers, size: int, interpolation: str) -> Tensor:
+def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation: str) -> Tensor:
     """Crops of a batch, resized with antialiasing on any device: two batched matrix products.
 
     Equals `crop_resize` within one grey level (two in a few pixels of a bicubic enlargement), and
@@ -142,7 +143,7 @@ def resample(images: Tensor, boxes: Integers, size: int, interpolation: str) -> 
 
     Args:
         images: uint8, shape (B, 3, H, W).
-        boxes: on the host, shape (B, 4).
+        boxes: on the host, of whole or fractional pixels, shape (B, 4).
         size: side of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
 
@@ -152,8 +153,8 @@ def resample(images: Tensor, boxes: Integers, size: int, interpolation: str) -> 
     B, C, H, W = images.shape
     starts_lengths = torch.from_numpy(boxes).to(images.device, torch.float32, non_blocking=True)
     top, left, height, width = starts_lengths.unbind(1)
-    margin_y = int(max(0, -boxes[:, 0].min(), (boxes[:, 0] + boxes[:, 2]).max() - H))
-    margin_x = int(max(0, -boxes[:, 1].min(), (boxes[:, 1] + boxes[:, 3]).max() - W))
+    margin_y = _margin(boxes[:, 0], boxes[:, 2], H)
+    margin_x = _margin(boxes[:, 1], boxes[:, 3], W)
     along_y = _filter_weights(top, height, H, margin_y, size, interpolation)
     along_x = _filter_weights(left, width, W, margin_x, size, interpolation)
 
@@ -165,13 +166,21 @@ def resample(images: Tensor, boxes: Integers, size: int, interpolation: str) -> 
     return pixels.round().clamp_(0, 255).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
+def _margin(starts: Integers | Floats, lengths: Integers | Floats, source: int) -> int:
+    """How many pixels the boxes leave an axis of `source` pixels by, at most."""
+    return math.ceil(max(0, -starts.min(), (starts + lengths).max() - source))
+
+
 def _filter_weights(
     start: Tensor, length: Tensor, source: int, margin: int, size: int, interpolation: str
 ) -> Tensor:
     """Antialiasing weights of one axis: `length` pixels from `start` on become `size` pixels.
 
     The filter is widened by the factor of reduction, and normalised over the pixels of the box,
-    those outside the image included, so that they count as black.
+    those outside the image included, so that they count as black. A pixel that an edge of the box
+    divides belongs to it where its centre does: each pixel is then in or out, as in a crop of whole
+    pixels, and no pixel that is mostly outside leaks in. A box counts as one pixel long at least,
+    so that it always holds a centre.
 
     Args:
         start, length: in source pixels, both of shape (B,).
@@ -191,7 +200,9 @@ def _filter_weights(
         near = (1.5 * distance - 2.5) * distance * distance + 1
         far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
         weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
-    weights = weights * ((pixel >= 0) & (pixel < length[:, None, None]))
+    half = length[:, None, None] / 2
+    # The last term, as float32 may round the only centre of a box out of it.
+    weights = weights * ((pixel + 0.5 - half).abs() <= half.clamp(min=0.5) + 1e-4)
     # Summed in float64, as the margin sets the order of the sum and depends on the batch.
     weights = weights / weights.sum(2, keepdim=True, dtype=torch.float64).float()
     return weights[:, :, margin : margin + source]

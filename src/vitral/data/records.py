@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -257,7 +258,8 @@ def _hold_out(
 
 def _draw_held_out(records: Encoded, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which images to hold out: the rounded share of each class, at least one, never all. (N,)."""
-    words = np.array([crc32(path) for path in records.names.tolist()])
+    # By base names, which an archive has in common with the folder that it was made of.
+    words = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
     order = np.lexsort((hashed(seed, crc32(b"held out"), words), records.labels))
     counts = np.bincount(records.labels)
     rank = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -268,8 +270,9 @@ def _draw_held_out(records: Encoded, fraction: float, seed: int) -> NDArray[np.b
 
 
 def printable(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name for people: bytes that are no UTF-8 are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file name for people, on one line: bytes that are no UTF-8 are escaped, as are newlines."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def mistake(place: os.PathLike[str] | str, expected: str, got: str, mend: str) -> UserError:

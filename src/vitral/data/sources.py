@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from vitral.config import DataConfig
+from vitral.data import packed
+from vitral.data.parquet import find_parquet, open_parquet
 from vitral.data.records import (
     VALIDATION,
     Dataset,
@@ -67,6 +69,17 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
 
 def _open_path(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     """Whatever lies at a path: each kind of data set knows its own."""
+    from vitral.data.ilsvrc import open_ilsvrc  # they import SUFFIXES from here
+    from vitral.data.shards import open_shards
+
+    if packed.found(root):
+        return packed.open_pack(root, train)
+    if files := find_parquet(root):
+        return open_parquet(root, files, config, seed, train)
+    for open_archives in (open_ilsvrc, open_shards):
+        dataset = open_archives(root, config, seed, train)
+        if dataset is not None:
+            return dataset
     return _open_folder(root, config, seed, train)
 
 

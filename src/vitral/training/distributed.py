@@ -123,17 +123,21 @@ WORLD = (("WORLD_SIZE", "1"), ("RANK", "0"))
 
 def check_processes(config: Config, processes: int) -> None:
     """Refuses a number of processes that the batch cannot be cut for. Raises UserError."""
-    size = config.train.batch_size
-    if size % (2 * processes):
-        fitting = max(1, round(size / (2 * processes))) * 2 * processes
-        raise UserError(
-            f"train.batch_size: expected a multiple of twice the {processes} processes, "
-            f"got {size}; the nearest is {fitting}"
-        )
-    if config.train.reproducible and SHARDS % processes:
+    size, reproducible = config.train.batch_size, config.train.reproducible
+    cuts = SHARDS if reproducible else processes
+    if SHARDS % processes and reproducible:
         raise UserError(
             f"train.reproducible: expected 1, 2, 4 or {SHARDS} processes, got {processes}"
         )
+    if size % (2 * cuts):
+        fitting = max(1, round(size / (2 * cuts))) * 2 * cuts
+        what = f"{cuts} shards of train.reproducible" if reproducible else f"{cuts} processes"
+        raise UserError(
+            f"train.batch_size: expected a multiple of twice the {what}, "
+            f"got {size}; the nearest is {fitting}"
+        )
+    if reproducible and config.train.parallel == "fsdp":
+        raise UserError("train.parallel: expected ddp with train.reproducible, got fsdp")
 
 
 class Agreement:

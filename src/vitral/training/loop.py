@@ -34,7 +34,7 @@ from vitral.training.distributed import (
 from vitral.training.metrics import Console, MetricsLog, read_rows
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA, Optimizer, Schedule
-from vitral.training.parallel import Averaged, InFixedOrder
+from vitral.training.parallel import Averaged, InFixedOrder, gathered
 from vitral.training.resolve import Resolved, build_model, prepare_device, resolve
 from vitral.training.run import Interrupted, RunFolder, Signals
 
@@ -232,6 +232,8 @@ class Trainer:
                     self._report_if_due()
                     self._validate_if_due(signals)
                     late = self.world.main and self._checkpoint_is_late()
+                    if late:  # agreed on a step later, and not to be asked for once more then
+                        self.last_checkpoint = time.monotonic()
                     signal, late = self.agreement.exchange(signals.received or 0, late)
                     self._checkpoint_if_due(bool(late))
                     if signal and self.step < self.total:
@@ -240,6 +242,7 @@ class Trainer:
             except Interrupted:
                 self.agreement.finish()
                 self._save_checkpoint()
+                self.world.gather(None)  # torchrun ends the others once one of them has gone
                 self.console.message(f"stopped at step {self.step}; the same command goes on")
                 raise
         self._save_checkpoint()
@@ -371,9 +374,10 @@ class Trainer:
             share,
             self.resolved.decoder,
         )
-        part = self.world.together(
-            lambda: measure(forward, until_signal(batches), self.dataset.classes)
-        )
+        with gathered(self.model):
+            part = self.world.together(
+                lambda: measure(forward, until_signal(batches), self.dataset.classes)
+            )
         return merge(self.world.gather(part))
 
     def _keep_weights(self, scores: dict[str, Scores]) -> None:

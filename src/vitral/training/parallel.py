@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -118,6 +119,21 @@ class InFixedOrder:
         while len(parts) > 1:
             parts = parts[0::2] + parts[1::2]
         return parts[0]
+
+
+@contextlib.contextmanager
+def gathered(model: ViT) -> Iterator[None]:
+    """Has every process hold all parameters for a while, so that none waits for another."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:

@@ -1,0 +1,83 @@
+"""Walks tar archives without extracting them."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from tqdm import tqdm
+
+from vitral.data.records import mistake, some
+
+T = TypeVar("T")
+AGAIN = "download or pack it again"
+
+
+def members(
+    file: BinaryIO, place: str, suffixes: tuple[str, ...], start: int = 0, end: int | None = None
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """Name and header of each file with one of `suffixes` in a tar archive; hidden ones are not.
+
+    `offset_data` of a header counts from the beginning of `file`, which may be read in between.
+
+    Args:
+        place: what to call the archive in messages.
+        start: first byte of the archive in `file`; `end` is the byte behind it.
+
+    Raises:
+        UserError: it is no tar archive, is cut off, or holds what is no plain file inside it.
+    """
+    end = file.seek(0, 2) if end is None else end
+    file.seek(start)
+    last = ""
+    try:
+        tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")
+        while (member := tar.next()) is not None:
+            if member.offset < end:
+                last = _check_name(member.name, place)
+            # Damaged sizes can be negative, and would lead back to where the walk has been.
+            if not 0 <= member.size <= end - member.offset_data:
+                raise tarfile.ReadError
+            # Else it keeps all of them, at a kilobyte each.
+            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
+            if last.lower().endswith(suffixes) and _is_visible(last):
+                if not member.isreg() or member.issparse():
+                    got = "a folder, link, device or sparse file"
+                    raise mistake(f"{place}: {last}", "a plain file", got, "pack the file itself")
+                yield last, member
+        file.seek(tar.offset)
+        # Where archives end too early between two members, only this block is missing.
+        if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        if not last:
+            got = "something else, or a damaged one"
+            raise mistake(place, "a tar archive, uncompressed", got, AGAIN) from error
+        got = f"one that is cut off or damaged at {last} or behind it"
+        raise mistake(place, "a whole tar archive", got, AGAIN) from error
+
+
+def _check_name(name: str, place: str) -> str:
+    if name.startswith("/") or ".." in name.split("/"):
+        mend = "do not trust this archive, or pack it anew"
+        raise mistake(place, "names that stay inside the archive", name, mend)
+    return name.removeprefix("./")
+
+
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def refuse_doubles(place: Path | str, names: Iterable[str]) -> None:
+    """Raises UserError if a name comes twice."""
+    doubles = [name for name, count in Counter(names).items() if count > 1]
+    if doubles:
+        raise mistake(place, "each name once", f"{some(doubles)} more than once", AGAIN)
+
+
+def progress(parts: Sequence[T]) -> Iterator[T]:
+    """Goes over archives, with a bar on a terminal's stderr if that takes over two seconds."""
+    yield from tqdm(parts, "indexing", unit="tar", delay=2, disable=None, leave=False)
