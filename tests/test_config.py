@@ -1,6 +1,7 @@
 """Every constraint of the settings, and what a mistake is told."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from vitral.config import (
     UserError,
     ViTConfig,
     flatten,
+    from_sections,
 )
 
 SECTIONS = [ViTConfig, DataConfig, AugmentConfig, OptimConfig, TrainConfig]
@@ -190,3 +192,26 @@ def test_flatten():
         "optim.betas",
         "train.batch_size",
     }
+
+
+def test_image_sizes_at_shares_of_the_steps():
+    sizes = ((96, 0.5), (160, 0.25), (224, 0.25))
+    config = Config(train=TrainConfig(progressive=sizes))
+    found = [config.image_size_at(step / 8) for step in range(8)]
+    assert found == [96, 96, 96, 96, 160, 160, 224, 224]
+    assert config.image_size_at(1.0) == 224
+    assert Config().image_size_at(0.3) == 224
+    assert from_sections(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (((96, 0.5),), "add up to 1, got 0.5"),
+        (((96, 1.5), (224, -0.5)), "above 0, got 224 and -0.5"),
+        (((100, 1.0),), "multiples of model.patch_size 16, got 100"),
+    ],
+)
+def test_progressive_mistakes(sizes, message):
+    with pytest.raises(UserError, match=message):
+        Config(train=TrainConfig(progressive=sizes))

@@ -25,7 +25,14 @@ UNUSUAL = Config(
     data=DataConfig(path="a b/c: d #'e\" [é]", workers=0, std=(1e-5, 0.2, 1.0)),
     augment=AugmentConfig(policy="3-augment", crop_ratio=(1 / 3, 1.0), repeats=2),
     optim=OptimConfig(lr=1.234567890123456e-7, betas=(0.0, 0.95), eps=1e-16),
-    train=TrainConfig(out="1e3", init="no", threads=3, deterministic=True, seed=2**40),
+    train=TrainConfig(
+        out="1e3",
+        init="no",
+        threads=3,
+        deterministic=True,
+        seed=2**40,
+        progressive=((64, 0.25), (80, 0.75)),
+    ),
 )
 
 

@@ -25,6 +25,7 @@ T = TypeVar("T")
 # What tyro says, and what people understand.
 PLAIN = {
     r"no type matching (\S+) could be .* from \['(.*)'\]\..*": r"expected \1, got '\2'",
+    "Could not find valid parse for arguments: ": "expected pairs of a size and a share, got ",
     r"\{None\}\|INT": "an integer or None",
     r"\{None\}\|FLOAT": "a number or None",
     r"invalid literal for int\(\) with base 10: ": "expected an integer, got ",
