@@ -42,7 +42,7 @@ WEIGHTS is a run folder or a weight folder such as runs/digits/weights/best.
 
 TRAIN = """Trains, or goes on with the run in --out. Short forms: --data for --data.path, --out for
 --train.out, --init for --train.init. --gpus N trains in N processes of this machine, a GPU each.
---dry-run prints the settings, the model's size, the steps and an estimate of the time, and stops."""
+--dry-run prints the settings, the model's size, the steps and an estimated time, and stops."""
 
 
 @dataclass(frozen=True, kw_only=True)

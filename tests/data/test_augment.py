@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import CutMix, RandomErasing
 from torchvision.transforms.v2 import functional as TF
 
 from vitral.config import AugmentConfig, Policy
+from vitral.data import augment as module
 from vitral.data.augment import (
     _AUTOAUGMENT,
     Mix,
@@ -227,6 +228,22 @@ def test_plan_and_pixels_do_not_depend_on_the_batch(config):
     assert (draw_plan(config, 32, 2, 2, indices).values != plan.values).any()
 
 
+@pytest.mark.parametrize("limits", [(5 * 3 * 32 * 32, 1 << 16), (1 << 20, 3 * 32 * 32 - 1)])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
+def test_the_parts_that_a_cpu_takes_change_nothing(monkeypatch, config, limits):
+    """Five images together, and each alone."""
+    images = pictures(32).repeat(3, 1, 1, 1)
+    plan = draw_plan(config, 32, 1, 2, np.arange(len(images)))
+    pixels = augment(images, plan)
+    finished = finish(pixels, plan, (0.5,) * 3, (0.2,) * 3)
+    for name, limit in zip(("CPU_PART", "CPU_LARGE"), limits, strict=True):
+        monkeypatch.setattr(module, name, limit)
+    parts = list(module._parts(images))
+    assert [part.start for part in parts] == list(range(0, 36, 5 if limits[0] < 1 << 20 else 1))
+    assert torch.equal(augment(images, plan), pixels)
+    assert torch.equal(finish(pixels, plan, (0.5,) * 3, (0.2,) * 3), finished)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
 def test_nothing_waits_for_the_device(config):
     images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")  # has no values to read
@@ -407,9 +424,9 @@ def test_the_layout_of_images_in_memory_does_not_matter(op):
 
 @pytest.mark.parametrize("op", [Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.ROTATE])
 def test_large_images_move_as_torchvisions(op):
-    """Each one on its own: shears put whole rows halfway between pixels."""
+    """Shears put whole rows halfway between pixels, and processors round these as they like."""
     image = pictures(224)[:1]
     for value in [*values_of(op, 224)[::15], *([0.04, 0.2] if op <= Op.SHEAR_Y else [])]:
         ours = augment(image, plan_of([[op]], [[value]]))[0]
         theirs = apply_reference(image[0], op, float(value))
-        assert (ours != theirs).any(dim=0).float().mean() <= 1e-3, value
+        assert (ours != theirs).any(dim=0).float().mean() <= 2 / 224, value

@@ -6,8 +6,9 @@ The policies and their ranges are torchvision's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -56,6 +57,8 @@ _AUTOAUGMENT = {
     "autoaugment-imagenet": _parse(_IMAGENET),
     "autoaugment-cifar10": _parse(_CIFAR10),
 }
+CPU_PART = 1 << 20  # values that a CPU augments together, so that they stay in its caches
+CPU_LARGE = 1 << 16  # values from which on an image is faster alone: nothing is gathered for it
 _RANDAUGMENT_OPS = 14
 _BINS = 31
 _SIGNED = np.isin(np.arange(len(Op)), np.arange(Op.SHEAR_X, Op.SHARPNESS + 1))
@@ -77,6 +80,12 @@ class Plan:
     """The operations' values, shape (B, slots)."""
     erase: Integers
     """Top, left, height and width of what is erased, zeros for nothing, shape (B, 4)."""
+
+    def rows(self, part: slice) -> Plan:
+        """The plan of a part of the batch."""
+        affine = None if self.affine is None else self.affine[part]
+        ops, values = self.ops[part], self.values[part]
+        return Plan(self.flip[part], affine, ops, values, self.erase[part])
 
 
 def draw_plan(
@@ -206,14 +215,17 @@ def augment(images: Tensor, plan: Plan) -> Tensor:
         uint8, shape (B, 3, S, S).
     """
     images = images.clone(memory_format=torch.contiguous_format)
-    rows = np.flatnonzero(plan.flip)
-    if rows.size:
-        images = on_rows(images, rows, lambda x: x.flip(3))
-    if plan.affine is not None:
-        images = warp(images, affine_matrices(plan.affine), "bilinear")
-    for slot in range(plan.ops.shape[1]):
-        images = apply_slot(images, plan.ops[:, slot], plan.values[:, slot])
+    for part in _parts(images):
+        _augment(images[part], plan.rows(part))
     return images
+
+
+def _augment(images: Tensor, plan: Plan) -> None:
+    on_rows(images, np.flatnonzero(plan.flip), lambda x: x.flip(3))
+    if plan.affine is not None:
+        images.copy_(warp(images, affine_matrices(plan.affine), "bilinear"))
+    for slot in range(plan.ops.shape[1]):
+        apply_slot(images, plan.ops[:, slot], plan.values[:, slot])
 
 
 def finish(
@@ -230,13 +242,31 @@ def finish(
     """
     levels = np.array([mean, std], np.float32).reshape(2, 1, 3, 1, 1)
     centre, spread = to_device(levels, images.device)
-    pixels = images.to(torch.float32).mul_(1 / 255).sub_(centre).div_(spread)
-    if plan is not None and plan.erase[:, 2].any():
-        box = to_device(plan.erase, images.device)[:, :, None]
-        along = torch.arange(images.shape[-1], device=images.device)
-        inside = (along >= box[:, :2]) & (along < box[:, :2] + box[:, 2:])  # (B, 2, S)
-        pixels.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0)
-    return pixels
+    result = torch.empty(images.shape, device=images.device)
+    for part in _parts(images):
+        pixels = result[part].copy_(images[part]).mul_(1 / 255).sub_(centre).div_(spread)
+        if plan is not None:
+            box = plan.erase[part]
+            rows = np.flatnonzero(box[:, 2])
+            on_rows(pixels, rows, partial(_erase, box=box[rows]))
+    return result
+
+
+def _erase(pixels: Tensor, box: Integers) -> Tensor:
+    start, size = to_device(box[:, :, None], pixels.device).split(2, 1)
+    along = torch.arange(pixels.shape[-1], device=pixels.device)
+    inside = (along >= start) & (along < start + size)  # (B, 2, S)
+    return pixels.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0)
+
+
+def _parts(images: Tensor) -> Iterator[slice]:
+    """All of a batch on a GPU; on a CPU a few images at a time, which is up to twice as fast."""
+    size = len(images)
+    if images.device.type == "cpu":
+        values = images[0].numel()
+        size = 1 if values > CPU_LARGE else CPU_PART // values
+    for first in range(0, len(images), size):
+        yield slice(first, first + size)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ packed squares are gathered by workers, and pixel sets lie on the device: both a
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 import warnings
@@ -134,6 +136,15 @@ def _ignore_signals(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error multiprocessing would end them by SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> Integers:

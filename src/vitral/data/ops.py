@@ -46,31 +46,27 @@ class Op(IntEnum):
     BLUR = 17  # standard deviation in pixels
 
 
-def apply_slot(images: Tensor, ops: Ops, values: Floats) -> Tensor:
-    """One operation for each image of a batch.
+def apply_slot(images: Tensor, ops: Ops, values: Floats) -> None:
+    """One operation for each image of a batch, in place.
 
     Args:
-        images: uint8, shape (B, 3, S, S); may be overwritten.
+        images: uint8, shape (B, 3, S, S).
         ops: of type `Op`, on the host, shape (B,).
         values: the operations' values, shape (B,).
-
-    Returns:
-        uint8, shape (B, 3, S, S).
     """
     kinds = _KIND[ops]
     for kind, function in enumerate(_FUNCTIONS, start=1):
         rows = np.flatnonzero(kinds == kind)
-        if rows.size:
-            images = on_rows(images, rows, partial(function, ops=ops[rows], values=values[rows]))
-    return images
+        on_rows(images, rows, partial(function, ops=ops[rows], values=values[rows]))
 
 
-def on_rows(tensor: Tensor, rows: NDArray, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of the given rows, in place unless they are all."""
+def on_rows(tensor: Tensor, rows: NDArray, function: Callable[[Tensor], Tensor]) -> None:
+    """Puts `function` of the given rows in their place."""
     if len(rows) == len(tensor):
-        return function(tensor)
-    index = to_device(rows, tensor.device)
-    return tensor.index_copy_(0, index, function(tensor.index_select(0, index)))
+        tensor.copy_(function(tensor))
+    elif rows.size:
+        index = to_device(rows, tensor.device)
+        tensor.index_copy_(0, index, function(tensor.index_select(0, index)))
 
 
 def to_device(array: NDArray, device: torch.device) -> Tensor:

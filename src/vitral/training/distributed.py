@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +21,14 @@ from vitral.config import Config, UserError
 
 T = TypeVar("T")
 SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
+
+
+class Interrupted(Exception):
+    """The run was asked to end by a signal; it has written a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,11 @@ def joined(gpu: bool) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    yield World(rank, size, local_rank, local_size, group)
+    try:
+        yield World(rank, size, local_rank, local_size, group)
+    except (UserError, Interrupted):  # which all processes have
+        dist.destroy_process_group()
+        raise
     # Not after a failure: the others would be waited for.
     dist.destroy_process_group()
 

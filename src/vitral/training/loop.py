@@ -14,7 +14,8 @@ from vitral import recipes, weights
 from vitral.config import Config, UserError
 from vitral.data.fetch import describe, resolve_workers
 from vitral.data.loader import Batch, eval_batches, train_batches
-from vitral.data.records import Dataset
+from vitral.data.records import Dataset, Pixels
+from vitral.data.rates import choose_decoder, verdict
 from vitral.data.sampling import Order, derive_seed
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure, merge
@@ -26,6 +27,7 @@ from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
     SHARDS,
     Agreement,
+    Interrupted,
     World,
     check_processes,
     full,
@@ -36,7 +38,7 @@ from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA, Optimizer, Schedule
 from vitral.training.parallel import Averaged, InFixedOrder, gathered
 from vitral.training.resolve import Resolved, build_model, prepare_device, resolve
-from vitral.training.run import Interrupted, RunFolder, Signals
+from vitral.training.run import RunFolder, Signals
 
 PATIENCE = 10  # non-finite updates in a row that stop a run
 BROKEN_SHARE = 0.001  # of the training images
@@ -159,6 +161,7 @@ class Trainer:
         self.broken: dict[int, str] = {}
         self.noted: dict[int, str] = {}  # by this process, since the last agreement
         self.counters = Counters(device)
+        self.rows = 0  # written since the start or resumption
         if checkpoint is not None:
             self._restore(checkpoint)
         sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
@@ -185,8 +188,8 @@ class Trainer:
         """The choices of a new run, or those that it began with, the number of processes aside."""
         config, device, world = self.config, self.device, self.world
         if checkpoint is None:
-            decoder, rates = "cpu", {}
-            decoder, self.rates = world.from_main((decoder, rates))
+            found = choose_decoder(self.records, config, self.workers, device)
+            decoder, self.rates = world.from_main(found)
             return resolve(config, self.model, device, world, decoder)
         began = Resolved(**checkpoint.state["resolved"])
         self.rates = {}
@@ -315,6 +318,10 @@ class Trainer:
             self.log.write(row)
         self.counters.start_row()
         self.clock.start_row()
+        self.rows += 1
+        # The first row has the workers' start and compilation in it.
+        if self.rows == 2 and not isinstance(self.records, Pixels):
+            self.console.message(verdict(pace["data_wait"]))
 
     def _stop_if_diverged(self, worst: float) -> None:
         if worst >= PATIENCE:
@@ -501,6 +508,9 @@ class Trainer:
             f"{self.run.path} {start}: {self.dataset.name}, {len(self.records):,} images to train "
             f"on, {len(self.val_records):,} to validate, {len(self.dataset.classes)} classes"
         )
+        if self.rates:
+            rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in self.rates.items())
+            self.console.message(f"the {resolved.decoder} decodes; images/s measured: {rates}")
         self.console.message(
             f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs an "
             f"image; {self.total:,} steps of {size} images in micro-batches of "

@@ -20,14 +20,6 @@ from vitral.config import CHANGEABLE, Config, UserError, flatten
 from vitral.training.distributed import World
 
 
-class Interrupted(Exception):
-    """The run was asked to end by a signal; it has written a checkpoint."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
 class Signals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends a lone process at once.
 

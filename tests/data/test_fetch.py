@@ -1,0 +1,211 @@
+"""Every way from records to crops gives the same crops: the GPU's way is run on the CPU here."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from vitral.config import AugmentConfig, Config, DataConfig
+from vitral.data.decode import gpu_decodes
+from vitral.data.fetch import GPU_CHUNK, Request, fetch
+from vitral.data.records import Packed
+from vitral.data.sources import open_dataset
+
+CPU = torch.device("cpu")
+SIDE = 16
+EMPTY, TRUNCATED, MISSING = "empty.jpg", "truncated.jpg", "with_nothing.jpg"
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def files(size):
+    """Encoded images by name, two of them no good. `size` is width and height."""
+    draw = np.random.default_rng(sum(size))
+    coarse = draw.integers(0, 256, (6, 5, 4), np.uint8)
+    color, ink = (
+        Image.fromarray(coarse[..., :n], mode).resize(size) for n, mode in ((3, "RGB"), (4, "CMYK"))
+    )
+    jpeg = encoded(color, "JPEG", quality=95)
+    return {
+        "color.jpg": jpeg,
+        "grey.jpg": encoded(color.convert("L"), "JPEG"),
+        "ink.jpg": encoded(ink, "JPEG"),
+        "progressive.jpg": encoded(color, "JPEG", progressive=True),
+        "turned.jpg": encoded(color, "JPEG", exif=turned(6)),
+        "upright.jpg": encoded(color, "JPEG", exif=turned(1)),
+        "picture.png": encoded(color, "PNG"),
+        "picture.webp": encoded(color, "WEBP"),
+        EMPTY: b"",
+        TRUNCATED: jpeg[: len(jpeg) // 2],
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of images in several sizes, and one more that are squares of SIDE."""
+    root = tmp_path_factory.mktemp("mixed")
+    sizes = {"a": (40, 30), "b": (23, 51), "squares": (SIDE, SIDE)}
+    for name, size in sizes.items():
+        (root / name).mkdir()
+        for file, content in files(size).items():
+            (root / name / file).write_bytes(content)
+        (root / name / MISSING).symlink_to("nowhere.jpg")
+    return root
+
+
+def open_folder(folder, **settings):
+    data = DataConfig(path=str(folder), eval_crop=1.0, **settings)
+    # Without a split of its own, all of it is there to be validated.
+    return data, open_dataset(data, SIDE, 0, train=False).val
+
+
+def requests(indices):
+    """One request after the other, each in an epoch and of a size of its own."""
+    parts = np.array_split(indices, 3)
+    sides = (SIDE, 2 * SIDE, 8)
+    return [
+        Request(n, 0, side, np.full(len(part), n), part)
+        for n, (side, part) in enumerate(zip(sides, parts, strict=True))
+    ]
+
+
+CROPS = [AugmentConfig(crop=crop) for crop in ("none", "resized", "padded")]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("augment", CROPS, ids=lambda config: config.crop)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_gpus_crops_are_those_of_the_cpu(folder, augment, workers, interpolation):
+    data, records = open_folder(folder, interpolation=interpolation)
+    config = Config(data=data, augment=augment)
+    indices = np.random.default_rng(0).permutation(np.tile(np.arange(len(records)), 4))
+    wanted = requests(indices)
+    assert len(wanted[0].indices) > GPU_CHUNK
+    ours = list(fetch(records, config, wanted, workers, CPU, "gpu"))
+    theirs = list(fetch(records, config, wanted, 0, CPU))
+    assert [fetched.request.step for fetched in ours] == [0, 1, 2]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.images.shape == (len(a.request.indices), 3, a.request.side, a.request.side)
+        assert a.request.indices.tolist() == b.request.indices.tolist()
+        assert a.labels.tolist() == b.labels.tolist()
+        assert a.broken == b.broken
+        apart = (a.images.int() - b.images.int()).abs()
+        # Where an image is doubled, halves are rounded twice.
+        assert apart.max() <= 2
+        assert (apart > 1).double().mean() < 0.002
+        if augment.crop != "resized" and a.request.side == SIDE:
+            squares = a.labels == 2  # these are moved, but not resized
+            assert squares.any()
+            assert not apart[squares].any()
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_next_record_takes_the_place_of_a_broken_one(folder, decoder, workers):
+    data, records = open_folder(folder)
+    config = Config(data=data, augment=AugmentConfig(crop="none"))
+    names = [name.decode().partition("/")[2] for name in records.names.tolist()]
+    bad = [i for i, name in enumerate(names) if name in (MISSING, EMPTY, TRUNCATED)]
+    assert len(bad) == 9
+    assert bad[-1] == len(records) - 1  # the next after the last is the first
+    good = [next(k % len(records) for k in range(i, 99) if k not in bad) for i in bad]
+    for indices in (bad, good):
+        request = Request(0, 0, SIDE, np.zeros(len(indices), int), np.array(indices))
+        (fetched,) = fetch(records, config, [request], workers, CPU, decoder)
+        if indices is bad:
+            first = fetched
+    assert first.labels.tolist() == records.labels[good].tolist() == fetched.labels.tolist()
+    assert torch.equal(first.images, fetched.images)
+    assert not fetched.broken
+    assert {index for index, _ in first.broken} == {*bad}
+    for index, reason in first.broken:
+        expected = {MISSING: "No such file", EMPTY: "empty file", TRUNCATED: ""}[names[index]]
+        assert expected in reason
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_packed_squares_are_cropped_in_their_original_aspect(workers):
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (9, 3, 24, 24), np.uint8)
+    sides = np.tile([[48, 24], [12, 36], [24, 24]], (3, 1))
+    labels = np.arange(9) % 4
+    records = Packed(images, sides, np.array([b"name"] * 9), labels, "")
+    data = DataConfig(eval_crop=1.0)
+    request = Request(0, 0, SIDE, np.zeros(20, int), draw.integers(0, 9, 20))
+    config = Config(data=data, augment=AugmentConfig(crop="none"))
+    (fetched,) = fetch(records, config, [request], workers, CPU)
+    assert fetched.labels.tolist() == labels[request.indices].tolist()
+    # The central square of 48 rows and 24 columns is the middle half of the rows, and so on.
+    parts = [np.s_[:, 6:18], np.s_[:, :, 8:16], np.s_[:]]
+    for i, ours in zip(request.indices, fetched.images, strict=True):
+        square = torch.from_numpy(images[i][parts[i % 3]])[None]
+        expected = F.interpolate(square, (SIDE, SIDE), mode="bilinear", antialias=True)[0]
+        assert (ours.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("augment", CROPS, ids=lambda config: config.crop)
+def test_workers_crop_packed_squares_as_the_main_process_does(augment):
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (50, 3, 24, 24), np.uint8)
+    sides = draw.integers(20, 90, (50, 2))
+    records = Packed(images, sides, np.array([b"name"] * 50), draw.integers(0, 5, 50), "")
+    config = Config(data=DataConfig(eval_crop=1.0), augment=augment)
+    wanted = requests(draw.integers(0, 50, 99))
+    alone, helped = (list(fetch(records, config, wanted, n, CPU)) for n in (0, 2))
+    for a, b in zip(alone, helped, strict=True):
+        assert a.images.shape == (33, 3, a.request.side, a.request.side)
+        assert torch.equal(a.images, b.images)
+        assert a.labels.tolist() == b.labels.tolist()
+        assert a.labels.tolist() == records.labels[a.request.indices].tolist()
+
+
+READ = {"color.jpg", "grey.jpg", "progressive.jpg", "upright.jpg", TRUNCATED}
+
+
+@pytest.mark.parametrize("name", files((9, 9)))
+def test_what_the_gpu_is_given(name):
+    assert gpu_decodes(files((40, 30))[name]) == (name in READ)
+
+
+CRASH = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+from vitral.config import Config, DataConfig
+from vitral.data.fetch import Request, fetch
+from vitral.data.sources import open_dataset
+
+def run():
+    config = Config(data=DataConfig(path=sys.argv[1]))
+    records = open_dataset(config.data, 16, 0, train=False).val
+    request = Request(0, 0, 16, np.zeros(2, int), np.arange(2))
+    fetched = fetch(records, config, [request] * 99, 2, torch.device("cpu"))
+    next(fetched)
+    raise RuntimeError("a mistake of ours")
+
+run()
+"""
+
+
+def test_a_crash_ends_the_workers_too(folder):
+    """The traceback keeps them alive, and they ignore the signal that Python ends them by."""
+    command = [sys.executable, "-c", CRASH, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: a mistake of ours"
