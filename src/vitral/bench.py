@@ -59,6 +59,7 @@ def plan(config: Config) -> str:
     steps = Order(train.seed, len(dataset.train), train.batch_size).end_of_epoch(train.epochs)
     training = _Training(config, classes, config.model.image_size)
     seconds = steps * train.batch_size / training.rate(itertools.repeat(training.batch))
+    seconds *= _mean_work(config, classes)
     micro = -(-train.batch_size // training.resolved.micro_batch)
     lines = [
         recipes.dump(config),
@@ -69,6 +70,12 @@ def plan(config: Config) -> str:
         f"{training.device.type}, if the input keeps up",
     ]
     return "\n".join(lines)
+
+
+def _mean_work(config: Config, classes: int) -> float:
+    """Work of a mean step over that of one at the model's image size."""
+    parts = [share * count_flops(config.model, classes, n) for n, share in config.train.progressive]
+    return sum(parts) / count_flops(config.model, classes) if parts else 1.0
 
 
 def bench_model(config: Config, num_classes: int = 1000) -> str:
