@@ -142,6 +142,7 @@ def test_bench_data_of_pixels(capsys):
     out = capsys.readouterr().out
     assert len(numbers(r" ([\d,]+) images/s", out)) == 1
     assert "torchvision" not in out
+    assert numbers(r"^augmentation alone of 64 images of \d+ pixels: ([\d.]+) ms", out)[0] > 0
 
 
 @pytest.mark.parametrize("path", ["folder", "digits"])

@@ -152,13 +152,33 @@ def bench_data(config: Config) -> str:
         f"{len(records):,} images of {dataset.name} over and over, on {device.type}, "
         f"{available_cores()} cores, medians of {ROUNDS} rounds in turn"
     )
+    augmentation = _augmentation(config, device)
     if isinstance(records, Packed | Pixels):
-        return "\n".join([head, *_table(_in_turn(runs))])
+        return "\n".join([head, *_table(_in_turn(runs)), augmentation])
     runs[REFERENCE] = partial(_reference_rate, records, config, workers, device)
-    lines = [head, f"with workers: {workers}", *_table(_in_turn(runs))]
+    lines = [head, f"with workers: {workers}", *_table(_in_turn(runs)), augmentation]
     torch.set_num_threads(1)
     lines += ["on one core", *_table(_in_turn(_one_core(config, records)))]
     return "\n".join(lines)
+
+
+def _augmentation(config: Config, device: torch.device) -> str:
+    """The time that all after the crops takes, Mixup and CutMix too, of a batch on the device."""
+    side, seed, size = config.model.image_size, config.train.seed, 1024
+    if device.type == "cpu":
+        size = 64
+    images = torch.randint(256, (size, CHANNELS, side, side), dtype=torch.uint8, device=device)
+    targets = torch.full((size, 1000), 1e-3, device=device)
+
+    def work(step: int) -> int:
+        mix = augment.draw_mix(config.augment, side, seed, step)
+        finished = _our_rest(config, images)
+        if mix is not None:
+            augment.mix(finished, targets, mix)
+        return size
+
+    rate = images_per_second(map(work, itertools.count()), 0, device, SECONDS)
+    return f"augmentation alone of {size:,} images of {side} pixels: {1e3 * size / rate:.1f} ms"
 
 
 def _sample(records: Records) -> Records:
