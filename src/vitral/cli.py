@@ -100,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes of a training have the same
+        # Of a mistake that was not agreed on, each machine's first process speaks.
+        rank = "RANK" if error.shared else "LOCAL_RANK"
+        if os.environ.get(rank, "0") == "0":
             print(f"vitral: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

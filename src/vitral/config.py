@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 class UserError(Exception):
     """A mistake its maker can mend: one line with what, where, expected, got and the mend."""
 
+    shared = False  # whether all processes of a training raise it, of which the main one says it
+
 
 class Shape(NamedTuple):
     """Width and depth of an encoder: what a size preset fixes."""
@@ -415,6 +417,7 @@ CHANGEABLE = frozenset(
         "data.path",
         "data.workers",
         "train.out",
+        "train.parallel",
         "train.eval_every",
         "train.log_every",
         "train.checkpoint_steps",

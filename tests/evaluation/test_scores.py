@@ -160,10 +160,7 @@ def test_parts_of_a_set_merge_to_its_scores(processes):
     batches = [Batch(i, 4 * i, logits[4 * i :][:4], labels[4 * i :][:4], []) for i in range(3)]
     whole = measure(lambda x: x.flatten(1), batches, CLASSES[:4])
     cuts = [3 * k // processes for k in range(processes + 1)]
-    parts = [
-        measure(lambda x: x.flatten(1), batches[a:b], CLASSES[:4])
-        for a, b in pairwise(cuts)
-    ]
+    parts = [measure(lambda x: x.flatten(1), batches[a:b], CLASSES[:4]) for a, b in pairwise(cuts)]
     assert merge(parts).metrics() == whole.metrics()
     assert merge(parts).ranked.tolist() == whole.ranked.tolist()
 

@@ -82,7 +82,9 @@ class World:
         for rank, text in enumerate(mistakes):
             if text is not None:
                 alone = self.size > 1 and len({*mistakes}) > 1
-                raise UserError(f"process {rank}: {text}" if alone else text)
+                error = UserError(f"process {rank}: {text}" if alone else text)
+                error.shared = True
+                raise error
         return result  # pyright: ignore[reportReturnType]
 
     def from_main(self, value: T) -> T:

@@ -21,7 +21,7 @@ from vitral.training.run import RunFolder
 
 
 def launch(config: Config, processes: int, words: Sequence[str]) -> int:
-    """Runs `vitral train WORDS` in processes of this machine, a GPU each, and returns the exit code.
+    """Runs `vitral train WORDS` in processes of this machine, a GPU each; returns the exit code.
 
     Raises:
         UserError: for a mistake that the processes would make.
@@ -30,6 +30,8 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
     # A store that outlives a restart may keep the address of the process before.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # train.threads is set later on
+    # Seconds between a signal and a kill: a large checkpoint takes more than torch's 30.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     logging.disable()  # the processes speak for themselves
     plan = LaunchConfig(
         min_nodes=1,

@@ -14,8 +14,8 @@ from vitral import recipes, weights
 from vitral.config import Config, UserError
 from vitral.data.fetch import describe, resolve_workers
 from vitral.data.loader import Batch, eval_batches, train_batches
-from vitral.data.records import Dataset, Pixels
 from vitral.data.rates import choose_decoder, verdict
+from vitral.data.records import Dataset, Pixels
 from vitral.data.sampling import Order, derive_seed
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure, merge

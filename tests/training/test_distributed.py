@@ -1,0 +1,684 @@
+"""Training in many processes: as one, whatever their number, and however they end."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from vitral import evaluate, recipes, storage
+from vitral.cli import main
+from vitral.config import Config
+from vitral.data import loader
+from vitral.training import loop
+from vitral.training.distributed import SHARDS, full, joined
+from vitral.training.metrics import CLOCK, read_rows
+from vitral.training.parallel import InFixedOrder
+from vitral.training.resolve import Resolved, build_model, resolve
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+SETTINGS = {
+    "model.dim": 16,
+    "model.depth": 2,
+    "model.num-heads": 4,
+    "model.num-kv-heads": 2,
+    "model.patch-size": 4,
+    "model.image-size": 16,
+    "model.dropout": 0.1,
+    "model.stochastic-depth": 0.3,
+    "augment.policy": "trivialaugment",
+    "augment.erasing": 0.5,
+    "augment.mixup": 0.8,
+    "augment.cutmix": 1.0,
+    "data.workers": 0,
+    "optim.warmup-epochs": 1,
+    "train.device": "cpu",
+    "train.epochs": 18,
+    "train.eval-every": 100,
+    "train.batch-size": 48,
+    "train.micro-batch": 4,
+    "train.ema-decay": 0.95,
+    "train.log-every": 1,
+    "train.checkpoint-steps": 3,
+    "train.threads": 1,
+}
+STEPS = 16  # 18 * 42 images in batches of 48
+PATIENCE = 90.0  # seconds, after which a process hangs
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Six classes of small JPEGs: 42 to train on, 23 to validate."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for split, counts in (("train", [7] * 6), ("val", [1, 2, 3, 4, 6, 7])):
+        for label, count in enumerate(counts):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                low = draw.integers(0, 130, (5, 6, 3)) + 25 * label
+                picture = Image.fromarray(low.astype(np.uint8)).resize((24, 20))
+                picture.save(root / split / f"class{label}" / f"{i:02d}.jpg", quality=90)
+    return root
+
+
+def words(data, out, /, **changes):
+    """The words of a command that trains, with changes to SETTINGS."""
+    settings = {**SETTINGS, "data": data, "out": out}
+    settings |= {n.replace("__", ".").replace("_", "-"): v for n, v in changes.items()}
+    flags = [f"--{name}" for name, value in settings.items() if value is True]
+    values = {name: value for name, value in settings.items() if value is not True}
+    pairs = (w for name, value in values.items() for w in (f"--{name}", *str(value).split()))
+    return ["train", "digits", *flags, *pairs]
+
+
+def folder_of(command):
+    return Path(command[command.index("--out") + 1])
+
+
+STARTED: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def _leave_none():
+    """Ends what a test that fails leaves behind."""
+    yield
+    for child in filter(alive, STARTED):
+        os.killpg(child, signal.SIGKILL)
+    STARTED.clear()
+
+
+def start(commands, hook=None):
+    """Runs a command each in forked processes, as torch takes seconds to import; their numbers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    children = [_fork(rank, commands, port, hook) for rank in range(len(commands))]
+    STARTED.extend(children)
+    return children
+
+
+def _fork(rank, commands, port, hook):
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setpgrp()  # workers are found by it
+        size, command = str(len(commands)), commands[rank]
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        sys.stderr = errors(command, rank).open("w")
+        os.dup2(sys.stderr.fileno(), 2)
+        if hook is not None:
+            hook(rank)
+        code = main(command)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def errors(command, rank):
+    """The file with what a process writes to stderr."""
+    out = folder_of(command)
+    return out.with_name(f"{out.name}.{rank}.err")
+
+
+def finish(children):
+    """The exit codes of processes, which all have to end, and their workers with them."""
+    codes, end = {}, time.monotonic() + PATIENCE
+    while (left := set(children) - set(codes)) or any(map(alive, children)):
+        for child in left:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            pytest.fail(f"a process or its worker is left; ended have {codes} of {children}")
+        time.sleep(0.001)
+    return [codes[child] for child in children]
+
+
+def alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run(command, size, hook=None):
+    """Trains to the end in `size` processes, and returns the run folder."""
+    codes = finish(start([command] * size, hook))
+    assert codes == [0] * size, [errors(command, rank).read_text() for rank in range(size)]
+    return folder_of(command)
+
+
+def wait_for(children, out, step):
+    """Returns when the log has reached `step`."""
+    while not any(row["step"] >= step for row in read_rows(out / "metrics.jsonl")):
+        time.sleep(0.001)
+        for child in children:
+            assert os.waitpid(child, os.WNOHANG)[0] == 0, f"ended before step {step}"
+
+
+def newest(out):
+    return max((out / "checkpoints").iterdir())
+
+
+def digests(out):
+    """What has to be equal: every tensor and table, and the log without its clock columns."""
+    files = [*newest(out).glob("*.safetensors"), *(out / "weights").glob("*/*.safetensors")]
+    files += [out / "per_class.csv", out / "confused_pairs.csv"]
+    found = {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    assert len(found) == 9, sorted(found)
+    rows = read_rows(out / "metrics.jsonl")
+    found["log"] = json.dumps([{k: v for k, v in r.items() if k not in CLOCK} for r in rows])
+    state = json.loads((newest(out) / "state.json").read_text())
+    found["state"] = {k: state[k] for k in ("step", "best", "evaluated", "counters", "metrics")}
+    return found
+
+
+def note_samples(file):
+    """A hook that writes down the step, place, size, epoch and index of all that is fetched."""
+    fetch = loader.fetch
+
+    def noting(requests):
+        with file.open("a") as lines:
+            for r in requests:
+                for place, sample in enumerate(zip(r.epochs, r.indices, strict=True), r.first):
+                    print(r.step, place, r.side, *sample, file=lines)
+                lines.flush()
+                yield r
+
+    def hook(_):
+        def noted(records, config, requests, *rest):
+            training = not isinstance(requests, list)
+            return fetch(records, config, noting(requests) if training else requests, *rest)
+
+        loader.fetch = noted
+
+    return hook
+
+
+def samples(file, first=0, last=STEPS):
+    """The samples of the steps from `first` to before `last`, sorted: (step, place, ...)."""
+    rows = [tuple(map(int, line.split())) for line in file.read_text().splitlines()]
+    return sorted(row for row in rows if first <= row[0] < last)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "parallel"),
+    [
+        (2, 4, "ddp"),  # six batches, the last of three images
+        (3, 4, "ddp"),
+        (4, 4, "ddp"),
+        (4, 256, "ddp"),  # one batch
+        (3, 10, "fsdp"),  # a batch each
+        (2, 9, "fsdp"),  # one has a batch more
+        (4, 256, "fsdp"),
+    ],
+)
+def test_every_image_is_validated_once(pictures, tmp_path, monkeypatch, size, batch, parallel):
+    """All figures equal those of one process, bit by bit."""
+    monkeypatch.setattr(loop, "EVAL_BATCH", batch)
+    more = {"train__parallel": parallel, "train__epochs": 4, "train__micro_batch": 8}
+    out = run(words(pictures, tmp_path / "run", **more), size)
+    (row,) = (row for row in read_rows(out / "metrics.jsonl") if "val_loss" in row)
+    for kind, name in (("model", "val"), ("ema", "ema")):
+        alone = evaluate(out / "weights" / "last", which=kind, batch_size=min(batch, 23), workers=0)
+        assert {k: row[f"{name}_{k}"] for k in alone.metrics()} == alone.metrics()
+        assert np.bincount(alone.labels).tolist() == [1, 2, 3, 4, 6, 7]
+    table = (out / "per_class.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[1]) for line in table] == [1, 2, 3, 4, 6, 7]
+
+
+PLAIN = {
+    "model__dropout": 0,
+    "model__stochastic_depth": 0,
+    "model__num_registers": 2,
+    "model__layer_scale": 0.1,
+    "model__qk_norm": True,
+    "model__rope": "mixed",
+    "augment__repeats": 2,
+    "optim__clip_norm": 0.5,
+    "optim__eps": 1e-3,  # else the smallest gradients make steps of any sign
+}
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory):
+    """A run without dropout in one process, and its samples."""
+    folder = tmp_path_factory.mktemp("alone")
+    command = words(pictures, folder / "run", **PLAIN)
+    return run(command, 1, note_samples(folder / "samples")), samples(folder / "samples")
+
+
+def assert_close(out, whole):
+    """Both runs had the same losses and ended with the same weights, but for rounding."""
+    rows, expected = (read_rows(path / "metrics.jsonl") for path in (out, whole))
+    for name in ("loss", "grad_norm", "lr"):
+        values = [row[name] for row in expected]
+        assert [row[name] for row in rows] == pytest.approx(values, rel=2e-5), name
+    for name in ("val_loss", "ema_loss"):
+        assert rows[-1][name] == pytest.approx(expected[-1][name], rel=2e-5)
+    for name in ("model", "ema", "optimizer"):
+        found, other = (load_file(newest(path) / f"{name}.safetensors") for path in (out, whole))
+        assert found.keys() == other.keys()
+        for key, value in found.items():
+            torch.testing.assert_close(value, other[key], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "parallel", "micro_batch"),
+    [(2, "ddp", 4), (4, "ddp", 10), (2, "fsdp", 24), (4, "fsdp", 4)],
+)
+def test_processes_train_as_one(pictures, tmp_path, alone, size, parallel, micro_batch):
+    cut = {"train__parallel": parallel, "train__micro_batch": micro_batch}
+    command = words(pictures, tmp_path / "run", **PLAIN, **cut)
+    out = run(command, size, note_samples(tmp_path / "samples"))
+    whole, order = alone
+    assert samples(tmp_path / "samples") == order
+    assert_close(out, whole)
+
+
+def test_every_place_of_a_batch_is_filled_once(alone):
+    """Repeats included: half of a batch, twice, each copy as of an epoch of its own."""
+    _, order = alone
+    assert [row[:2] for row in order] == [(s, p) for s in range(STEPS) for p in range(48)]
+    for step in range(STEPS):
+        rows = order[48 * step : 48 * (step + 1)]
+        assert [row[4] for row in rows[:24]] == [row[4] for row in rows[24:]]
+        assert [row[3] + 1 for row in rows[:24]] == [row[3] for row in rows[24:]]
+
+
+REPRODUCIBLE = {"train__reproducible": True}  # six images a shard, in micro-batches of four
+
+
+@pytest.fixture(scope="module")
+def reproduced(pictures, tmp_path_factory):
+    """The digests and samples of a reproducible run in one process."""
+    folder = tmp_path_factory.mktemp("reproduced")
+    command = words(pictures, folder / "run", **REPRODUCIBLE)
+    out = run(command, 1, note_samples(folder / "samples"))
+    return digests(out), samples(folder / "samples")
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_reproducible_to_the_last_bit(pictures, tmp_path, reproduced, size):
+    command = words(pictures, tmp_path / "run", **REPRODUCIBLE)
+    out = run(command, size, note_samples(tmp_path / "samples"))
+    assert (digests(out), samples(tmp_path / "samples")) == reproduced
+
+
+def test_reproducible_is_one_thread():
+    """torchrun gives each process one, where a plain run takes all cores."""
+    config = recipes.load("digits", ["--train.reproducible"])
+    model = build_model(config, 10, init=True)
+    assert resolve(config, model, torch.device("cpu")).threads == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_gradients_are_added_as_one_tree(tmp_path, size):
+    draw = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.arange(-3, 5)
+    gradients = [torch.randn(5, 3, generator=draw) * scale for scale in scales]
+    losses = [torch.randn((), generator=draw) * scale for scale in scales]
+
+    def add_up(rank):
+        with joined(gpu=False) as world:
+            model = torch.nn.Linear(3, 5, bias=False)
+            resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu")
+            passes = InFixedOrder(model, Config().train, resolved, world)
+            for shard in range(SHARDS * rank // size, SHARDS * (rank + 1) // size):
+                model.weight.grad, passes.loss = gradients[shard].clone(), losses[shard].clone()
+                passes._end_shard()
+            loss = passes.reduce(torch.zeros(()))
+        assert model.weight.grad is not None
+        storage.write(tmp_path / f"{rank}", {"sums": {"loss": loss, "g": model.weight.grad}}, {})
+        os._exit(0)
+
+    assert finish(start([["--out", str(tmp_path / "run")]] * size, add_up)) == [0] * size
+    for name, leaves in (("loss", losses), ("g", gradients)):
+        a, b, c, d, e, f, g, h = leaves
+        tree = ((a + b) + (c + d)) + ((e + f) + (g + h))
+        exact = torch.stack(leaves).double().sum(0)
+        torch.testing.assert_close(tree.double(), exact, rtol=1e-6, atol=1e-2)
+        for rank in range(size):
+            assert torch.equal(storage.read_tensors(tmp_path / f"{rank}", "sums")[name], tree)
+    assert not torch.equal(tree, reduce(torch.add, gradients))
+
+
+def stop_at(command, size, step, number, ranks, hook=None):
+    """Trains until the log has reached `step`, signals some processes; returns the exit codes."""
+    children = start([command] * size, hook)
+    wait_for(children, folder_of(command), step)
+    for rank in ranks:
+        os.kill(children[rank], number)
+    return finish(children)
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_resumed_on_other_numbers_of_processes(pictures, tmp_path, reproduced, reproducible):
+    """2 -> 4 -> 1: the samples of an undisturbed run, and with `reproducible` all of its bits."""
+    out, at = tmp_path / "run", random.randint(1, 5)
+    print("stopped at", at)
+    command = words(pictures, out, **(REPRODUCIBLE if reproducible else {}))
+    hooks = [note_samples(tmp_path / f"samples{k}") for k in range(3)]
+    assert stop_at(command, 2, at, signal.SIGTERM, [1], hooks[0]) == [143, 143]
+    begun = [0, int(newest(out).name.removeprefix("step_"))]
+    assert begun[1] >= at
+    assert stop_at(command, 4, begun[1] + 1, signal.SIGKILL, range(4), hooks[1]) == [-9] * 4
+    begun += [int(newest(out).name.removeprefix("step_")), STEPS]
+    run(command, 1, hooks[2])
+    seen = [samples(tmp_path / f"samples{k}", begun[k], begun[k + 1]) for k in range(3)]
+    assert [row for part in seen for row in part] == reproduced[1]
+    if reproducible:
+        assert digests(out) == reproduced[0]
+
+
+def test_resumed_with_the_model_spread_and_whole_again(pictures, tmp_path, alone):
+    """DDP -> FSDP -> one process: as an undisturbed run, to rounding."""
+    out = tmp_path / "run"
+    command = words(pictures, out, **PLAIN)
+    assert stop_at(command, 2, 3, signal.SIGTERM, [0]) == [143, 143]
+    spread = words(pictures, out, **PLAIN, train__parallel="fsdp")
+    assert stop_at(spread, 4, 8, signal.SIGTERM, [3]) == [143] * 4
+    assert_close(run(command, 1), alone[0])
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "parallel"),
+    [(signal.SIGTERM, 1, "ddp"), (signal.SIGINT, 0, "ddp"), (signal.SIGUSR1, 1, "fsdp")],
+)
+def test_signal_to_one_ends_all(pictures, tmp_path, number, rank, parallel):
+    """With one checkpoint, which is there before any of them has gone."""
+
+    def hook(_):
+        save = loop.checkpoints.save
+
+        def save_slowly(*args):
+            time.sleep(0.5)
+            save(*args)
+
+        loop.checkpoints.save = save_slowly
+
+    out = tmp_path / "run"
+    more = {"train__checkpoint_steps": 1000, "train__epochs": 300, "data__workers": 1}
+    children = start([words(pictures, out, **more, train__parallel=parallel)] * 2, hook)
+    wait_for(children, out, 4)
+    os.kill(children[rank], number)
+    assert finish(children[1:]) == [128 + number]
+    (written,) = (out / "checkpoints").iterdir()
+    assert finish(children[:1]) == [128 + number]
+    storage.verify(written)
+    assert read_rows(out / "metrics.jsonl")[-1]["step"] == int(written.name.removeprefix("step_"))
+    assert not (out / "weights").exists()
+
+
+def test_checkpoint_of_the_clock_is_written_once(pictures, tmp_path):
+    def hook(_):
+        update = loop.Trainer._update
+
+        def an_hour_passes(self, batches):
+            update(self, batches)
+            if self.step == 4:
+                self.last_checkpoint -= 3600
+
+        loop.Trainer._update = an_hour_passes
+
+    more = {"train__checkpoint_minutes": 30, "train__checkpoint_steps": 1000}
+    out = run(words(pictures, tmp_path / "run", **more), 2, hook)
+    assert len(list((out / "checkpoints").iterdir())) == 2  # that one, and the last
+
+
+@pytest.fixture(scope="module")
+def pair(pictures, tmp_path_factory):
+    """The digests of a run in two processes that nothing disturbed."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    return digests(run(words(pictures, out), 2))
+
+
+def test_number_of_processes_shows_where_it_may(pair, reproduced):
+    """Else equal digests would prove nothing."""
+    assert not [name for name in pair if pair[name] == reproduced[0][name] and "csv" not in name]
+
+
+@pytest.mark.parametrize(("rank", "workers"), [(0, 0), (1, 1)])
+def test_killed_process_ends_the_others(pictures, tmp_path, pair, rank, workers):
+    """And the run goes on from its last checkpoint, to the end it would have had."""
+    command = words(pictures, tmp_path / "run", data__workers=workers)
+    codes = stop_at(command, 2, 5, signal.SIGKILL, [rank])
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] not in (0, 2)
+    assert digests(run(command, 2)) == pair
+
+
+def test_size_of_images_changes_across_a_kill(pictures, tmp_path):
+    """Half of the steps with small images; killed just before the change, in one and in two."""
+    progressive = {"train__progressive": "8 .5 16 .5", **REPRODUCIBLE}
+    command = words(pictures, tmp_path / "whole", **progressive)
+    whole = run(command, 1, note_samples(tmp_path / "samples"))
+    sides = [row[2] for row in samples(tmp_path / "samples")]
+    assert sides == [8] * 48 * 8 + [16] * 48 * 8
+    for size in (1, 2):
+        command = words(pictures, tmp_path / f"{size}", **progressive, train__checkpoint_steps=1)
+        assert stop_at(command, size, 6, signal.SIGKILL, range(size)) == [-9] * size
+        assert digests(run(command, size)) == digests(whole)
+
+
+@pytest.fixture
+def mistake():
+    """Runs commands that must fail in all processes, and one of them says why, in one line."""
+
+    def expect(commands, *fragments, hook=None):
+        out = folder_of(commands[0])
+        before = contents(out)
+        assert finish(start(commands, hook)) == [2] * len(commands)
+        text = "".join(errors(commands[0], rank).read_text() for rank in range(len(commands)))
+        assert re.fullmatch(r"vitral: .+\n", text), text
+        for fragment in fragments:
+            assert fragment in text, text
+        return before == contents(out)
+
+    return expect
+
+
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    # Closing a file lets the lock on it go.
+    return {path: path.read_bytes() for path in files if path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "fragments"),
+    [
+        (4, {"train__batch_size": 44}, ["twice the 4 processes, got 44", "nearest is 48"]),
+        (3, REPRODUCIBLE, ["train.reproducible: expected 1, 2, 4 or 8 processes, got 3"]),
+        (1, {**REPRODUCIBLE, "train__batch_size": 40}, ["twice the 8 shards", "got 40"]),
+        (2, {**REPRODUCIBLE, "train__batch_size": 40}, ["twice the 8 shards", "got 40"]),
+        (2, {**REPRODUCIBLE, "train__parallel": "fsdp"}, ["train.parallel: expected ddp"]),
+        (2, {"data": "/no/such/folder"}, ["vitral: data: /no/such/folder"]),
+    ],
+)
+def test_settings_that_processes_cannot_use(pictures, tmp_path, mistake, size, more, fragments):
+    assert mistake([words(pictures, tmp_path / "run", **more)] * size, *fragments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_differs_between_processes(pictures, tmp_path, mistake):
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(pictures, other)
+    (other / "train" / "class0" / "00.jpg").unlink()
+    for data, fragments in {
+        "/no/such/folder": ["process 1: ", "/no/such/folder"],
+        other: ["not the same for all processes"],
+    }.items():
+        assert mistake([words(pictures, out), words(data, out)], *fragments)
+        assert not out.exists()
+
+
+@pytest.fixture
+def begun(pictures, tmp_path):
+    """A command whose run has been stopped on the way."""
+    command = words(pictures, tmp_path / "run")
+    assert stop_at(command, 2, 4, signal.SIGTERM, [0, 1]) == [143, 143]
+    return command
+
+
+def test_run_folders_that_processes_cannot_use(pictures, begun, mistake):
+    out = folder_of(begun)
+    with (out / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        assert mistake([begun] * 2, "another run is live", str(out))
+    assert mistake([words(pictures, out, optim__lr=0.5)] * 2, "optim.lr", "0.5", f"--out {out}-2")
+    for manifest in out.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    assert mistake([begun] * 2, "no checkpoint in", "can be used")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("split", "who"), [("train", ""), ("val", "process 1: ")])
+def test_broken_image_that_one_process_meets(
+    pictures, tmp_path, monkeypatch, mistake, split, who, parallel
+):
+    monkeypatch.setattr(loop, "EVAL_BATCH", 4)
+    folder = tmp_path / "images"
+    shutil.copytree(pictures, folder)
+    bad = folder / split / "class5" / "06.jpg"
+    bad.write_bytes(b"no image")
+    more = {"train__parallel": parallel, "train__epochs": 2, "train__batch_size": 12}
+    mistake([words(folder, tmp_path / "run", **more)] * 2, f"vitral: {who}data:", str(bad))
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def poison(steps):
+    """A hook that gives the last of two processes images that are not finite, at some steps."""
+    train_batches, fit = loop.train_batches, loop.Trainer.fit
+
+    def hook(rank):
+        def poisoned(*args, **settings):
+            for batch in train_batches(*args, **settings):
+                bad = rank == 1 and batch.step in steps
+                images = batch.images * float("inf") if bad else batch.images
+                yield dataclasses.replace(batch, images=images)
+
+        def keep_own_weights(self):
+            fit(self)
+            tensors = {"model": full(self.optimizer.named)}
+            storage.write(self.run.path / f"weights_of_{rank}", tensors, {})
+
+        loop.train_batches = poisoned
+        loop.Trainer.fit = keep_own_weights
+
+    return hook
+
+
+@pytest.mark.parametrize("way", [{}, {"train__parallel": "fsdp"}, REPRODUCIBLE])
+def test_step_that_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_path, way):
+    more = {"train__epochs": 6, "train__checkpoint_steps": 1, **way}
+    out = run(words(pictures, tmp_path / "run", **more), 2, poison([3]))
+    assert [row["skipped"] for row in read_rows(out / "metrics.jsonl")] == [0, 0, 0, 1, 1, 1]
+    names = [*(f"checkpoints/step_{k:07d}" for k in (4, 5, 6)), "weights_of_0", "weights_of_1"]
+    after = [(out / name / "model.safetensors").read_bytes() for name in names]
+    assert after[0] != after[1] != after[2] == after[3] == after[4]
+
+
+def test_ten_steps_that_are_not_finite_in_one_process_stop_all(pictures, tmp_path, mistake):
+    mistake(
+        [words(pictures, tmp_path / "run")] * 2,
+        "10 updates in a row were not finite",
+        hook=poison(range(2, 20)),
+    )
+    tensors = storage.read_tensors(newest(tmp_path / "run"), "model")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "fragments"),
+    [
+        ("4", {"train__batch_size": 44}, ["twice the 4 processes"]),
+        ("3", REPRODUCIBLE, ["train.reproducible"]),
+        ("2", {"data": "/no/such/folder"}, ["/no/such/folder"]),
+        ("0", {}, ["gpus: expected 1 or more, got 0"]),
+        ("two", {}, ["gpus: expected a number", "two"]),
+    ],
+)
+def test_launcher_refuses_first(pictures, tmp_path, capsys, gpus, more, fragments):
+    assert main([*words(pictures, tmp_path / "run", **more), "--gpus", gpus]) == 2
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", text), text
+    for fragment in fragments:
+        assert fragment in text
+    assert not (tmp_path / "run").exists()
+
+
+def processes_of(out):
+    """The processes whose command names a run folder, with what they say of their rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out).encode() in (process / "cmdline").read_bytes():
+                environment = (process / "environ").read_bytes().split(b"\0")
+                rank = [word for word in environment if word.startswith(b"RANK=")]
+                found[int(process.name)] = int(rank[0].removeprefix(b"RANK=")) if rank else None
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+@pytest.mark.slow
+def test_launched_run_stops_at_a_signal_and_goes_on(pictures, tmp_path, pair):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vitral", *words(pictures, out), "--gpus", "2"]
+    with (tmp_path / "stderr").open("w") as log:
+        parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
+        time.sleep(0.001)
+        assert parent.poll() is None
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(PATIENCE) == 130
+    assert not processes_of(out)
+    assert (tmp_path / "stderr").read_text() == "\nSIGINT: writing a checkpoint\n"
+    last = read_rows(out / "metrics.jsonl")[-1]["step"]
+    assert newest(out).name == f"step_{last:07d}"
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert digests(out) == pair
+
+
+@pytest.mark.slow
+def test_torchrun_recovers_from_a_killed_process(pictures, tmp_path, pair):
+    out = tmp_path / "run"
+    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m vitral"
+    command = [sys.executable, "-m", *torchrun.split(), *words(pictures, out)]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
+        time.sleep(0.001)
+        assert parent.poll() is None
+    (second,) = (number for number, rank in processes_of(out).items() if rank == 1)
+    os.kill(second, signal.SIGKILL)
+    assert parent.wait(PATIENCE) == 0
+    assert "goes on from step" in (out / "train.log").read_text()
+    assert digests(out) == pair
