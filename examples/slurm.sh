@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Trains on a Slurm cluster, a process for each GPU, and goes on by itself when the time is up:
+#
+#   sbatch --nodes 2 examples/slurm.sh imagenet-b16-300ep --data /shared/pack --out /shared/runs/b16
+#
+# --data must be the same on all nodes; --out is written on the first. scancel ends it for good.
+
+#SBATCH --job-name=vitral
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=128
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+
+set -euo pipefail
+
+export OMP_NUM_THREADS=1                    # train.threads is set later on
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else a restart may find the address of before
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240   # seconds for the checkpoint, of the 300 above
+
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
+    --nnodes="$SLURM_NNODES" \
+    --nproc-per-node=gpu \
+    --max-restarts=3 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --rdzv-id="$SLURM_JOB_ID" \
+    --rdzv-backend=c10d \
+    --rdzv-endpoint="$(hostname):$((20000 + SLURM_JOB_ID % 10000))" \
+    -m vitral train "$@" &
+step=$!
+
+# Near the end of the time Slurm signals this script alone. srun hands SIGUSR1 on to all processes,
+# which write a checkpoint; at SIGTERM it would kill them.
+time_is_up=false
+trap 'time_is_up=true; kill -USR1 "$step" || true' USR1
+
+code=0
+wait "$step" || code=$?
+if "$time_is_up"; then
+    wait "$step" || true # the signal ended the first wait
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
