@@ -33,7 +33,6 @@ from vitral.data.rates import (
     endless_batches,
     images_per_second,
     measure_rate,
-    verdict,
 )
 from vitral.data.records import Dataset, Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers, Order
@@ -127,7 +126,6 @@ def bench_train(config: Config) -> str:
         f"micro-batches of {B} images of {S} pixels",
         *_table(rounds),
         f"ratio       {ratio:.1%} of the synthetic rate, medians of {ROUNDS} rounds in turn",
-        f"verdict     {verdict(max(0.0, 1 - ratio))}",
     ]
     return "\n".join(lines)
 

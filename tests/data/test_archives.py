@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import tarfile
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -17,6 +18,7 @@ from scipy.io import savemat
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, UserError, ViTConfig
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.loader import train_batches
+from vitral.data.records import OPEN, Spans
 from vitral.data.sources import open_dataset
 
 WNIDS = ("n01440764", "n02012849", "n03126707", "n07753592")
@@ -698,3 +700,17 @@ def test_a_kit_cut_short_is_refused(tmp_path):
 def test_training_needs_the_train_tar(tmp_path):
     put_ilsvrc(tmp_path, val_images(numbered_on=False), train=False)
     assert "expected ILSVRC2012_img_train.tar, got none" in refusal(tmp_path)
+
+
+def test_few_archives_are_kept_open(tmp_path):
+    paths = [tmp_path / f"{k}.tar" for k in range(OPEN + 9)]
+    for k, path in enumerate(paths):
+        path.write_bytes(b"%04d" % k)
+    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+    everything = np.arange(len(paths))
+    columns = (np.zeros_like(everything), np.full(len(paths), 4), np.array([b"x"] * len(paths)))
+    spans = Spans(tuple(paths), stamps, everything, *columns, everything)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for i in [*everything, *everything[::-1], 0, len(paths) - 1]:
+        assert spans.read(i) == b"%04d" % i
+    assert len([*Path("/proc/self/fd").iterdir()]) - before == OPEN

@@ -82,6 +82,8 @@ def decode_on_gpu(
     images: list[Tensor | None] = [None] * len(contents)
     try:
         found = decode_jpeg([contents[i] for i in chosen], mode="RGB", device=device)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError:  # one broken image spoils the call: each alone, then, on the CPU
         found = []
     for i, image in zip(chosen, found, strict=False):

@@ -11,8 +11,10 @@ import multiprocessing
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -29,6 +31,7 @@ from vitral.data.sampling import Integers
 
 T = TypeVar("T")
 Decoder = Literal["cpu", "gpu"]
+_started = weakref.WeakSet[BaseProcess]()  # workers
 CHUNK = 16  # images decoded before their crops are drawn together
 GPU_CHUNK = 32  # images that the GPU decodes and crops together
 
@@ -125,7 +128,9 @@ def in_workers(
             worker_init_fn=_ignore_signals,
             multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
         )
-        return iter(loader)
+        batches = iter(loader)
+    _started.update(getattr(batches, "_workers", ()))
+    return batches
 
 
 def _as_it_is(fetched: Any) -> Any:
@@ -141,10 +146,11 @@ def _ignore_signals(_: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """After an error multiprocessing would end them by SIGTERM, which they ignore, and wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    left = [child for child in multiprocessing.active_children() if child in _started]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error
+    for child in left:
+        child.kill()
 
 
 def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> Integers:
@@ -269,7 +275,7 @@ class _Reading(Dataset[_Read]):
     def _read(self, index: int) -> bytes:
         try:
             return self.records.read(index)
-        except (FileNotFoundError, PermissionError):
+        except (DecodeError, FileNotFoundError, PermissionError):
             return b""  # decoding it fails once more, and puts another in its place
 
 

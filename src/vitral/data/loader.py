@@ -7,6 +7,7 @@ the device.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class Batch:
     """(B, classes), float32, rows that sum to one; in evaluation the labels, int64."""
     broken: list[tuple[int, str]]
     """Records that could not be decoded, with the reason; others took their place."""
+    waited: float = 0.0
+    """Seconds that the host waited for the images to be fetched."""
 
 
 def train_batches(
@@ -143,19 +146,27 @@ def _beside(
 ) -> Iterator[Batch]:
     """Prepares each batch on a side stream of a GPU, while the step before it still runs there."""
     if device.type != "cuda":
-        yield from map(prepare, fetched)
+        while (timed := _wait(fetched)) is not None:
+            yield dataclasses.replace(prepare(timed[0]), waited=timed[1])
         return
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     while True:
         with torch.cuda.stream(side):
-            item = next(fetched, None)
-            if item is None:
+            timed = _wait(fetched)
+            if timed is None:
                 return
-            batch = prepare(item)
+            batch = dataclasses.replace(prepare(timed[0]), waited=timed[1])
         main = torch.cuda.current_stream(device)
         main.wait_stream(side)
         # Else the allocator would hand the memory out again while the step still reads it.
         batch.images.record_stream(main)
         batch.targets.record_stream(main)
         yield batch
+
+
+def _wait(fetched: Iterator[Fetched]) -> tuple[Fetched, float] | None:
+    """The next that is fetched, and the seconds that it was waited for; None after the last."""
+    started = time.perf_counter()
+    item = next(fetched, None)
+    return None if item is None else (item, time.perf_counter() - started)

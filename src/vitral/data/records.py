@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from vitral.config import DataConfig, UserError
 from vitral.data.sampling import Integers, hashed
 
 Names = NDArray[np.bytes_]
+OPEN = 64  # archives that a process keeps open
 VALIDATION = ("val", "validation", "test")
 
 
@@ -114,9 +116,9 @@ class Spans:
         return len(self.labels)
 
     @cached_property
-    def _open(self) -> dict[int, int]:
-        """Descriptors of the archives that were read from; `pread` shares no position."""
-        return {}
+    def _open(self) -> OrderedDict[int, int]:
+        """Descriptors of archives, the last used last; `pread` shares no position."""
+        return OrderedDict()
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image `i`. Raises OSError, if its archive has changed too."""
@@ -128,6 +130,9 @@ class Spans:
                 os.close(descriptor)
                 raise FileNotFoundError(f"{self.archives[which]} has changed since it was opened")
             self._open[which] = descriptor
+            if len(self._open) > OPEN:
+                os.close(self._open.popitem(last=False)[1])
+        self._open.move_to_end(which)
         return os.pread(self._open[which], int(self.sizes[i]), int(self.offsets[i]))
 
     def where(self, i: int) -> str:

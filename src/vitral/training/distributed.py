@@ -6,6 +6,7 @@ torchrun starts them. Without it a training is a world of one, which agrees with
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -145,7 +146,8 @@ def check_processes(config: Config, processes: int) -> None:
             f"train.reproducible: expected 1, 2, 4 or {SHARDS} processes, got {processes}"
         )
     if size % (2 * cuts):
-        fitting = max(1, round(size / (2 * cuts))) * 2 * cuts
+        least = math.lcm(2 * cuts, 2 * config.augment.repeats)
+        fitting = max(1, round(size / least)) * least
         what = f"{cuts} shards of train.reproducible" if reproducible else f"{cuts} processes"
         raise UserError(
             f"train.batch_size: expected a multiple of twice the {what}, "
@@ -186,9 +188,17 @@ class Agreement:
         return told.tolist()
 
 
-def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors of those that are spread over processes; every process must take part."""
-    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+def full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Whole tensors of those that are spread over processes; every process must take part.
+
+    They are gathered one by one to the main process's CPU; the others get none of them.
+    """
+    whole = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor().cpu() if world.main else tensor.full_tensor()[:0]
+        whole[name] = tensor
+    return whole
 
 
 def spread_like(value: Tensor, model: Tensor) -> Tensor:

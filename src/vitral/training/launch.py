@@ -57,8 +57,11 @@ def _check(config: Config, processes: int) -> None:
     if processes < 1:
         raise UserError(f"gpus: expected 1 or more, got {processes}")
     count = torch.cuda.device_count()
-    if config.train.device == "cuda" and processes > count:
-        raise UserError(f"gpus: expected at most {count}, those of this machine, got {processes}")
+    if config.train.device != "cpu" and processes > count:
+        raise UserError(
+            f"gpus: expected at most the {count} of this machine, got {processes}; "
+            "without GPUs give --train.device cpu"
+        )
     check_processes(config, processes)
     RunFolder(Path(config.train.out or "")).refuse_other_settings(config)
     open_dataset(config.data, config.model.image_size, config.train.seed)

@@ -41,6 +41,7 @@ from vitral.training.resolve import Resolved, build_model, prepare_device, resol
 from vitral.training.run import RunFolder, Signals
 
 PATIENCE = 10  # non-finite updates in a row that stop a run
+TOLD = 10  # broken images that are named at once
 BROKEN_SHARE = 0.001  # of the training images
 EVAL_BATCH = 256
 
@@ -188,7 +189,9 @@ class Trainer:
         """The choices of a new run, or those that it began with, the number of processes aside."""
         config, device, world = self.config, self.device, self.world
         if checkpoint is None:
-            found = choose_decoder(self.records, config, self.workers, device)
+            found = world.together(
+                lambda: choose_decoder(self.records, config, self.workers, device)
+            )
             decoder, self.rates = world.from_main(found)
             return resolve(config, self.model, device, world, decoder)
         began = Resolved(**checkpoint.state["resolved"])
@@ -198,6 +201,8 @@ class Trainer:
                 f"train.device: the run in {self.run.path} began on {began.device}, not "
                 f"{device.type}; resume it there, or start another run with --out"
             )
+        if config.train.reproducible:  # else the micro-batch would hang on free memory
+            return dataclasses.replace(began, processes=world.size)
         if began.processes == world.size:
             return began
         now = resolve(config, self.model, device, world, began.decoder)
@@ -265,8 +270,8 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         done, share, side = 0, train.batch_size // self.world.size, 0
         while done < share:
-            with self.clock.waiting():
-                batch = next(batches)
+            batch = next(batches)
+            self.clock.waited += batch.waited
             assert batch.step == self.step
             self._note_broken(batch)
             if self.step == batch.first == 0:
@@ -391,9 +396,9 @@ class Trainer:
         """Writes weights/last, weights/best if these are, and the tables of the better kind."""
         kind = max(scores, key=lambda k: scores[k].top1)
         top1 = scores[kind].top1
-        states = {"model": full(self.optimizer.named)}
+        states = {"model": full(self.optimizer.named, self.world)}
         if self.ema is not None:
-            states["ema"] = full(self.ema.average)
+            states["ema"] = full(self.ema.average, self.world)
         best = top1 > self.best["top1"]
         if self.world.main:
             scores[kind].write_tables(self.run.path)
@@ -424,9 +429,12 @@ class Trainer:
             return
         self._stop_if_diverged(self.counters.read()["worst"])
         self._agree_on_broken()
-        tensors = {"model": full(self.optimizer.named), "optimizer": full(self.optimizer.state())}
+        tensors = {
+            "model": full(self.optimizer.named, self.world),
+            "optimizer": full(self.optimizer.state(), self.world),
+        }
         if self.ema is not None:
-            tensors["ema"] = full(self.ema.average)
+            tensors["ema"] = full(self.ema.average, self.world)
         state = {
             "evaluated": self.evaluated,
             "best": self.best,
@@ -471,16 +479,20 @@ class Trainer:
         """Logs records that a process could not decode, and stops where they are too many."""
         noted = {k: reason for part in self.world.gather(self.noted) for k, reason in part.items()}
         self.noted = {}
-        for index, reason in sorted(noted.items()):
-            if index not in self.broken:
-                self.broken[index] = reason
-                where = describe(self.records, index)
-                self.console.message(f"broken image replaced by another: {where}: {reason}")
+        fresh = {index: noted[index] for index in sorted(noted) if index not in self.broken}
+        self.broken |= fresh
+        for index, reason in list(fresh.items())[:TOLD]:
+            where = describe(self.records, index)
+            self.console.message(f"broken image replaced by another: {where}: {reason}")
+        if len(fresh) > TOLD:
+            self.console.message(f"and {len(fresh) - TOLD} others")
         if len(self.broken) > BROKEN_SHARE * len(self.records):
-            names = ", ".join(describe(self.records, index) for index in sorted(self.broken)[:10])
+            first = sorted(self.broken)[:TOLD]
+            names = ", ".join(describe(self.records, index) for index in first)
             raise UserError(
                 f"data: {len(self.broken)} of {len(self.records)} training images are broken, more "
-                f"than {BROKEN_SHARE:.1%}: {names}; mend or remove them and start anew; "
+                f"than {BROKEN_SHARE:.1%}: {names} (the first: {self.broken[first[0]]}); "
+                "mend or remove them and start anew; "
                 "`vitral data check` finds all"
             )
 

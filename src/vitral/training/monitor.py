@@ -80,13 +80,6 @@ class Clock:
         self.row = time.monotonic()
         self.images, self.flops, self.waited = 0, 0.0, 0.0
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts what is done inside as waiting for data."""
-        before = time.monotonic()
-        yield
-        self.waited += time.monotonic() - before
-
     def count(self, images: int, flops_per_image: float) -> None:
         """Counts the images of a step, of all processes, and a forward pass of each."""
         self.images += images

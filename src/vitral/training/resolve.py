@@ -135,8 +135,9 @@ def _try_batch(
     images = torch.zeros(micro, CHANNELS, side, side, device=device)
     targets = torch.zeros(micro, model.num_classes, device=device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Moments, EMA and a spare; the next batch, which is augmented meanwhile.
-    besides = 4 * weights + 24 * images.numel()
+    # Moments, EMA and a spare, or a share of them; the next batch, which is augmented meanwhile.
+    parts = resolved.processes if config.train.parallel == "fsdp" else 1
+    besides = 4 * weights // parts + 24 * images.numel()
     ballast = torch.empty(besides, dtype=torch.uint8, device=device)
     with resolved.autocast():
         loss = loss_sum(model(images), targets, config.train.loss)
