@@ -176,6 +176,7 @@ def test_run_folder_tells_its_story(run):
         "metrics.csv",
         "metrics.jsonl",
         "curves.png",
+        "report.html",
         "lr.png",
         "train_batch.jpg",
         "per_class.csv",

@@ -25,6 +25,13 @@ def test_examples_in_docstrings(name, capsys):
     assert result.failed == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["README.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
+def test_links_lead_somewhere(name):
+    page = ROOT / name if name == "README.md" else ROOT / "docs" / name
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
 def test_five_names():
     assert vitral.__all__ == ["ViT", "ViTConfig", "evaluate", "load", "train"]
     for name in vitral.__all__:

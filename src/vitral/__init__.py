@@ -1,7 +1,7 @@
 """Train, resume and evaluate modern Vision Transformers, exactly reproducibly.
 
-Five names: `ViT` and `ViTConfig` make a model, `train` trains one, `load` loads its weights and
-`evaluate` measures them. torch is imported when a name that needs it is touched.
+Five names: `ViT` and `ViTConfig` make a model, `train` trains one, `load` loads its weights, which
+predict, and `evaluate` measures them. torch is imported when a name that needs it is touched.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitral.config import ViTConfig
     from vitral.evaluation import evaluate
+    from vitral.inference import load
     from vitral.model import ViT
     from vitral.training import train
-    from vitral.weights import load
 
 __all__ = ["ViT", "ViTConfig", "evaluate", "load", "train"]
 
@@ -22,7 +22,7 @@ _HOMES = {
     "ViT": "model",
     "ViTConfig": "config",
     "evaluate": "evaluation",
-    "load": "weights",
+    "load": "inference",
     "train": "training",
 }
 

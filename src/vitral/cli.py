@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,14 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
                the same command goes on with a run that was cut off; --dry-run only plans it
   vitral val WEIGHTS [--data PATH|NAME] [--out DIR]
                exact accuracy, per class, and calibration
+  vitral predict WEIGHTS PATH... [--top 5] [--resolution N] [--json|--csv] [--out FILE]
+               what is in images: files, folders, 'patterns*', or - for a list on standard input
+  vitral explain WEIGHTS PATH... [--layer N] [--patch ROW COLUMN] [--out DIR]
+               pictures of what the model attends to, and whether its prediction rests on that
+  vitral report RUN [RUN ...] [--data PATH|NAME] [--out FILE]
+               one self-contained page of a run, or of several beside each other
+  vitral export WEIGHTS [--format onnx|pt2] [--out FILE] [--data PATH|NAME]
+               one file that needs no vitral, compared with the model before it is kept
   vitral recipes [NAME]
                lists the recipes, or prints one
   vitral data check PATH|NAME        counts, classes, broken files, decode rate
@@ -65,6 +74,84 @@ class ValOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Options of `vitral report`."""
+
+    data: str | None = None
+    """Where the run's data set is now; None takes the path that it had."""
+    out: str | None = None
+    """File to write; None takes report.html in the run folder, of several runs in this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """Options of `vitral predict`."""
+
+    top: int = 5
+    """Likeliest classes of each image."""
+    resolution: int | None = None
+    """Side of the images that the model sees, a multiple of its patch; None takes training's."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None takes what the weights name."""
+    batch_size: int = 64
+    """Images of a forward pass."""
+    workers: int | None = None
+    """Decoding processes; None takes the cores but one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    json: bool = False
+    """Print a JSON object a line, one for each image."""
+    csv: bool = False
+    """Print CSV, a line for each image and class."""
+    out: str | None = None
+    """File to write to; None is standard output."""
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise UserError("json, csv: expected one of the two, got both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """Options of `vitral explain`."""
+
+    layer: int | None = None
+    """Whose heads to show, counted from 0; None takes the last."""
+    patch: tuple[int, int] | None = None
+    """Row and column, from 0, of a patch to look at; None takes the one most attended to."""
+    resolution: int | None = None
+    """Side of the images that the model sees, a multiple of its patch; None takes training's."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None takes what the weights name."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    out: str = "explain"
+    """Folder to write pictures to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Options of `vitral export`."""
+
+    format: Literal["onnx", "pt2"] = "onnx"
+    """For onnxruntime and the like, or for torch.export.load."""
+    out: str | None = None
+    """File to write, or to replace; None takes the run's name, in the current folder."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None takes what the weights name."""
+    opset: Literal[20, 23] = 20
+    """Of ONNX: 23 has attention and RMSNorm as operators, which older runtimes lack."""
+    data: str | None = None
+    """Image folder or known set to compare on; None takes the set trained on, if it is there."""
+    images: int = 256
+    """How many of its validation images to compare on; 0 takes random images alone."""
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise UserError(f"images: expected 0 or more, got {self.images}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +218,10 @@ def _dispatch(words: list[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
         "val": _val,
+        "predict": _predict,
+        "explain": _explain,
+        "report": _report,
+        "export": _export,
         "recipes": _recipes,
         "data": _data,
         "bench": _bench,
@@ -168,6 +259,9 @@ def _train(words: list[str]) -> int:
     config = _load(words, "vitral train", TRAIN)
     if dry:
         from vitral.bench import plan
+        from vitral.training.distributed import check_processes
+
+        check_processes(config, processes or 1)
 
         print(plan(config))
         return 0
@@ -220,6 +314,117 @@ def _val(words: list[str]) -> int:
     print(summarise(scores))
     if options.out is not None:
         scores.write_tables(Path(options.out))
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    from vitral import recipes
+
+    first, rest = _positional(words, "RUN", "vitral report")
+    more = list(takewhile(lambda word: not word.startswith("-"), rest))
+    rest, program = rest[len(more) :], "vitral report RUN [RUN ...]"
+    options = recipes.parse(rest, ReportOptions(), program=program)
+    if more and options.data is not None:
+        raise UserError("data: expected none with several runs, as no images are looked at")
+    from vitral.report.gather import evaluate_best, read_run
+    from vitral.report.html import write_comparison, write_report
+
+    runs = [read_run(Path(path)) for path in (first, *more)]
+    out = Path(options.out or (Path() if more else runs[0].path) / "report.html")
+    if out.is_dir():
+        raise UserError(f"out: expected a file to write, got the folder {out}")
+    _writable(str(out.parent))
+    if more:
+        write_comparison(runs, out)
+    else:
+        predictions, missing = None, ""
+        try:
+            predictions = evaluate_best(runs[0], options.data)
+        except UserError as error:
+            missing = str(error)
+            print(f"vitral: without predictions: {error}", file=sys.stderr)
+        write_report(runs[0], out, predictions, missing)
+    print(out)
+    return 0
+
+
+def _predict(words: list[str]) -> int:
+    from vitral import recipes
+
+    path, rest = _positional(words, "WEIGHTS", "vitral predict")
+    places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), rest))
+    rest, program = rest[len(places) :], "vitral predict WEIGHTS PATH..."
+    options = recipes.parse(rest, PredictOptions(), program=program)
+    if not places:
+        raise UserError("vitral predict: expected PATH after WEIGHTS, got none")
+    from vitral.evaluation.evaluate import pick_device
+    from vitral.inference.predict import find_images, predictions, write
+    from vitral.weights import load
+
+    weights = load(path, which=options.which, device=str(pick_device(options.device)))
+    images = find_images(places)
+    found = predictions(
+        weights,
+        images,
+        options.top,
+        resolution=options.resolution,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        if out.exists() and not out.is_file():
+            raise UserError(f"out: expected a file to write, got {out}, which is none")
+        _writable(str(out.parent))
+    form = "json" if options.json else "csv" if options.csv else "text"
+    return 0 if write(found, len(images), form, out) else 1
+
+
+def _explain(words: list[str]) -> int:
+    from vitral import recipes
+
+    path, rest = _positional(words, "WEIGHTS", "vitral explain")
+    places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), rest))
+    rest, program = rest[len(places) :], "vitral explain WEIGHTS PATH..."
+    options = recipes.parse(rest, ExplainOptions(), program=program)
+    if not places:
+        raise UserError("vitral explain: expected PATH after WEIGHTS, got none")
+    from vitral.evaluation.evaluate import pick_device
+    from vitral.inference.explain import explanations, save
+    from vitral.inference.predict import find_images
+    from vitral.weights import load
+
+    weights = load(path, which=options.which, device=str(pick_device(options.device)))
+    chosen = {"layer": options.layer, "patch": options.patch, "resolution": options.resolution}
+    some = False
+    for name, explanation in explanations(weights, find_images(places), **chosen):
+        if explanation is not None:
+            _writable(options.out)
+            save(explanation, Path(options.out), name)
+            print(f"{Path(options.out) / name}_explained.png: {explanation.summary}", flush=True)
+            some = True
+    return 0 if some else 1
+
+
+def _export(words: list[str]) -> int:
+    from vitral import recipes
+
+    path, rest = _positional(words, "WEIGHTS", "vitral export")
+    options = recipes.parse(rest, ExportOptions(), program="vitral export WEIGHTS")
+    if options.out is not None:
+        _writable(str(Path(options.out).parent))
+    from vitral.inference.export import ExportError, export
+
+    try:
+        exported = export(path, **vars(options))
+    except ExportError as error:
+        print(f"vitral: {error}; nothing is kept", file=sys.stderr)
+        return 1
+    for file in exported.files:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    print(*exported.agreements, sep="\n")
+    if options.images and len(exported.agreements) == 1:
+        print("the set trained on is not here: --data PATH compares on its validation images")
     return 0
 
 

@@ -98,8 +98,10 @@ class RoPE2D(nn.Module):
 
     def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Cosine and sine for each block, float32: (1, N, S/2) or (Q + K, N, S/2)."""
-        x = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
-        y = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
+        x = torch.arange(columns, device=device, dtype=torch.float32).expand(rows, -1).flatten()
+        # Expanded: torch exports repeat_interleave by a size that varies to a wrong ONNX graph.
+        y = torch.arange(rows, device=device, dtype=torch.float32)[:, None]
+        y = y.expand(-1, columns).flatten()
         frequencies = self.axial(device) if self.mixed is None else self.mixed.float()
         fx, fy = frequencies[:, 0, :, None], frequencies[:, 1, :, None]
         angles = x[:, None] * fx + y[:, None] * fy  # (1 or depth, 1 or K, patches, S/2)
@@ -134,7 +136,12 @@ class GroupedQueryAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_size) if config.qk_norm else None
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        B, N, D = x.shape
+        attended = self.attend(*self.heads(x, cosine, sine))
+        return self.projection(attended.transpose(1, 2).reshape(x.shape))
+
+    def heads(self, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, Q, N, S) and keys (B, K, N, S), both turned, and values (B, K, N, S)."""
+        B, N, _ = x.shape
         heads = self.qkv(x).view(B, N, -1, self.head_size).transpose(1, 2)  # (B, Q + 2K, N, S)
         turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -142,7 +149,7 @@ class GroupedQueryAttention(nn.Module):
             turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
         turned = rotate(turned, cosine, sine)
         q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
-        return self.projection(self.attend(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(S)) v for queries (B, Q, N, S), keys and values (B, K, N, S)."""
@@ -291,7 +298,7 @@ class ViT(nn.Module):
         prefix = self.cls[None]
         if self.registers is not None:
             prefix = torch.cat([prefix, self.registers])
-        prefix = prefix.expand(len(x), -1, -1)
+        prefix = prefix.expand(x.shape[0], -1, -1)  # len would fix the batch in an export
         # Without autocast all is of one dtype; with it the residual stream stays in float32.
         x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
         tables = self.rope(rows, columns, x.device)

@@ -174,7 +174,7 @@ def test_a_colour_profile_that_libpng_dislikes_prints_nothing():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_common_images_take_the_fast_way(monkeypatch, kind):
-    monkeypatch.setattr(module, "_decode_pillow", None)
+    monkeypatch.setattr(module, "decode_pillow", None)
     assert decode(encoded(Image.fromarray(picture()), kind)).shape == (3, HEIGHT, WIDTH)
 
 
@@ -218,7 +218,7 @@ def test_a_decompression_bomb_is_refused_from_its_header(monkeypatch, kind, widt
         pytest.fail("it was decoded")
 
     monkeypatch.setattr(module, "decode_image", opened)
-    monkeypatch.setattr(module, "_decode_pillow", opened)
+    monkeypatch.setattr(module, "decode_pillow", opened)
     small = encoded(Image.fromarray(picture()), "JPEG")
     bomb = claim(small, width, height) if kind == "JPEG" else png(width, height, 8, 2, b"\0" * 99)
     with pytest.raises(DecodeError, match="exceeds the cap of 64,000,000 pixels"):

@@ -184,3 +184,15 @@ def test_summary_shows_every_class_or_the_worst_and_best(num_classes):
     assert text.count("\nclass") == 1 + min(num_classes, 15)
     assert ("ten worst" in text) == (num_classes > 20)
     assert "class02       2   50.00%   50.00%" in text
+
+
+def test_confusion_and_reliability_by_hand(scores):
+    found = scores.confusion()
+    pairs = {(0, 0): 1, (0, 1): 2, (1, 0): 1, (2, 2): 1, (3, 5): 1}
+    assert {(i, j): found[i, j] for i, j in zip(*found.nonzero(), strict=True)} == pairs
+    assert scores.reliability() == [
+        (pytest.approx(6 / 15), 2, pytest.approx(0.4), 0.0),
+        (pytest.approx(8 / 15), 1, pytest.approx(0.5), 0.0),
+        (pytest.approx(14 / 15), 2, pytest.approx(0.9), 0.5),
+        (1.0, 1, 1.0, 1.0),
+    ]

@@ -105,7 +105,7 @@ def _decode(data: bytes) -> torch.Tensor:
         raise DecodeError(f"Image size ({W}x{H} pixels) exceeds the cap of {MAX_PIXELS:,} pixels")
     if _torchcodec_reads(header):
         return decode_image(data)
-    return _decode_pillow(header)
+    return decode_pillow(header)
 
 
 def _torchcodec_reads(header: Image.Image) -> bool:
@@ -125,7 +125,8 @@ def _torchcodec_reads(header: Image.Image) -> bool:
             return False  # of a GIF it decodes every frame: a small file can fill the memory
 
 
-def _decode_pillow(image: Image.Image) -> torch.Tensor:
+def decode_pillow(image: Image.Image) -> torch.Tensor:
+    """What `decode` gives, of an image that Pillow has opened. Raises DecodeError, and Pillow's."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise DecodeError(f"32-bit pixels (mode {image.mode}): expected 8 or 16 bits a channel")

@@ -10,6 +10,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -141,6 +142,9 @@ def _ignore_signals(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    # multiprocessing's thread would print that the reader has gone; errors of the data set go
+    # another way.
+    sys.excepthook = lambda *_: None
 
 
 @atexit.register

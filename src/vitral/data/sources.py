@@ -127,7 +127,9 @@ def _scan(root: Path, split: str) -> Split:
     """Class names and records of the class folders in one split, both in order of name."""
     base = root / split
     names = _class_folders(base, split)
-    found = [sorted(_walk(base / n, os.fsencode(f"{split}/{n}" if split else n))) for n in names]
+    found = [
+        sorted(walk_images(base / n, os.fsencode(f"{split}/{n}" if split else n))) for n in names
+    ]
     empty = [name for name, images in zip(names, found, strict=True) if not images]
     if len(empty) == len(names):
         expected = f"images ({', '.join(SUFFIXES)}), a folder for each class"
@@ -152,14 +154,14 @@ def _class_folders(base: Path, split: str) -> list[str]:
     return names
 
 
-def _walk(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
+def walk_images(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
     """Path below the root, and size, of each image in a class folder and the folders in it."""
     for entry in _entries(folder):
         path = prefix + b"/" + os.fsencode(entry.name)
         if entry.is_dir():
             around = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
             if not around:  # such a link would be walked forty times over
-                yield from _walk(folder / entry.name, path)
+                yield from walk_images(folder / entry.name, path)
         elif _is_image(entry.name):
             yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
 

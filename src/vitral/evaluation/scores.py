@@ -56,9 +56,22 @@ class Scores:
         The mean distance between confidence and accuracy, each bin (low, high] weighted by its
         images.
         """
-        bins = np.clip(np.ceil(self.confidence * BINS) - 1, 0, BINS - 1).astype(int)
-        gaps = np.bincount(bins, self.confidence - self.hits(1), BINS)
+        gaps = np.bincount(self._bins(), self.confidence - self.hits(1), BINS)
         return float(np.abs(gaps).sum() / len(self.labels))
+
+    def reliability(self) -> list[tuple[float, int, float, float]]:
+        """Upper edge, images, mean confidence and accuracy of each bin that has images."""
+        bins = self._bins()
+        counts = np.bincount(bins, minlength=BINS)
+        sums = (np.bincount(bins, values, BINS) for values in (self.confidence, self.hits(1)))
+        return [
+            ((i + 1) / BINS, int(n), float(confidence / n), float(right / n))
+            for i, (n, confidence, right) in enumerate(zip(counts, *sums, strict=True))
+            if n
+        ]
+
+    def _bins(self) -> NDArray[np.int64]:
+        return np.clip(np.ceil(self.confidence * BINS) - 1, 0, BINS - 1).astype(np.int64)
 
     def hits(self, k: int) -> NDArray[np.bool_]:
         """(n,): whether the class is among the k likeliest, k at most 5."""
@@ -82,6 +95,11 @@ class Scores:
             for name, n, a, b in zip(self.classes, counts, first, five, strict=True)
             if n
         ]
+
+    def confusion(self) -> NDArray[np.int64]:
+        """(classes, classes): images by true class, row, and predicted class, column."""
+        C = len(self.classes)
+        return np.bincount(self.labels * C + self.ranked[:, 0], minlength=C * C).reshape(C, C)
 
     def confused_pairs(self) -> list[tuple[str, str, int]]:
         """True class, predicted class and images of each confusion, the most frequent first."""

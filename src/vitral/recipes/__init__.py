@@ -24,8 +24,9 @@ from vitral.config import Config, UserError, flatten
 T = TypeVar("T")
 # What tyro says, and what people understand.
 PLAIN = {
-    r"no type matching (\S+) could be .* from \['(.*)'\]\..*": r"expected \1, got '\2'",
+    r"no type matching (.+?) could be .* from \['(.*)'\]\..*": r"expected \1, got '\2'",
     "Could not find valid parse for arguments: ": "expected pairs of a size and a share, got ",
+    r"\{None\}\|\{INT INT\}": "two integers or None",
     r"\{None\}\|INT": "an integer or None",
     r"\{None\}\|FLOAT": "a number or None",
     r"invalid literal for int\(\) with base 10: ": "expected an integer, got ",

@@ -22,6 +22,8 @@ from vitral.evaluation import Scores, measure, merge
 from vitral.evaluation.evaluate import pick_device
 from vitral.model import ViT, count_flops
 from vitral.report import curves, pictures
+from vitral.report.gather import Predictions, read_rows, read_run
+from vitral.report.html import write_report
 from vitral.training import checkpoint as checkpoints
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
@@ -33,7 +35,7 @@ from vitral.training.distributed import (
     full,
     joined,
 )
-from vitral.training.metrics import Console, MetricsLog, read_rows
+from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA, Optimizer, Schedule
 from vitral.training.parallel import Averaged, InFixedOrder, gathered
@@ -159,6 +161,8 @@ class Trainer:
         self.saved = (0, 0)  # step and last validation of the newest checkpoint
         self.best = {"step": -1.0, "top1": -1.0}
         self.metrics: dict[str, float] = {}
+        # The step and scores that the report is about: the best, or else the last since a resume.
+        self.shown: tuple[int, Scores] | None = None
         self.broken: dict[int, str] = {}
         self.noted: dict[int, str] = {}  # by this process, since the last agreement
         self.counters = Counters(device)
@@ -255,6 +259,7 @@ class Trainer:
                 raise
         self._save_checkpoint()
         self._draw()
+        self._write_report()
         self.console.message(f"finished: {self._results()}; all of it is in {self.run.path}")
 
     def close(self) -> None:
@@ -361,6 +366,18 @@ class Trainer:
             curves.draw(self.run.path, read_rows(self.log.jsonl))
         self.last_drawing = time.monotonic()
 
+    def _write_report(self) -> None:
+        if not self.world.main:
+            return
+        predictions, missing = None, "the run was resumed after its last validation"
+        if self.shown is not None:
+            step, scores = self.shown
+            name = "best" if step == self.best["step"] else "last"
+            found = weights.load(self.run.path / "weights" / name)
+            predictions = Predictions(scores, self.val_records, found)
+        run = read_run(self.run.path)
+        write_report(run, self.run.path / "report.html", predictions, missing)
+
     def _measure(self, signals: Signals) -> Scores:
         self.model.eval()
 
@@ -406,6 +423,8 @@ class Trainer:
         if best:
             self.best = {"step": self.step, "top1": top1}
             self._save_checkpoint()
+        if self.shown is None or self.shown[0] != self.best["step"]:
+            self.shown = (self.step, scores[kind])
 
     def _write_weights(self, states: dict[str, dict[str, Tensor]], names: list[str]) -> None:
         description = weights.describe(

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vitral.report.gather import duration, read_rows
+
 MEASURES = ("loss", "top1", "top5", "ece")
 COLUMNS = (
     "step",
@@ -66,17 +68,6 @@ class MetricsLog:
     def close(self) -> None:
         """Flushes TensorBoard."""
         self.board.close()
-
-
-def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that was cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def _as_csv(rows: Sequence[Mapping[str, object]]) -> str:
@@ -144,12 +135,3 @@ class Console:
         if self.bar is not None:
             self.bar.close()
         self.file.close()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3:05 or 12:03:05."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -42,12 +42,14 @@ class Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         again = self.received is not None
-        if again and self.world.size == 1:
+        # torchrun hands on what a scheduler may have sent already.
+        lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        if again and lone:
             os._exit(128 + number)
         self.received = number
         if again or not self.world.main:
             return
-        hint = "; once more to end at once" if self.world.size == 1 else ""
+        hint = "; once more to end at once" if lone else ""
         os.write(2, f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n".encode())
 
 

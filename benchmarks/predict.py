@@ -1,0 +1,143 @@
+"""Images per second of predicting, beside the usual loop and timm's, on the same files.
+
+    python benchmarks/predict.py FOLDER [--size ti] [--workers 1] [--threads 1] [--rounds 5]
+
+FOLDER holds a folder for each class. "the usual loop" is ImageFolder, torchvision's transforms on
+PIL images and a DataLoader around the same model; "timm's loop" is that of timm's inference.py
+around timm's model of the same size, where timm is installed. All have the same number of workers,
+batch size and threads, untrained weights, and take turns; each round starts with another. "input
+alone" is the same with a model that costs next to nothing: what is left where a GPU runs the model.
+Rates of a core, from processor time, hardly mind what else the machine is doing, given --threads 1:
+several threads spend theirs on waiting for each other where they do not get all the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter as clock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
+
+from vitral.config import Config, DataConfig, ViTConfig
+from vitral.data.fetch import available_cores
+from vitral.inference.predict import predictions
+from vitral.model import ViT
+from vitral.weights import Weights, describe
+
+TIMM = {"ti": "tiny", "s": "small", "b": "base", "l": "large"}
+SIDE, BATCH, CLASSES = 224, 64, 1000
+DATA = DataConfig()
+ALONE = ViTConfig(dim=4, depth=1, num_heads=1, num_kv_heads=1, patch_size=112, image_size=SIDE)
+
+
+def ours(model: ViT, folder: ImageFolder, workers: int) -> None:
+    config = Config(model=model.config, data=DATA)
+    description = describe(config, tuple(map(str, range(CLASSES))), "", {})
+    paths = [path for path, _ in folder.samples]
+    weights = Weights(model, description, Path())
+    for _ in predictions(weights, paths, batch_size=BATCH, workers=workers):
+        pass
+
+
+def usual(model: nn.Module, folder: ImageFolder, workers: int) -> None:
+    resize, crop = Resize(round(SIDE / DATA.eval_crop)), CenterCrop(SIDE)
+    folder.transform = Compose([resize, crop, ToTensor(), Normalize(DATA.mean, DATA.std)])
+    rank_all(model, DataLoader(folder, batch_size=BATCH, num_workers=workers))
+
+
+def timms(model: nn.Module, folder: Any, workers: int) -> None:
+    from timm.data import create_loader
+
+    loader = create_loader(
+        folder,
+        (3, SIDE, SIDE),
+        BATCH,
+        num_workers=workers,
+        persistent_workers=False,
+        crop_pct=DATA.eval_crop,
+        device=torch.device("cpu"),
+    )
+    rank_all(model, loader)
+
+
+def timm_model(size: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(f"vit_{TIMM[size]}_patch16_224").eval()
+
+
+@torch.inference_mode()
+def rank_all(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for images, _ in batches:
+        model(images).softmax(1).topk(5)
+
+
+def compare(
+    title: str, contestants: dict[str, Callable[[], None]], images: int, rounds: int
+) -> None:
+    names = list(contestants)
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for turn in range(rounds + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            before = clock(), processor()
+            contestants[name]()
+            spent[name].append((clock() - before[0], processor() - before[1]))
+    print(f"{title}: {images} images, {rounds} rounds, medians; the range of the ratios")
+    for name in names:
+        text = f"  {name:16}"
+        for what, column in ("images/s", 0), ("images/s of a core", 1):
+            own, other = ([times[column] for times in spent[n][1:]] for n in (names[0], name))
+            ratios = sorted(theirs / mine for mine, theirs in zip(own, other, strict=True))
+            rate, ratio = images / statistics.median(other), statistics.median(ratios)
+            text += (
+                f"{rate:7.1f} {what}, vitral x {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  "
+            )
+        print(text, flush=True)
+
+
+def processor() -> float:
+    """Seconds of all cores, those of the workers that have ended included."""
+    return sum(os.times()[:4])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--size", choices=TIMM, default="ti")
+    parser.add_argument("--workers", type=int, default=max(1, available_cores() - 1))
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder, repeated = ImageFolder(options.folder), ImageFolder(options.folder)
+    repeated.samples *= 3
+    torch.manual_seed(0)
+    whole, tiny = (ViT(c, CLASSES).eval() for c in (ViTConfig(size=options.size), ALONE))
+    for title, model, images in (
+        (f"ViT-{options.size} at {SIDE}", whole, folder),
+        ("input alone", tiny, repeated),
+    ):
+        contestants = {
+            "vitral predict": partial(ours, model, images, options.workers),
+            "the usual loop": partial(usual, model, images, options.workers),
+        }
+        if find_spec("timm"):
+            peer = timm_model(options.size) if model is whole else tiny
+            contestants["timm's loop"] = partial(timms, peer, images, options.workers)
+        compare(title, contestants, len(images), options.rounds)
+
+
+if __name__ == "__main__":
+    main()

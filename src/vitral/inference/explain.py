@@ -1,0 +1,404 @@
+"""Pictures of what a model attends to in an image, and a number that says whether they mean much.
+
+NAME_explained.png   all of it in one figure
+NAME_rollout.png     attention rollout over the image
+NAME_attention.png   what the head's token takes from each patch in one layer, over the image
+NAME_layers.png      the same in every layer and head
+NAME_patch.png       what a chosen patch takes from the others, over the image
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vitral.config import UserError
+from vitral.data import crops
+from vitral.data.augment import finish
+from vitral.data.decode import decode
+from vitral.data.imagenet import display
+from vitral.data.records import printable
+from vitral.inference.attention import (
+    Curve,
+    attention_weights,
+    deletion,
+    insertion,
+    position_similarity,
+    read,
+    rollout,
+)
+from vitral.inference.predict import image_side
+from vitral.weights import Weights
+
+Map = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+COLOURS = "viridis"
+ORDERS = 6  # random ones, that a map is compared with
+SHOWN_HEADS = 16
+SHOWN_CLASSES = 5
+SIDE = 512  # pixels that an overlay's sides have at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """What there is to show of one image. Maps are (rows, columns) of patches."""
+
+    pixels: Pixels
+    """What the model saw, (H, W, 3)."""
+    classes: tuple[str, ...]
+    """The likeliest, best first, in human names."""
+    probabilities: tuple[float, ...]
+    """Theirs."""
+    reader: str
+    """Whose attention is shown: that of the CLS token, or of the mean patch."""
+    rollout: Map
+    """What of it comes from each patch through all layers, over the mean patch's."""
+    heads: Map
+    """What it takes from each patch, over even attention: (depth, Q, rows, columns)."""
+    layer: int
+    """Which layer the following are of, counted from 0."""
+    patch: tuple[int, int]
+    """Row and column of the chosen patch, counted from 0."""
+    patch_attention: Map
+    """What that patch takes from each, over even attention, in the mean of the heads."""
+    similarity: Map
+    """How well each patch's position alone fits it, from -1 to 1."""
+    deletion: Curve
+    """Of the likeliest class, patches in the order of the rollout."""
+    insertion: Curve
+    """Likewise."""
+    random: tuple[Curve, ...]
+    """Deletion in random orders."""
+
+    @property
+    def chance(self) -> tuple[float, float]:
+        """Mean and standard deviation of the area over random orders, of either curve."""
+        areas = torch.tensor([curve.area for curve in self.random])
+        return float(areas.mean()), float(areas.std())
+
+    @property
+    def summary(self) -> str:
+        """One line: the prediction, and how much better than chance the rollout orders patches."""
+        mean, deviation = self.chance
+        return (
+            f"{self.classes[0]} {self.probabilities[0]:.1%}; rollout: deletion "
+            f"{self.deletion.area:.3f}, insertion {self.insertion.area:.3f}, "
+            f"random order {mean:.3f} ± {deviation:.3f}"
+        )
+
+
+def explain(
+    weights: Weights,
+    image: Tensor,
+    *,
+    layer: int | None = None,
+    patch: tuple[int, int] | None = None,
+    resolution: int | None = None,
+) -> Explanation:
+    """Looks at what a model attends to in an image.
+
+    Args:
+        weights: as `load` gives them; all is computed where the model is.
+        image: uint8, (3, H, W), of any size; the model sees its central square.
+        layer: of the heads and the patch, counted from 0; None takes the last.
+        patch: row and column, counted from 0; None takes the one most attended to in that layer.
+        resolution: side of the square that the model sees, in pixels; None takes the training's.
+
+    Raises:
+        UserError: for a layer, a patch or a resolution that the model does not have.
+    """
+    model, config = weights.model, weights.description.config
+    side = image_side(config.model, resolution)
+    grid, last = side // config.model.patch_size, len(model.blocks) - 1
+    layer = last if layer is None else layer
+    if not 0 <= layer <= last:
+        raise UserError(f"layer: expected 0 to {last}, got {layer}")
+    if patch is not None and not all(0 <= place < grid for place in patch):
+        got = " ".join(map(str, patch))
+        raise UserError(f"patch: expected a row and a column, each 0 to {grid - 1}, got {got}")
+
+    box = crops.eval_boxes(np.array([image.shape[1:]]), config.data.eval_crop)[0]
+    pixels = crops.crop_resize(image, box, side, config.data.interpolation)
+    batch = finish(pixels[None].to(model.cls.device), None, config.data.mean, config.data.std)
+    logits, attention = attention_weights(model, batch)
+    N = attention[0].shape[-1]
+    heads = torch.cat([read(model, w) for w in attention]).unflatten(-1, (grid, grid))
+    flow = read(model, rollout(attention))[0]
+    if patch is None:
+        where = int(heads[layer].mean(0).argmax())
+        patch = where // grid, where % grid
+    row = attention[layer][0, :, model.num_prefix + patch[0] * grid + patch[1], model.num_prefix :]
+    similarity = position_similarity(model, layer, grid, grid, patch)
+    best = logits[0].softmax(0).topk(min(SHOWN_CLASSES, model.num_classes))
+    target, order = int(best.indices[0]), flow.argsort(descending=True, stable=True)
+    draw = torch.Generator().manual_seed(0)
+    shuffled = [torch.randperm(grid**2, generator=draw).to(flow.device) for _ in range(ORDERS)]
+    return Explanation(
+        pixels=pixels.permute(1, 2, 0).numpy(),
+        classes=tuple(display(weights.description.classes[i]) for i in best.indices.tolist()),
+        probabilities=tuple(best.values.tolist()),
+        reader="CLS" if config.model.pooling == "cls" else "mean patch",
+        rollout=_numpy(flow / flow.mean()).reshape(grid, grid),
+        heads=_numpy(heads * N),
+        layer=layer,
+        patch=patch,
+        patch_attention=_numpy(row.mean(0) * N).reshape(grid, grid),
+        similarity=_numpy(similarity),
+        deletion=deletion(model, batch[0], target, order),
+        insertion=insertion(model, batch[0], target, order),
+        random=tuple(deletion(model, batch[0], target, some) for some in shuffled),
+    )
+
+
+def _numpy(values: Tensor) -> Map:
+    return values.float().cpu().numpy()
+
+
+def explanations(
+    weights: Weights, images: Sequence[str], **options: Any
+) -> Iterator[tuple[str, Explanation | None]]:
+    """`explain` for image files: the name that each one's pictures shall have, and what is found.
+
+    Names are the files' without ending, made different where they are alike. A file that cannot be
+    read gives None, and a line on standard error.
+    """
+    used: set[str] = set()
+    for image in images:
+        stem = name = Path(image).stem
+        for number in count(2):
+            if name not in used:
+                break
+            name = f"{stem}-{number}"
+        used.add(name)
+        try:
+            pixels = decode(Path(image).read_bytes())
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            print(f"vitral: {printable(image)}: {reason}", file=sys.stderr)
+            yield name, None
+            continue
+        yield name, explain(weights, pixels, **options)
+
+
+def save(explanation: Explanation, directory: Path, name: str) -> None:
+    """Writes the pictures of an explanation, each whole or not at all."""
+    shown = explanation
+    overlays = {
+        "rollout": shown.rollout,
+        "attention": shown.heads[shown.layer].mean(0),
+        "patch": shown.patch_attention,
+    }
+    files = {"explained": _png(_figure(shown, printable(name))), "layers": _png(_layers(shown))}
+    for what, values in overlays.items():
+        box = io.BytesIO()
+        Image.fromarray(_overlay(shown.pixels, values, _scale(values))).save(box, "png")
+        files[what] = box.getvalue()
+    for what, content in files.items():
+        place = directory / f"{name}_{what}.png"
+        building = place.with_name(f".{place.name}.new")
+        try:
+            building.write_bytes(content)
+            building.replace(place)
+        finally:
+            building.unlink(missing_ok=True)
+
+
+def _png(figure: Figure) -> bytes:
+    box = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a class in Chinese, say
+        figure.savefig(box, format="png", dpi=100)
+    return box.getvalue()
+
+
+def _scale(values: Map) -> ScalarMappable:
+    """The colours from the least value to the greatest."""
+    return ScalarMappable(Normalize(values.min(), values.max()), COLOURS)
+
+
+def _common_scale(heads: Map) -> ScalarMappable:
+    """The colours from nothing to nearly the greatest: one sharp head would darken the others."""
+    return ScalarMappable(Normalize(0, float(np.quantile(heads, 0.99))), COLOURS)
+
+
+def _overlay(pixels: Pixels, values: Map, scale: ScalarMappable) -> Pixels:
+    """A map in colours over the image in grey, enlarged to SIDE at least."""
+    factor = max(1, -(-SIDE // len(pixels)))
+    large = pixels.repeat(factor, 0).repeat(factor, 1)
+    grey = (large @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
+    smooth = F.interpolate(
+        torch.from_numpy(values)[None, None], large.shape[:2], mode="bilinear", align_corners=False
+    )
+    colours = scale.to_rgba(smooth[0, 0].numpy())[..., :3]
+    return ((0.45 * grey + 0.55 * colours) * 255).round().astype(np.uint8)
+
+
+def _figure(shown: Explanation, title: str) -> Figure:
+    """Input, prediction and curves; the maps; the heads of one layer."""
+    num_heads = min(shown.heads.shape[1], SHOWN_HEADS)
+    rows = -(-num_heads // 8)
+    columns = max(-(-num_heads // rows), 4)
+    below = 0.4 + rows * (0.2 + 11 / columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.1)
+    figure = Figure(figsize=(12, 7 + below), layout=layout)
+    short = title if len(title) <= 90 else f"{title[:89]}…"
+    style: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 14, "fontweight": "bold"}
+    figure.suptitle(short, parse_math=False, **style)
+    parts = figure.subfigures(3, 1, height_ratios=[3.5, 3.1, below], squeeze=False)
+    top, middle, bottom = parts.flat
+    given, predicted, curves = top.subplots(1, 3, width_ratios=[1, 1, 2])
+    _draw_input(given, shown)
+    _draw_prediction(predicted, shown)
+    _draw_curves(curves, shown)
+    _draw_maps(middle, shown)
+    _draw_heads(bottom, shown, num_heads, rows, columns)
+    return figure
+
+
+def _bare(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def _frame(axes: Axes, shown: Explanation, side: float) -> None:
+    """Frames the chosen patch of a picture with sides of `side`."""
+    size = side / len(shown.rollout)
+    corner = (shown.patch[1] * size - 0.5, shown.patch[0] * size - 0.5)
+    for colour, width in (("black", 3.5), ("white", 1.5)):
+        frame = Rectangle(corner, size, size, fill=False, edgecolor=colour, linewidth=width)
+        frame.set_clip_on(False)
+        axes.add_patch(frame)
+
+
+def _draw_input(axes: Axes, shown: Explanation) -> None:
+    side = len(shown.pixels)
+    axes.imshow(shown.pixels, interpolation="nearest")
+    _frame(axes, shown, side)
+    row, column = shown.patch
+    _bare(axes, f"input, {side} by {side} pixels\nframed: patch {row} {column}")
+
+
+def _draw_prediction(axes: Axes, shown: Explanation) -> None:
+    places = range(len(shown.classes))
+    axes.barh(places, shown.probabilities, height=0.35, color="tab:blue")
+    for place, name, value in zip(places, shown.classes, shown.probabilities, strict=True):
+        short = name if len(name) <= 28 else f"{name[:27]}…"
+        axes.text(
+            0, place - 0.25, f"{value:.1%}  {short}", va="bottom", fontsize=9, parse_math=False
+        )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(SHOWN_CLASSES - 0.5, -0.75)
+    _bare(axes, "prediction")
+
+
+def _draw_curves(axes: Axes, shown: Explanation) -> None:
+    mean, deviation = shown.chance
+    probabilities = torch.stack([curve.probabilities for curve in shown.random]).mean(0)
+    shares = shown.random[0].shares
+    chance = f"at random: {mean:.3f} ± {deviation:.3f}"
+    for word, better, colour, curve, seen in (
+        ("deleted", "lower", "tab:blue", shown.deletion, shares),
+        ("inserted", "higher", "tab:orange", shown.insertion, 1 - shares),
+    ):
+        label = f"{word}: {curve.area:.3f} ({better} is better)"
+        axes.plot(*curve, color=colour, linewidth=2, label=label)
+        axes.plot(seen, probabilities, color=colour, linestyle=":", label=f"{word} {chance}")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("share of the patches deleted or inserted", fontsize=9)
+    axes.set_ylabel("its probability", fontsize=9)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(-0.02, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=8.5,
+        title="Does the prediction rest on what the rollout shows? Areas under the curves:",
+        alignment="left",
+        title_fontsize=10,
+    )
+
+
+def _draw_maps(figure: SubFigure, shown: Explanation) -> None:
+    layer, even = shown.layer, "in multiples of even attention"
+    maps = {
+        "attention rollout\nin multiples of the mean patch's": shown.rollout,
+        f"{shown.reader} attention, layer {layer}\n{even}": shown.heads[layer].mean(0),
+        f"attention of the framed patch, layer {layer}\n{even}": shown.patch_attention,
+    }
+    axes = figure.subplots(1, 4)
+    for place, (title, values) in zip(axes, maps.items(), strict=False):
+        scale = _scale(values)
+        place.imshow(_overlay(shown.pixels, values, scale))
+        figure.colorbar(scale, ax=place, fraction=0.046, pad=0.02)
+        _bare(place, title)
+    _frame(axes[2], shown, axes[2].get_xlim()[1] + 0.5)
+    picture = axes[3].imshow(shown.similarity, cmap=COLOURS, vmax=1)
+    _frame(axes[3], shown, len(shown.similarity))
+    figure.colorbar(picture, ax=axes[3], fraction=0.046, pad=0.02)
+    _bare(axes[3], f"RoPE similarity to it, layer {layer}\nby position alone")
+
+
+def _draw_heads(
+    figure: SubFigure, shown: Explanation, num_heads: int, rows: int, columns: int
+) -> None:
+    heads = shown.heads[shown.layer, :num_heads]
+    left = shown.heads.shape[1] - num_heads
+    title = f"{shown.reader} attention of each head of layer {shown.layer}, in the same units"
+    figure.suptitle(
+        title + f" ({left} more not shown)" * (left > 0), x=0.01, ha="left", fontsize=10
+    )
+    places = figure.subplots(rows, columns, squeeze=False)
+    scale = _common_scale(heads)
+    for axes in places.flat:
+        axes.set_axis_off()
+    for number, axes in zip(range(num_heads), places.flat, strict=False):
+        axes.imshow(_overlay(shown.pixels, heads[number], scale))
+        axes.set_title(f"head {number}", loc="left", fontsize=10)
+    figure.colorbar(scale, ax=places, extend="max", fraction=0.02, pad=0.01)
+
+
+def _layers(shown: Explanation) -> Figure:
+    """All heads in one mosaic, a row for each layer."""
+    depth, num_heads, rows, columns = shown.heads.shape
+    gap = ((0, 0), (0, 0), (0, 1), (0, 1))
+    mosaic = np.pad(shown.heads, gap, constant_values=np.nan)
+    mosaic = mosaic.transpose(0, 2, 1, 3).reshape(depth * (rows + 1), num_heads * (columns + 1))
+    cell = min(1.5, 12 / num_heads)  # inches
+    size = max(cell * num_heads, 6) + 1, cell * depth + 1
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    scale = _common_scale(shown.heads)
+    axes.imshow(mosaic, cmap=COLOURS, clim=scale.get_clim())
+    _bare(axes, f"{shown.reader} attention of every layer and head\nin multiples of even attention")
+    across, down = range(num_heads), range(depth)
+    axes.set_xticks([(i + 0.5) * (columns + 1) - 1 for i in across], [str(i) for i in across])
+    axes.set_yticks([(i + 0.5) * (rows + 1) - 1 for i in down], [str(i) for i in down])
+    axes.set_xlabel("head")
+    axes.set_ylabel("layer")
+    figure.colorbar(scale, ax=axes, extend="max", fraction=0.03, pad=0.02)
+    return figure

@@ -1,0 +1,327 @@
+"""What a trained model sees in images: files, or images in memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Literal, TextIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from vitral import weights
+from vitral.config import DataConfig, UserError, ViTConfig
+from vitral.data import augment, crops
+from vitral.data.decode import decode, decode_pillow
+from vitral.data.fetch import available_cores, in_workers
+from vitral.data.imagenet import display, human_name
+from vitral.data.records import mistake, printable
+from vitral.data.sources import SUFFIXES, walk_images
+from vitral.model import ViT
+
+Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
+Form = Literal["text", "json", "csv"]
+CSV_HEADER = "path,rank,class,name,probability,error\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The likeliest classes of an image, the first first; none where it could not be read."""
+
+    path: str | None
+    """Of the file; None for an image that came from memory."""
+    classes: tuple[int, ...] = ()
+    """Positions in the classes of the weights."""
+    names: tuple[str, ...] = ()
+    """Their names, as the weights have them."""
+    probabilities: tuple[float, ...] = ()
+    error: str | None = None
+    """Why the image could not be read."""
+
+
+class Classifier(weights.Weights):
+    """Weights that predict."""
+
+    def predict(
+        self,
+        images: Picture | Sequence[Picture],
+        top: int = 5,
+        *,
+        resolution: int | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+    ) -> list[Prediction]:
+        """The likeliest classes of each image, in order, on the device where the model is.
+
+        Args:
+            images: one or many; each the path of a file, a PIL image, or uint8 RGB as an array or
+                tensor of shape (H, W, 3) or (3, H, W).
+            top: classes of each image.
+            resolution: side of the model's images in pixels; None takes that of training.
+            batch_size: images of a forward pass.
+            workers: decoding processes for files; None takes the cores but one.
+
+        Raises:
+            UserError: for a setting or an array that cannot be used. An image that cannot be read
+                gets a Prediction that says why.
+        """
+        single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
+        many = [images] if single else list(images)
+        found = predictions(
+            self, many, top, resolution=resolution, batch_size=batch_size, workers=workers
+        )
+        return list(found)
+
+
+def load(
+    path: str | Path, *, which: weights.Which | None = None, device: str = "cpu"
+) -> Classifier:
+    """Loads weights for use: `.predict(images)`, `.model` and `.description`.
+
+    Args:
+        path: a weight folder, or a run folder, whose best weights are taken.
+        which: "model" or "ema"; None takes the one that the weights name.
+        device: where the model shall be.
+
+    Raises:
+        UserError: for a path without weights, corrupt ones, or those of a newer vitral.
+    """
+    found = weights.load(path, which=which, device=device)
+    return Classifier(found.model, found.description, found.path)
+
+
+def find_images(places: Iterable[str]) -> list[str]:
+    """Paths of the images that files, folders and glob patterns name, in their order.
+
+    A folder stands for the images in it and in its folders, sorted; a file for itself, whether it
+    is there or not; `-` for the lines of standard input, each a file or folder.
+
+    Raises:
+        UserError: for a place without images.
+    """
+    images: list[str] = []
+    for place in places:
+        if place == "-":
+            lines = sys.stdin.buffer.read().splitlines()
+            found = [path for line in lines if line for path in _images_in(os.fsdecode(line))]
+        elif has_magic(place) and not os.path.lexists(place):
+            names = sorted(glob(place, recursive=True), key=os.fsencode)  # noqa: PTH207
+            # With ** a folder and what is in it match both.
+            found = list(dict.fromkeys(path for name in names for path in _images_in(name)))
+        else:
+            found = _images_in(place)
+        if not found:
+            expected = f"images ({', '.join(SUFFIXES)})"
+            raise mistake(place, expected, "none", "give files, or a folder that holds some")
+        images += found
+    return images
+
+
+def _images_in(name: str) -> list[str]:
+    if not os.path.isdir(name):  # noqa: PTH112, as Path's raises for some names
+        return [name]
+    try:
+        found = sorted(walk_images(Path(name), os.fsencode(Path(name))))
+        return [os.fsdecode(path) for path, _ in found]
+    except OSError as error:
+        where, got = error.filename or name, str(error.strerror)
+        raise mistake(where, "to read it", got, "mend it or leave it out") from error
+
+
+def predictions(
+    source: weights.Weights,
+    images: Sequence[Picture],
+    top: int = 5,
+    *,
+    resolution: int | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Iterator[Prediction]:
+    """What `Classifier.predict` returns, one after the other; it takes the same arguments."""
+    least = {"top": (top, 1), "batch_size": (batch_size, 1), "workers": (workers or 0, 0)}
+    for name, (given, bound) in least.items():
+        if given < bound:
+            raise UserError(f"{name}: expected {bound} or more, got {given}")
+    config = source.description.config
+    side = image_side(config.model, resolution)
+    starts = range(0, len(images), batch_size)
+    batches = [range(first, min(first + batch_size, len(images))) for first in starts]
+    if not all(isinstance(image, str | os.PathLike) for image in images):
+        workers = 0  # they are in this process
+    elif workers is None:
+        workers = max(0, min(16, available_cores() - 1, len(batches) - 1))
+    return _predict(source, _Cropping(images, config.data, side), batches, top, workers)
+
+
+def _predict(
+    source: weights.Weights, cropping: _Cropping, batches: list[range], top: int, workers: int
+) -> Iterator[Prediction]:
+    gpu, names = source.model.cls.is_cuda, source.description.classes
+    cropped = in_workers(cropping, batches, workers, gpu)
+    for batch, (pixels, broken) in zip(batches, cropped, strict=True):
+        ranked = iter(_rank(source.model, pixels, cropping.config, top))
+        for i in batch:
+            image = cropping.images[i]
+            path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+            if i in broken:
+                yield Prediction(path=path, error=broken[i])
+                continue
+            likely, shares = next(ranked)
+            chosen = tuple(names[c] for c in likely)
+            yield Prediction(path=path, classes=likely, names=chosen, probabilities=shares)
+
+
+def image_side(config: ViTConfig, resolution: int | None) -> int:
+    """Side of the model's images, in pixels; raises UserError where patches do not fill it."""
+    if resolution is None:
+        return config.image_size
+    P = config.patch_size
+    if resolution < 1 or resolution % P:
+        nearest = max(1, round(resolution / P)) * P
+        raise UserError(
+            f"resolution: expected a multiple of the patch size {P}, got {resolution}; "
+            f"the nearest is {nearest}"
+        )
+    return resolution
+
+
+@torch.no_grad()
+def _rank(
+    model: ViT, pixels: Tensor, config: DataConfig, top: int
+) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    """The likeliest classes of crops (B, 3, S, S), uint8, and their probabilities."""
+    if not len(pixels):
+        return []
+    pixels = pixels.to(model.cls.device, non_blocking=True)
+    images = augment.finish(pixels, None, config.mean, config.std)
+    likely = model(images).float().softmax(1).topk(min(top, model.num_classes))
+    rows = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+    return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]
+
+
+class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
+    """The crops of the images that can be read, and why others cannot; runs in worker processes."""
+
+    def __init__(self, images: Sequence[Picture], config: DataConfig, side: int) -> None:
+        self.images = images
+        self.config = config
+        self.side = side
+
+    def __getitem__(self, batch: range) -> tuple[Tensor, dict[int, str]]:
+        config, side, broken, done = self.config, self.side, {}, 0
+        cropped = torch.empty(len(batch), 3, side, side, dtype=torch.uint8)
+        for i in batch:
+            try:
+                pixels = _pixels(self.images[i])
+            except (OSError, ValueError) as error:
+                broken[i] = getattr(error, "strerror", None) or str(error)
+                continue
+            box = crops.eval_boxes(np.array([pixels.shape[1:]]), config.eval_crop)[0]
+            cropped[done] = crops.crop_resize(pixels, box, side, config.interpolation)
+            done += 1
+        return cropped[:done], broken
+
+
+def _pixels(image: Picture) -> Tensor:
+    """uint8 RGB, shape (3, H, W)."""
+    if isinstance(image, Image.Image):
+        return decode_pillow(image)
+    if isinstance(image, str | os.PathLike):
+        return decode(Path(image).read_bytes())
+    kind, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
+    if kind != "uint8" or len(shape) != 3 or 3 not in (shape[0], shape[2]) or 0 in shape:
+        raise UserError(
+            f"images: expected uint8 of shape (H, W, 3) or (3, H, W), got {kind} of shape {shape}"
+        )
+    # Copied, as torch takes no array that is read-only or runs backwards.
+    pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.cpu()
+    return pixels.permute(2, 0, 1) if shape[2] == 3 else pixels
+
+
+def write(found: Iterable[Prediction], count: int, form: Form, place: Path | None) -> int:
+    """Writes predictions for files as they come, and to standard error what could not be read.
+
+    Text has a line for each image that could be read; JSON a line with an object, and CSV lines,
+    for every image.
+
+    Args:
+        count: how many there are, for the progress bar.
+        place: a file, which is there at the end or not at all; None is standard output.
+
+    Returns:
+        How many images could be read.
+    """
+    formats = {"text": _text, "json": _json, "csv": _csv}
+    read = 0
+    with _opened(place) as out, tqdm(total=count, unit=" images", disable=None) as bar:
+        out.write(CSV_HEADER if form == "csv" else "")
+        for prediction in found:
+            if prediction.error is not None:
+                line = f"vitral: {printable(str(prediction.path))}: {prediction.error}"
+                tqdm.write(line, file=sys.stderr)
+            read += prediction.error is None
+            tqdm.write(formats[form](prediction), file=out, end="")
+            out.flush()
+            bar.update()
+    if read < count:
+        print(f"vitral: {count - read:,} of {count:,} images cannot be read", file=sys.stderr)
+    return read
+
+
+@contextmanager
+def _opened(place: Path | None) -> Iterator[TextIO]:
+    if place is None:
+        yield sys.stdout
+        return
+    building = place.with_name(f".{place.name}.new")
+    try:
+        with building.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        building.replace(place)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def _likely(prediction: Prediction) -> Iterator[tuple[str, float]]:
+    return zip(prediction.names, prediction.probabilities, strict=True)
+
+
+def _text(prediction: Prediction) -> str:
+    if prediction.error is not None:
+        return ""
+    likely = ", ".join(f"{display(name)} {p:.2%}" for name, p in _likely(prediction))
+    return f"{printable(str(prediction.path))}: {likely}\n"
+
+
+def _json(prediction: Prediction) -> str:
+    if prediction.error is not None:
+        return json.dumps({"path": prediction.path, "error": prediction.error}) + "\n"
+    likely = [
+        {"class": name, "name": human_name(name) or name, "probability": round(p, 6)}
+        for name, p in _likely(prediction)
+    ]
+    return json.dumps({"path": prediction.path, "predictions": likely}) + "\n"
+
+
+def _csv(prediction: Prediction) -> str:
+    path = printable(str(prediction.path))
+    rows = [
+        (path, rank, name, human_name(name) or name, f"{p:.6f}", "")
+        for rank, (name, p) in enumerate(_likely(prediction), 1)
+    ]
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(rows or [(path, *[""] * 4, prediction.error)])
+    return lines.getvalue()

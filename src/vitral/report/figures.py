@@ -1,0 +1,164 @@
+"""Charts as SVG that stands in a page: text and lines take the page's colours, light or dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+from matplotlib.ticker import MaxNLocator
+
+from vitral.evaluation.scores import BINS
+
+COLOURS = 6  # that report.css has, as .s0 to .s5
+WIDTH, HEIGHT = 400, 250
+LEFT, RIGHT, TOP, BOTTOM = 54, 386, 10, 216  # of the area that is drawn in
+POINTS = 300  # buckets that a longer line is thinned to
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart."""
+
+    label: str
+    points: Points
+    """x and y, x rising."""
+    colour: int = 0
+    dashed: bool = False
+
+    @property
+    def css(self) -> str:
+        """The classes that style it."""
+        return f"s{self.colour % COLOURS}" + (" dashed" if self.dashed else "")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over epochs."""
+
+    title: str
+    unit: str
+    lines: tuple[Line, ...]
+    from_zero: bool = False
+
+    @property
+    def svg(self) -> Markup:
+        """The drawing; its label says where each line begins and ends."""
+        drawn = [thin([p for p in line.points if math.isfinite(p[1])]) for line in self.lines]
+        everything = [point for points in drawn for point in points]
+        if not everything:
+            return Markup('<p class="empty">No value yet.</p>')
+        low = 0.0 if self.from_zero else min(y for _, y in everything)
+        x = Axis.exact(0.0, max(x for x, _ in everything), LEFT, RIGHT)
+        y = Axis.rounded(low, max(y for _, y in everything), BOTTOM, TOP)
+        parts = [*x.grid(vertical=True), *y.grid(vertical=False), _caption("epoch")]
+        for line, points in zip(self.lines, drawn, strict=True):
+            path = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in points)
+            if len(points) == 1:
+                a, b = path.split(",")
+                parts.append(f'<circle class="{line.css}" cx="{a}" cy="{b}" r="4"/>')
+            elif points:
+                parts.append(f'<polyline class="{line.css}" points="{path}"/>')
+        ends = (
+            f"{line.label} from {number(points[0][1])} to {number(points[-1][1])}"
+            for line, points in zip(self.lines, drawn, strict=True)
+            if points
+        )
+        return _svg(f"{self.title} over epochs: {'; '.join(ends)}", parts)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale from values to places in the drawing."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    begin: float
+    end: float
+
+    @classmethod
+    def exact(cls, low: float, high: float, begin: float, end: float) -> Axis:
+        """From `low` to `high`."""
+        ticks = [tick for tick in _round_values(low, high) if low <= tick <= high]
+        return cls(low, high, ticks, begin, end)
+
+    @classmethod
+    def rounded(cls, low: float, high: float, begin: float, end: float) -> Axis:
+        """From the last round value before `low` to the first behind `high`."""
+        ticks = _round_values(low, high if high > low else low + (abs(low) or 1.0))
+        return cls(ticks[0], ticks[-1], ticks, begin, end)
+
+    def place(self, value: float) -> float:
+        """Where a value lies."""
+        share = (value - self.low) / (self.high - self.low)
+        return self.begin + share * (self.end - self.begin)
+
+    def grid(self, vertical: bool) -> list[str]:
+        """Lines and their numbers."""
+        parts = []
+        for tick in self.ticks:
+            at = f"{self.place(tick):.1f}"
+            if vertical:
+                parts.append(f'<path class="grid" d="M{at} {TOP}V{BOTTOM}"/>')
+                parts.append(f'<text x="{at}" y="{BOTTOM + 15}" class="mid">{tick:,.6g}</text>')
+            else:
+                parts.append(f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>')
+                parts.append(f'<text x="{LEFT - 6}" y="{at}" dy="4" class="end">{tick:,.6g}</text>')
+        return parts
+
+
+def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
+    """Accuracy over confidence, with the diagonal of a model that is right as often as it says.
+
+    Args:
+        bins: as `Scores.reliability` gives them.
+    """
+    x, y = Axis.exact(0.0, 1.0, LEFT, RIGHT), Axis.exact(0.0, 1.0, BOTTOM, TOP)
+    parts = [*x.grid(vertical=True), *y.grid(vertical=False), _caption("confidence")]
+    most = max(count for _, count, _, _ in bins)
+    for edge, count, confidence, accuracy in bins:
+        begin, end = x.place(edge - 1 / BINS) + 1, x.place(edge) - 1
+        top, said = y.place(accuracy), y.place(confidence)
+        parts.append(
+            f'<rect class="bar" x="{begin:.1f}" y="{top:.1f}" width="{end - begin:.1f}" '
+            f'height="{BOTTOM - top:.1f}" opacity="{0.3 + 0.7 * (count / most) ** 0.5:.2f}"/>'
+            f'<path class="said" d="M{begin:.1f} {said:.1f}H{end:.1f}"/>'
+        )
+    parts.append(f'<path class="diagonal" d="M{LEFT} {BOTTOM}L{RIGHT} {TOP}"/>')
+    return _svg("Accuracy of the predictions, over the confidence they are made with", parts)
+
+
+def thin(points: Points) -> Points:
+    """About 600 of the points at most, with the least and the greatest of each stretch."""
+    if len(points) <= 2 * POINTS:
+        return points
+    size = -(-len(points) // POINTS)
+    kept = [points[0]]
+    for first in range(0, len(points), size):
+        stretch = points[first : first + size]
+        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+    return [*kept, points[-1]]
+
+
+def number(value: float) -> str:
+    """Four digits, with separators for thousands: 0.0003, 2.187, 12,500."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    return list(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+
+
+def _caption(text: str) -> str:
+    return f'<text x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 4}" class="mid">{text}</text>'
+
+
+def _svg(label: str, parts: Sequence[str]) -> Markup:
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,276 @@
+"""report.html: a run, or several beside each other, as one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitral.config import Config, flatten
+from vitral.data.imagenet import human_name
+from vitral.data.records import printable
+from vitral.evaluation import Scores
+from vitral.report.figures import COLOURS, Chart, Line, number, reliability
+from vitral.report.gather import Predictions, Row, Run, duration
+from vitral.report.thumbnails import attended, data_uri, thumbnail
+
+MATRIX_CLASSES = 50  # that a full confusion matrix is shown for
+LISTED_CLASSES = 20  # above that the ten best and the ten worst
+PAIRS, PAIR_IMAGES = 12, 4
+MISTAKES = 24
+LOOKED_AT = 8  # images whose attention is shown
+PICTURE_SIDE = 1100  # pixels of the augmented batch
+
+
+def write_report(run: Run, out: Path, predictions: Predictions | None, missing: str = "") -> None:
+    """Writes the page of a run.
+
+    Args:
+        run: as `read_run` gives it.
+        out: the file to write.
+        predictions: what the run's weights say of the validation images.
+        missing: why there are no predictions.
+    """
+    settings, defaults = flatten(run.config), flatten(Config())
+    _write(
+        out,
+        "run.html",
+        title=_names([run])[0],
+        run=run,
+        size=_size(run.config),
+        command=_command(run.environment),
+        settings=settings,
+        changed={k: (v, defaults[k]) for k, v in settings.items() if v != defaults[k]},
+        environment=_leaves(run.environment),
+        charts=_charts({"": run.rows}),
+        cost=_cost(run),
+        batch=_picture(run.path / "train_batch.jpg"),
+        judged=predictions and Judged(predictions),
+        missing=missing,
+    )
+
+
+def write_comparison(runs: Sequence[Run], out: Path) -> None:
+    """Writes a page of several runs: results, curves in one picture, and settings that differ."""
+    names = _names(runs)
+    settings = [flatten(run.config) for run in runs]
+    columns = {key: [each[key] for each in settings] for key in settings[0] if key != "train.out"}
+    _write(
+        out,
+        "comparison.html",
+        title=f"{len(runs)} runs compared",
+        runs=list(zip(names, runs, strict=True)),
+        colours=COLOURS,
+        different={k: v for k, v in columns.items() if any(value != v[0] for value in v)},
+        charts=_charts(dict(zip(names, [run.rows for run in runs], strict=True))),
+    )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The part of a page that is about single predictions."""
+
+    predictions: Predictions
+
+    @property
+    def scores(self) -> Scores:
+        """The scores themselves."""
+        return self.predictions.scores
+
+    @property
+    def model(self) -> str:
+        """Which weights made the predictions."""
+        path, known = self.predictions.weights.path, self.predictions.weights.description
+        kind = "EMA" if known.default == "ema" else "raw"
+        return f"weights/{path.name} ({kind}, step {known.metrics['step']:,.0f})"
+
+    @cached_property
+    def per_class(self) -> dict[str, list[tuple[str, int, float, float]]]:
+        """Tables of classes by title, the best first; above 20 classes their two ends."""
+        rows = sorted(self.scores.per_class(), key=lambda row: -row[2])
+        if len(rows) <= LISTED_CLASSES:
+            return {"All classes": rows}
+        return {"Best classes": rows[:10], "Worst classes": rows[:-11:-1]}
+
+    @cached_property
+    def matrix(self) -> list[list[tuple[int, int]]] | None:
+        """Images, and their share of the true class in percent, by true and predicted class."""
+        if len(self.scores.classes) > MATRIX_CLASSES:
+            return None
+        counts = self.scores.confusion()
+        shares = np.rint(100 * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
+        pairs = zip(counts.tolist(), shares.tolist(), strict=True)
+        return [list(zip(*pair, strict=True)) for pair in pairs]
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, str, int, list[dict[str, Any]]]]:
+        """True class, predicted class and images of the commonest confusions, with examples."""
+        scores, found = self.scores, []
+        for truth, other, count in scores.confused_pairs()[:PAIRS]:
+            a, b = scores.classes.index(truth), scores.classes.index(other)
+            chosen = np.flatnonzero((scores.labels == a) & (scores.ranked[:, 0] == b))
+            found.append((truth, other, count, self._shown(chosen, PAIR_IMAGES)))
+        return found
+
+    @cached_property
+    def mistakes(self) -> list[dict[str, Any]]:
+        """The wrong predictions of the greatest confidence."""
+        return self._shown(np.flatnonzero(~self.scores.hits(1)), MISTAKES)
+
+    @cached_property
+    def attention(self) -> list[dict[str, Any]]:
+        """A few images from all over the set, and what of them the model attends to."""
+        records, found = self.predictions.records, []
+        for i in np.unique(np.linspace(0, len(records) - 1, LOOKED_AT).astype(int)):
+            pictures = attended(self.predictions.weights, records, int(i))
+            if pictures is not None:
+                found.append({"seen": pictures[0], "lit": pictures[1], **self._said(i)})
+        return found
+
+    @cached_property
+    def calibration(self) -> Markup:
+        """The reliability diagram."""
+        return reliability(self.scores.reliability())
+
+    def _shown(self, indices: NDArray[np.int64], count: int) -> list[dict[str, Any]]:
+        """The most confident of some images, with what is said below each."""
+        scores = self.scores
+        order = np.argsort(-scores.confidence[indices], kind="stable")[:count]
+        records = self.predictions.records
+        return [{"picture": thumbnail(records, int(i)), **self._said(i)} for i in indices[order]]
+
+    def _said(self, i: int) -> dict[str, Any]:
+        """The true class of image i, and what is predicted."""
+        scores = self.scores
+        return {
+            "truth": scores.classes[scores.labels[i]],
+            "predicted": scores.classes[scores.ranked[i, 0]],
+            "probability": scores.confidence[i],
+        }
+
+
+def _write(out: Path, template: str, **content: Any) -> None:
+    pages = Environment(
+        loader=PackageLoader("vitral.report", "pages"),
+        autoescape=True,  # names of classes, paths and settings are anybody's
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"percent": "{:.2%}".format, "duration": duration, "number": number}
+    pages.filters |= {"human": _human, "value": _value}
+    text = pages.get_template(template).render(**content)
+    beside = out.with_name(f".{out.name}.new")
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    beside.replace(out)
+
+
+def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
+    """Six charts; of several runs each has a colour, of one each quantity."""
+    several = len(runs) > 1
+
+    def chart(title: str, unit: str, factor: float, zero: bool, **columns: str) -> Chart:
+        lines = []
+        for i, (run, rows) in enumerate(runs.items()):
+            for j, (column, label) in enumerate(columns.items()):
+                points = [(row["epoch"], factor * row[column]) for row in rows if column in row]
+                if points:
+                    name = f"{run}, {label}" if several and len(columns) > 1 else run or label
+                    ema = column.startswith("ema")
+                    lines.append(Line(name, points, i if several else j, dashed=ema))
+        return Chart(title, unit, tuple(lines), zero)
+
+    losses = {"val_loss": "validation", "ema_loss": "validation, EMA"}
+    if not several:
+        losses = {"loss": "training", **losses}
+    return [
+        chart("Loss", "nats", 1, False, **losses),
+        chart("Accuracy", "top-1, %", 100, False, val_top1="raw weights", ema_top1="EMA"),
+        chart("Learning rate", "", 1, True, lr="learning rate"),
+        chart("Gradient norm", "before clipping", 1, True, grad_norm="gradient norm"),
+        chart("Throughput", "images/s", 1, True, images_per_second="images a second"),
+        chart("Waiting for data", "% of the time", 100, True, data_wait="waiting"),
+    ]
+
+
+def _cost(run: Run) -> dict[str, str]:
+    """What the run took, by name."""
+    if not run.rows:
+        return {}
+    last, known = run.rows[-1], run.environment
+    cost = {"Images seen": f"{last['images']:,.0f}"}
+    flops = known.get("flops_per_image")
+    if flops:
+        most = "at most " if run.config.train.progressive else ""
+        work = f"{3 * flops * last['images']:.3g}".replace("e+", "e")
+        cost["Floating-point operations"] = f"{most}{work}, three forward passes an image"
+    processes = known.get("resolved", {}).get("processes", 1)
+    device = known.get("gpu") or f"CPU with {known.get('cpu_cores', '?')} cores"
+    hours = last["seconds"] * processes / 3600
+    cost["Device hours"] = f"{hours:,.3g} on {processes} x {device}"
+    if "mfu" in last:
+        cost["Model FLOPs utilisation"] = f"{last['mfu']:.0%} in the last log row"
+    return cost
+
+
+def _size(config: Config) -> str:
+    dim, depth, heads, kv_heads = config.model.shape
+    return (
+        f"{depth} blocks of width {dim}, {heads} heads ({kv_heads} for keys and values), "
+        f"patches of {config.model.patch_size} on images of {config.model.image_size} pixels"
+    )
+
+
+def _command(environment: Mapping[str, Any]) -> list[str]:
+    """The words that started the run, as a shell takes them."""
+    program, *words = environment.get("command") or [""]
+    name = Path(program).name.replace("__main__.py", "vitral")
+    return [shlex.quote(word) for word in (name, *words)] if name else []
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The folders' own names, or where two are alike their paths."""
+    names = [printable(run.path.resolve().name) for run in runs]
+    return names if len(set(names)) == len(names) else [printable(run.path) for run in runs]
+
+
+def _leaves(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested facts as one table."""
+    table = {}
+    for key, value in facts.items():
+        table |= _leaves(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return table
+
+
+def _picture(path: Path) -> tuple[str, int, int] | None:
+    try:
+        with Image.open(path) as image:
+            return data_uri(image, min(PICTURE_SIDE, max(image.size))), *image.size
+    except OSError:
+        return None
+
+
+def _human(name: str) -> str:
+    """The first name of a wnid, any other name as it is."""
+    known = human_name(name)
+    return known.split(", ")[0] if known else name
+
+
+def _value(value: Any) -> str:
+    """A setting as a person would write it."""
+    if isinstance(value, tuple | list):
+        return " ".join(map(_value, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "–" if value is None else str(value)  # noqa: RUF001

@@ -1,0 +1,79 @@
+"""Single images of a set, small enough to stand in a page."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from vitral.data.augment import finish
+from vitral.data.decode import DecodeError, decode
+from vitral.data.fetch import Request, fetch
+from vitral.data.loader import STILL
+from vitral.data.records import Packed, Pixels, Records
+from vitral.inference.attention import attention_weights, read, rollout
+from vitral.weights import Weights
+
+SIDE = 112  # pixels of the longer side
+
+
+def thumbnail(records: Records, index: int) -> str | None:
+    """A whole image of the set as a data URI; None if it cannot be read."""
+    try:
+        if isinstance(records, Pixels):
+            image = _image(records.images[index])
+        elif isinstance(records, Packed):
+            H, W = (int(length) for length in records.sides[index])
+            image = _image(torch.from_numpy(records.images[index].copy())).resize((W, H))
+        else:
+            image = _image(decode(records.read(index)))
+    except (OSError, DecodeError):
+        return None
+    return data_uri(image, SIDE)
+
+
+def data_uri(image: Image.Image, side: int) -> str:
+    """An image as a JPEG of `side` pixels at its longer side, in an address that holds it.
+
+    A small one is enlarged by a whole number without being blurred.
+    """
+    factor = side / max(image.size)
+    smooth = Image.Resampling.LANCZOS
+    how, factor = (Image.Resampling.NEAREST, int(factor)) if factor > 1 else (smooth, factor)
+    W, H = (max(1, round(length * factor)) for length in image.size)
+    content = io.BytesIO()
+    image.convert("RGB").resize((W, H), how).save(content, "JPEG", quality=80, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
+
+
+def attended(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:
+    """What the model sees of an image, and the same lit by attention rollout, as data URIs.
+
+    None if the image cannot be read.
+    """
+    config = dataclasses.replace(weights.description.config, augment=STILL)
+    request = Request(0, 0, config.model.image_size, np.array([0]), np.array([index]))
+    (fetched,) = fetch(records, config, [request], 0, torch.device("cpu"))
+    if fetched.broken:
+        return None
+    place = weights.model.cls.device
+    images = finish(fetched.images.to(place), None, config.data.mean, config.data.std)
+    _, attention = attention_weights(weights.model, images)
+    grid = config.model.image_size // config.model.patch_size
+    flow = read(weights.model, rollout(attention)).view(1, 1, grid, grid).cpu()
+    light = F.interpolate(flow, images.shape[-2:], mode="bilinear")[0]
+    light = (light - light.min()) / (light.max() - light.min()).clamp_min(1e-9)
+    seen = fetched.images[0]
+    lit = (seen * (0.15 + 0.85 * light)).to(torch.uint8)
+    return data_uri(_image(seen), SIDE), data_uri(_image(lit), SIDE)
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """Of shape (3, H, W), uint8."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

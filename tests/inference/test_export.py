@@ -1,0 +1,236 @@
+import json
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+
+from vitral import storage, weights
+from vitral.cli import main
+from vitral.config import Config, DataConfig, ViTConfig
+from vitral.data.loader import eval_batches
+from vitral.data.sources import open_dataset
+from vitral.inference import export as exporting
+from vitral.inference.export import Agreement, export
+from vitral.model import ViT
+
+TINY = {"dim": 32, "depth": 1, "num_heads": 4, "num_kv_heads": 2, "patch_size": 4, "image_size": 16}
+RICH = {
+    **TINY,
+    "depth": 2,
+    "num_kv_heads": 1,
+    "patch_size": 2,
+    "rope": "mixed",
+    "num_registers": 3,
+    "pooling": "mean",
+    "qk_norm": True,
+    "layer_scale": 0.1,
+    "qkv_bias": False,
+    "ffn_bias": False,
+}
+PLAIN = {**TINY, "num_kv_heads": 4, "patch_size": 1, "image_size": 5, "pooling": "mean"}
+CLASSES = ("n01440764", "dark", "n02012849")
+
+
+def save(folder, data, seed=0, **model):
+    """Weights of which none is at a value that an export could drop unseen."""
+    torch.manual_seed(seed)
+    config = Config(model=ViTConfig(**model), data=DataConfig(path=str(data), eval_crop=0.9))
+    vit = ViT(config.model, len(CLASSES))
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    description = weights.describe(config, CLASSES, "f" * 64, {})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    weights.save(folder, {"model": vit.state_dict(), "ema": vit.state_dict()}, description)
+    return vit.eval()
+
+
+@pytest.fixture(scope="module")
+def run(image_folder, tmp_path_factory):
+    """A run folder with tiny weights."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    save(folder / "weights" / "best", image_folder, **TINY)
+    return folder
+
+
+def open_exported(path):
+    """What runs the file, and the JSON in it."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+        text = session.get_modelmeta().custom_metadata_map["vitral"]
+        return lambda x: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]), text
+    extra = {"vitral.json": ""}
+    return torch.export.load(path, extra_files=extra).module(), extra["vitral.json"]
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "opset"),
+    [
+        (TINY, "onnx", 20),
+        (RICH, "onnx", 20),
+        (RICH, "onnx", 23),
+        (PLAIN, "onnx", 20),
+        (RICH, "pt2", 20),
+        (PLAIN, "pt2", 20),
+    ],
+)
+def test_file_does_what_the_model_does(model, format, opset, image_folder, tmp_path):
+    """At sizes and in batches that the export itself never tried."""
+    vit = save(tmp_path / "weights", image_folder, **model)
+    out = tmp_path / f"model.{format}"
+    exported = export(tmp_path / "weights", format=format, out=out, opset=opset, images=5)
+    random, validation = exported.agreements
+    assert (random.images, random.same) == (12, 12)
+    assert (validation.what, validation.images, validation.same) == ("5 images of images0", 5, 5)
+    forward, text = open_exported(out)
+    P = model["patch_size"]
+    draw = torch.Generator().manual_seed(7)
+    for batch, rows, columns in ((1, 2, 2), (2, 2, 7), (5, 9, 3), (4, 8, 8)):
+        images = torch.randn(batch, 3, rows * P, columns * P, generator=draw)
+        with torch.no_grad():
+            expected = vit(images)
+        assert expected.std() > 0.1
+        torch.testing.assert_close(forward(images), expected, rtol=0, atol=2e-5)
+    told = json.loads(text)
+    assert told["classes"] == list(CLASSES)
+    assert told["names"] == ["tench, Tinca tinca", "dark", "crane"]
+    assert (told["patch_size"], told["image_size"]) == (P, model["image_size"])
+    assert (told["eval_crop"], told["interpolation"]) == (0.9, "bilinear")
+    assert (told["mean"], told["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (told["weights"], told["fingerprint"]) == ("model", "f" * 64)
+    assert told["vitral"]
+    assert b"/site-packages/" not in unpacked(out)
+    assert str(Path(exporting.__file__).parents[1]).encode() not in unpacked(out)
+
+
+def unpacked(path):
+    """The bytes of a file; of an archive those of its members, among which there is no pickle."""
+    if path.suffix == ".onnx":
+        return path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = [archive.read(name) for name in archive.namelist()]
+    assert not any(member.startswith((b"\x80", b"PK")) for member in members)
+    assert not any(b'"use_pickle": true' in member for member in members)
+    return b"".join(members)
+
+
+def test_weights_over_the_limit_of_one_file_lie_beside_it(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "ONE_FILE", 1000)
+    written = export(run, out=tmp_path / "big.onnx", images=0).files
+    assert written == (tmp_path / "big.onnx", tmp_path / "big.onnx.data")
+    assert set(written) == set(tmp_path.iterdir())
+    shutil.move(tmp_path / "big.onnx", tmp_path / "elsewhere")
+    forward, _ = open_exported(shutil.move(tmp_path / "elsewhere", tmp_path / "big.onnx"))
+    assert forward(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+    state = storage.read_tensors(run / "weights" / "best", "model")
+    size = sum(tensor.nbytes for tensor in state.values())
+    assert (tmp_path / "big.onnx.data").stat().st_size > 0.8 * size
+
+
+def test_command(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.pt2").write_text("an older one")
+    assert main(["export", str(run), "--format", "pt2", "--which", "ema"]) == 0
+    said = capsys.readouterr()
+    assert re.fullmatch(
+        r"mine.pt2: 0.\d MB\n"
+        r"12 random images, 16 by 16, 24 by 24, 24 by 16: .+ 100.00%\n"
+        r"12 images of images0: largest error \d.\de-\d\d, top-1 agreement 100.00%\n",
+        said.out.replace("0.0e+00", "0.0e-00"),
+    )
+    assert said.err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.pt2"]
+    assert json.loads(open_exported(Path("mine.pt2"))[1])["weights"] == "ema"
+
+
+def test_without_the_set_trained_on(tmp_path, capsys):
+    save(tmp_path / "weights", tmp_path / "gone", **TINY)
+    out = tmp_path / "model.pt2"
+    assert main(["export", str(tmp_path / "weights"), "--format", "pt2", "--out", str(out)]) == 0
+    assert "--data PATH" in capsys.readouterr().out
+    assert out.exists()
+
+
+def another_model(program, file, *_):
+    """A file that is sound, but of other weights."""
+    torch.export.save(exporting._trace(ViT(ViTConfig(**TINY), 3).eval()), file)
+
+
+def nonsense(program, file, *_):
+    file.write_bytes(b"nonsense")
+
+
+@pytest.mark.parametrize(
+    ("format", "write", "said"),
+    [
+        ("pt2", another_model, "does not do what the model does: 12 random images"),
+        ("onnx", nonsense, "cannot be run"),
+        ("pt2", nonsense, "cannot be run"),
+    ],
+)
+def test_a_file_that_fails_is_not_kept(format, write, said, run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(exporting, f"_write_{format}", write)
+    out = tmp_path / f"model.{format}"
+    out.write_text("an older one")
+    assert main(["export", str(run), "--format", format, "--out", str(out)]) == 1
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", text)
+    assert said in text
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    assert out.read_text() == "an older one"
+
+
+def test_validation_images_are_those_of_evaluation_from_first_to_last(image_folder):
+    data = DataConfig(path=str(image_folder), eval_crop=0.9)
+    config = Config(model=ViTConfig(**TINY), data=data)
+    records = open_dataset(data, 16, 0).val
+    (every,) = eval_batches(records, config, len(records), 0, torch.device("cpu"))
+    _, batches = exporting._validation_images(config, str(image_folder), 2)
+    torch.testing.assert_close(torch.cat(list(batches)), every.images[[0, -1]], rtol=0, atol=0)
+
+
+def test_agreement_is_of_every_class_and_within_the_tolerance():
+    assert Agreement("", 4, 4, 1e-4).good
+    assert not Agreement("", 4, 3, 0.0).good
+    assert not Agreement("", 4, 4, 1.1e-4).good
+    assert not Agreement("", 4, 4, float("nan")).good
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        ("--format tflite", ["tflite", "onnx"]),
+        ("--opset 19", ["19", "20"]),
+        ("--images -1", ["images", "0 or more"]),
+        ("--out model.pt2", ["expected a file name that ends in .onnx", "model.pt2"]),
+        ("--out folder.onnx", ["expected a file name", "folder.onnx"]),
+        ("--data /no/such/folder", ["/no/such/folder"]),
+        ("--which emma", ["emma"]),
+    ],
+)
+def test_mistakes_are_one_line(words, fragments, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.onnx").mkdir()
+    assert main(["export", str(run), *words.split()]) == 2
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", text)
+    for fragment in fragments:
+        assert fragment in text
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(package, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["export", str(run), "--out", str(tmp_path / "model.onnx")]) == 2
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", text)
+    assert f"package {package}, which" in text
+    assert "pip install 'vitral[onnx]'" in text
+    assert not list(tmp_path.iterdir())

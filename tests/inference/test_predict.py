@@ -1,0 +1,221 @@
+"""Predictions against `evaluate`, and against one image at a time through the model by hand."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitral
+from vitral import weights
+from vitral.config import Config, DataConfig, UserError, ViTConfig
+from vitral.data.decode import decode
+from vitral.inference import find_images, load
+from vitral.model import ViT
+
+CLASSES = tuple(f"class {letter}" for letter in "abcdefg")
+MODEL = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=4, image_size=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A validation split of seven classes: images in several sizes and formats."""
+    root = tmp_path_factory.mktemp("set")
+    draw = np.random.default_rng(0)
+    for name in CLASSES:
+        (root / "val" / name).mkdir(parents=True)
+        for size, suffix in (((30, 21), "jpg"), ((17, 40), "png"), ((16, 16), "webp")):
+            coarse = draw.integers(0, 256, (4, 5, 3), np.uint8)
+            image = Image.fromarray(coarse).resize(size)
+            exif = Image.Exif()
+            exif[0x0112] = 6  # lies on its side
+            image.save(root / "val" / name / f"image.{suffix}", exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Weights whose raw and averaged predictions differ, and differ from image to image."""
+    states = {}
+    for seed, which in enumerate(("model", "ema")):
+        torch.manual_seed(seed)
+        model = ViT(MODEL, len(CLASSES))
+        torch.nn.init.normal_(model.head.weight, std=0.5)
+        states[which] = model.state_dict()
+    config = Config(model=MODEL, data=DataConfig(eval_crop=0.8))
+    place = tmp_path_factory.mktemp("weights") / "best"
+    weights.save(place, states, weights.describe(config, CLASSES, "", {"ema_top1": 0.5}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    return find_images([str(folder / "val")])
+
+
+def by_hand(classifier, image, side):
+    """Probabilities of one image, cropped by slicing and resized by Pillow's filter. (classes,)"""
+    H, W = image.shape[1:]
+    share = round(0.8 * min(H, W))
+    top, left = round((H - share) / 2), round((W - share) / 2)
+    square = image[:, top : top + share, left : left + share].permute(1, 2, 0).numpy()
+    small = Image.fromarray(square).resize((side, side), Image.Resampling.BILINEAR)
+    data = classifier.description.config.data
+    pixels = (np.asarray(small) / 255 - data.mean) / data.std
+    logits = classifier.model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
+    return logits[0].softmax(0)
+
+
+def test_equals_evaluation(directory, folder, files):
+    classifier = vitral.load(directory)
+    scores = vitral.evaluate(classifier, str(folder), batch_size=5, workers=0)
+    found = classifier.predict(files)
+    assert [p.path for p in found] == files
+    assert [p.classes for p in found] == [tuple(row) for row in scores.ranked.tolist()]
+    np.testing.assert_allclose([p.probabilities[0] for p in found], scores.confidence, atol=1e-6)
+    assert [p.names for p in found] == [tuple(CLASSES[i] for i in p.classes) for p in found]
+    assert len({p.classes for p in found}) > 5
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(None, 17), (32, 65), (8, 5)])
+def test_equals_one_image_at_a_time_at_any_resolution(directory, files, side, tokens):
+    classifier, seen = load(directory), []
+    hook = classifier.model.norm.register_forward_hook(lambda *io: seen.append(io[2].shape[1]))
+    found = classifier.predict(files, top=7, resolution=side)
+    hook.remove()
+    assert set(seen) == {tokens}
+    for prediction in found:
+        expected = by_hand(classifier, decode(Path(prediction.path).read_bytes()), side or 16)
+        ours = torch.tensor(prediction.probabilities)
+        assert (ours - expected[list(prediction.classes)]).abs().max() < 0.03
+        assert sum(prediction.probabilities) == pytest.approx(1)
+        assert sorted(prediction.probabilities, reverse=True) == [*prediction.probabilities]
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2), (100, 1)])
+def test_batches_and_workers_change_nothing(directory, files, batch_size, workers):
+    classifier = load(directory)
+    expected = classifier.predict(files)
+    for a, b in zip(
+        expected, classifier.predict(files, batch_size=batch_size, workers=workers), strict=True
+    ):
+        assert (a.path, a.classes, a.names) == (b.path, b.classes, b.names)
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-6)
+
+
+def test_every_form_of_an_image_gives_the_same(directory, files):
+    classifier = load(directory)
+    for path in files[:3]:
+        chw = decode(Path(path).read_bytes())
+        hwc = chw.permute(1, 2, 0)
+        frozen = hwc.numpy().copy()
+        frozen.flags.writeable = False
+        backwards = hwc.numpy()[..., ::-1].copy()[..., ::-1]
+        forms = [Path(path), chw, hwc, chw.numpy(), frozen, backwards]
+        with Image.open(path) as image:
+            mixed = classifier.predict([path, image, *forms])
+            alone = [classifier.predict(form)[0] for form in (path, image, *forms)]
+        assert mixed[0].path == mixed[2].path == path
+        assert {p.path for p in (mixed[1], *mixed[3:])} == {None}
+        if not path.endswith("jpg"):  # of which Pillow's decoder makes slightly other pixels
+            assert len({dataclasses.replace(p, path="", probabilities=()) for p in mixed}) == 1
+        for a, b in zip(mixed, alone, strict=True):
+            assert (a.path, a.classes) == (b.path, b.classes)
+            assert a.probabilities == pytest.approx(b.probabilities, abs=1e-6)
+
+
+def test_which_weights_and_how_many_classes(directory, files):
+    raw, averaged = (load(directory, which=which).predict(files) for which in ("model", "ema"))
+    assert [p.classes for p in load(directory).predict(files)] == [p.classes for p in averaged]
+    assert [p.classes for p in raw] != [p.classes for p in averaged]
+    assert {len(p.classes) for p in load(directory).predict(files, top=100)} == {7}
+    assert load(directory).predict([]) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_listed_and_never_replaced(directory, files, tmp_path, workers):
+    good = Path(files[0]).read_bytes()
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "half.jpg").write_bytes(good[: len(good) // 2])
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    reasons = {
+        "text.jpg": "not an image",
+        "half.jpg": "",
+        "empty.jpg": "empty file",
+        "loop.jpg": "symbolic links",
+        "missing.jpg": "No such file",
+        "text.jpg/inside.jpg": "Not a directory",
+        "long" * 99: "name too long",
+        "zero\0byte": "null",
+    }
+    broken = [str(tmp_path / name) for name in reasons]
+    mixed = [path for pair in zip(broken, files, strict=False) for path in pair]
+    classifier = load(directory)
+    found = classifier.predict(mixed, batch_size=3, workers=workers)
+    assert [p.path for p in found] == mixed
+    for prediction, reason in zip(found[::2], reasons.values(), strict=True):
+        assert reason in prediction.error
+        assert "\n" not in prediction.error
+        assert (prediction.classes, prediction.names, prediction.probabilities) == ((), (), ())
+    expected = classifier.predict(files[: len(broken)])
+    assert [(p.classes, p.error) for p in found[1::2]] == [(p.classes, None) for p in expected]
+    assert all(p.error for p in classifier.predict(broken, workers=workers))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resolution": 18}, "multiple of the patch size 4, got 18; the nearest is 16"),
+        ({"resolution": 0}, "got 0; the nearest is 4"),
+        ({"top": 0}, "top: expected 1 or more, got 0"),
+        ({"batch_size": 0}, "batch_size: expected 1 or more"),
+        ({"workers": -1}, "workers: expected 0 or more, got -1"),
+        ({"images": torch.zeros(3, 8, 8)}, "uint8 .* got float32 of shape \\(3, 8, 8\\)"),
+        ({"images": np.zeros((1, 8, 8, 3), np.uint8)}, "got uint8 of shape \\(1, 8, 8, 3\\)"),
+        ({"images": np.zeros((8, 8), np.uint8)}, "got uint8 of shape \\(8, 8\\)"),
+        ({"images": np.zeros((0, 8, 3), np.uint8)}, "got uint8 of shape \\(0, 8, 3\\)"),
+    ],
+)
+def test_mistakes(directory, files, settings, message):
+    with pytest.raises(UserError, match=message):
+        load(directory).predict(**{"images": files, **settings})
+
+
+def test_places_become_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = "b/2.jpg b/10.PNG b/c/x.webp b/notes.txt b/.hidden.jpg b/.cache/y.jpg a[1].jpg e.jpg"
+    for name in names.split():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    in_b = ["b/10.PNG", "b/2.jpg", "b/c/x.webp"]
+    for places, expected in {
+        "b": in_b,
+        "b/": in_b,
+        "e.jpg b e.jpg": ["e.jpg", *in_b, "e.jpg"],
+        "a[1].jpg": ["a[1].jpg"],
+        "?.jpg": ["e.jpg"],
+        "b/**/*.[jwp]*": ["b/2.jpg", "b/c/x.webp"],
+        "b/notes.txt none.jpg": ["b/notes.txt", "none.jpg"],
+    }.items():
+        assert find_images(places.split()) == expected, places
+    assert find_images(["**"]) == ["a[1].jpg", *in_b, "b/notes.txt", "e.jpg"]
+    assert find_images([str(tmp_path / "b*")]) == [str(tmp_path / name) for name in in_b]
+    Path("b/c/up").symlink_to("..")  # round in circles
+    assert find_images(["b"]) == in_b
+    Path("empty").mkdir()
+    for place in ("empty", "*.gif"):
+        with pytest.raises(UserError, match=r"expected images .* got none") as caught:
+            find_images(["e.jpg", place])
+        assert place in str(caught.value)
+
+
+def test_a_name_that_is_no_text(tmp_path, directory, files):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
+    Path(odd).write_bytes(Path(files[0]).read_bytes())
+    (found,) = load(directory).predict(find_images([str(tmp_path)]))
+    assert found.path == odd
+    assert found.error is None

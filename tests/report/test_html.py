@@ -1,0 +1,549 @@
+"""The page of a run: its figures against the log and a plain computation, its form, its holes."""
+
+import base64
+import dataclasses
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vitral import train, weights
+from vitral.cli import main
+from vitral.data.records import Packed, Pixels
+from vitral.evaluation import Scores
+from vitral.inference.attention import attention_weights
+from vitral.report.figures import Axis, Chart, Line, reliability, thin
+from vitral.report.gather import Predictions, read_rows, read_run
+from vitral.report.html import write_report
+from vitral.report.thumbnails import attended, data_uri, thumbnail
+
+TINY = "--model.dim 16 --model.depth 2 --train.epochs 4 --optim.warmup-epochs 0 --train.threads 1"
+TINY += " --train.log-every 5 --train.eval-every 2 --train.ema-decay 0.9"
+VOID = {"meta", "link", "img", "br"}
+CSS = Path(__file__).parents[2] / "src/vitral/report/pages/report.css"
+
+
+class Page(HTMLParser):
+    """A page taken apart; an element that is not closed in its place is an error."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.source = path.read_text()
+        self.open, self.elements, self.headings = [], [], []
+        self.words, self.cells, self.section = {}, {}, None
+        self.feed(self.source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        assert len(given) == len(attributes)
+        self.elements.append((tag, given))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.section = given["id"]
+        elif tag == "tr":
+            self.cells.setdefault(self.section, []).append([])
+        elif tag in ("td", "th"):
+            self.cells[self.section][-1].append("")
+        elif re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "section":
+            self.section = None
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            text = " ".join(data.split())
+            self.words[self.section] = f"{self.words.get(self.section, '')} {text}".strip()
+            if {"td", "th"} & {*self.open}:
+                row = self.cells[self.section][-1]
+                row[-1] = f"{row[-1]} {text}".strip()
+
+    def all(self, name):
+        return [given for tag, given in self.elements if tag == name]
+
+
+def check_form(page):
+    """What holds for every page: it stands alone, and can be read by a machine."""
+    ids = [given["id"] for _, given in page.elements if "id" in given]
+    assert len(ids) == len({*ids})
+    for tag, given in page.elements:
+        assert tag not in ("script", "iframe", "object", "base")
+        for name, value in given.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "action"):
+                assert value.startswith("data:") or value.removeprefix("#") in ids, value
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    assert all(image["alt"].strip() for image in page.all("img"))
+    labelled = [svg for svg in page.all("svg") if svg.get("role") == "img"]
+    assert all(svg["aria-label"] for svg in labelled)
+    assert page.headings.count(1) == 1
+    assert page.headings[0] == 1
+    for before, after in zip(page.headings, page.headings[1:], strict=False):
+        assert after <= before + 1
+    assert page.all("html")[0]["lang"] == "en"
+    (policy,) = (
+        m["content"] for m in page.all("meta") if "content" in m and "'none'" in m["content"]
+    )
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return page
+
+
+def copy(run, place, *, rows=None):
+    """The run folder again, with other log rows."""
+    shutil.copytree(run, place)
+    if rows is not None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (place / "metrics.jsonl").write_text(text)
+    return place
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on digits, with EMA."""
+    out = tmp_path_factory.mktemp("runs") / "a run & more"
+    return train("digits", *TINY.split(), "--out", str(out))
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    assert main(["report", str(run)]) == 0
+    return check_form(Page(run / "report.html"))
+
+
+@pytest.fixture(scope="module")
+def answers(run):
+    """Labels and probabilities of the held-out digits, without vitral's input pipeline."""
+    found = weights.load(run)
+    data = found.description.config.data
+    raw, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(np.rint(raw[-360:] * 255 / 16) / 255).float().view(-1, 1, 8, 8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
+    with torch.no_grad():
+        return labels[-360:].tolist(), found.model((grey - mean) / std).softmax(1).double()
+
+
+def test_summary_is_that_of_the_log(run, page):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = rows[-1]
+    best = max(row[k] for row in rows for k in ("val_top1", "ema_top1") if k in row)
+    cards = page.words["summary"]
+    assert f"Best top-1 {best:.2%} " in cards
+    assert f"Last top-1, raw {last['val_top1']:.2%} top-5 {last['val_top5']:.2%}" in cards
+    assert f"Last top-1, EMA {last['ema_top1']:.2%} top-5 {last['ema_top5']:.2%}" in cards
+    assert f"Images seen {last['images']:,}" in cards
+    table = [row for row in page.cells["curves"] if row[0] != "epoch"]
+    validated = [row for row in rows if "val_top1" in row]
+    assert [row[1] for row in table] == [str(row["step"]) for row in validated]
+    assert [row[3] for row in table] == [f"{row['val_top1']:.2%}" for row in validated]
+    assert [row[9] for row in table] == [f"{row['ema_ece']:.2%}" for row in validated]
+    known = json.loads((run / "env.json").read_text())
+    flops = 3 * known["flops_per_image"] * last["images"]
+    cost = dict(page.cells["cost"])
+    stated = float(cost["Floating-point operations"].split(",")[0])
+    assert stated == pytest.approx(flops, rel=5e-3)
+    hours = float(cost["Device hours"].split()[0])
+    assert hours == pytest.approx(last["seconds"] / 3600, rel=5e-3)
+    assert "finished" in page.words[None]
+    assert "not finished" not in page.words[None]
+
+
+def test_settings_show_what_differs_first(page):
+    changed = [row for row in page.cells["configuration"] if len(row) == 3]
+    assert ["train.epochs", "4", "90"] in changed
+    assert ["train.ema_decay", "0.9", "0"] in changed
+    assert all(here != default for _, here, default in changed[1:])
+    every = [row for row in page.cells["configuration"] if len(row) == 2]
+    assert ["train.seed", "0"] in every
+    assert ["model.qkv_bias", "yes"] in every
+    assert ["packages.torch", torch.__version__.split("+")[0]] in [
+        [name, value.split("+")[0]] for name, value in page.cells["environment"]
+    ]
+
+
+def test_predictions_are_those_of_a_plain_loop(page, answers):
+    labels, probabilities = answers
+    predicted = probabilities.argmax(1).tolist()
+    confidence = probabilities.max(1).values.tolist()
+    counts = [[0] * 10 for _ in range(10)]
+    for truth, guess in zip(labels, predicted, strict=True):
+        counts[truth][guess] += 1
+    matrix = [row for row in page.cells["confusion"] if len(row) == 11][1:]
+    assert [[int(cell or 0) for cell in row[1:]] for row in matrix] == counts
+    for name, images, top1, _ in page.cells["classes"][1:]:
+        truth = int(name)
+        assert int(images) == sum(counts[truth])
+        assert top1 == f"{counts[truth][truth] / sum(counts[truth]):.2%}"
+
+    wrong = [i for i in range(360) if labels[i] != predicted[i]]
+    wrong.sort(key=lambda i: -confidence[i])
+    expected = [f"{predicted[i]} {confidence[i]:.1%} truth: {labels[i]}" for i in wrong[:24]]
+    assert " ".join(expected) in page.words["mistakes"]
+
+    edges = np.arange(1, 16) / 15
+    rows = page.cells["calibration"][1:]
+    error = 0.0
+    for row in rows:
+        edge = edges[np.abs(edges - float(row[0][:-1]) / 100).argmin()]
+        inside = [i for i in range(360) if edge - 1 / 15 < confidence[i] <= edge]
+        right = sum(labels[i] == predicted[i] for i in inside) / len(inside)
+        mean = sum(confidence[i] for i in inside) / len(inside)
+        assert row[1:] == [str(len(inside)), f"{mean:.2%}", f"{right:.2%}"]
+        error += abs(mean - right) * len(inside) / 360
+    assert sum(int(row[1]) for row in rows) == 360
+    assert f"Expected calibration error {error:.2%}" in page.words["calibration"]
+
+
+def test_confusions_come_with_their_images(page, answers):
+    labels, probabilities = answers
+    predicted = probabilities.argmax(1).tolist()
+    pairs = {}
+    for pair in zip(labels, predicted, strict=True):
+        if pair[0] != pair[1]:
+            pairs[pair] = pairs.get(pair, 0) + 1
+    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:12]
+    said = [f"{a} taken for {b} {n} image{'s' * (n > 1)}" for (a, b), n in ordered]
+    assert " ".join(said) in page.words["confusion"]
+    shown = [f"{a}, taken for {b}" for (a, b), n in ordered for _ in range(min(n, 4))]
+    alternatives = [image["alt"] for image in page.all("img")]
+    assert alternatives[: len(shown)] == shown
+
+
+def test_a_line_lies_where_its_values_are():
+    points = [(0.5, 3.0), (1.0, 12.5), (2.0, 7.25)]
+    svg = str(Chart("Title", "", (Line("a", points),)).svg)
+    (path,) = re.findall(r'<polyline class="s0" points="([^"]*)"', svg)
+    x = [
+        (float(at), float(value))
+        for at, value in re.findall(r'<text x="([\d.]+)" y="231" class="mid">([\d.]+)', svg)
+    ]
+    y = [
+        (float(at), float(value))
+        for at, value in re.findall(r'y="([\d.]+)" dy="4" class="end">([\d.]+)', svg)
+    ]
+    for (px, py), (a, b) in zip(
+        (map(float, p.split(",")) for p in path.split()), points, strict=True
+    ):
+        assert np.interp(px, *zip(*x, strict=True)) == pytest.approx(a, abs=0.02)
+        assert np.interp(-py, *zip(*((-at, v) for at, v in y), strict=True)) == pytest.approx(
+            b, abs=0.1
+        )
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (-3.0, -3.0), (1e-9, 2e-9), (0, 12345)])
+def test_round_axes_hold_their_values(low, high):
+    axis = Axis.rounded(low, high, 0, 100)
+    assert axis.low <= low <= high <= axis.high
+    assert 3 <= len(axis.ticks) <= 8
+    assert 0 <= axis.place(low) <= axis.place(high) <= 100
+
+
+def test_charts_leave_out_what_is_not_finite():
+    svg = str(Chart("Loss", "", (Line("a", [(1, 2.0), (2, float("nan")), (3, 1.0)]),)).svg)
+    assert "nan" not in svg
+    (path,) = re.findall(r'points="([^"]*)"', svg)
+    assert len(path.split()) == 2
+    assert "No value" in Chart("Loss", "", (Line("a", [(1, float("inf"))]),)).svg
+
+
+def test_thinning_keeps_ends_peaks_and_order():
+    values = np.random.default_rng(0).normal(size=10_000)
+    values[[0, 1234, 7777, -1]] = 0.5, 99.0, -99.0, 0.25
+    points = list(enumerate(values.tolist()))
+    kept = thin(points)
+    assert len(kept) < 700
+    assert {points[0], points[1234], points[7777], points[-1]} <= {*kept}
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    assert thin(points[:500]) == points[:500]
+
+
+def test_reliability_draws_accuracy_and_confidence():
+    svg = str(reliability([(0.2, 4, 0.15, 0.5), (1.0, 16, 0.97, 1.0)]))
+    heights = [float(h) for h in re.findall(r'class="bar".*?height="([\d.]+)"', svg)]
+    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
+    marks = [float(y) for y in re.findall(r'class="said" d="M[\d.]+ ([\d.]+)H', svg)]
+    assert 216 - marks[0] == pytest.approx(0.15 * heights[1], abs=0.2)
+
+
+def predictions_of(run, classes, seed=0, count=600):
+    """Made up ones, for any number of classes."""
+    draw = np.random.default_rng(seed)
+    labels = np.arange(count) % len(classes)
+    guesses = np.where(draw.random(count) < 0.5, labels, draw.integers(0, len(classes), count))
+    rest = (guesses[:, None] + np.arange(min(5, len(classes)))) % len(classes)
+    pixels = torch.from_numpy(draw.integers(0, 256, (count, 3, 8, 8), np.uint8))
+    scores = Scores(classes, labels, rest, draw.random(count), draw.random(count))
+    return Predictions(scores, Pixels(pixels, labels), weights.load(run))
+
+
+def write(run, out, predictions, missing=""):
+    write_report(read_run(run), out, predictions, missing)
+    return check_form(Page(out))
+
+
+def test_many_classes_show_the_ends_and_no_matrix(run, tmp_path):
+    classes = tuple(f"class {i}" for i in range(60))
+    predictions = predictions_of(run, classes)
+    page = write(run, tmp_path / "page.html", predictions)
+    assert "matrix" not in [given.get("class") for given in page.all("table")]
+    rows = [row for row in page.cells["classes"] if row[0] != "class"]
+    top1 = sorted(row[2] for row in predictions.scores.per_class())
+    assert [row[2] for row in rows] == [f"{v:.2%}" for v in (*top1[:-11:-1], *top1[:10])]
+    assert len(page.all("li")) == 24
+    assert (tmp_path / "page.html").stat().st_size < 1_000_000
+
+
+def test_whatever_a_name_holds_is_text(run, tmp_path):
+    bad = (
+        "<script>alert(1)</script>",
+        '"><img src=x onerror=alert(1)>',
+        "a, b & c",
+        "'{{ 7 * 7 }}",
+    )
+    folder = copy(run, tmp_path / "<b>bold" / "x & y")
+    known = json.loads((folder / "env.json").read_text())
+    known["command"] = ["vitral", "train", "</code><script>alert(2)</script>"]
+    known["<i>key"] = "<i>value"
+    (folder / "env.json").write_text(json.dumps(known))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("path: digits", "path: '<u>\"digits'"))
+    page = write(folder, tmp_path / "page.html", predictions_of(run, bad))
+    assert not {"script", "i", "u"} & {tag for tag, given in page.elements if given == {}}
+    for name in bad:
+        assert name in page.words["classes"]
+        assert name in page.words["mistakes"]
+    assert ["<i>key", "<i>value"] in page.cells["environment"]
+    assert "</code><script>" in page.words[None]
+    page = write(folder, tmp_path / "page.html", None, "<script>no</script>")
+    assert "<script>no</script>" in page.words["calibration"]
+
+
+def test_wnids_have_their_names_beside_them(run, tmp_path):
+    page = write(run, tmp_path / "page.html", predictions_of(run, ("n01440764", "n02012849")))
+    assert {row[0] for row in page.cells["classes"][1:]} == {"tench n01440764", "crane n02012849"}
+    assert "truth: tench n01440764" in page.words["mistakes"]
+
+
+def test_no_mistakes_and_one_image(run, tmp_path):
+    one = predictions_of(run, ("a", "b"), count=1)
+    right = Scores(("a", "b"), np.array([0]), np.array([[0, 1]]), np.ones(1), np.zeros(1))
+    page = write(run, tmp_path / "page.html", dataclasses.replace(one, scores=right))
+    assert "No image was taken for another class" in page.words["confusion"]
+    assert "There is none" in page.words["mistakes"]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [("/nowhere", "nothing of that name"), ("synthetic", "is not the set")]
+)
+def test_without_the_images_all_else_is_shown(run, page, tmp_path, capsys, data, reason):
+    out = tmp_path / "new" / "page.html"
+    assert main(["report", str(run), "--data", data, "--out", str(out)]) == 0
+    partly = check_form(Page(out))
+    for section in ("classes", "confusion", "mistakes", "calibration"):
+        assert reason in partly.words[section]
+    assert reason in capsys.readouterr().err
+    for section in ("summary", "curves", "cost", "configuration", "environment"):
+        assert partly.words[section] == page.words[section]
+
+
+def test_a_run_without_ema(run, tmp_path):
+    rows = [
+        {k: v for k, v in r.items() if "ema" not in k} for r in read_rows(run / "metrics.jsonl")
+    ]
+    page = write(copy(run, tmp_path / "run", rows=rows), tmp_path / "page.html", None)
+    assert "EMA" not in page.words["summary"]
+    assert "raw weights, epoch" in page.words["summary"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_an_unfinished_run(run, tmp_path, count):
+    rows = read_rows(run / "metrics.jsonl")[:count]
+    folder = copy(run, tmp_path / "run", rows=rows)
+    shutil.rmtree(folder / "weights")
+    (folder / "train_batch.jpg").unlink()
+    (folder / "env.json").unlink()
+    assert main(["report", str(folder)]) == 0
+    page = check_form(Page(folder / "report.html"))
+    assert "not finished" in page.words[None]
+    assert "No validation yet" in page.words["summary"]
+    assert "it holds no weights" in page.words["mistakes"]
+    assert "env.json cannot be read" in page.words[None]
+    assert "no train_batch.jpg" in page.words["batch"]
+    assert len(page.all("polyline")) == (10 if count > 1 else 5 * count)  # one in each legend too
+    assert len(page.all("circle")) == (5 if count == 1 else 0)
+
+
+@pytest.mark.parametrize("line", ["{'step': 3", "7", "{}", "\x00\xff", '{"step": 1, "epoch": "x"}'])
+def test_a_corrupt_line_ends_the_log_and_is_named(run, tmp_path, line):
+    folder = copy(run, tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text(
+        "\n".join([*lines[:4], line, *lines[5:]]) + "\n", "latin-1"
+    )
+    page = write(folder, tmp_path / "page.html", None)
+    assert f"metrics.jsonl: line 5 of {len(lines)} is no row" in page.words[None]
+    images = json.loads(lines[3])["images"]
+    assert f"Images seen {images:,}" in page.words["summary"]
+
+
+def test_several_runs_are_compared(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = read_rows(run / "metrics.jsonl")
+    other = copy(run, tmp_path / run.name, rows=rows[:-1])
+    text = (other / "config.yaml").read_text()
+    text = re.sub("  out: .*?  seed:", "  out: elsewhere\\n  seed:", text, flags=re.DOTALL)
+    text = text.replace("lr: 0.003", "lr: 0.5")
+    (other / "config.yaml").write_text(text)
+    assert main(["report", str(run), str(other)]) == 0
+    page = check_form(Page(Path("report.html")))
+    assert page.cells["configuration"] == [
+        ["setting", str(run), str(other)],  # by their paths, as the names are alike
+        ["optim.lr", "0.003", "0.5"],
+    ]
+    first, second = page.cells["results"][1:]
+    assert first[4:6] == [f"{rows[-1][name]:.2%}" for name in ("val_top1", "ema_top1")]
+    validated = [row for row in rows[:-1] if "val_top1" in row][-1]
+    assert second[4:6] == [f"{validated[name]:.2%}" for name in ("val_top1", "ema_top1")]
+    (chart,) = re.findall(r"<h3>Learning rate.*?</figure>", page.source, re.DOTALL)
+    lines = re.findall(r'<polyline class="(s\d)" points="([^"]*)"', chart)
+    drawn = [(css, len(path.split())) for css, path in lines if path != "0,4 24,4"]
+    assert drawn == [("s0", len(rows)), ("s1", len(rows) - 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["/nowhere"], ["/nowhere", "no folder"]),
+        (["{here}"], ["one without", "config.yaml"]),
+        (["{run}", "--out", "{here}"], ["got the folder"]),
+        (["{run}", "{run}", "--data", "digits"], ["several runs"]),
+        (["{run}", "--dat", "digits"], ["--dat", "--data"]),
+        ([], ["expected RUN"]),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, capsys, words, fragments):
+    given = [word.format(run=run, here=tmp_path) for word in words]
+    assert main(["report", *given]) == 2
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", text)
+    assert all(fragment in text for fragment in fragments), text
+    assert list(tmp_path.iterdir()) == []
+
+
+def opened(address):
+    kind, _, content = address.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def test_thumbnails_are_small_and_keep_their_shape():
+    draw = np.random.default_rng(0)
+    assert opened(data_uri(Image.new("RGB", (400, 200)), 112)).size == (112, 56)
+    small = torch.from_numpy(draw.integers(0, 256, (1, 3, 8, 8), np.uint8))
+    picture = np.asarray(opened(thumbnail(Pixels(small, np.array([0])), 0)), float)
+    assert picture.shape == (112, 112, 3)
+    blocks = picture.reshape(8, 14, 8, 14, 3).mean((1, 3))
+    assert np.abs(blocks - small[0].permute(1, 2, 0).numpy()).mean() < 30  # JPEG halves the colours
+    squares = draw.integers(0, 256, (1, 3, 64, 64), np.uint8)
+    packed = Packed(squares, np.array([[300, 100]]), np.array([b"x"]), np.array([0]), "")
+    assert opened(thumbnail(packed, 0)).size == (37, 112)
+
+
+def test_an_image_that_is_gone_is_left_out(run, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "set")
+    settings = f"{TINY} --train.epochs 1 --model.image-size 16 --model.patch-size 4 --data"
+    given = [*settings.split(), str(tmp_path / "set"), "--train.batch-size", "8"]
+    folder = train("digits", *given, "--out", str(tmp_path / "run"))
+    from vitral.report.gather import evaluate_best
+
+    predictions = evaluate_best(read_run(folder))
+    (tmp_path / "set/val/dark/00.jpg").unlink()
+    assert thumbnail(predictions.records, 0) is None
+    assert attended(predictions.weights, predictions.records, 0) is None
+    wrong = dataclasses.replace(
+        predictions.scores, labels=np.zeros(12, int), ranked=np.ones((12, 1), int)
+    )
+    page = write(folder, tmp_path / "page.html", dataclasses.replace(predictions, scores=wrong))
+    assert "image cannot be read" in page.words["confusion"] + page.words["mistakes"]
+
+
+def test_attention_lights_what_the_prediction_reads(run):
+    found = weights.load(run)
+    grey = torch.tensor([10, 210], dtype=torch.uint8).view(2, 1, 1, 1)
+    records = Pixels(grey.expand(2, 3, 8, 8), np.zeros(2, int))
+    seen, lit = (np.asarray(opened(a), float) for a in attended(found, records, 1))
+    assert np.abs(seen - 210).max() <= 2
+
+    data = found.description.config.data
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
+    _, layers = attention_weights(found.model, (records.images[1:] / 255 - mean) / std)
+    flow = np.eye(17)
+    for layer in layers:
+        flow = (layer[0].mean(0).double().numpy() + np.eye(17)) / 2 @ flow
+    expected = flow[0, 1:].reshape(4, 4)
+    light = lit.mean(2).reshape(4, 28, 4, 28).mean((1, 3))
+    assert np.corrcoef(light.ravel(), expected.ravel())[0, 1] > 0.9
+    assert lit.min() < 0.25 * 210 < 0.9 * 210 < lit.max() <= 215
+
+
+def palettes():
+    text = CSS.read_text()
+    light, dark = (
+        dict(re.findall(r"(--\w+): (#[0-9a-f]{6})", block))
+        for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)[:2]
+    )
+    return {"light": light, "dark": dark}
+
+
+def rgb(colour):
+    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def contrast(a, b):
+    """WCAG 2.2."""
+
+    def luminance(colour):
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return linear @ [0.2126, 0.7152, 0.0722]
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast(scheme):
+    colours = {name: rgb(value) for name, value in palettes()[scheme].items()}
+    assert len(colours) == 14
+    for ground in ("--page", "--panel"):
+        for ink in ("--text", "--muted", "--good", "--bad", "--done"):
+            assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+        for number in range(6):
+            assert contrast(colours[f"--s{number}"], colours[ground]) >= 4.5
+    for tint, share, ground in (
+        ("--good", 0.45, "--panel"),
+        ("--bad", 0.45, "--panel"),
+        ("--good", 0.3, "--page"),
+    ):
+        mixed = share * colours[tint] + (1 - share) * colours[ground]
+        assert contrast(colours["--text"], mixed) >= 4.5, tint
+
+
+def test_black_on_white_has_a_contrast_of_21():
+    assert contrast(np.zeros(3), np.ones(3)) == pytest.approx(21)

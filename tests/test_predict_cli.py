@@ -1,0 +1,221 @@
+"""`vitral predict`: what it prints, where, and its exit codes."""
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitral import storage, weights
+from vitral.cli import main
+from vitral.config import Config, ViTConfig
+from vitral.inference import load
+from vitral.model import ViT
+
+CLASSES = ("n01440764", "n02123045", "dark")  # two of ImageNet's, and one that is none
+NAMES = {"n01440764": "n01440764 tench", "n02123045": "n02123045 tabby", "dark": "dark"}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    shape = ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, patch_size=4, image_size=16)
+    torch.manual_seed(0)
+    model = ViT(shape, len(CLASSES))
+    torch.nn.init.normal_(model.head.weight)
+    description = weights.describe(Config(model=shape), CLASSES, "", {})
+    place = tmp_path_factory.mktemp("weights") / "best"
+    weights.save(place, {"model": model.state_dict()}, description)
+    return place
+
+
+@pytest.fixture
+def photos(image_folder, tmp_path):
+    """A folder of three images, the second of them broken, and what is in the two others."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.jpg", "c.jpg"):
+        shutil.copy(
+            image_folder / "val" / ("dark" if name == "a.jpg" else "light") / "00.jpg",
+            folder / name,
+        )
+    (folder / "b.jpg").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def expected(directory, photos):
+    return load(directory).predict([photos / "a.jpg", photos / "c.jpg"])
+
+
+def predict(*words):
+    return main(["predict", *map(str, words), "--workers", "0"])
+
+
+def test_text(directory, photos, expected, capsys):
+    assert predict(directory, photos, "--top", "2") == 0
+    out, err = capsys.readouterr()
+    lines = [
+        f"{p.path}: "
+        + ", ".join(
+            f"{NAMES[name]} {share:.2%}"
+            for name, share in zip(p.names[:2], p.probabilities[:2], strict=True)
+        )
+        for p in expected
+    ]
+    assert out.splitlines() == lines
+    assert err.splitlines() == [
+        f"vitral: {photos}/b.jpg: not an image in a known format "
+        "(JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF)",
+        "vitral: 1 of 3 images cannot be read",
+    ]
+
+
+def test_json(directory, photos, expected, tmp_path, capsys):
+    out = tmp_path / "new" / "found.jsonl"
+    assert predict(directory, photos, "--json", "--out", out) == 0
+    assert capsys.readouterr().out == ""
+    assert [path.name for path in out.parent.iterdir()] == ["found.jsonl"]
+    first, broken, last = map(json.loads, out.read_text().splitlines())
+    for prediction, row in zip(expected, (first, last), strict=True):
+        assert row["path"] == prediction.path
+        assert [found["class"] for found in row["predictions"]] == [*prediction.names]
+        shares = [found["probability"] for found in row["predictions"]]
+        assert shares == pytest.approx(prediction.probabilities, abs=1e-6)
+        readable = {found["class"]: found["name"] for found in row["predictions"]}
+        assert readable["n01440764"] == "tench, Tinca tinca"
+        assert readable["dark"] == "dark"
+    assert broken.keys() == {"path", "error"}
+    assert broken["path"] == str(photos / "b.jpg")
+
+
+def test_csv(directory, photos, expected, tmp_path):
+    out = tmp_path / "found.csv"
+    out.write_text("something older and longer " * 100)
+    assert predict(directory, photos, "--csv", "--out", out) == 0
+    rows = list(csv.DictReader(out.read_text().splitlines()))
+    assert [Path(row["path"]).name[0] for row in rows] == [*"aaabccc"]
+    for prediction, part in zip(expected, (rows[:3], rows[4:]), strict=True):
+        assert [row["rank"] for row in part] == [*"123"]
+        assert [row["class"] for row in part] == [*prediction.names]
+        shares = [float(row["probability"]) for row in part]
+        assert shares == pytest.approx(prediction.probabilities, abs=1e-6)
+        assert {row["name"] for row in part} >= {"tench, Tinca tinca", "dark"}
+    assert rows[3]["error"].startswith("not an image")
+    assert {rows[3][key] for key in ("rank", "class", "name", "probability")} == {""}
+
+
+def test_all_broken(directory, photos, tmp_path, capsys):
+    assert predict(directory, photos / "b.jpg", tmp_path / "none.jpg") == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"vitral: {tmp_path}/none.jpg: No such file or directory\n" in err
+    assert "2 of 2 images cannot be read" in err
+
+
+def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
+    shares = []
+    for side in ("16", "20"):
+        words = (photos / "a.jpg", "--json", "--resolution", side, "--out", tmp_path / side)
+        assert predict(directory, *words) == 0
+        row = json.loads((tmp_path / side).read_text())
+        shares.append([found["probability"] for found in row["predictions"]])
+    assert shares[0] == pytest.approx(expected[0].probabilities, abs=1e-6)
+    assert shares[1] != pytest.approx(expected[0].probabilities, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "expected WEIGHTS first, got --workers"),
+        ("DIR", "expected PATH after WEIGHTS, got none"),
+        ("DIR IMAGES --tpo 3", "--tpo: no such setting; did you mean --top"),
+        ("DIR IMAGES --top 0", "top: expected 1 or more, got 0"),
+        ("DIR IMAGES --resolution 15", "got 15; the nearest is 16"),
+        ("DIR IMAGES --which ema", "holds no ema weights"),
+        ("DIR IMAGES --json --csv", "expected one of the two, got both"),
+        ("DIR IMAGES --json a.jpg", "a.jpg"),
+        ("DIR EMPTY", "expected images (.jpg, "),
+        ("DIR *.nothing", "*.nothing: expected images"),
+        ("/no/such IMAGES", "/no/such: no such folder"),
+        ("PICKLE IMAGES", "it holds no weights; expected a folder with config.json"),
+        ("TAMPERED IMAGES", "model.safetensors: its content is not what was written"),
+        ("NEWER IMAGES", "expected schema 1, got 2"),
+        ("DIR IMAGES --out EMPTY", "expected a file to write, got"),
+        ("DIR IMAGES --out /dev/null", "expected a file to write, got /dev/null"),
+        ("DIR IMAGES --out PICKLE/x.csv", "cannot write"),
+        ("DIR IMAGES --out OUT/x --top -1", "top: expected 1 or more"),
+    ],
+)
+def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, message):
+    places = {name: tmp_path / name for name in ("EMPTY", "PICKLE", "TAMPERED", "NEWER", "OUT")}
+    places["EMPTY"].mkdir()
+    torch.save({"head": torch.zeros(2)}, places["PICKLE"])
+    shutil.copytree(directory, places["TAMPERED"])
+    data = bytearray((directory / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (places["TAMPERED"] / "model.safetensors").write_bytes(data)
+    document = storage.read_json(directory, "config.json")
+    tensors = {"model": storage.read_tensors(directory, "model")}
+    storage.write(places["NEWER"], tensors, {"config": {**document, "schema": 2}})
+    places |= {"DIR": directory, "IMAGES": photos}
+    before = sorted(tmp_path.rglob("*"))
+    for name, place in places.items():
+        words = re.sub(rf"\b{name}\b", str(place), words)
+    assert predict(*words.split()) == 2
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"vitral: .+\n", err), err
+    assert message in err
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_list_on_standard_input(directory, photos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "list").write_text("".join(f"{photos / name}.jpg\n" for name in "cba"))
+    with (tmp_path / "list").open() as lines:
+        monkeypatch.setattr(sys, "stdin", lines)
+        assert predict(directory, photos / "a.jpg", "-", "--csv", "--top", "1") == 0
+    out, err = capsys.readouterr()
+    assert re.findall(r"(\w)\.jpg,", out) == [*"acba"]
+    assert len(err.splitlines()) == 2  # no bar where nobody looks
+
+
+@pytest.fixture
+def endless(directory, photos):
+    """A prediction that goes on and on, of one broken image in three."""
+    command = [sys.executable, "-m", "vitral", "predict", str(directory), "-"]
+    pipe = subprocess.PIPE
+
+    def start(*words):
+        process = subprocess.Popen(
+            [*command, *map(str, words)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+        process.stdin.write(f"{photos}\n" * 20_000)
+        process.stdin.close()
+        return process
+
+    return start
+
+
+def test_a_reader_that_goes(endless, photos):
+    with endless("--top", "1", "--workers", "2") as process:
+        assert process.stdout.readline().startswith(str(photos))
+        process.stdout.close()
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 141
+    assert all(line.startswith(f"vitral: {photos}/b.jpg: ") for line in lines)
+
+
+def test_ctrl_c(endless, photos, tmp_path):
+    with endless("--workers", "0", "--csv", "--out", tmp_path / "found.csv") as process:
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        lines = process.stderr.read().splitlines()
+    assert process.returncode == 130
+    assert all(line.startswith(f"vitral: {photos}/b.jpg: ") for line in [line, *lines]), lines
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
