@@ -584,7 +584,8 @@ def poison(steps):
 
         def keep_own_weights(self):
             fit(self)
-            tensors = {"model": full(self.optimizer.named)}
+            mine = dataclasses.replace(self.world, rank=0)  # each process keeps its own
+            tensors = {"model": full(self.optimizer.named, mine)}
             storage.write(self.run.path / f"weights_of_{rank}", tensors, {})
 
         loop.train_batches = poisoned
