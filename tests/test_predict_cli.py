@@ -216,6 +216,6 @@ def test_ctrl_c(endless, photos, tmp_path):
         line = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         lines = process.stderr.read().splitlines()
-    assert process.returncode == 130
+    assert process.returncode == 130, lines[-9:]
     assert all(line.startswith(f"vitral: {photos}/b.jpg: ") for line in [line, *lines]), lines
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
