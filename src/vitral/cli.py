@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from vitral.config import Config, UserError
+
+T = TypeVar("T")
 
 HELP = """\
 vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
@@ -273,7 +275,6 @@ def _train(words: list[str]) -> int:
         from vitral.training.distributed import check_processes
 
         check_processes(config, processes or 1)
-
         print(plan(config))
         return 0
     if processes is not None:
@@ -360,14 +361,7 @@ def _report(words: list[str]) -> int:
 
 
 def _predict(words: list[str]) -> int:
-    from vitral import recipes
-
-    path, rest = _positional(words, "WEIGHTS", "vitral predict")
-    places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), rest))
-    rest, program = rest[len(places) :], "vitral predict WEIGHTS PATH..."
-    options = recipes.parse(rest, PredictOptions(), program=program)
-    if not places:
-        raise UserError("vitral predict: expected PATH after WEIGHTS, got none")
+    path, places, options = _weights_and_places(words, "vitral predict", PredictOptions())
     from vitral.evaluation.evaluate import pick_device
     from vitral.inference.predict import find_images, predictions, write
     from vitral.weights import load
@@ -392,14 +386,7 @@ def _predict(words: list[str]) -> int:
 
 
 def _explain(words: list[str]) -> int:
-    from vitral import recipes
-
-    path, rest = _positional(words, "WEIGHTS", "vitral explain")
-    places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), rest))
-    rest, program = rest[len(places) :], "vitral explain WEIGHTS PATH..."
-    options = recipes.parse(rest, ExplainOptions(), program=program)
-    if not places:
-        raise UserError("vitral explain: expected PATH after WEIGHTS, got none")
+    path, places, options = _weights_and_places(words, "vitral explain", ExplainOptions())
     from vitral.evaluation.evaluate import pick_device
     from vitral.inference.explain import explanations, save
     from vitral.inference.predict import find_images
@@ -540,6 +527,19 @@ def _doctor(words: list[str]) -> int:
 
     print(examine())
     return 0
+
+
+def _weights_and_places(words: list[str], program: str, default: T) -> tuple[str, list[str], T]:
+    """Weights, images and options, as `predict` and `explain` take them."""
+    from vitral import recipes
+
+    path, rest = _positional(words, "WEIGHTS", program)
+    places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), rest))
+    rest = rest[len(places) :]
+    options = recipes.parse(rest, default, program=f"{program} WEIGHTS PATH...")
+    if not places:
+        raise UserError(f"{program}: expected PATH after WEIGHTS, got none")
+    return path, places, options
 
 
 def _positional(words: list[str], name: str, program: str) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Directories of safetensors and JSON that are written whole or not at all, and verified.
+"""Directories of safetensors and JSON, and single files, written whole or not at all.
 
 A directory holds NAME.safetensors, NAME.json and, last, manifest.json with the size and SHA-256 of
 every other file: a flipped bit, which safetensors loads silently, is found before it is used. There
@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def write(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` to write a file at, which takes its place unless an error comes."""
+    building = path.with_name(f".{path.name}.new")
+    try:
+        yield building
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def recover(directory: Path) -> None:

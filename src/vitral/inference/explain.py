@@ -47,6 +47,7 @@ from vitral.inference.attention import (
     rollout,
 )
 from vitral.inference.predict import image_side
+from vitral.storage import replacing
 from vitral.weights import Weights
 
 Map = NDArray[np.float32]
@@ -214,13 +215,8 @@ def save(explanation: Explanation, directory: Path, name: str) -> None:
         Image.fromarray(_overlay(shown.pixels, values, _scale(values))).save(box, "png")
         files[what] = box.getvalue()
     for what, content in files.items():
-        place = directory / f"{name}_{what}.png"
-        building = place.with_name(f".{place.name}.new")
-        try:
-            building.write_bytes(content)
-            building.replace(place)
-        finally:
-            building.unlink(missing_ok=True)
+        with replacing(directory / f"{name}_{what}.png") as file:
+            file.write_bytes(content)
 
 
 def _png(figure: Figure) -> bytes:

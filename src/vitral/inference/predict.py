@@ -31,6 +31,7 @@ from vitral.data.imagenet import display, human_name
 from vitral.data.records import mistake, printable
 from vitral.data.sources import SUFFIXES, walk_images
 from vitral.model import ViT
+from vitral.storage import replacing
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Form = Literal["text", "json", "csv"]
@@ -286,13 +287,8 @@ def _opened(place: Path | None) -> Iterator[TextIO]:
     if place is None:
         yield sys.stdout
         return
-    building = place.with_name(f".{place.name}.new")
-    try:
-        with building.open("w", newline="", encoding="utf-8") as file:
-            yield file
-        building.replace(place)
-    finally:
-        building.unlink(missing_ok=True)
+    with replacing(place) as building, building.open("w", newline="", encoding="utf-8") as file:
+        yield file
 
 
 def _likely(prediction: Prediction) -> Iterator[tuple[str, float]]:

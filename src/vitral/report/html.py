@@ -22,6 +22,7 @@ from vitral.evaluation import Scores
 from vitral.report.figures import COLOURS, Chart, Line, number, reliability
 from vitral.report.gather import Predictions, Row, Run, duration
 from vitral.report.thumbnails import attended, data_uri, thumbnail
+from vitral.storage import replacing
 
 MATRIX_CLASSES = 50  # that a full confusion matrix is shown for
 LISTED_CLASSES = 20  # above that the ten best and the ten worst
@@ -169,9 +170,8 @@ def _write(out: Path, template: str, **content: Any) -> None:
     pages.filters |= {"percent": "{:.2%}".format, "duration": duration, "number": number}
     pages.filters |= {"human": _human, "value": _value}
     text = pages.get_template(template).render(**content)
-    beside = out.with_name(f".{out.name}.new")
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    beside.replace(out)
+    with replacing(out) as file:
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:

@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vitral.report.gather import duration, read_rows
+from vitral.storage import replacing
 
 MEASURES = ("loss", "top1", "top5", "ece")
 COLUMNS = (
@@ -45,10 +46,10 @@ class MetricsLog:
     def __init__(self, directory: Path, step: int) -> None:
         self.csv, self.jsonl = directory / "metrics.csv", directory / "metrics.jsonl"
         rows = [row for row in read_rows(self.jsonl) if row["step"] <= step]
-        _replace(self.jsonl, "".join(json.dumps(row) + "\n" for row in rows))
-        _replace(
-            self.csv, _as_csv([dict(zip(COLUMNS + CLOCK, COLUMNS + CLOCK, strict=True)), *rows])
-        )
+        header = dict(zip(COLUMNS + CLOCK, COLUMNS + CLOCK, strict=True))
+        with replacing(self.jsonl) as lines, replacing(self.csv) as table:
+            lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            table.write_text(_as_csv([header, *rows]), encoding="utf-8")
         self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
@@ -75,12 +76,6 @@ def _as_csv(rows: Sequence[Mapping[str, object]]) -> str:
     writer = csv.DictWriter(text, COLUMNS + CLOCK, lineterminator="\n")
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _replace(path: Path, content: str) -> None:
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(content, encoding="utf-8")
-    beside.replace(path)
 
 
 class Console:

@@ -17,6 +17,7 @@ import torch
 
 from vitral import recipes
 from vitral.config import CHANGEABLE, Config, UserError, flatten
+from vitral.storage import replacing
 from vitral.training.distributed import World
 
 
@@ -104,9 +105,8 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         """Writes config.yaml, a recipe that repeats the run."""
-        beside = self.path / ".config.yaml.new"
-        beside.write_text(recipes.dump(config), encoding="utf-8")
-        beside.replace(self.path / "config.yaml")
+        with replacing(self.path / "config.yaml") as file:
+            file.write_text(recipes.dump(config), encoding="utf-8")
 
     def write_environment(self, **facts: object) -> None:
         """Writes env.json: versions, hardware, command, and what was resolved."""
