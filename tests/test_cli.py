@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitral import cli, storage
+from vitral import storage
 from vitral.cli import main
 from vitral.training.metrics import read_rows
 
@@ -341,7 +341,6 @@ def test_the_model_is_measured(capsys):
 
 HELP = """
 import atexit, os, sys
-from vitral import cli
 from vitral.cli import main
 atexit.register(lambda: os._exit(40 + len({"torch", "numpy", "matplotlib"} & set(sys.modules))))
 main(sys.argv[1:])
@@ -354,19 +353,3 @@ def test_help_needs_no_torch(words):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 40, done.stderr
     assert "vitral" in done.stdout
-
-
-@pytest.mark.parametrize(("cause", "code"), [(KeyboardInterrupt, 130), (ValueError, None)])
-def test_interrupt_that_a_library_makes_an_error_of(cause, code, monkeypatch):
-    def fail(words):
-        try:
-            raise cause
-        except cause as error:
-            raise SystemError("returned a result with an exception set") from error
-
-    monkeypatch.setattr(cli, "_dispatch", fail)
-    if code is None:
-        with pytest.raises(SystemError):
-            main([])
-    else:
-        assert main([]) == code

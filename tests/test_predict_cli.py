@@ -193,7 +193,13 @@ def endless(directory, photos):
 
     def start(*words):
         process = subprocess.Popen(
-            [*command, *map(str, words)], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+            [*command, *map(str, words)],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            # A shell starts what it puts into the background without Ctrl-C, tests as well.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         process.stdin.write(f"{photos}\n" * 20_000)
         process.stdin.close()

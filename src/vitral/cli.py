@@ -206,17 +206,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"vitral: {place}{error.strerror}; make room and repeat the command", file=sys.stderr)
         return 1
-    except Exception as error:
-        if not _came_of_interrupt(error):
-            raise
-        return 130
-
-
-def _came_of_interrupt(error: BaseException | None) -> bool:
-    """Whether a library made this error of a Ctrl-C that it met."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _dispatch(words: list[str]) -> int:
