@@ -39,10 +39,12 @@ from vitral.data.sampling import Integers, Order
 from vitral.data.sources import open_dataset
 from vitral.evaluation.evaluate import pick_device
 from vitral.model import CHANNELS, ViT, count_flops
-from vitral.training.metrics import duration
+from vitral.report.gather import duration
+from vitral.training.distributed import World
 from vitral.training.monitor import memory_gb, peak_flops
-from vitral.training.optim import Optimizer, loss_sum
-from vitral.training.resolve import Resolved, build_model, compiled, prepare_device, resolve
+from vitral.training.optim import Optimizer
+from vitral.training.parallel import Averaged
+from vitral.training.resolve import Resolved, build_model, prepare_device, resolve
 
 ROUNDS = 3
 SECONDS = 2.0  # that a rate is measured for in each round
@@ -321,7 +323,7 @@ class _Training:
         self.resolved = resolve(config, self.model, self.device)
         torch.set_num_threads(self.resolved.threads)
         self.optimizer = Optimizer(self.model, config.optim)
-        self.forward = compiled(self.model, self.resolved)
+        self.passes = Averaged(self.model, config.train, self.resolved, World())
         size = self.resolved.micro_batch
         images = torch.randn(size, CHANNELS, side, side, device=self.device)
         targets = torch.full((size, num_classes), 1 / num_classes, device=self.device)
@@ -333,10 +335,8 @@ class _Training:
         return images_per_second(counts, workers, self.device, seconds)
 
     def _step(self, batch: Batch) -> int:
-        with self.resolved.autocast():
-            loss = loss_sum(self.forward(batch.images), batch.targets, self.config.train.loss)
-        (loss / len(batch.images)).backward()
-        self.optimizer.step(self.config.optim.lr, loss.detach())
+        loss = self.passes.accumulate(batch, last=True)
+        self.optimizer.step(self.config.optim.lr, loss)
         return len(batch.images)
 
 
