@@ -109,6 +109,12 @@ def _resized_boxes(
     return boxes.astype(np.int64)
 
 
+def eval_crop(image: Tensor, share: float, size: int, interpolation: str) -> Tensor:
+    """What evaluation sees of one image: `crop_resize` of the box of `eval_boxes`."""
+    box = eval_boxes(np.array([image.shape[1:]]), share)[0]
+    return crop_resize(image, box, size, interpolation)
+
+
 def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> Tensor:
     """One crop, resized with antialiasing on the CPU.
 

@@ -35,8 +35,14 @@ def human_name(wnid: str) -> str | None:
 
 def display(name: str) -> str:
     """A class for people to read: `n01440764 tench` for a wnid, anything else as it is."""
+    short = short_name(name)
+    return name if short == name else f"{name} {short}"
+
+
+def short_name(name: str) -> str:
+    """The first human name of a wnid, such as `tench`; anything else as it is."""
     known = human_name(name)
-    return f"{name} {known.split(', ')[0]}" if known else name
+    return known.split(", ")[0] if known else name
 
 
 @lru_cache

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vitral.data.records import Names, Spans
+from vitral.data.records import Names, Spans, stamp
 from vitral.data.sampling import Integers
 
 SCHEMA = 1  # to be raised with any change of what is stored, or of how it is found
@@ -54,7 +54,7 @@ def find(archives: Sequence[Path], read: Reader) -> Found:
         OSError: an archive cannot be read.
     """
     archives = tuple(path.absolute() for path in archives)
-    stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in archives)
+    stamps = tuple(stamp(path.stat()) for path in archives)
     key = repr((SCHEMA, read.__name__, [*map(os.fsencode, archives)], stamps))
     place = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     columns = _load(place)

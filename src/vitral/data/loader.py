@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from vitral.config import AugmentConfig, Config, UserError
 from vitral.data import augment
 from vitral.data.fetch import Decoder, Fetched, Request, describe, fetch
 from vitral.data.records import Records
-from vitral.data.sampling import Order
+from vitral.data.sampling import Integers, Order
 
 STILL = AugmentConfig(crop="none", flip=0.0)
 
@@ -117,12 +117,10 @@ def eval_batches(
     Raises:
         UserError: for an image that cannot be decoded.
     """
-    still = dataclasses.replace(config, augment=STILL)
-    side = config.model.image_size
     everything = np.arange(len(records))
     parts = [everything[first : first + batch_size] for first in range(0, len(records), batch_size)]
     mine = range(*(len(parts) * (share[0] + k) // share[1] for k in (0, 1)))
-    requests = [Request(n, int(parts[n][0]), side, np.zeros_like(parts[n]), parts[n]) for n in mine]
+    chosen = [parts[n] for n in mine]
 
     def prepare(fetched: Fetched) -> Batch:
         for index, reason in fetched.broken:
@@ -135,10 +133,25 @@ def eval_batches(
             filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
             images = torch.cat([images, filling])
         images = augment.finish(images, None, config.data.mean, config.data.std)
-        request = fetched.request
-        return Batch(request.step, request.first, images, fetched.labels.to(device), [])
+        first = int(fetched.request.indices[0])
+        return Batch(first // batch_size, first, images, fetched.labels.to(device), [])
 
-    return _beside(fetch(records, still, requests, workers, device, decoder), prepare, device)
+    return _beside(fetch_still(records, config, chosen, workers, device, decoder), prepare, device)
+
+
+def fetch_still(
+    records: Records,
+    config: Config,
+    parts: Sequence[Integers],
+    workers: int,
+    device: torch.device,
+    decoder: Decoder = "cpu",
+) -> Iterator[Fetched]:
+    """Chosen records as evaluation sees them, before normalisation: a batch for each of `parts`."""
+    still = dataclasses.replace(config, augment=STILL)
+    side = config.model.image_size
+    requests = [Request(0, 0, side, np.zeros_like(part), part) for part in parts]
+    return fetch(records, still, requests, workers, device, decoder)
 
 
 def _beside(

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vitral import storage
-from vitral.data.records import Dataset, Packed, Spans, mistake, printable
+from vitral.data.records import Dataset, Packed, Spans, mistake, printable, stamp
 
 VERSION = 1
 INDEX = "index"
@@ -117,8 +117,8 @@ def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans
     table = {key: t.numpy() for key, t in storage.read_tensors(root / INDEX, split).items()}
     names, labels = table["names"].view(f"S{table['names'].shape[1]}")[:, 0], table["labels"]
     if index["jpeg"]:
-        stamp, archive = (status.st_size, status.st_mtime_ns), np.zeros_like(labels)
-        return Spans((path,), (stamp,), archive, table["offsets"], table["sizes"], names, labels)
+        columns = (np.zeros_like(labels), table["offsets"], table["sizes"], names, labels)
+        return Spans((path,), (stamp(status),), *columns)
     shape = (len(labels), 3, index["size"], index["size"])
     digest = hashlib.sha256("".join(chunk["sha256"] for chunk in chunks).encode()).hexdigest()
     return Packed(

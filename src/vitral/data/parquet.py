@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 from vitral.config import DataConfig
 from vitral.data.decode import DecodeError
 from vitral.data.imagenet import human_name, wnids
-from vitral.data.records import VALIDATION, Dataset, Names, Split, combine, mistake, printable
+from vitral.data.records import (
+    VALIDATION,
+    Dataset,
+    Names,
+    Split,
+    Stamp,
+    combine,
+    mistake,
+    printable,
+    stamp,
+)
 from vitral.data.sampling import Integers
 
 SPLITS = ("train", *VALIDATION)
@@ -38,8 +48,8 @@ class Rows:
     """
 
     files: tuple[Path, ...]
-    stamps: tuple[tuple[int, int], ...]
-    """Size in bytes and time of change in nanoseconds of each file when it was opened."""
+    stamps: tuple[Stamp, ...]
+    """Of each file when it was opened."""
     footers: tuple[Any, ...]
     """pyarrow's FileMetaData of each file."""
     places: Integers
@@ -81,7 +91,7 @@ class Rows:
         import pyarrow.parquet as pq
 
         path = self.files[file]
-        if _stamp(path) != self.stamps[file]:
+        if stamp(path.stat()) != self.stamps[file]:
             raise FileNotFoundError(f"{path} has changed since it was opened")
         try:
             with pq.ParquetFile(path, metadata=self.footers[file], pre_buffer=False) as opened:
@@ -157,7 +167,7 @@ def _split_of(path: Path) -> str:
 
 def _scan(files: Sequence[Path]) -> Split:
     """Classes and rows of one split; only labels and paths are read."""
-    stamps = tuple(map(_stamp, files))
+    stamps = tuple(stamp(path.stat()) for path in files)
     shards = [_read(path) for path in files]
     first = shards[0]
     for path, shard in zip(files, shards, strict=True):
@@ -265,11 +275,6 @@ def _labels(path: Path, column: Any, classes: tuple[str, ...] | None) -> NDArray
             mend = "if it is a test split without labels, which have -1, move it elsewhere"
             raise mistake(path, f"labels from 0 to {most}", str(wrong[0]), mend)
     return labels
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _line(error: Exception) -> str:

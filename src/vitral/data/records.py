@@ -29,6 +29,15 @@ OPEN = 64  # archives that a process keeps open
 VALIDATION = ("val", "validation", "test")
 
 
+Stamp = tuple[int, int]
+"""Size of a file in bytes, and its time of change in nanoseconds."""
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """What is another once a file has changed."""
+    return status.st_size, status.st_mtime_ns
+
+
 class Encoded(Protocol):
     """Encoded images, to be decoded one at a time."""
 
@@ -90,8 +99,7 @@ class Files:
 
     def identity(self) -> Iterator[bytes]:
         """Names and sizes."""
-        yield b"\0".join(self.names.tolist())
-        yield np.ascontiguousarray(self.sizes, "<i8").tobytes()
+        return _names_and_sizes(self.names, self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +107,8 @@ class Spans:
     """Encoded images, each a range of bytes in one of a few archives."""
 
     archives: tuple[Path, ...]
-    stamps: tuple[tuple[int, int], ...]
-    """Size in bytes and time of change in nanoseconds of each archive when it was indexed."""
+    stamps: tuple[Stamp, ...]
+    """Of each archive when it was indexed."""
     archive: Integers
     """Position in `archives` of each image. Shape (N,)."""
     offsets: Integers
@@ -125,8 +133,7 @@ class Spans:
         which = int(self.archive[i])
         if which not in self._open:
             descriptor = os.open(self.archives[which], os.O_RDONLY)
-            status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns) != self.stamps[which]:
+            if stamp(os.fstat(descriptor)) != self.stamps[which]:
                 os.close(descriptor)
                 raise FileNotFoundError(f"{self.archives[which]} has changed since it was opened")
             self._open[which] = descriptor
@@ -147,8 +154,12 @@ class Spans:
 
     def identity(self) -> Iterator[bytes]:
         """Names and sizes."""
-        yield b"\0".join(self.names.tolist())
-        yield np.ascontiguousarray(self.sizes, "<i8").tobytes()
+        return _names_and_sizes(self.names, self.sizes)
+
+
+def _names_and_sizes(names: Names, sizes: Integers) -> Iterator[bytes]:
+    yield b"\0".join(names.tolist())
+    yield np.ascontiguousarray(sizes, "<i8").tobytes()
 
 
 @dataclass(frozen=True, eq=False)

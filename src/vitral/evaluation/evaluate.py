@@ -14,13 +14,15 @@ from vitral.data.sources import open_dataset
 from vitral.evaluation.scores import Scores, measure
 from vitral.weights import Weights, Which, load
 
+EVAL_BATCH = 256  # images of a forward pass
+
 
 def evaluate(
     weights: Weights | str | Path,
     data: str | None = None,
     *,
     which: Which | None = None,
-    batch_size: int = 256,
+    batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
 ) -> Scores:

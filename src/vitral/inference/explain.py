@@ -32,8 +32,8 @@ from PIL import Image
 from torch import Tensor
 
 from vitral.config import UserError
-from vitral.data import crops
 from vitral.data.augment import finish
+from vitral.data.crops import eval_crop
 from vitral.data.decode import decode
 from vitral.data.imagenet import display
 from vitral.data.records import printable
@@ -138,8 +138,7 @@ def explain(
         got = " ".join(map(str, patch))
         raise UserError(f"patch: expected a row and a column, each 0 to {grid - 1}, got {got}")
 
-    box = crops.eval_boxes(np.array([image.shape[1:]]), config.data.eval_crop)[0]
-    pixels = crops.crop_resize(image, box, side, config.data.interpolation)
+    pixels = eval_crop(image, config.data.eval_crop, side, config.data.interpolation)
     batch = finish(pixels[None].to(model.cls.device), None, config.data.mean, config.data.std)
     logits, attention = attention_weights(model, batch)
     N = attention[0].shape[-1]

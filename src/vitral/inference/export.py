@@ -32,9 +32,8 @@ from tqdm import tqdm
 
 from vitral.config import Config, UserError
 from vitral.data.augment import finish
-from vitral.data.fetch import Request, fetch
 from vitral.data.imagenet import human_name
-from vitral.data.loader import STILL
+from vitral.data.loader import fetch_still
 from vitral.data.sources import open_dataset
 from vitral.model import CHANNELS, ViT
 from vitral.weights import Weights, Which, load
@@ -274,14 +273,12 @@ def _random_images(config: Config) -> Comparison:
 def _validation_images(config: Config, path: str, count: int) -> Comparison:
     """Images as evaluation sees them, spread evenly over the set."""
     data = dataclasses.replace(config.data, path=path)
-    still = dataclasses.replace(config, data=data, augment=STILL)
-    side = config.model.image_size
-    dataset = open_dataset(data, side, config.train.seed, train=False)
+    dataset = open_dataset(data, config.model.image_size, config.train.seed, train=False)
     assert dataset.val is not None
     chosen = np.unique(np.linspace(0, len(dataset.val) - 1, count).round().astype(np.int64))
     parts = np.array_split(chosen, -(-len(chosen) // BATCH))
-    requests = [Request(0, 0, side, np.zeros_like(part), part) for part in parts]
-    fetched = fetch(dataset.val, still, requests, 0, torch.device("cpu"))
+    config = dataclasses.replace(config, data=data)
+    fetched = fetch_still(dataset.val, config, parts, 0, torch.device("cpu"))
     batches = (finish(part.images, None, data.mean, data.std) for part in fetched)
     return f"{len(chosen):,} images of {dataset.name}", batches
 

@@ -230,8 +230,7 @@ class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
             except (OSError, ValueError) as error:
                 broken[i] = getattr(error, "strerror", None) or str(error)
                 continue
-            box = crops.eval_boxes(np.array([pixels.shape[1:]]), config.eval_crop)[0]
-            cropped[done] = crops.crop_resize(pixels, box, side, config.interpolation)
+            cropped[done] = crops.eval_crop(pixels, config.eval_crop, side, config.interpolation)
             done += 1
         return cropped[:done], broken
 

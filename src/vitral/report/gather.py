@@ -17,11 +17,10 @@ from vitral.data.loader import eval_batches
 from vitral.data.records import Records
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure
-from vitral.evaluation.evaluate import pick_device
+from vitral.evaluation.evaluate import EVAL_BATCH, pick_device
 from vitral.weights import Weights
 
 Row = dict[str, float]
-EVAL_BATCH = 256
 
 
 @dataclass(frozen=True)

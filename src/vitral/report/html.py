@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitral.config import Config, flatten
-from vitral.data.imagenet import human_name
+from vitral.data.imagenet import short_name
 from vitral.data.records import printable
 from vitral.evaluation import Scores
 from vitral.report.figures import COLOURS, Chart, Line, number, reliability
@@ -168,7 +168,7 @@ def _write(out: Path, template: str, **content: Any) -> None:
         lstrip_blocks=True,
     )
     pages.filters |= {"percent": "{:.2%}".format, "duration": duration, "number": number}
-    pages.filters |= {"human": _human, "value": _value}
+    pages.filters |= {"human": short_name, "value": _value}
     text = pages.get_template(template).render(**content)
     with replacing(out) as file:
         file.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -257,12 +257,6 @@ def _picture(path: Path) -> tuple[str, int, int] | None:
             return data_uri(image, min(PICTURE_SIDE, max(image.size))), *image.size
     except OSError:
         return None
-
-
-def _human(name: str) -> str:
-    """The first name of a wnid, any other name as it is."""
-    known = human_name(name)
-    return known.split(", ")[0] if known else name
 
 
 def _value(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 
 import numpy as np
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from vitral.data.augment import finish
 from vitral.data.decode import DecodeError, decode
-from vitral.data.fetch import Request, fetch
-from vitral.data.loader import STILL
+from vitral.data.loader import fetch_still
 from vitral.data.records import Packed, Pixels, Records
 from vitral.inference.attention import attention_weights, read, rollout
 from vitral.weights import Weights
@@ -57,9 +55,8 @@ def attended(weights: Weights, records: Records, index: int) -> tuple[str, str] 
 
     None if the image cannot be read.
     """
-    config = dataclasses.replace(weights.description.config, augment=STILL)
-    request = Request(0, 0, config.model.image_size, np.array([0]), np.array([index]))
-    (fetched,) = fetch(records, config, [request], 0, torch.device("cpu"))
+    config = weights.description.config
+    (fetched,) = fetch_still(records, config, [np.array([index])], 0, torch.device("cpu"))
     if fetched.broken:
         return None
     place = weights.model.cls.device

@@ -115,11 +115,11 @@ def joined(gpu: bool) -> Iterator[World]:
     Args:
         gpu: whether training is on GPUs.
     """
-    size, rank = (int(os.environ.get(name, default)) for name, default in WORLD)
-    if size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
-    local_rank, local_size = (int(os.environ[f"LOCAL_{n}"]) for n in ("RANK", "WORLD_SIZE"))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
     if gpu and local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -132,9 +132,6 @@ def joined(gpu: bool) -> Iterator[World]:
         raise
     # Not after a failure: the others would be waited for.
     dist.destroy_process_group()
-
-
-WORLD = (("WORLD_SIZE", "1"), ("RANK", "0"))
 
 
 def check_processes(config: Config, processes: int) -> None:

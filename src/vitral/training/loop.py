@@ -19,7 +19,7 @@ from vitral.data.records import Dataset, Pixels
 from vitral.data.sampling import Order, derive_seed
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure, merge
-from vitral.evaluation.evaluate import pick_device
+from vitral.evaluation.evaluate import EVAL_BATCH, pick_device
 from vitral.model import ViT, count_flops
 from vitral.report import curves, pictures
 from vitral.report.gather import Predictions, read_rows, read_run
@@ -45,7 +45,6 @@ from vitral.training.run import RunFolder, Signals
 PATIENCE = 10  # non-finite updates in a row that stop a run
 TOLD = 10  # broken images that are named at once
 BROKEN_SHARE = 0.001  # of the training images
-EVAL_BATCH = 256
 
 
 def train(recipe: str | Config = "digits", *arguments: str) -> Path:
