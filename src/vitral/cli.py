@@ -353,7 +353,7 @@ def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
     else:
         title, file, names = "resolution", "resolutions.csv", [*map(str, options.resolutions)]
         share = weights.description.config.data.eval_crop
-        about = f"{about}, the central {share:.1%} of the short side at every size"
+        about = f"{about}, the central {100 * share:g}% of the short side at every size"
         found = sweep(
             weights,
             options.resolutions,

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vitral.config import Config
 from vitral.data.ilsvrc import VAL
@@ -21,7 +20,8 @@ from vitral.data.sampling import Integers
 from vitral.data.sources import SUFFIXES, open_dataset, walk_images
 
 DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
-WNID = re.compile("n[0-9]{8}")
+WNID = "n[0-9]{8}"
+CLASS = f"{WNID}|[0-9]+"
 NUMBERED = re.compile(rb"ILSVRC2012_val_([0-9]{8})")
 
 
@@ -117,7 +117,8 @@ def find_suite(path: str | Path) -> Suite:
     They are ImageNet's validation set (Russakovsky et al. 2015), ReaL's labels for it (Beyer et al.
     2020), the three sets of ImageNet-V2 (Recht et al. 2019), ImageNet-A and ImageNet-R (Hendrycks
     et al. 2021) and ImageNet-Sketch (Wang et al. 2019), unpacked as they are published: a folder
-    for each class. The validation set may also lie flat, or in anything that `open_dataset` opens.
+    for each class. The validation set may also lie flat, be the tar as downloaded, or be shards or
+    Parquet in a folder of its own.
 
     Args:
         path: the folder, or that of one set; four levels of folders below it are looked at.
@@ -201,21 +202,14 @@ def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Folders from `root` down, with the names of the folders and files in each, sorted.
 
-    Class folders and those of training images are not entered, nor what cannot be read.
+    Class folders are not entered, nor what cannot be read.
     """
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
         inner = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         yield folder, inner, sorted(files)
         deeper = len(folder.relative_to(root).parts) < DEPTH
-        folders[:] = [
-            name
-            for name in inner
-            if deeper
-            and name.lower() != "train"
-            and not WNID.fullmatch(name)
-            and not name.isdecimal()
-        ]
+        folders[:] = [name for name in inner if deeper and not re.fullmatch(CLASS, name)]
 
 
 def _kind(root: Path, folder: Path) -> Kind | None:
@@ -242,7 +236,7 @@ def _is_image(name: str) -> bool:
 
 def _class_folders(kind: Kind, names: Sequence[str]) -> list[tuple[str, str]]:
     """Name and wnid of each class folder; other folders are left out."""
-    found = [(name, name) for name in names if WNID.fullmatch(name)]
+    found = [(name, name) for name in names if re.fullmatch(WNID, name)]
     if found or "V2" not in kind.name:
         return found
     # ImageNet-V2 names classes by their positions in sorted wnids, whose own order as text, with
@@ -273,7 +267,7 @@ def _open(kind: Kind, place: Path) -> LabelledSet:
 
 def _flat(folder: Path) -> Iterator[tuple[str, bytes, int]]:
     """Wnid, path and size of each validation image that lies in `folder` itself."""
-    truth: NDArray[np.int64] = validation_labels()
+    truth = validation_labels()
     for entry in folder.iterdir():
         name = os.fsencode(entry.name)
         match = NUMBERED.match(name)
@@ -291,4 +285,6 @@ def _open_archives(place: Path) -> LabelledSet:
         expected = "ImageNet's validation images, labelled by wnid"
         got = f"classes {some(strangers)}" if strangers else "other images"
         raise mistake(place, expected, got, "move them away")
-    return LabelledSet(IMAGENET, place, classes, records)
+    seen, labels = np.unique(records.labels, return_inverse=True)
+    named = tuple(classes[i] for i in seen.tolist())
+    return LabelledSet(IMAGENET, place, named, replace(records, labels=labels))
