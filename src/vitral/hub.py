@@ -1,0 +1,153 @@
+"""Folders on the Hugging Face Hub, by name.
+
+The names are the field's: `hf-hub:owner/name`, or `hf-hub:owner/name@revision`. Nothing without
+that prefix is ever asked of the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitral.config import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFIX = "hf-hub:"
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` is one that a repository may have."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"hub: expected owner/name, got {name!r}")
+
+
+def download(name: str) -> Path:
+    """The folder, in the Hub's cache, with the weights called `hf-hub:owner/name[@revision]`.
+
+    Of what the repository holds, config.json, manifest.json and *.safetensors come, and no more.
+    What came before is taken from the cache where the Hub cannot be reached.
+
+    Raises:
+        UserError: for a name without weights, one that may not be read, or no way to the Hub.
+    """
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    check_name(repository)
+    api = _client()
+    with _explained(repository, revision):
+        # First the file that only weights have, lest gigabytes come of what has none.
+        manifest = Path(api.hf_hub_download(repository, "manifest.json", revision=revision or None))
+        api.snapshot_download(
+            repository,
+            revision=manifest.parent.name,  # the commit, so that all files are of one
+            allow_patterns=["config.json", "*.safetensors"],
+            ignore_patterns=["*/*"],
+        )
+    return manifest.parent
+
+
+def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
+    """Puts the files of `folder`, README.md among them, into a repository, in one commit.
+
+    The repository is made if there is none. Files of the same names are replaced, and *.safetensors
+    that the folder lacks are removed, as weights hold no file that their manifest does not list.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: if it may not be written, is public where `private` is asked for, or the Hub does
+            not accept the card.
+    """
+    check_name(name)
+    api = _client()
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, get_token
+
+    if get_token() is None:
+        raise UserError(f"hub: expected a token to push {name}, got none; {LOG_IN}")
+    files = sorted(folder.iterdir())
+    with _explained(name):
+        ModelCard.load(folder / "README.md").validate()  # before anything is made
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise UserError(
+                f"hub: {name} is public; make it private in its settings, or take another"
+            )
+        old = {
+            file for file in api.list_repo_files(name) if re.fullmatch(r"[^/]+\.safetensors", file)
+        }
+        stale = sorted(old - {file.name for file in files})
+        # upload_folder would do, but may cut what it uploads into several commits.
+        api.create_commit(
+            name,
+            [
+                *(CommitOperationAdd(file.name, file) for file in files),
+                *(CommitOperationDelete(file) for file in stale),
+            ],
+            commit_message=message,
+        )
+    return str(address)
+
+
+def _client() -> HfApi:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError(
+            f"hub: the Hugging Face Hub takes the package {error.name}, which is not installed; "
+            "`pip install 'vitral[hub]'`"
+        ) from None
+    return HfApi(library_name="vitral", library_version=version("vitral"))
+
+
+@contextmanager
+def _explained(name: str, revision: str = "") -> Iterator[None]:
+    """Says in one line what the Hub's client raises, mostly in several."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        address = f"{constants.ENDPOINT}/{name}"
+        raise UserError(
+            f"hub: {name} is gated; ask for access on {address}, then {LOG_IN}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        what = f"no repository {name}, or a private one"
+        raise UserError(f"hub: {what}; check the name, or {LOG_IN}") from None
+    except errors.RevisionNotFoundError:
+        expected = "expected a branch, a tag or a commit"
+        raise UserError(f"hub: {name} has no revision {revision}; {expected}") from None
+    except errors.RemoteEntryNotFoundError:
+        expected = "expected what `vitral push` writes, with a manifest.json"
+        raise UserError(f"hub: {name} holds no weights of vitral; {expected}") from None
+    except errors.HfHubHTTPError as error:
+        raise UserError(_refusal(name, error.response.status_code, error)) from None
+    # The base of all that goes wrong on the way, whichever package the client asks the network by.
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError) as error:
+        reason = _first_line(error.__cause__ or error)
+        where = constants.ENDPOINT
+        raise UserError(f"hub: {name}: cannot reach {where}: {reason}; try again later") from None
+    except ValueError as error:
+        raise UserError(f"hub: {name} is not accepted: {_first_line(error)}") from None
+
+
+def _refusal(name: str, status: int, error: Exception) -> str:
+    if status == 401:
+        return f"hub: {name}: the token is not valid; {LOG_IN}"
+    if status == 403:
+        return f"hub: {name}: the token does not allow it; take a token that may write there"
+    return f"hub: {name}: {_first_line(error)}; try again later"
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of a message, at most 300 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
