@@ -7,6 +7,7 @@ that prefix is ever asked of the network.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -41,16 +42,27 @@ def download(name: str) -> Path:
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     check_name(repository)
     api = _client()
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            api.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],  # an asterisk matches slashes too
+            )
+        )
+
     with _explained(repository, revision):
         # First the file that only weights have, lest gigabytes come of what has none.
-        manifest = Path(api.hf_hub_download(repository, "manifest.json", revision=revision or None))
-        api.snapshot_download(
-            repository,
-            revision=manifest.parent.name,  # the commit, so that all files are of one
-            allow_patterns=["config.json", "*.safetensors"],
-            ignore_patterns=["*/*"],
-        )
-    return manifest.parent
+        folder = fetch(revision or None, ["manifest.json"])
+        if (folder / "manifest.json").exists():
+            # By commit, as which the cache calls the folder, so that all files are of one.
+            return fetch(folder.name, ["config.json", "*.safetensors"])
+    raise UserError(
+        f"hub: {repository} holds no weights of vitral; "
+        "expected what `vitral push` writes, with a manifest.json"
+    )
 
 
 def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
@@ -109,11 +121,12 @@ def _client() -> HfApi:
 
 @contextmanager
 def _explained(name: str, revision: str = "") -> Iterator[None]:
-    """Says in one line what the Hub's client raises, mostly in several."""
+    """Says in one line what the Hub's client raises."""
     from huggingface_hub import constants, errors
 
     try:
-        yield
+        with _quiet():
+            yield
     except errors.GatedRepoError:
         address = f"{constants.ENDPOINT}/{name}"
         raise UserError(
@@ -125,18 +138,38 @@ def _explained(name: str, revision: str = "") -> Iterator[None]:
     except errors.RevisionNotFoundError:
         expected = "expected a branch, a tag or a commit"
         raise UserError(f"hub: {name} has no revision {revision}; {expected}") from None
-    except errors.RemoteEntryNotFoundError:
-        expected = "expected what `vitral push` writes, with a manifest.json"
-        raise UserError(f"hub: {name} holds no weights of vitral; {expected}") from None
     except errors.HfHubHTTPError as error:
         raise UserError(_refusal(name, error.response.status_code, error)) from None
-    # The base of all that goes wrong on the way, whichever package the client asks the network by.
-    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError) as error:
+    # HTTPError is the base of all that fails on the way; a thread of an upload wraps it once more.
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.HTTPError,
+        ConnectionError,
+        RuntimeError,
+    ) as error:
         reason = _first_line(error.__cause__ or error)
-        where = constants.ENDPOINT
-        raise UserError(f"hub: {name}: cannot reach {where}: {reason}; try again later") from None
+        where = f"cannot reach {constants.ENDPOINT}"
+        raise UserError(f"hub: {name}: {where}: {reason}; try again later") from None
     except ValueError as error:
         raise UserError(f"hub: {name} is not accepted: {_first_line(error)}") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the client's log of each attempt, and without bars where nobody looks."""
+    from huggingface_hub import utils
+
+    verbosity = utils.logging.get_verbosity()
+    bars = sys.stderr.isatty() or utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    if not bars:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(verbosity)
+        if not bars:
+            utils.enable_progress_bars()
 
 
 def _refusal(name: str, status: int, error: Exception) -> str:

@@ -189,8 +189,8 @@ def _preprocessing(data: DataConfig, side: int) -> str:
     mean, std = (", ".join(f"{x:g}" for x in values) for values in (data.mean, data.std))
     return (
         f"RGB; the central square of {100 * data.eval_crop:g}% of the short side, resized to "
-        f"{side} by {side} pixels ({data.interpolation}, antialiased), scaled to 0 to 1, less the mean "
-        f"({mean}), over the standard deviation ({std})"
+        f"{side} by {side} pixels ({data.interpolation}, antialiased), scaled to 0 to 1, less "
+        f"({mean}), over ({std})"
     )
 
 
