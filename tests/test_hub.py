@@ -67,7 +67,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories, self.large, self.asked = {}, {}, []
-        self.failing = None  # the part of a path that gets an internal error
+        self.failing, self.status = None, 500  # the part of a path that gets an error, and which
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def downloads(self):
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         writing = self.command in ("POST", "PUT") and "validate" not in path
         if self.server.failing and self.server.failing in path:
-            self.answer(500, {"error": "Something went wrong"})
+            self.answer(self.server.status, {"error": "Something went wrong"})
         elif token not in ("", "hf_anna") or (writing and not token and "/lfs/" not in path):
             self.answer(401, X_Error_Message="Invalid credentials in Authorization header")
         else:
@@ -372,11 +372,12 @@ def test_only_weights_are_downloaded(hub, run, tmp_path):
     assert {path.name for path in found.path.iterdir()} == FILES
 
 
-def test_what_has_no_weights_is_not_downloaded(hub, capsys):
+def test_what_has_no_weights_is_not_downloaded(hub, capsys, caplog):
     large = {"config.json": b"{}", "model.safetensors": b"much"}
     hub.repositories["bo/llm"] = Repository(large)
     refused(capsys, ["val", "hf-hub:bo/llm"], "bo/llm holds no weights of vitral", "manifest.json")
     assert hub.downloads() == set()
+    assert caplog.text == ""  # the client would warn that nothing matched
 
 
 def test_a_revision_is_a_tag_or_a_commit(hub, run, tmp_path, capsys):
@@ -516,10 +517,18 @@ def test_a_card_that_the_hub_refuses_leaves_nothing(hub, run, capsys):
     assert hub.repositories == {}
 
 
-def test_a_commit_that_fails_leaves_nothing(hub, run, capsys):
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [
+        ("/commit/", 500, "the Hub answers 500, Something went wrong; try again later"),
+        ("/lfs/", 403, "the token does not allow it"),
+        ("/lfs/", 400, "the Hub answers 400, Something went wrong; try again later"),
+    ],
+)
+def test_a_push_that_fails_leaves_nothing(hub, run, capsys, path, status, said):
     hub.repositories["anna/x"] = Repository({"README.md": b"before"})
-    hub.failing = "/commit/"
-    refused(capsys, ["push", run, "anna/x"], "anna/x: ", "500", "try again later")
+    hub.failing, hub.status = path, status
+    refused(capsys, ["push", run, "anna/x"], "anna/x: ", said)
     repository = hub.repositories["anna/x"]
     assert (len(repository.commits), repository.files["README.md"]) == (1, b"before")
     hub.failing = None

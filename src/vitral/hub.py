@@ -122,36 +122,45 @@ def _client() -> HfApi:
 @contextmanager
 def _explained(name: str, revision: str = "") -> Iterator[None]:
     """Says in one line what the Hub's client raises."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
+    kinds = (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, ValueError)
     try:
         with _quiet():
             yield
-    except errors.GatedRepoError:
-        address = f"{constants.ENDPOINT}/{name}"
-        raise UserError(
-            f"hub: {name} is gated; ask for access on {address}, then {LOG_IN}"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        what = f"no repository {name}, or a private one"
-        raise UserError(f"hub: {what}; check the name, or {LOG_IN}") from None
-    except errors.RevisionNotFoundError:
-        expected = "expected a branch, a tag or a commit"
-        raise UserError(f"hub: {name} has no revision {revision}; {expected}") from None
-    except errors.HfHubHTTPError as error:
-        raise UserError(_refusal(name, error.response.status_code, error)) from None
-    # HTTPError is the base of all that fails on the way; a thread of an upload wraps it once more.
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.HTTPError,
-        ConnectionError,
-        RuntimeError,
-    ) as error:
-        reason = _first_line(error.__cause__ or error)
-        where = f"cannot reach {constants.ENDPOINT}"
-        raise UserError(f"hub: {name}: {where}: {reason}; try again later") from None
-    except ValueError as error:
-        raise UserError(f"hub: {name} is not accepted: {_first_line(error)}") from None
+    except kinds as error:
+        raise UserError(f"hub: {_explanation(error, name, revision)}") from None
+    except RuntimeError as error:
+        # What a thread of an upload met is wrapped once more.
+        if not isinstance(error.__cause__, kinds):
+            raise
+        raise UserError(f"hub: {_explanation(error.__cause__, name, revision)}") from None
+
+
+def _explanation(error: BaseException, name: str, revision: str) -> str:
+    from huggingface_hub import constants, errors
+
+    place = constants.ENDPOINT
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated; ask for access on {place}/{name}, then {LOG_IN}"
+        case errors.RepositoryNotFoundError():
+            return f"no repository {name}, or a private one; check the name, or {LOG_IN}"
+        case errors.RevisionNotFoundError():
+            return f"{name} has no revision {revision}; expected a branch, a tag or a commit"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return f"{name}: the token is not valid; {LOG_IN}"
+        case errors.HfHubHTTPError() if error.response.status_code == 403:
+            return f"{name}: the token does not allow it; take a token that may write there"
+        case errors.HfHubHTTPError():
+            said = f"{error.response.status_code}, {_first_line(error.server_message or 'no more')}"
+            return f"{name}: the Hub answers {said}; try again later"
+        # The base of all that fails on the way, whichever package the client asks the network by.
+        case errors.HTTPError() | errors.LocalEntryNotFoundError() | ConnectionError():
+            reason = _first_line(error.__cause__ or error)
+            return f"{name}: cannot reach {place}: {reason}; try again later"
+        case _:
+            return f"{name} is not accepted: {_first_line(error)}"
 
 
 @contextmanager
@@ -172,15 +181,7 @@ def _quiet() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-def _refusal(name: str, status: int, error: Exception) -> str:
-    if status == 401:
-        return f"hub: {name}: the token is not valid; {LOG_IN}"
-    if status == 403:
-        return f"hub: {name}: the token does not allow it; take a token that may write there"
-    return f"hub: {name}: {_first_line(error)}; try again later"
-
-
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException | str) -> str:
     """The first line of a message, at most 300 characters of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -136,7 +136,6 @@ def vitral(
     with torch.device("meta"):
         model = TimmViT(config, count, **settings)
     model.load_state_dict(loaded.model.state_dict(), assign=True)
-    model.requires_grad_(True)
     if num_classes is not None and num_classes != count:
         model.reset_classifier(num_classes)
     own = pretrained_cfg or _cfg(config, description.config.data, description.classes)
