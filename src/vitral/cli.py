@@ -38,6 +38,8 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
                one self-contained page of a run, or of several beside each other
   vitral export WEIGHTS [--format onnx|pt2] [--out FILE] [--data PATH|NAME]
                one file that needs no vitral, compared with the model before it is kept
+  vitral push WEIGHTS OWNER/NAME [--licence SPDX] [--private] [--dry-run]
+               weights and their card to the Hugging Face Hub; --dry-run only prints the card
   vitral recipes [NAME]
                lists the recipes, or prints one
   vitral data check PATH|NAME        counts, classes, broken files, decode rate
@@ -52,7 +54,8 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
   vitral doctor
                what this machine offers: devices, kernels, decoders, disk
 
-WEIGHTS is a run folder or a weight folder such as runs/digits/weights/best.
+WEIGHTS is a run folder, a weight folder such as runs/digits/weights/best, or weights on the
+Hugging Face Hub, hf-hub:owner/name or hf-hub:owner/name@revision.
 `vitral train RECIPE --help` lists every setting with the recipe's value.
 """
 
@@ -169,6 +172,18 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Options of `vitral push`."""
+
+    licence: str | None = None
+    """Of the weights, as SPDX names it, such as Apache-2.0; None states none."""
+    private: bool = False
+    """Make the repository private; one that is public already is refused."""
+    dry_run: bool = False
+    """Print the card and push nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckOptions:
     """Options of `vitral data check`."""
 
@@ -236,6 +251,7 @@ def _dispatch(words: list[str]) -> int:
         "explain": _explain,
         "report": _report,
         "export": _export,
+        "push": _push,
         "recipes": _recipes,
         "data": _data,
         "bench": _bench,
@@ -466,6 +482,24 @@ def _export(words: list[str]) -> int:
     print(*exported.agreements, sep="\n")
     if options.images and len(exported.agreements) == 1:
         print("the set trained on is not here: --data PATH compares on its validation images")
+    return 0
+
+
+def _push(words: list[str]) -> int:
+    from vitral import hub, recipes
+
+    path, rest = _positional(words, "WEIGHTS", "vitral push")
+    name, rest = _positional(rest, "OWNER/NAME", "vitral push WEIGHTS")
+    options = recipes.parse(rest, PushOptions(), program="vitral push WEIGHTS OWNER/NAME")
+    hub.check_name(name)
+    from vitral.inference.card import card, push
+    from vitral.weights import load
+
+    weights = load(path)
+    if options.dry_run:
+        print(card(weights, name, options.licence), end="")
+    else:
+        print(push(weights, name, private=options.private, licence=options.licence))
     return 0
 
 
