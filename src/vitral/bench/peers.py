@@ -50,8 +50,8 @@ def _timm(name: str, config: ViTConfig, num_classes: int, **others: Any) -> nn.M
     import timm
 
     dim, depth, num_heads, _ = config.shape
-    model: Any = timm.create_model(
-        name,
+    # Not by timm.create_model, which drops the None that turns LayerScale off.
+    model: Any = timm.model_entrypoint(name)(
         img_size=config.image_size,
         patch_size=config.patch_size,
         num_classes=num_classes,

@@ -20,7 +20,7 @@ Kind = Literal["attention", "matmul", "optimizer", "copy", "elementwise", "other
 # products are; the optimiser's are templates over elementwise functors.
 PATTERNS: tuple[tuple[Kind, str], ...] = (
     ("attention", r"attention|flash|fmha|sdpa"),
-    ("optimizer", r"adam|multi_tensor_apply|_foreach_|_norm_except_dim|LpNorm"),
+    ("optimizer", r"adam|multi_tensor_apply|_foreach_|vector_norm|LpNorm"),
     ("matmul", r"gemm|gemv|cutlass|cublas|nvjet|wgmma|splitk|triton_tem_|^aten::(add|b|bad)?mm$"),
     ("matmul", r"^aten::_?(linear|matmul|einsum|convolution|mkldnn|thnn_conv)|conv\dd"),
     ("copy", r"memcpy|memset|copy|CatArray|^aten::(cat|clone|contiguous|stack|zero_|fill_)"),
