@@ -12,9 +12,11 @@ float32 and not compiled on a CPU. Who the models are: src/vitral/bench/peers.py
 `--recipe` takes architecture, options and batch of a recipe, for timm's models as well.
 
 A GPU is timed by CUDA events, a CPU by the clock and by processor time; ratios on a CPU are of
-processor time. FLOPs are those of the matrix products of the model's own passes, counted by torch
-on each model alike; the rate of large matrix products is measured in the same run. Memory is the
-most that a model's own training needs, without the others' weights.
+processor time. Where several threads share their cores with other work, OMP_WAIT_POLICY=PASSIVE
+keeps them from spending theirs on waiting for each other. FLOPs are those of the matrix products of
+the model's own passes, counted by torch on each model alike; the rate of large matrix products is
+measured in the same run. Memory is the most that a model's own training needs, without the others'
+weights.
 """
 
 from __future__ import annotations

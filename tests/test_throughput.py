@@ -15,7 +15,7 @@ from vitral import recipes
 from vitral.bench import contest, memory, rounds
 from vitral.bench.contest import Training, forward_flops
 from vitral.bench.model import NO_TIMM, table
-from vitral.bench.peers import PEERS
+from vitral.bench.peers import OURS, PEERS
 from vitral.bench.profile import Entry, kind_of, summarise
 from vitral.cli import main
 from vitral.config import Config, UserError, ViTConfig
@@ -55,7 +55,7 @@ def test_the_whole_command(throughput, tmp_path, capsys):
     assert [case["mode"] for case in found["cases"]] == ["train", "infer"]
     for case in found["cases"]:
         rows = {row["name"]: row for row in case["contestants"]}
-        assert list(rows) == ["vitral", *PEERS]
+        assert list(rows) == [*OURS, *PEERS]
         for name, row in rows.items():
             consistent(row, rows["timm"], case)
             assert any(line.startswith(f"{name} ") for line in out.splitlines())
@@ -164,7 +164,7 @@ def test_the_front_door(capsys):
     assert main(["bench", "model", "digits", "--peers", *words]) == 0
     out = capsys.readouterr().out
     names = [line.split()[0] for line in out.splitlines()[2:-1]]
-    assert names == (["vitral", *PEERS] if HAS_TIMM else ["vitral"])
+    assert names == ([*OURS, *PEERS] if HAS_TIMM else [*OURS])
     assert "training steps of 2 images of 8 pixels, 10 classes" in out
 
 
@@ -288,14 +288,10 @@ def test_the_largest_batch_is_found_to_an_eighth(most):
 
 
 def test_noise_gives_gradients():
-    """Even targets would meet the head's even start, and the backward pass be one of zeros."""
-    config = recipes.load("digits", ["--train.batch-size", "2"])
-    training = Training(config, 10, 8)
-    for _ in range(2):
-        training.passes.accumulate(training.batch, last=True)
-        norms = [p.grad.norm() for p in training.optimizer.named.values()]
-        training.optimizer.step(1e-3, torch.zeros(()))
-    assert min(norms) > 0
+    """Even targets would be what the head starts with, and give rounding errors for gradients."""
+    training = Training(recipes.load("digits", ["--train.batch-size", "2"]), 10, 8)
+    training.passes.accumulate(training.batch, last=True)
+    assert training.model.head.weight.grad.norm() > 1e-2
 
 
 def test_a_batch_too_large_is_the_users_to_mend(monkeypatch):

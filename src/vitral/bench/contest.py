@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import itertools
 import statistics
 import time
@@ -28,7 +29,7 @@ WORK: dict[Mode, type[Work]] = {"train": Training, "infer": Inference}
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10}
 REFERENCE = "timm"  # that ratios are to
 WARMUP = 3  # steps, the first of which compiles
-STEPS = range(3, 201)  # of a round
+LEAST, MOST = 3, 200  # steps of a round
 MATMULS = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384)}
 
 
@@ -51,6 +52,7 @@ def compare(
     """
     classes, side = num_classes(config), config.model.image_size
     torch.compiler.reset()  # the limit of recompilations is shared by all models of a class
+    gc.collect()  # or what is measured before would be taken for memory of others
     try:
         resolved = Training(config, classes, side).resolved
         train = dataclasses.replace(config.train, micro_batch=resolved.micro_batch)
@@ -113,7 +115,7 @@ class Contestant:
         self.compile_s = None
         if self.work.resolved.compile:
             self.compile_s = (first.passed - warm.passed) / 1e3
-        self.steps = min(max(round(1e3 * rounds.SECONDS / warm.passed), STEPS[0]), STEPS[-1])
+        self.steps = min(max(round(1e3 * rounds.SECONDS / warm.passed), LEAST), MOST)
         self.memory_bytes = None
         if self.work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # compiling tries things out

@@ -41,7 +41,7 @@ class Work(ABC):
         torch.set_num_threads(self.resolved.threads)
         size = self.resolved.micro_batch
         images = torch.randn(size, CHANNELS, side, side, device=self.device)
-        # Even ones would meet the even start of the head: all gradients zero, which is less work.
+        # Even ones would be what the head starts with: gradients of nothing but rounding.
         targets = torch.randn(size, num_classes, device=self.device).softmax(1)
         self.batch = Batch(0, 0, images, targets, [])
 
