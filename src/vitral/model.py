@@ -109,7 +109,10 @@ class RoPE2D(nn.Module):
         return torch.stack(rows)[None, :, None]
 
     def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Cosine and sine for each block, float32: (1, N, S/2) or (Q + K, N, S/2)."""
+        """Cosine and signed sine of all channels for each block, as `rotate` takes them.
+
+        Float32, (1, N, S) or, mixed, (Q + K, N, S).
+        """
         x = torch.arange(columns, device=device, dtype=torch.float32).expand(rows, -1).flatten()
         # Expanded: torch exports repeat_interleave by a size that varies to a wrong ONNX graph.
         y = torch.arange(rows, device=device, dtype=torch.float32)[:, None]
@@ -121,16 +124,22 @@ class RoPE2D(nn.Module):
         if self.mixed is not None:
             group = self.num_heads // self.num_kv_heads
             angles = torch.cat([angles.repeat_interleave(group, dim=1), angles], dim=1)
-        tables = list(zip(angles.cos().unbind(), angles.sin().unbind(), strict=True))
+        cosine, sine = angles.cos(), angles.sin()
+        cosine, sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
+        tables = list(zip(cosine.unbind(), sine.unbind(), strict=True))
         return tables * self.depth if len(tables) == 1 else tables
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype."""
+    """Turns the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype.
+
+    Args:
+        cosine: of each channel's angle, (..., N, S).
+        sine: likewise, with a minus for the first half.
+    """
     exact = x.float() if x.dtype.itemsize < 4 else x
     # As two products of whole heads, not of halves: a compiler makes one kernel of each direction,
     # and a CPU takes two thirds of the time.
-    cosine, sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
     return (exact * cosine + exact.roll(x.shape[-1] // 2, dims=-1) * sine).to(x.dtype)
 
 
@@ -175,7 +184,7 @@ class GroupedQueryAttention(nn.Module):
         # the slow kernel that writes the whole attention matrix. As no query minds another, those
         # of a group may follow each other in one sequence.
         if q.is_cuda and q.dtype.itemsize == 2:
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=Q != k.shape[1])
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != Q)
         groups = q.reshape(B, self.num_kv_heads, -1, S)
         return F.scaled_dot_product_attention(groups, k, v).view(B, Q, N, S)
 
