@@ -1,7 +1,7 @@
 """Writes the tables of options, settings and recipes into the pages: `python docs/tables.py`.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a dataclass of vitral.cli,
-a section of vitral.config, or `recipes`. The tests compare the pages with what this would write.
+a section of the settings, `presets` or `recipes`. The tests compare the pages with what comes out.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def filled(text: str) -> str:
 
 def table(name: str) -> str:
     """The table of that name, in Markdown."""
+    if name == "presets":
+        return _presets()
     if name == "recipes":
         return _recipes()
     section = SECTIONS.get(name)
@@ -104,6 +106,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_shown, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _presets() -> str:
+    names = ("size", *config.Shape._fields)
+    rows = [names, ["---"] * len(names), *((size, *s) for size, s in config.PRESETS.items())]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def _recipes() -> str:
