@@ -94,7 +94,9 @@ def _value(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         parts = typing.get_args(kind)
         if parts[-1] is Ellipsis:
-            return "pairs of a size and a share"
+            return (
+                "pairs of a size and a share" if parts[0] not in WORDS else f"{_value(parts[0])}s"
+            )
         counted = {2: "two", 3: "three"}[len(parts)]
         return f"{counted} {_value(parts[0])}s"
     return WORDS[kind]
