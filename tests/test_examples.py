@@ -5,27 +5,115 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
-from vitral import recipes, storage
+from vitral import cli, recipes, storage
+from vitral.config import UserError
 from vitral.training.metrics import read_rows
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 90.0  # seconds, after which a process hangs
 
 
-@pytest.mark.parametrize("name", ["docs/imagenet.md", "examples/slurm.sh", "examples/ray_train.py"])
-def test_commands_have_recipes_and_settings_that_exist(name):
+DOCUMENTS = ["README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
+SCRIPTS = ["examples/slurm.sh", "examples/ray_train.py"]
+# Least number of words before the options.
+PLACES = {"val": 1, "predict": 2, "explain": 2, "report": 1, "export": 1, "push": 2}
+PLACES |= {"data check": 1, "data pack": 2}
+
+
+def commands_in(name):
+    """The words after `vitral` of each command in a document's blocks and text, or a script."""
     text = (ROOT / name).read_text().replace("\\\n", " ")
-    commands = re.findall(r"(?:vitral train|slurm\.sh|ray_train\.py \d+) (imagenet-.*)", text)
-    assert commands
+    lines = text.splitlines()
+    if name.endswith(".md"):
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        lines = [line for block in blocks for line in block.splitlines()]
+        # Not those that only name a command, or have a placeholder: `vitral data check PATH`.
+        spans = re.findall(r"`(vitral [^`]+(?:/| --)[^`]*)`", text)
+        lines += [span for span in spans if not re.search(r" [A-Z]+( |$)", span)]
+    for line in lines:
+        line = re.sub(r"^.*(?:slurm\.sh|ray_train\.py \d+) (?=imagenet)", "vitral train ", line)
+        line = re.sub(r"^.*own_folder\.py ", "vitral train imagenette128 --data ", line)
+        for found in re.findall(r"(?:^\W*|[&|] |-m )vitral ([^$]+)$", line):
+            words = shlex.split(re.sub(r"`.*", "", found.replace("N ", "0 ")), comments=True)
+            yield list(takewhile(lambda word: word not in ("|", ">", "&&"), words))
+
+
+def parse(words):
+    """What the command does with its words before it looks at any file."""
+    verb, words = words[0], words[1:]
+    if verb in ("data", "bench"):
+        verb, words = f"{verb} {words[0]}", words[1:]
+    if verb in ("train", "bench model", "bench train", "data preview", "bench data"):
+        if verb in ("data preview", "bench data"):
+            words = cli._with_data(words[0], words[1:])
+        _, words = cli._take_processes([word for word in words if word != "--dry-run"])
+        if words and words[0].endswith(".yaml"):
+            words[0] = "digits"  # a file that the reader has
+        cli._load(words, f"vitral {verb}", "")
+    elif verb in PLACES:
+        places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), words))
+        assert len(places) >= PLACES[verb]
+        options = getattr(cli, f"{verb.split()[-1].capitalize()}Options")
+        recipes.parse(words[len(places) :], options(), program=f"vitral {verb}")
+    elif verb == "recipes":
+        assert len(words) <= 1
+        assert all(recipes.text(word) for word in words)
+    else:
+        assert (verb, words) in (("doctor", []), ("--help", []))
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *SCRIPTS])
+def test_commands_have_recipes_and_settings_that_exist(name):
+    commands = list(commands_in(name))
+    assert commands or "```sh" not in (ROOT / name).read_text()
     for command in commands:
-        recipe, *words = shlex.split(
-            re.sub("--gpus [0-9]+|--dry-run|`.*", "", command), comments=True
-        )
-        recipes.load(recipe, words)
+        parse(command)
+
+
+def test_commands_that_are_wrong_would_be_found():
+    for wrong in (
+        "train digit", "train --model.dimm 3", "val", "val runs/digits --wich ema", "predict runs",
+        "data pack src", "data chekc path", "bench data path digits --data.worker 1", "trian",
+        "recipes digit", "doctor all",
+    ):  # fmt: skip
+        with pytest.raises((UserError, AssertionError, AttributeError)):
+            parse(wrong.split())
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_yaml_on_the_pages_is_a_recipe(name, tmp_path):
+    blocks = r"^```yaml.*?\n(.*?)^```"
+    for text in re.findall(blocks, (ROOT / name).read_text(), re.MULTILINE | re.DOTALL):
+        (tmp_path / "mine.yaml").write_text(text)
+        recipes.load(str(tmp_path / "mine.yaml"))
+
+
+def test_walk_on_an_own_folder(tmp_path, monkeypatch, capsys):
+    """Every command of the page, in its order, and what stays the same of what they print."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "own-folder.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(program, {})
+    walk = [command for command in commands_in("docs/own-folder.md") if "pictures" in str(command)]
+    printed = {}
+    for words in walk:
+        short = "--train.epochs 1 --optim.warmup-epochs 0" if words[0] == "train" else ""
+        assert cli.main([*words, *short.split()]) == 0
+        printed[words[0], words[1]] = capsys.readouterr().out
+    assert [words[0] for words in walk] == "data data train val predict explain".split()
+    checked = printed["data", "check"].partition("size")[0]  # which depends on the PNG writer
+    assert checked in text
+    begun = printed["train", "digits"].splitlines()[0]
+    assert begun in text
+    measured, predicted = printed["val", "runs/pictures"], printed["predict", "runs/pictures"]
+    assert measured.splitlines()[1] in text
+    assert predicted.splitlines()[0].partition(":")[0] in text
+    assert Path("explain/1439_explained.png").exists()
 
 
 @pytest.fixture
