@@ -312,7 +312,8 @@ class TrainConfig:
     batch_size: int = 1024
     """Images of one optimiser step, however they are cut into processes and micro-batches."""
     micro_batch: int | None = None
-    """Images of one forward pass; None takes the largest cut of the batch that fits the device."""
+    """Images of one forward pass; None takes the largest cut of the batch that fits a GPU, and on a
+    CPU 64."""
     progressive: tuple[tuple[int, float], ...] = ()
     """Image sizes in a row, each with its share of the steps; none: model.image_size throughout."""
     loss: Literal["ce", "bce"] = "ce"

@@ -1,6 +1,8 @@
 """Every way from records to crops gives the same crops: the GPU's way is run on the CPU here."""
 
 import io
+import shlex
+import shutil
 import subprocess
 import sys
 
@@ -209,3 +211,28 @@ def test_a_crash_ends_the_workers_too(folder):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "RuntimeError: a mistake of ours"
+
+
+def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_path):
+    """Where a container has little of it, a batch would be waited for for ever."""
+    words = [sys.executable, "-m", "vitral", "train", "digits", "--data", str(image_folder)]
+    words += "--model.image-size 64 --model.patch-size 8 --model.depth 1 --data.workers 2".split()
+    words += [
+        "--train.batch-size",
+        "32",
+        "--train.epochs",
+        "1",
+        "--optim.warmup-epochs",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; exec " + shlex.join(words)
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare")
+    done = subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True, timeout=90)
+    if done.returncode == 77 or b"unshare" in done.stderr:
+        pytest.skip("may not mount a disk")
+    last = done.stderr.decode().splitlines()[-1]
+    assert last == "vitral: /dev/shm: No space left on device; make room and repeat the command"
+    assert done.returncode == 1

@@ -7,13 +7,15 @@ packed squares are gathered by workers, and pixel sets lie on the device: both a
 from __future__ import annotations
 
 import atexit
+import errno
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
@@ -126,20 +128,36 @@ def in_workers(
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_prepare_worker,
             multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
         )
         batches = iter(loader)
-    _started.update(getattr(batches, "_workers", ()))
-    return batches
+    workers_now = list(getattr(batches, "_workers", ()))
+    _started.update(workers_now)
+    return _watched(batches, workers_now)
+
+
+def _watched(batches: Iterator[T], workers: Sequence[BaseProcess]) -> Iterator[T]:
+    """The batches; raises OSError where workers ended because shared memory was full."""
+    try:
+        yield from batches
+    except RuntimeError:
+        if any(worker.exitcode == errno.ENOSPC for worker in workers):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
+        raise
 
 
 def _as_it_is(fetched: Any) -> Any:
     return fetched
 
 
-def _ignore_signals(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
+    # The thread that sends a batch would drop one that shared memory has no room for, and the
+    # reader would wait for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # pyright: ignore
+        lambda error, batch: os._exit(errno.ENOSPC)
+    )
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     # multiprocessing's thread would print that the reader has gone; errors of the data set go

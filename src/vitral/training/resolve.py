@@ -21,6 +21,8 @@ from vitral.training.optim import loss_sum
 from vitral.training.trial import fused_is_faster
 from vitral.weights import start_from
 
+CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -79,7 +81,7 @@ def resolve(
         precision=precision,
         compile=compiled,
         threads=train.threads or threads,
-        micro_batch=min(train.micro_batch or share, share),
+        micro_batch=min(train.micro_batch or (share if gpu else CPU_BATCH), share),
         processes=world.size,
         decoder=decoder,
         fused=False,

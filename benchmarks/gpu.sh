@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Every figure that needs a GPU, into one folder; about twenty minutes of an H100.
+#   benchmarks/gpu.sh OUT [IMAGES]
+# IMAGES is an image folder or archive of JPEGs, and adds the rates of whole training from it. Each
+# part is kept when it ends, so that a run cut short loses only the part that it was in.
+set -uo pipefail
+out=${1:?usage: benchmarks/gpu.sh OUT [IMAGES]}
+images=${2:-}
+mkdir -p "$out"
+here=$(dirname "$0")
+
+part() { # NAME COMMAND...: prints, keeps what was printed, and goes on after a failure
+    local name=$1
+    shift
+    echo "== $name: $*"
+    "$@" 2>&1 | tee "$out/$name.txt"
+    echo "exit ${PIPESTATUS[0]}, ${SECONDS} s since the start" | tee -a "$out/$name.txt"
+}
+
+measure() { # NAME ARGUMENTS...: a contest, with its JSON
+    part "$1" python "$here/throughput.py" --json "$out/$1.json" "${@:2}"
+}
+
+part tests python -m pytest -m gpu -q
+measure train_s --sizes s --batch 512
+measure train_b --sizes b --batch 256
+measure train_l --sizes l --batch 128
+measure infer_b --sizes b --batch 512 --mode infer --peers timm timm-rope
+for size in s b; do
+    measure "profile_$size" --sizes $size --batch 256 --profile vitral
+done
+measure memory --sizes l/16 h/14 --largest-batch --peers --compile never
+measure cifar10 --recipe cifar10 --peers timm timm-rope
+if [ -n "$images" ]; then
+    part data vitral bench data "$images" imagenet-b16-300ep
+    part training_b vitral bench train imagenet-b16-300ep --data "$images"
+    part training_s vitral bench train imagenet-s16-90ep --data "$images"
+fi
+for kernels in auto plain; do # the loss curves of both, over 300 steps
+    part "curve_$kernels" vitral train cifar10 --data "${CIFAR10:-synthetic}" --out "$out/curve_$kernels" \
+        --model.kernels $kernels --train.epochs 4 --optim.warmup-epochs 1 --train.log-every 10
+done
