@@ -209,6 +209,21 @@ def test_val_agrees_with_training(run, capsys, tmp_path):
     assert (tmp_path / "tables" / "per_class.csv").read_text().startswith("class,images,top1,top5")
 
 
+def test_val_at_several_sizes(run, capsys, tmp_path):
+    assert main(["val", str(run)]) == 0
+    plain = re.search(r"top-1 (\S+)   top-5 (\S+).*error (\S+)", capsys.readouterr().out)
+    words = ["val", str(run), "--resolutions", "8", "16", "24", "--out", str(tmp_path / "tables")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "the central 100% of the short side at every size" in said
+    rows = [line.split() for line in said.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["8", "16", "24"]
+    assert rows[1] == ["16", "12", "2", *plain.groups()]
+    table = (tmp_path / "tables" / "resolutions.csv").read_text().splitlines()
+    assert table[0] == "resolution,images,classes,top1,top5,ece"
+    assert [line.split(",")[0] for line in table[1:]] == ["8", "16", "24"]
+
+
 def test_val_counts_only_what_training_held_out(image_folder, tmp_path, capsys):
     folder, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(image_folder / "train", folder)

@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vitral.config import UserError, ViTConfig
 from vitral.model import (
-    Branch,
     GroupedQueryAttention,
+    Residual,
     RMSNorm,
     RoPE2D,
     ViT,
@@ -109,7 +110,7 @@ def softmax_attention(q, k, v):
 
 def reference(model, images):
     """Logits from the weights of `model`, image by patch by block by head."""
-    config, state = model.config, model.state_dict()
+    config, state = model.config, model.state_dict(keep_vars=True)
     D, depth, Q, K = config.shape
     S, P = D // Q, config.patch_size
     rows, columns = images.shape[2] // P, images.shape[3] // P
@@ -145,10 +146,10 @@ def reference(model, images):
             phase = phases(rows, columns, prefix, frequencies)
             outputs.append(softmax_attention(turn(q, phase), turn(k, phase), v))
         branch = linear(torch.cat(outputs, dim=-1), f"{name}.attention.projection")
-        x = x + branch * state.get(f"{name}.attention_drop.scale", 1)
+        x = x + branch * state.get(f"{name}.attention_residual.scale", 1)
         hidden = linear(norm_by_formula(x, state[f"{name}.ffn_norm.scale"]), f"{name}.ffn.expand")
         branch = linear(gelu_by_formula(hidden), f"{name}.ffn.contract")
-        x = x + branch * state.get(f"{name}.ffn_drop.scale", 1)
+        x = x + branch * state.get(f"{name}.ffn_residual.scale", 1)
     x = norm_by_formula(x, state["norm.scale"])
     return linear(x[:, 0] if config.pooling == "cls" else x[:, prefix:].mean(1), "head")
 
@@ -166,37 +167,39 @@ def test_model_equals_plain_reimplementation(variant, size):
 
 
 def attention(num_heads, num_kv_heads):
-    """Heads of eight channels, output projection the identity, nothing turned."""
+    """Heads of eight channels, output projection the identity, nothing turned; and its norm."""
     config = tiny(dim=8 * num_heads, num_heads=num_heads, num_kv_heads=num_kv_heads)
-    module = stir(GroupedQueryAttention(config))
+    module, norm = stir(GroupedQueryAttention(config)), stir(RMSNorm(config.shape.dim))
     nn.init.eye_(module.projection.weight)
     nn.init.zeros_(module.projection.bias)
-    return module, torch.ones(1, 7, 4), torch.zeros(1, 7, 4)
+    return module, norm, torch.ones(1, 7, 4), torch.zeros(1, 7, 4)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
 @torch.no_grad()
 def test_grouped_queries_equal_repeated_keys_and_values(num_heads, num_kv_heads):
-    module, cosine, sine = attention(num_heads, num_kv_heads)
+    module, norm, *tables = attention(num_heads, num_kv_heads)
     x = tokens(2, 7, 8 * num_heads)
-    heads = F.linear(x, module.qkv.weight, module.qkv.bias).view(2, 7, -1, 8).unbind(2)
+    normed = norm_by_formula(x, norm.scale)
+    heads = F.linear(normed, module.qkv.weight, module.qkv.bias).view(2, 7, -1, 8).unbind(2)
     group = num_heads // num_kv_heads
     keys = [k for k in heads[num_heads : num_heads + num_kv_heads] for _ in range(group)]
     values = [v for v in heads[num_heads + num_kv_heads :] for _ in range(group)]
     expected = [softmax_attention(*qkv) for qkv in zip(heads, keys, values, strict=False)]
-    torch.testing.assert_close(module(x, cosine, sine), torch.cat(expected, dim=-1))
+    torch.testing.assert_close(module(x, norm, *tables), torch.cat(expected, dim=-1))
 
 
 @torch.no_grad()
 def test_equal_heads_make_torchs_multi_head_attention():
-    module, cosine, sine = attention(4, 4)
+    module, norm, *tables = attention(4, 4)
     other = nn.MultiheadAttention(32, 4, batch_first=True).double()
     other.in_proj_weight.copy_(module.qkv.weight)
     other.in_proj_bias.copy_(module.qkv.bias)
     other.out_proj.load_state_dict(module.projection.state_dict())
     x = tokens(2, 7, 32)
-    expected, _ = other(x, x, x, need_weights=False)
-    torch.testing.assert_close(module(x, cosine, sine), expected)
+    normed = norm_by_formula(x, norm.scale)
+    expected, _ = other(normed, normed, normed, need_weights=False)
+    torch.testing.assert_close(module(x, norm, *tables), expected)
 
 
 @pytest.mark.gpu
@@ -204,10 +207,11 @@ def test_equal_heads_make_torchs_multi_head_attention():
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)
 @torch.no_grad()
 def test_grouped_queries_on_gpu(num_heads, num_kv_heads, dtype):
-    module, cosine, sine = attention(num_heads, num_kv_heads)
+    module, norm, *tables = attention(num_heads, num_kv_heads)
     x = tokens(2, 7, 8 * num_heads)
-    expected = module(x, cosine, sine)
-    got = module.to("cuda", dtype)(x.to("cuda", dtype), cosine.cuda(), sine.cuda())
+    expected = module(x, norm, *tables)
+    tables = [table.cuda() for table in tables]
+    got = module.to("cuda", dtype)(x.to("cuda", dtype), norm.to("cuda", dtype), *tables)
     assert got.dtype == dtype
     assert relative_error(got.double().cpu(), expected) < (3e-2 if dtype.itemsize == 2 else 1e-3)
 
@@ -299,30 +303,50 @@ def test_rms_norm_by_formula(dtype, magnitude):
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("dropout", "skip"), [(0.3, 0.0), (0.0, 0.3)], ids=["dropout", "stochastic depth"]
-)
-def test_branches_drop_their_share_and_keep_the_mean(dropout, skip):
+def test_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
-    branch = Branch(tiny(dim=48, dropout=dropout), skip)
+    residual = Residual(tiny(dim=48, dropout=0.3), skip=0)
     x = torch.ones(20_000, 2, 3)
-    dropped = branch(x)
+    dropped = residual(x, lambda x: x) - x
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert dropped.mean() == pytest.approx(1, abs=0.03)
-    spread = dropped.amax(dim=(1, 2)) - dropped.amin(dim=(1, 2))
-    assert (spread == 0).all() == (skip > 0)  # whole images
-    assert branch.eval()(x).equal(x)
+    assert residual.eval()(x, lambda x: x).equal(2 * x)
+
+
+@pytest.mark.parametrize(("batch", "kept"), [(20, 14), (6, 4), (2, 1), (1, 1)])
+def test_stochastic_depth_runs_the_branch_for_the_images_that_it_keeps_alone(batch, kept):
+    torch.manual_seed(0)
+    residual, x = Residual(tiny(dim=48), skip=0.3), tokens(batch, 2, 3).requires_grad_()
+    seen = []
+
+    def branch(some):
+        seen.append(some)
+        return some**2
+
+    added = residual(x, branch) - x
+    assert len(seen[0]) == kept
+    here = (added != 0).all(2).all(1)
+    assert here.sum() == kept
+    expected = torch.where(here[:, None, None], x**2 * batch / kept, 0)
+    torch.testing.assert_close(added, expected)
+    weight = tokens(3, batch, 2, 3)[2]
+    gradients = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (added, expected))
+    torch.testing.assert_close(*gradients)
+    assert residual.eval()(x, branch).equal(x + x**2)
 
 
 def test_stochastic_depth_rises_with_depth_and_draws_each_branch_anew():
     model = ViT(tiny(depth=4, stochastic_depth=0.6), 5).train()
     torch.manual_seed(0)
     x = torch.ones(20_000, 1, 1)
-    for name in ("attention_drop", "ffn_drop"):
-        shares = [(getattr(block, name)(x) == 0).double().mean() for block in model.blocks]
-        assert shares == pytest.approx([0, 0.2, 0.4, 0.6], abs=0.02)
-    block = model.blocks[-1]
-    both = (block.attention_drop(x) == 0) & (block.ffn_drop(x) == 0)
+
+    def skipped(block, name):
+        return getattr(block, f"{name}_residual")(x, lambda x: x).flatten() == 1
+
+    for name in ("attention", "ffn"):
+        shares = [skipped(block, name).double().mean() for block in model.blocks]
+        assert shares == pytest.approx([0, 0.2, 0.4, 0.6], abs=1e-9)
+    both = skipped(model.blocks[-1], "attention") & skipped(model.blocks[-1], "ffn")
     assert both.double().mean() == pytest.approx(0.36, abs=0.02)
 
 
@@ -392,6 +416,18 @@ def test_activation_checkpointing_recomputes_the_same(dropout):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_the_reference(variant):
+    model = vit(**VARIANTS[variant])
+    gradients = []
+    for run in (model, lambda x: reference(model, x)):
+        model.zero_grad()
+        F.cross_entropy(run(images()), torch.tensor([0, 3])).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.numel()})
+    for name, got in gradients[0].items():
+        assert relative_error(got, gradients[1][name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_reaches_every_parameter(variant):
     model = vit(**VARIANTS[variant]).train()
     F.cross_entropy(model(images()), torch.tensor([0, 3])).backward()
@@ -413,7 +449,7 @@ def test_initialisation_is_that_of_the_table():
         n = values.numel()
         if name.startswith("head.") or name.endswith("bias"):
             assert (values == 0).all(), name
-        elif name.endswith("drop.scale"):
+        elif name.endswith("residual.scale"):
             assert (values == 0.1).all(), name
         elif name.endswith("scale"):
             assert (values == 1).all(), name
@@ -454,24 +490,42 @@ def test_parameters_and_operations_counted_by_hand(size, patch_size, side):
     N = patches + 1
     multiply_adds = patches * embedding + depth * (N * weights + 2 * N * N * D) + D * 10
     assert count_flops(config, 10, side) == 2 * multiply_adds
+    assert count_flops(config, 10, side, training=True) == 2 * multiply_adds
+
+
+def test_skipped_branches_are_no_operations():
+    """Half of the images skip the last of three blocks, and a quarter the one before it."""
+    config = tiny(depth=3, stochastic_depth=0.5)
+    none = count_flops(tiny(depth=3), 5)
+    block = none - count_flops(tiny(depth=2), 5)
+    assert count_flops(config, 5) == none
+    assert count_flops(config, 5, training=True) == none - 0.75 * block
 
 
 # What surrounds the model
 
 
 @pytest.mark.parametrize(("rope", "backend"), [("axial", "eager"), ("mixed", "aot_eager")])
-def test_compiles_into_one_graph(rope, backend):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_compiles_once_and_whole(rope, backend, checkpointing):
+    """Without a graph break; and the steps after the first compile nothing."""
     changes = {"num_registers": 1, "qk_norm": True, "layer_scale": 0.1, "pooling": "mean"}
-    changes |= {"dropout": 0.1, "stochastic_depth": 0.2, "activation_checkpointing": True}
-    model = vit(rope=rope, **changes)
-    compiled = torch.compile(model.train(), backend=backend, fullgraph=True)
-    logits = []
-    for forward in (model, compiled):
-        torch.manual_seed(4)
-        logits.append(forward(images()))
-    torch.testing.assert_close(*logits)
-    logits[1].square().sum().backward()
+    changes |= {"dropout": 0.1, "stochastic_depth": 0.5}
+    model = vit(rope=rope, activation_checkpointing=checkpointing, **changes).train()
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(3):
+        logits = []
+        for forward in (model, compiled):
+            torch.manual_seed(step)
+            logits.append(forward(images(batch=4) + step))
+        torch.testing.assert_close(*logits)
+        logits[1].square().sum().backward()
     assert model.cls.grad.norm() > 0
+    assert counter.frame_count == 1
+    compiled(images(batch=6))  # of a size that varies, too
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("variant", ["qk_norm", "mean"])

@@ -85,7 +85,7 @@ def bench_model(config: Config, num_classes: int = 1000) -> str:
     resolved, same = training.resolved, itertools.repeat(training.batch)
     rate = statistics.median(training.rate(same) for _ in range(ROUNDS))
     seconds = resolved.micro_batch / rate
-    work = 3 * count_flops(config.model, num_classes) * rate
+    work = 3 * count_flops(config.model, num_classes, training=True) * rate
     lines = [
         *_size(config, training.model, num_classes),
         f"device      {_device(resolved)}",

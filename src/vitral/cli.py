@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vitral.config import Config, UserError
+
+if TYPE_CHECKING:
+    from vitral.weights import Weights
 
 T = TypeVar("T")
 
@@ -23,8 +26,10 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
                [--section.key value ...]
                no recipe: handwritten digits, about a minute on two CPU cores
                the same command goes on with a run that was cut off; --dry-run only plans it
-  vitral val WEIGHTS [--data PATH|NAME] [--out DIR]
-               exact accuracy, per class, and calibration
+  vitral val WEIGHTS [--data PATH|NAME] [--resolutions N ...] [--out DIR]
+               exact accuracy, per class, and calibration; or accuracy at several image sizes
+  vitral val WEIGHTS --suite PATH [--out DIR]
+               accuracy on ImageNet's test sets: validation, ReaL, -V2, -A, -R, -Sketch
   vitral predict WEIGHTS PATH... [--top 5] [--resolution N] [--json|--csv] [--out FILE]
                what is in images: files, folders, 'patterns*', or - for a list on standard input
   vitral explain WEIGHTS PATH... [--layer N] [--patch ROW COLUMN] [--out DIR]
@@ -33,6 +38,8 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
                one self-contained page of a run, or of several beside each other
   vitral export WEIGHTS [--format onnx|pt2] [--out FILE] [--data PATH|NAME]
                one file that needs no vitral, compared with the model before it is kept
+  vitral push WEIGHTS OWNER/NAME [--licence SPDX] [--private] [--dry-run]
+               weights and their card to the Hugging Face Hub; --dry-run only prints the card
   vitral recipes [NAME]
                lists the recipes, or prints one
   vitral data check PATH|NAME        counts, classes, broken files, decode rate
@@ -47,7 +54,8 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
   vitral doctor
                what this machine offers: devices, kernels, decoders, disk
 
-WEIGHTS is a run folder or a weight folder such as runs/digits/weights/best.
+WEIGHTS is a run folder, a weight folder such as runs/digits/weights/best, or weights on the
+Hugging Face Hub, hf-hub:owner/name or hf-hub:owner/name@revision.
 `vitral train RECIPE --help` lists every setting with the recipe's value.
 """
 
@@ -62,6 +70,10 @@ class ValOptions:
 
     data: str | None = None
     """Image folder or known set; None takes the set that the weights were trained on."""
+    resolutions: tuple[int, ...] = ()
+    """Image sizes to evaluate at, multiples of the patch size; the share cropped stays the same."""
+    suite: str | None = None
+    """Folder with ImageNet's test sets in folders of their own, instead of data and resolutions."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None takes what the weights name."""
     batch_size: int = 256
@@ -71,11 +83,14 @@ class ValOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     out: str | None = None
-    """Folder to write per_class.csv and confused_pairs.csv to."""
+    """Folder for per_class.csv and confused_pairs.csv, or resolutions.csv, or suite.csv."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        if self.suite is not None and (self.data is not None or self.resolutions):
+            other = "resolutions" if self.data is None else "data"
+            raise UserError(f"suite, {other}: expected one of the two, got both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +172,18 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Options of `vitral push`."""
+
+    licence: str | None = None
+    """Of the weights, as SPDX names it, such as Apache-2.0; None states none."""
+    private: bool = False
+    """Make the repository private; one that is public already is refused."""
+    dry_run: bool = False
+    """Print the card and push nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckOptions:
     """Options of `vitral data check`."""
 
@@ -224,6 +251,7 @@ def _dispatch(words: list[str]) -> int:
         "explain": _explain,
         "report": _report,
         "export": _export,
+        "push": _push,
         "recipes": _recipes,
         "data": _data,
         "bench": _bench,
@@ -301,6 +329,11 @@ def _val(words: list[str]) -> int:
     from vitral.weights import load
 
     weights = load(path, which=options.which)
+    kind, trained_on = weights.description.default, weights.description.config.data.path
+    place = options.suite or options.data or trained_on
+    about = f"{weights.path} ({options.which or kind}) on {place}"
+    if options.suite is not None or options.resolutions:
+        return _val_table(weights, options, about)
     if options.out is not None:
         _writable(options.out)
     scores = evaluate(
@@ -310,11 +343,48 @@ def _val(words: list[str]) -> int:
         workers=options.workers,
         device=options.device,
     )
-    kind = options.which or weights.description.default
-    print(f"{weights.path} ({kind}) on {options.data or weights.description.config.data.path}")
+    print(about)
     print(summarise(scores))
     if options.out is not None:
         scores.write_tables(Path(options.out))
+    return 0
+
+
+def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
+    """Several sets, or sizes: a row of a table each."""
+    from vitral.evaluation import evaluate_suite, find_suite, sweep
+    from vitral.evaluation.table import show, write_rows
+
+    if options.suite is not None:
+        suite = find_suite(options.suite)
+        title, file, names = "set", "suite.csv", suite.names()
+        about = f"{about}\n{suite.describe()}"
+        rows = evaluate_suite(
+            weights,
+            suite,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+        )
+    else:
+        title, file, names = "resolution", "resolutions.csv", [*map(str, options.resolutions)]
+        share = weights.description.config.data.eval_crop
+        about = f"{about}, the central {100 * share:g}% of the short side at every size"
+        found = sweep(
+            weights,
+            options.resolutions,
+            options.data,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+        )
+        rows = (scores.row(str(side)) for side, scores in found)
+    if options.out is not None:
+        _writable(options.out)
+    print(about, flush=True)
+    done = show(title, names, rows)
+    if options.out is not None:
+        write_rows(Path(options.out) / file, title, done)
     return 0
 
 
@@ -412,6 +482,24 @@ def _export(words: list[str]) -> int:
     print(*exported.agreements, sep="\n")
     if options.images and len(exported.agreements) == 1:
         print("the set trained on is not here: --data PATH compares on its validation images")
+    return 0
+
+
+def _push(words: list[str]) -> int:
+    from vitral import hub, recipes
+
+    path, rest = _positional(words, "WEIGHTS", "vitral push")
+    name, rest = _positional(rest, "OWNER/NAME", "vitral push WEIGHTS")
+    options = recipes.parse(rest, PushOptions(), program="vitral push WEIGHTS OWNER/NAME")
+    hub.check_name(name)
+    from vitral.inference.card import card, push
+    from vitral.weights import load
+
+    weights = load(path)
+    if options.dry_run:
+        print(card(weights, name, options.licence), end="")
+    else:
+        print(push(weights, name, private=options.private, licence=options.licence))
     return 0
 
 

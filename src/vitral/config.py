@@ -105,9 +105,13 @@ class ViTConfig:
     dropout: float = 0.0
     """Dropout after attention and after the feed-forward network."""
     stochastic_depth: float = 0.0
-    """Chance to skip the last block's branches, rising from 0 at the first (Huang et al. 2016)."""
+    """Share of the images that skip the last block's branches, rising from 0 at the first (Huang
+    et al. 2016); what is skipped is not computed (Oquab et al. 2023)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """auto: on a GPU that has them, kernels of vitral's own, where training finds them faster;
+    plain: torch's alone. The weights are the same."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape

@@ -22,12 +22,15 @@ Initialisation:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitral import kernels
 from vitral.config import UserError, ViTConfig
 
 CHANNELS = 3
@@ -65,7 +68,16 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # A bf16 input beside a float32 scale leaves torch's fused path and warns; so does autocast.
         exact = x if x.dtype == self.scale.dtype else x.float()
-        return F.rms_norm(exact, self.scale.shape, self.scale, eps=1e-6).to(x.dtype)
+        return F.rms_norm(exact, self.scale.shape, self.scale, eps=kernels.EPS).to(x.dtype)
+
+
+def norm_linear(norm: RMSNorm, linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(norm(x)), tokens (B, N, D) to (B, N, width).
+
+    The scale goes into the weights, of which there are few, instead of the tokens: so its gradient
+    comes out of the weights' too, without a sum over all tokens.
+    """
+    return F.linear(kernels.normalise(x), linear.weight * norm.scale, linear.bias)
 
 
 class RoPE2D(nn.Module):
@@ -114,15 +126,19 @@ class RoPE2D(nn.Module):
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns the channel pairs (i, i + S/2) of heads (B, heads, N, S); keeps shape and dtype."""
-    a, b = x.float().chunk(2, dim=-1) if x.dtype.itemsize < 4 else x.chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1).to(x.dtype)
+    """Turns the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype."""
+    exact = x.float() if x.dtype.itemsize < 4 else x
+    # As two products of whole heads, not of halves: a compiler makes one kernel of each direction,
+    # and a CPU takes two thirds of the time.
+    cosine, sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
+    return (exact * cosine + exact.roll(x.shape[-1] // 2, dims=-1) * sine).to(x.dtype)
 
 
 class GroupedQueryAttention(nn.Module):
     """Self-attention in which Q / K query heads share one key and value (Ainslie et al. 2023).
 
-    `forward` takes tokens (B, N, D) and the block's rotary tables, and gives (B, N, D).
+    `forward` takes tokens (B, N, D), the norm before it and the block's rotary tables, and gives
+    (B, N, D).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -132,23 +148,24 @@ class GroupedQueryAttention(nn.Module):
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
         self.qkv = nn.Linear(dim, width, bias=config.qkv_bias)
         self.projection = nn.Linear(dim, dim)
-        self.q_norm = RMSNorm(self.head_size) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size) if config.qk_norm else None
+        self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        attended = self.attend(*self.heads(x, cosine, sine))
+    def forward(self, x: Tensor, norm: RMSNorm, cosine: Tensor, sine: Tensor) -> Tensor:
+        attended = self.attend(*self.heads(x, norm, cosine, sine))
         return self.projection(attended.transpose(1, 2).reshape(x.shape))
 
-    def heads(self, x: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, x: Tensor, norm: RMSNorm, cosine: Tensor, sine: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, Q, N, S) and keys (B, K, N, S), both turned, and values (B, K, N, S)."""
         B, N, _ = x.shape
-        heads = self.qkv(x).view(B, N, -1, self.head_size).transpose(1, 2)  # (B, Q + 2K, N, S)
-        turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
-            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
-        turned = rotate(turned, cosine, sine)
-        q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
+        Q, K = self.num_heads, self.num_kv_heads
+        heads = norm_linear(norm, self.qkv, x).view(B, N, -1, self.head_size).transpose(1, 2)
+        q, k, v = heads.split([Q, K, K], dim=1)  # (B, Q or K, N, S)
+        # Of axial tables, which are one for all heads, both parts are the whole.
+        q = rotate(self.q_norm(q), cosine[:Q], sine[:Q])
+        k = rotate(self.k_norm(k), cosine[-K:], sine[-K:])
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -165,7 +182,10 @@ class GroupedQueryAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU in its tanh form, which fused kernels speak, linear: (B, N, D) to (B, N, D)."""
+    """Linear, GELU in its tanh form, which fused kernels speak, linear.
+
+    `forward` takes tokens (B, N, D) and the norm before it, and gives (B, N, D).
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -173,15 +193,22 @@ class FeedForward(nn.Module):
         hidden = round(dim * config.mlp_ratio)
         self.expand = nn.Linear(dim, hidden, bias=config.ffn_bias)
         self.contract = nn.Linear(hidden, dim, bias=config.ffn_bias)
+        self.fused = config.kernels == "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        if self.fused and kernels.can_fuse(x):
+            x, weight = kernels.normalise(x), self.expand.weight * norm.scale
+            last = self.contract.weight, self.contract.bias
+            return kernels.feed_forward(x, weight, self.expand.bias, *last)
+        return self.contract(F.gelu(norm_linear(norm, self.expand, x), approximate="tanh"))
 
 
-class Branch(nn.Module):
-    """What a branch passes through before it is added: dropout, LayerScale, stochastic depth.
+class Residual(nn.Module):
+    """x + drop(branch(x)), tokens (B, N, D) to (B, N, D): dropout, LayerScale, stochastic depth.
 
-    Shapes stay. Stochastic depth drops the branch of whole images and scales the others up.
+    Stochastic depth skips the branch for a share of the images, drawn anew each time, and scales
+    the others up. Skipped work is not done (Oquab et al. 2023): of B images B times the share are
+    skipped, rounded, and at least one is not.
     """
 
     def __init__(self, config: ViTConfig, skip: float) -> None:
@@ -191,14 +218,19 @@ class Branch(nn.Module):
         initial = torch.full((config.shape.dim,), config.layer_scale)
         self.scale = nn.Parameter(initial) if config.layer_scale else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if not (self.training and self.skip):
+            return x + self.drop(branch(x))
+        B = len(x)
+        kept = max(1, B - round(self.skip * B))
+        order = torch.randperm(B, device=x.device)
+        added = self.drop(branch(kernels.take_rows(x, order, kept))) * (B / kept)
+        return x + kernels.put_rows(added, order)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout and LayerScale; shapes stay."""
         x = F.dropout(x, self.dropout, self.training)
-        if self.scale is not None:
-            x = x * self.scale
-        if self.training and self.skip:
-            keep = torch.empty(len(x), 1, 1, device=x.device, dtype=x.dtype)
-            x = x * (keep.bernoulli_(1 - self.skip) / (1 - self.skip))
-        return x
+        return x if self.scale is None else x * self.scale
 
 
 class EncoderBlock(nn.Module):
@@ -208,14 +240,17 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.shape.dim)
         self.attention = GroupedQueryAttention(config)
-        self.attention_drop = Branch(config, skip)
+        self.attention_residual = Residual(config, skip)
         self.ffn_norm = RMSNorm(config.shape.dim)
         self.ffn = FeedForward(config)
-        self.ffn_drop = Branch(config, skip)
+        self.ffn_residual = Residual(config, skip)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        x = x + self.attention_drop(self.attention(self.attention_norm(x), cosine, sine))
-        return x + self.ffn_drop(self.ffn(self.ffn_norm(x)))
+        def attention(x: Tensor) -> Tensor:
+            return self.attention(x, self.attention_norm, cosine, sine)
+
+        x = self.attention_residual(x, attention)
+        return self.ffn_residual(x, lambda x: self.ffn(x, self.ffn_norm))
 
 
 class ViT(nn.Module):
@@ -260,7 +295,7 @@ class ViT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.scale)
-            elif isinstance(module, Branch) and module.scale is not None:
+            elif isinstance(module, Residual) and module.scale is not None:
                 nn.init.constant_(module.scale, self.config.layer_scale)
         nn.init.normal_(self.cls, std=0.02)
         if self.registers is not None:
@@ -317,21 +352,34 @@ class ViT(nn.Module):
         """What the head reads of all tokens (B, N, D): CLS, or the mean of the patches. (B, D)."""
         return x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
 
+    def fuse(self, fused: bool) -> None:
+        """Has the feed-forward networks run vitral's own kernels, where there are some, or not."""
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.fused = fused
+
     @property
     def num_parameters(self) -> int:
         """Number of learned numbers."""
         return sum(p.numel() for p in self.parameters())
 
 
-def count_flops(config: ViTConfig, num_classes: int, image_size: int | None = None) -> int:
+def count_flops(
+    config: ViTConfig,
+    num_classes: int,
+    image_size: int | None = None,
+    *,
+    training: bool = False,
+) -> float:
     """Floating-point operations of one image's forward pass: matrix products, two a multiply-add.
 
-    Counted by torch on a model without memory; a training step takes three times as many.
+    Counted by torch on a model without memory; a training step takes three times as many. In
+    training they are the mean of a batch of 1,024, as stochastic depth skips work.
     """
-    side = image_size or config.image_size
+    side, images = image_size or config.image_size, 1024 if training else 1
     with torch.device("meta"):
-        model = ViT(config, num_classes).eval()
+        model = ViT(config, num_classes).train(training)
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            model(torch.empty(1, CHANNELS, side, side))
-    return counter.get_total_flops()
+            model(torch.empty(images, CHANNELS, side, side))
+    return counter.get_total_flops() / images

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitral import storage
+from vitral import hub, storage
 from vitral.config import Config, UserError, from_sections
 from vitral.model import ViT
 
@@ -65,14 +65,15 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
     """Loads weights for use.
 
     Args:
-        path: a weight folder, or a run folder, whose best weights are taken.
+        path: a weight folder, a run folder, whose best weights are taken, or weights on the Hugging
+            Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`.
         which: "model" or "ema"; None takes the one that the weights name.
         device: where the model shall be.
 
     Raises:
         UserError: for a path without weights, corrupt ones, or those of a newer vitral.
     """
-    directory = find(Path(path))
+    directory = find(path)
     try:
         storage.verify(directory)
         description = _read_description(directory, storage.read_json(directory, "config.json"))
@@ -83,26 +84,36 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
             )
         state = storage.read_tensors(directory, which)
     except storage.CorruptError as error:
-        raise UserError(f"weights: {error}; copy the folder anew or train again") from None
+        mend = "copy the folder anew or train again"
+        if str(path).startswith(hub.PREFIX):
+            mend = "remove it from the cache with `hf cache` and try again, or tell its owner"
+        raise UserError(f"weights: {error}; {mend}") from None
     with torch.device("meta"):
         model = ViT(description.config.model, len(description.classes))
     model.load_state_dict(state, assign=True)
     return Weights(model.to(device).eval().requires_grad_(False), description, directory)
 
 
-def find(path: Path) -> Path:
+def find(path: str | Path) -> Path:
     """The weight folder that `path` means: itself, or a run's best, or else its last.
+
+    Only `hf-hub:owner/name` asks the network; it means the folder that this was downloaded to.
 
     Raises:
         UserError: if there is none.
     """
+    if str(path).startswith(hub.PREFIX):
+        return hub.download(str(path))
+    path = Path(path)
     for candidate in (path, path / "weights" / "best", path / "weights" / "last"):
         if (candidate / "config.json").is_file():
             return candidate
     what = "no such folder" if not path.exists() else "it holds no weights"
+    named = hub.NAME.fullmatch(str(path).partition("@")[0]) and not path.exists()
+    hint = f"; if it is on the Hugging Face Hub, say {hub.PREFIX}{path}" if named else ""
     raise UserError(
         f"weights: {path}: {what}; expected a folder with config.json and model.safetensors, "
-        "such as runs/NAME or runs/NAME/weights/best"
+        f"such as runs/NAME or runs/NAME/weights/best{hint}"
     )
 
 

@@ -347,7 +347,7 @@ def test_gradients_are_added_as_one_tree(tmp_path, size):
     def add_up(rank):
         with joined(gpu=False) as world:
             model = torch.nn.Linear(3, 5, bias=False)
-            resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu")
+            resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu", False)
             passes = InFixedOrder(model, Config().train, resolved, world)
             for shard in range(SHARDS * rank // size, SHARDS * (rank + 1) // size):
                 model.weight.grad, passes.loss = gradients[shard].clone(), losses[shard].clone()

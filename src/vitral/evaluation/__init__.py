@@ -1,6 +1,17 @@
 """Exact accuracy over every image once, per class, and calibration."""
 
-from vitral.evaluation.evaluate import evaluate
+from vitral.evaluation.evaluate import evaluate, sweep
 from vitral.evaluation.scores import Scores, measure, merge, summarise
+from vitral.evaluation.suite import evaluate_suite
+from vitral.evaluation.testsets import find_suite
 
-__all__ = ["Scores", "evaluate", "measure", "merge", "summarise"]
+__all__ = [
+    "Scores",
+    "evaluate",
+    "evaluate_suite",
+    "find_suite",
+    "measure",
+    "merge",
+    "summarise",
+    "sweep",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from vitral.data.imagenet import display, human_name
 from vitral.data.loader import Batch
+from vitral.evaluation.table import Row, write_csv
 
 BINS = 15
 
@@ -51,17 +51,12 @@ class Scores:
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error over 15 bins of equal width (Guo et al. 2017).
-
-        The mean distance between confidence and accuracy, each bin (low, high] weighted by its
-        images.
-        """
-        gaps = np.bincount(self._bins(), self.confidence - self.hits(1), BINS)
-        return float(np.abs(gaps).sum() / len(self.labels))
+        """Expected calibration error, as `calibration_error` has it."""
+        return calibration_error(self.confidence, self.hits(1))
 
     def reliability(self) -> list[tuple[float, int, float, float]]:
         """Upper edge, images, mean confidence and accuracy of each bin that has images."""
-        bins = self._bins()
+        bins = _bins(self.confidence)
         counts = np.bincount(bins, minlength=BINS)
         sums = (np.bincount(bins, values, BINS) for values in (self.confidence, self.hits(1)))
         return [
@@ -69,9 +64,6 @@ class Scores:
             for i, (n, confidence, right) in enumerate(zip(counts, *sums, strict=True))
             if n
         ]
-
-    def _bins(self) -> NDArray[np.int64]:
-        return np.clip(np.ceil(self.confidence * BINS) - 1, 0, BINS - 1).astype(np.int64)
 
     def hits(self, k: int) -> NDArray[np.bool_]:
         """(n,): whether the class is among the k likeliest, k at most 5."""
@@ -85,6 +77,11 @@ class Scores:
             "top5": self.top5,
             "ece": self.calibration_error,
         }
+
+    def row(self, name: str) -> Row:
+        """The figures as a row of a table."""
+        images, classes = len(self.labels), len(self.classes)
+        return Row(name, images, classes, self.top1, self.top5, self.calibration_error)
 
     def per_class(self) -> list[tuple[str, int, float, float]]:
         """Name, images, top-1 and top-5 of each class that has images."""
@@ -118,8 +115,24 @@ class Scores:
             if any(map(human_name, self.classes)):
                 header = (*header, *(f"{column}_name" for column in header[:k]))
                 rows = [(*row, *(human_name(str(name)) for name in row[:k])) for row in rows]
-            with (directory / name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([header, *rows])
+            write_csv(directory / name, header, rows)
+
+
+def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Expected calibration error over 15 bins of equal width (Guo et al. 2017).
+
+    The mean distance between confidence and accuracy, each bin (low, high] weighted by its images.
+
+    Args:
+        confidence: the probability of the likeliest class of each image, shape (n,).
+        right: whether that class is right, shape (n,).
+    """
+    gaps = np.bincount(_bins(confidence), confidence - right, BINS)
+    return float(np.abs(gaps).sum() / len(right))
+
+
+def _bins(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.clip(np.ceil(confidence * BINS) - 1, 0, BINS - 1).astype(np.int64)
 
 
 @torch.no_grad()

@@ -170,7 +170,9 @@ class Trainer:
             self._restore(checkpoint)
         sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
         classes = len(dataset.classes)
-        self.flops = {side: count_flops(config.model, classes, side) for side in sides}
+        self.flops = {
+            side: count_flops(config.model, classes, side, training=True) for side in sides
+        }
         # The row of a validation that is still to be done is none to keep.
         undone = self.step in self.evaluations and self.evaluated != self.step
         self.log = MetricsLog(run.path, self.step - undone) if world.main else None
@@ -209,7 +211,8 @@ class Trainer:
         if began.processes == world.size:
             return began
         now = resolve(config, self.model, device, world, began.decoder)
-        return dataclasses.replace(now, precision=began.precision, compile=began.compile)
+        kept = {name: getattr(began, name) for name in ("precision", "compile", "fused")}
+        return dataclasses.replace(now, **kept)
 
     def fit(self) -> None:
         """Trains to the last step; at a signal writes a checkpoint and raises Interrupted."""
@@ -544,8 +547,9 @@ class Trainer:
         self.console.message(
             f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs an "
             f"image; {self.total:,} steps of {size} images in micro-batches of "
-            f"{resolved.micro_batch}, on {resolved.device} in {resolved.precision}, "
-            f"{resolved.threads} threads, {self.workers} workers"
+            f"{resolved.micro_batch}, on {resolved.device} in {resolved.precision}"
+            + (" with fused kernels" if resolved.fused else "")
+            + f", {resolved.threads} threads, {self.workers} workers"
             + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
         )
 

@@ -142,6 +142,7 @@ def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
     In bf16 the blocks' parameters travel as bf16, and gradients are added in float32. What is
     outside of the blocks stays in float32, and so does the residual stream.
     """
+    model.fuse(resolved.fused)
     mesh = init_device_mesh(resolved.device, (world.size,))
     policy = MixedPrecisionPolicy()
     if resolved.precision == "bf16":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitral.config import Config
 from vitral.data.fetch import Decoder, available_cores
@@ -18,6 +18,7 @@ from vitral.data.sampling import derive_seed
 from vitral.model import CHANNELS, ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
+from vitral.training.trial import fused_is_faster
 from vitral.weights import start_from
 
 
@@ -32,6 +33,8 @@ class Resolved:
     micro_batch: int
     processes: int
     decoder: Decoder
+    fused: bool
+    """Whether the model runs vitral's own kernels."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast, or nothing."""
@@ -79,10 +82,14 @@ def resolve(
         micro_batch=min(train.micro_batch or share, share),
         processes=world.size,
         decoder=decoder,
+        fused=False,
     )
     if gpu and train.micro_batch is None:
         resolved = _with_fitting_batch(resolved, config, model, device)
-    return dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
+    micro_batch = min(world.gather(resolved.micro_batch))
+    with resolved.autocast():
+        fused = fused_is_faster(config.model, micro_batch, device, compiled)
+    return dataclasses.replace(resolved, micro_batch=micro_batch, fused=all(world.gather(fused)))
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
@@ -99,8 +106,9 @@ def prepare_device(config: Config, device: torch.device) -> None:
         torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]:
+def compiled(model: ViT, resolved: Resolved) -> Callable[[Tensor], Tensor]:
     """The model as the step calls it."""
+    model.fuse(resolved.fused)
     return torch.compile(model, dynamic=False) if resolved.compile else model
 
 

@@ -1,0 +1,290 @@
+"""ImageNet's test sets on a disk: found by what their folders are called, opened as records."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vitral.config import Config
+from vitral.data.ilsvrc import VAL
+from vitral.data.imagenet import validation_labels, wnids
+from vitral.data.parquet import Rows
+from vitral.data.records import Files, Spans, mistake, printable, some
+from vitral.data.sampling import Integers
+from vitral.data.sources import SUFFIXES, open_dataset, walk_images
+
+DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
+WNID = "n[0-9]{8}"
+CLASS = f"{WNID}|[0-9]+"
+NUMBERED = re.compile(rb"ILSVRC2012_val_([0-9]{8})")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A test set, and how to know it."""
+
+    name: str
+    pattern: str
+    """Of what its folder is called, in lower case and without punctuation."""
+    usual: str
+    """What its folder is called in the archive that it comes in."""
+
+
+IMAGENET = Kind(
+    "ImageNet validation",
+    r"(imagenet(1k|2012)?|in1k|ilsvrc(2012)?(img)?)?val(idation)?(class)?",
+    f"val, imagenet-val, or {VAL}",
+)
+REAL = Kind("ReaL", r"realjson|imagenetreallabelsjson", "real.json")
+V2 = r"(imagenetv2|v2)?{}(formatval)?"
+OTHERS = (
+    Kind(
+        "ImageNet-V2 matched-frequency",
+        V2.format("matchedfrequency"),
+        "imagenetv2-matched-frequency-format-val",
+    ),
+    Kind(
+        "ImageNet-V2 threshold-0.7",
+        V2.format("threshold07"),
+        "imagenetv2-threshold0.7-format-val",
+    ),
+    Kind("ImageNet-V2 top-images", V2.format("topimages"), "imagenetv2-top-images-format-val"),
+    Kind("ImageNet-A", r"(imagenet|in)(a|adversarial)", "imagenet-a"),
+    Kind("ImageNet-R", r"(imagenet|in)(r|renditions?)", "imagenet-r"),
+    Kind("ImageNet-Sketch", r"(imagenet|in)?sketch", "sketch or imagenet-sketch"),
+)
+KINDS = (IMAGENET, REAL, *OTHERS)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """The images of a test set."""
+
+    kind: Kind
+    place: Path
+    classes: tuple[str, ...]
+    """Their wnids, sorted: those that have images."""
+    records: Files | Spans | Rows
+    """Labels are positions in `classes`."""
+
+    def numbers(self) -> Integers:
+        """Numbers, from 1, of the images of ImageNet's validation set by name; else 0. (N,)."""
+        found = [NUMBERED.search(name) for name in self.records.names.tolist()]
+        numbers = np.array([int(match[1]) if match else 0 for match in found], np.int64)
+        return np.where(numbers <= len(validation_labels()), numbers, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """The test sets below a folder."""
+
+    root: Path
+    sets: tuple[LabelledSet, ...]
+    real: Path | None
+    """ReaL's labels, where there are images of ImageNet's validation set to use them with."""
+
+    def names(self) -> list[str]:
+        """What each row of results will be called, in order."""
+        places = self.places()
+        return [kind.name for kind in KINDS if kind in places]
+
+    def places(self) -> dict[Kind, Path]:
+        """Where each set that was found lies."""
+        found = {each.kind: each.place for each in self.sets}
+        return found if self.real is None else {**found, REAL: self.real}
+
+    def describe(self) -> str:
+        """Which sets were found, and which were not: a line for each."""
+        places = self.places()
+        lines = [
+            f"{kind.name}: {printable(places[kind])}"
+            if kind in places
+            else f"{kind.name}: not found ({kind.usual})"
+            for kind in KINDS
+        ]
+        return "\n".join(lines)
+
+
+def find_suite(path: str | Path) -> Suite:
+    """The test sets of ImageNet-1K that lie in folders below `path`.
+
+    They are ImageNet's validation set (Russakovsky et al. 2015), ReaL's labels for it (Beyer et al.
+    2020), the three sets of ImageNet-V2 (Recht et al. 2019), ImageNet-A and ImageNet-R (Hendrycks
+    et al. 2021) and ImageNet-Sketch (Wang et al. 2019), unpacked as they are published: a folder
+    for each class. The validation set may also lie flat, be the tar as downloaded, or be shards or
+    Parquet in a folder of its own.
+
+    Args:
+        path: the folder, or that of one set; four levels of folders below it are looked at.
+
+    Raises:
+        UserError: there is no set, there are two of a kind, or one cannot be used.
+    """
+    root = Path(path).expanduser().resolve()
+    if not root.is_dir():
+        got = "a file" if root.exists() else "nothing of that name"
+        raise mistake(root, "a folder with test sets in it", got, "give another")
+    try:
+        found = _locate(root)
+        sets = tuple(_open(kind, found[kind]) for kind in KINDS if kind in found and kind != REAL)
+    except OSError as error:
+        where = error.filename or root
+        raise mistake(where, "to read it", str(error.strerror), "mend or remove it") from error
+    if not sets:
+        expected = ", ".join(f"{kind.usual} ({kind.name})" for kind in KINDS)
+        raise mistake(root, f"one or more of {expected}", "none", "give the folder they lie in")
+    numbered = sets[0].kind == IMAGENET and sets[0].numbers().any()
+    return Suite(root, sets, found.get(REAL) if numbered else None)
+
+
+def read_real(path: Path) -> list[list[int]]:
+    """ReaL's labels of each validation image, in order of number: positions in `wnids()`.
+
+    Of some images there are none (Beyer et al. 2020).
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    count, most = len(validation_labels()), len(wnids()) - 1
+    expected, mend = f"a list of {count:,} lists of labels from 0 to {most}", "download it again"
+    try:
+        labels = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise mistake(path, expected, str(error), mend) from error
+    if not isinstance(labels, list) or len(labels) != count:
+        raise mistake(path, expected, "something else, or another number of them", mend)
+    for number, each in enumerate(labels, 1):
+        if not isinstance(each, list) or any(
+            type(label) is not int or not 0 <= label <= most for label in each
+        ):
+            raise mistake(path, expected, f"{each} for image {number}", mend)
+    return labels
+
+
+def _locate(root: Path) -> dict[Kind, Path]:
+    """Where each kind lies: the folder that holds its classes or images, or the file."""
+    found: dict[Kind, Path] = {}
+    archives: dict[Kind, Path] = {}
+    for folder, inner, files in _walk(root):
+        kind = _kind(root, folder)
+        for name in files:
+            if re.fullmatch(REAL.pattern, _plain(name)):
+                _add(found, REAL, folder / name)
+        if any(NUMBERED.match(os.fsencode(name)) and _is_image(name) for name in files):
+            _add(found, IMAGENET, folder)
+        elif kind and _class_folders(kind, inner):
+            _add(found, kind, folder)
+        elif VAL in files or (kind == IMAGENET and _holds_archives(folder, files)):
+            _add(archives, IMAGENET, folder)
+    # Whoever unpacks an archive may well keep it.
+    return {**archives, **found}
+
+
+def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
+    """Whether these are shards or Parquet of ImageNet; other sets have a `val` too."""
+    told = re.search("imagenet|ilsvrc|in1k", _plain(str(folder)))
+    return told is not None and any(name.endswith((".tar", ".parquet")) for name in files)
+
+
+def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
+    if kind in found:
+        got = f"{printable(found[kind])} and {printable(place)}"
+        raise mistake(place, f"one place of {kind.name}", got, "move one of them away")
+    found[kind] = place
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Folders from `root` down, with the names of the folders and files in each, sorted.
+
+    Class folders are not entered, nor what cannot be read.
+    """
+    for place, folders, files in os.walk(root, followlinks=True):
+        folder = Path(place)
+        inner = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        yield folder, inner, sorted(files)
+        deeper = len(folder.relative_to(root).parts) < DEPTH
+        folders[:] = [name for name in inner if deeper and not re.fullmatch(CLASS, name)]
+
+
+def _kind(root: Path, folder: Path) -> Kind | None:
+    """What a folder is by its own name, or by that of one around it.
+
+    The validation set comes last, as others have its name within theirs: `imagenet-sketch/val`.
+    """
+    parts = [root.name, *folder.relative_to(root).parts][::-1]
+    for kinds in (OTHERS, (IMAGENET,)):
+        for part in parts:
+            for kind in kinds:
+                if re.fullmatch(kind.pattern, _plain(part)):
+                    return kind
+    return None
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _class_folders(kind: Kind, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Name and wnid of each class folder; other folders are left out."""
+    found = [(name, name) for name in names if re.fullmatch(WNID, name)]
+    if found or "V2" not in kind.name:
+        return found
+    # ImageNet-V2 names classes by their positions in sorted wnids, whose own order as text, with
+    # 10 before 2, means nothing.
+    numbers = [name for name in names if name.isdecimal()]
+    return [(name, wnids()[int(name)]) for name in numbers if int(name) < len(wnids())]
+
+
+def _open(kind: Kind, place: Path) -> LabelledSet:
+    names = sorted(entry.name for entry in place.iterdir() if entry.is_dir())
+    images = [
+        (wnid, path, size)
+        for name, wnid in _class_folders(kind, names)
+        for path, size in walk_images(place / name, os.fsencode(name))
+    ]
+    if not images and kind == IMAGENET:
+        images = list(_flat(place))
+    if images:
+        images.sort()
+        labels, paths, sizes = zip(*images, strict=True)
+        classes, positions = np.unique(np.array(labels), return_inverse=True)
+        records = Files(place, np.array(paths), np.array(sizes), positions)
+        return LabelledSet(kind, place, tuple(classes.tolist()), records)
+    if kind == IMAGENET:
+        return _open_archives(place)
+    raise mistake(place, f"images ({', '.join(SUFFIXES)})", "none", "unpack them there")
+
+
+def _flat(folder: Path) -> Iterator[tuple[str, bytes, int]]:
+    """Wnid, path and size of each validation image that lies in `folder` itself."""
+    truth = validation_labels()
+    for entry in folder.iterdir():
+        name = os.fsencode(entry.name)
+        match = NUMBERED.match(name)
+        if match and _is_image(entry.name) and 0 < int(match[1]) <= len(truth):
+            yield wnids()[truth[int(match[1]) - 1]], name, entry.stat().st_size
+
+
+def _open_archives(place: Path) -> LabelledSet:
+    """ImageNet's validation set in tars or Parquet."""
+    config = replace(Config().data, path=str(place))
+    dataset = open_dataset(config, image_size=1, seed=0, train=False)
+    records, classes = dataset.val, dataset.classes
+    strangers = [name for name in classes if name not in wnids()]
+    if strangers or dataset.notes or not isinstance(records, Files | Spans | Rows):
+        expected = "ImageNet's validation images, labelled by wnid"
+        got = f"classes {some(strangers)}" if strangers else "other images"
+        raise mistake(place, expected, got, "move them away")
+    seen, labels = np.unique(records.labels, return_inverse=True)
+    named = tuple(classes[i] for i in seen.tolist())
+    return LabelledSet(IMAGENET, place, named, replace(records, labels=labels))

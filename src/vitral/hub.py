@@ -1,0 +1,187 @@
+"""Folders on the Hugging Face Hub, by name.
+
+The names are the field's: `hf-hub:owner/name`, or `hf-hub:owner/name@revision`. Nothing without
+that prefix is ever asked of the network.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitral.config import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+PREFIX = "hf-hub:"
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless `name` is one that a repository may have."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"hub: expected owner/name, got {name!r}")
+
+
+def download(name: str) -> Path:
+    """The folder, in the Hub's cache, with the weights called `hf-hub:owner/name[@revision]`.
+
+    Of what the repository holds, config.json, manifest.json and *.safetensors come, and no more.
+    What came before is taken from the cache where the Hub cannot be reached.
+
+    Raises:
+        UserError: for a name without weights, one that may not be read, or no way to the Hub.
+    """
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    check_name(repository)
+    api = _client()
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        return Path(
+            api.snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],  # an asterisk matches slashes too
+            )
+        )
+
+    with _explained(repository, revision):
+        # First the file that only weights have, lest gigabytes come of what has none.
+        folder = fetch(revision or None, ["manifest.json"])
+        if (folder / "manifest.json").exists():
+            # By commit, as which the cache calls the folder, so that all files are of one.
+            return fetch(folder.name, ["config.json", "*.safetensors"])
+    raise UserError(
+        f"hub: {repository} holds no weights of vitral; "
+        "expected what `vitral push` writes, with a manifest.json"
+    )
+
+
+def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
+    """Puts the files of `folder`, README.md among them, into a repository, in one commit.
+
+    The repository is made if there is none. Files of the same names are replaced, and *.safetensors
+    that the folder lacks are removed, as weights hold no file that their manifest does not list.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: if it may not be written, is public where `private` is asked for, or the Hub does
+            not accept the card.
+    """
+    check_name(name)
+    api = _client()
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, get_token
+
+    if get_token() is None:
+        raise UserError(f"hub: expected a token to push {name}, got none; {LOG_IN}")
+    files = sorted(folder.iterdir())
+    with _explained(name):
+        ModelCard.load(folder / "README.md").validate()  # before anything is made
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.model_info(name).private:
+            raise UserError(
+                f"hub: {name} is public; make it private in its settings, or take another"
+            )
+        old = {
+            file for file in api.list_repo_files(name) if re.fullmatch(r"[^/]+\.safetensors", file)
+        }
+        stale = sorted(old - {file.name for file in files})
+        # upload_folder would do, but may cut what it uploads into several commits.
+        api.create_commit(
+            name,
+            [
+                *(CommitOperationAdd(file.name, file) for file in files),
+                *(CommitOperationDelete(file) for file in stale),
+            ],
+            commit_message=message,
+        )
+    return str(address)
+
+
+def _client() -> HfApi:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise UserError(
+            f"hub: the Hugging Face Hub takes the package {error.name}, which is not installed; "
+            "`pip install 'vitral[hub]'`"
+        ) from None
+    return HfApi(library_name="vitral", library_version=version("vitral"))
+
+
+@contextmanager
+def _explained(name: str, revision: str = "") -> Iterator[None]:
+    """Says in one line what the Hub's client raises."""
+    from huggingface_hub import errors
+
+    kinds = (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, ValueError)
+    try:
+        with _quiet():
+            yield
+    except kinds as error:
+        raise UserError(f"hub: {_explanation(error, name, revision)}") from None
+    except RuntimeError as error:
+        # What a thread of an upload met is wrapped once more.
+        if not isinstance(error.__cause__, kinds):
+            raise
+        raise UserError(f"hub: {_explanation(error.__cause__, name, revision)}") from None
+
+
+def _explanation(error: BaseException, name: str, revision: str) -> str:
+    from huggingface_hub import constants, errors
+
+    place = constants.ENDPOINT
+    match error:
+        case errors.GatedRepoError():
+            return f"{name} is gated; ask for access on {place}/{name}, then {LOG_IN}"
+        case errors.RepositoryNotFoundError():
+            return f"no repository {name}, or a private one; check the name, or {LOG_IN}"
+        case errors.RevisionNotFoundError():
+            return f"{name} has no revision {revision}; expected a branch, a tag or a commit"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return f"{name}: the token is not valid; {LOG_IN}"
+        case errors.HfHubHTTPError() if error.response.status_code == 403:
+            return f"{name}: the token does not allow it; take a token that may write there"
+        case errors.HfHubHTTPError():
+            said = f"{error.response.status_code}, {_first_line(error.server_message or 'no more')}"
+            return f"{name}: the Hub answers {said}; try again later"
+        # The base of all that fails on the way, whichever package the client asks the network by.
+        case errors.HTTPError() | errors.LocalEntryNotFoundError() | ConnectionError():
+            reason = _first_line(error.__cause__ or error)
+            return f"{name}: cannot reach {place}: {reason}; try again later"
+        case _:
+            return f"{name} is not accepted: {_first_line(error)}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the client's log of each attempt, and without bars where nobody looks."""
+    from huggingface_hub import utils
+
+    verbosity = utils.logging.get_verbosity()
+    bars = sys.stderr.isatty() or utils.are_progress_bars_disabled()
+    utils.logging.set_verbosity_error()
+    if not bars:
+        utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.logging.set_verbosity(verbosity)
+        if not bars:
+            utils.enable_progress_bars()
+
+
+def _first_line(error: BaseException | str) -> str:
+    """The first line of a message, at most 300 characters of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,314 @@
+"""Weights on the Hugging Face Hub: their card, and what is pushed with it.
+
+README.md           the card: front matter for the Hub, and text for people
+config.yaml         the settings, a recipe that repeats the training
+curves.png          of the run, where the weights lie in one
+and the weight folder, in which no path says where it was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import yaml
+
+from vitral import hub, recipes, storage
+from vitral.config import Config, DataConfig
+from vitral.data.imagenet import human_name, wnids
+from vitral.data.records import printable
+from vitral.model import count_flops
+from vitral.weights import Description, Weights, save
+
+
+class Source(NamedTuple):
+    """A data set as people and the Hub know it."""
+
+    title: str
+    hub: str | None = None
+    """Its name on the Hub."""
+
+
+KNOWN = {
+    "digits": Source("handwritten digits, as scikit-learn has them"),
+    "synthetic": Source("synthetic images"),
+    "cifar10": Source("CIFAR-10", "uoft-cs/cifar10"),
+    "cifar100": Source("CIFAR-100", "uoft-cs/cifar100"),
+    "imagenette": Source("Imagenette", "frgfm/imagenette"),
+}
+IMAGENET = Source("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
+
+
+def push(weights: Weights, name: str, *, private: bool = False, licence: str | None = None) -> str:
+    """Pushes all files of a weight folder to the Hub, with their card, in one commit.
+
+    Args:
+        name: owner/name; made if there is none.
+        private: make it private; one that is public already is refused.
+        licence: of the weights, as SPDX names it.
+
+    Returns:
+        The address on the Hub.
+
+    Raises:
+        UserError: if it may not be written, or the Hub does not know the licence.
+    """
+    description = _without_places(weights.description)
+    files = weights.path.glob("*.safetensors")
+    states = {file.stem: storage.read_tensors(weights.path, file.stem) for file in files}
+    with TemporaryDirectory() as place:
+        folder = Path(place) / "weights"
+        save(folder, states, description)
+        (folder / "config.yaml").write_text(recipes.dump(description.config), encoding="utf-8")
+        (folder / "README.md").write_text(card(weights, name, licence), encoding="utf-8")
+        if curves := _curves(weights.path):
+            shutil.copy(curves, folder)
+        return hub.upload(name, folder, private=private, message=_message(description))
+
+
+def card(weights: Weights, name: str, licence: str | None = None) -> str:
+    """The README.md of weights that are called owner/name: Markdown behind YAML front matter."""
+    description = _without_places(weights.description)
+    source = _source(description)
+    front = yaml.safe_dump(
+        _front_matter(description, source, name, licence), sort_keys=False, allow_unicode=True
+    )
+    parts = [
+        f"---\n{front}---",
+        f"# {name.split('/')[1]}",
+        _what(weights),
+        _use(name),
+        _data(description, source),
+        _training(description.config, name),
+        _results(description, _curves(weights.path) is not None),
+        _limits(description),
+        _terms(description, licence),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _without_places(description: Description) -> Description:
+    """Absolute paths cut to their last name: what is pushed tells nobody how a disk is laid out."""
+
+    def bare(path: str) -> str:
+        absolute = Path(path).expanduser().is_absolute()
+        return (
+            f"./{Path(path).name}" if absolute else path
+        )  # a folder called cifar10 is not the set
+
+    config = description.config
+    init = config.train.init and bare(config.train.init)
+    data = dataclasses.replace(config.data, path=bare(config.data.path))
+    train = dataclasses.replace(config.train, out=None, init=init)
+    return dataclasses.replace(
+        description, config=dataclasses.replace(config, data=data, train=train)
+    )
+
+
+def _source(description: Description) -> Source:
+    path = description.config.data.path
+    if description.classes == wnids():
+        return IMAGENET
+    return KNOWN.get(path) or Source(printable(Path(path).name))
+
+
+def _curves(directory: Path) -> Path | None:
+    """The picture of the run that weights lie in."""
+    picture = directory.resolve().parents[1] / "curves.png"
+    return picture if directory.resolve().parent.name == "weights" and picture.exists() else None
+
+
+def _scores(description: Description, kind: str) -> dict[str, float]:
+    """What validation measured of a file: loss, top1, top5 and ece."""
+    prefix = "val_" if kind == "model" else "ema_"
+    found = description.metrics.items()
+    return {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
+
+
+def _message(description: Description) -> str:
+    top1 = _scores(description, description.default).get("top1")
+    score = "" if top1 is None else f", top-1 {top1:.2%} in validation"
+    return f"Weights of vitral {description.vitral}{score}"
+
+
+def _front_matter(
+    description: Description, source: Source, name: str, licence: str | None
+) -> dict[str, Any]:
+    init = description.config.train.init or ""
+    matter: dict[str, Any] = {
+        "library_name": "vitral",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "vision-transformer", "vitral"],
+    }
+    if licence is not None:
+        matter["license"] = licence.lower()  # the Hub's identifiers are SPDX's in lower case
+    if source.hub is not None:
+        matter["datasets"] = [source.hub]
+    if init.startswith(hub.PREFIX):
+        matter["base_model"] = init.removeprefix(hub.PREFIX).partition("@")[0]
+    scores = _scores(description, description.default)
+    if "top1" in scores:
+        kind = source.hub or "imagefolder"
+        top1, top5 = round(scores["top1"], 4), round(scores["top5"], 4)
+        result = {
+            "task": {"type": "image-classification", "name": "Image classification"},
+            "dataset": {"type": kind, "name": source.title, "split": "validation"},
+            "metrics": [
+                {"type": "accuracy", "name": "top-1 accuracy", "value": top1},
+                {"type": "top_5_accuracy", "name": "top-5 accuracy", "value": top5},
+            ],
+        }
+        matter["metrics"] = ["accuracy"]
+        matter["model-index"] = [{"name": name.split("/")[1], "results": [result]}]
+    return matter
+
+
+def _what(weights: Weights) -> str:
+    config, classes = weights.description.config, len(weights.description.classes)
+    model = config.model
+    side, (dim, depth, num_heads, num_kv_heads) = model.image_size, model.shape
+    flops = count_flops(model, classes)
+    rows = {
+        "classes": classes,
+        "parameters": f"{weights.model.num_parameters / 1e6:.3g} M",
+        "compute": f"{flops / 1e9:.3g} GFLOPs an image; a multiply-add counts as two",
+        "encoder": f"{depth} blocks of width {dim}",
+        "attention": f"{num_heads} query heads, {num_kv_heads} key/value heads, RoPE in x and y",
+        "patches": f"{model.patch_size} by {model.patch_size} pixels",
+        "head": f"reads the {'CLS token' if model.pooling == 'cls' else 'mean of the patches'}",
+        "images": _preprocessing(config.data, side),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"A Vision Transformer that classifies images.\n\n| | |\n|---|---|\n{table}"
+
+
+def _preprocessing(data: DataConfig, side: int) -> str:
+    mean, std = (", ".join(f"{x:g}" for x in values) for values in (data.mean, data.std))
+    return (
+        f"RGB; the central square of {100 * data.eval_crop:g}% of the short side, resized to "
+        f"{side} by {side} pixels ({data.interpolation}, antialiased), scaled to 0 to 1, less "
+        f"({mean}), over ({std})"
+    )
+
+
+def _use(name: str) -> str:
+    return f"""## How to use it
+
+```sh
+pip install 'vitral[hub]'
+vitral predict {hub.PREFIX}{name} photo.jpg
+```
+
+```python
+import vitral
+
+weights = vitral.load("{hub.PREFIX}{name}")
+prediction = weights.predict("photo.jpg")[0]
+print(prediction.names[0], prediction.probabilities[0])
+```
+
+With timm, after `pip install 'vitral[timm]'`:
+
+```python
+import timm
+import vitral.timm
+
+model = timm.create_model("vitral", weights="{hub.PREFIX}{name}").eval()
+```
+
+No file is a pickle, and each is compared with its SHA-256 in `manifest.json` before it is used."""
+
+
+def _data(description: Description, source: Source) -> str:
+    link = f" ([{source.hub}](https://huggingface.co/datasets/{source.hub}))" if source.hub else ""
+    rows = []
+    for position, name in enumerate(description.classes):
+        human = human_name(name)
+        rows.append(f"{position:>4}  {printable(name)}{f'  {human}' if human else ''}")
+    listed = "\n".join(rows)
+    return f"""## Data
+
+Trained on {source.title}{link}; fingerprint `{description.fingerprint}`.
+
+<details>
+<summary>The {len(rows):,} classes, in the order of the logits</summary>
+
+```text
+{listed}
+```
+
+</details>"""
+
+
+def _training(config: Config, name: str) -> str:
+    train, known = config.train, config.data.path in KNOWN
+    start = f"began from `{printable(train.init)}`" if train.init else "began from random weights"
+    return f"""## Training
+
+{train.epochs} epochs of batches of {train.batch_size}, AdamW with a peak learning rate of \
+{config.optim.lr:g} and a cosine schedule, seed {train.seed}; it {start}. All settings are in \
+`config.yaml`, which repeats it:
+
+```sh
+hf download {name} config.yaml --local-dir .
+vitral train config.yaml{"" if known else " --data PATH"} --out runs/again
+```"""
+
+
+def _results(description: Description, curves: bool) -> str:
+    rows = []
+    for kind in ("model", "ema"):
+        scores = _scores(description, kind)
+        if "top1" in scores:
+            what = "weights as trained" if kind == "model" else "their moving average"
+            used = ", used unless `--which` says otherwise" if kind == description.default else ""
+            rows.append(
+                f"| `{kind}.safetensors` | {what}{used} | {scores['top1']:.2%} | "
+                f"{scores['top5']:.2%} | {scores['loss']:.4f} | {scores['ece']:.4f} |"
+            )
+    if not rows:
+        return "## Results\n\nNothing has been measured."
+    table = "\n".join(rows)
+    picture = "\n\n![Loss and accuracy over the training](curves.png)" if curves else ""
+    return f"""## Results
+
+On the validation images of the same set, at {description.config.model.image_size} pixels:
+
+| file | | top-1 | top-5 | loss | calibration error |
+|---|---|---|---|---|---|
+{table}
+
+Weights that a run kept as its best were chosen by these very images, which flatters them a little.\
+{picture}"""
+
+
+def _limits(description: Description) -> str:
+    sides = {side for side, _ in description.config.train.progressive}
+    seen = sorted(sides | {description.config.model.image_size})
+    patch = description.config.model.patch_size
+    return f"""## Limits
+
+* It knows its {len(description.classes):,} classes alone, and gives one of them to every image.
+* It was trained at {", ".join(map(str, seen))} pixels and measured at \
+{description.config.model.image_size}. It takes any multiple of {patch}, of which nothing is known.
+* It was measured on images like those it was trained on; not on other cameras, places or styles, \
+on corrupted or adversarial images, or for its fairness to people in them."""
+
+
+def _terms(description: Description, licence: str | None) -> str:
+    stated = f"`{licence.lower()}`." if licence else "None is stated: ask the owner before use."
+    if set(description.classes) <= set(wnids()):
+        stated += (
+            "\n\nThe classes are ImageNet's. Its terms of access allow the images for research and "
+            "education without commerce alone; what follows for weights is for their user to judge."
+        )
+    return f"""## Licence
+
+{stated}
+
+## Version
+
+Written by vitral {description.vitral}, which reads them, as do later ones of the same schema."""

@@ -1,0 +1,77 @@
+"""A feed-forward network whose GELU is a part of the matrix products around it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitral.kernels.norm import product_dtype
+
+HOPPER = (9, 0)
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether there are kernels for x: half precision, on a Hopper GPU or a newer one."""
+    return x.is_cuda and product_dtype(x).itemsize == 2 and _has_kernels(x.device)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= HOPPER and find_spec("triton") is not None
+
+
+def feed_forward(
+    x: Tensor, expand: Tensor, expand_bias: Tensor | None, contract: Tensor, bias: Tensor | None
+) -> Tensor:
+    """linear(gelu(linear(x))), GELU in its tanh form (Hendrycks and Gimpel 2016).
+
+    Args:
+        x: (..., D).
+        expand: weights of the first linear layer, (F, D), its bias (F,).
+        contract: weights of the second, (D, F), its bias (D,).
+
+    Returns:
+        (..., D), in the dtype that a linear layer would compute in.
+    """
+    dtype = product_dtype(x)
+    # The first bias stays as it is: the kernel adds it to float32 sums.
+    weights = expand.to(dtype), expand_bias, contract.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        result = _FeedForward.apply(x.to(dtype).flatten(0, -2), *weights)[0]  # pyright: ignore[reportIndexIssue]
+        if bias is not None:
+            result = result + bias.to(dtype)
+    return result.view(x.shape)
+
+
+class _FeedForward(torch.autograd.Function):
+    """Also gives what is before GELU and after it, (M, F), as parts of the backward pass."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, expand: Tensor, expand_bias: Tensor | None, contract: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from vitral.kernels.gelu import gelu_linear
+
+        before, after = gelu_linear(x, expand, expand_bias)
+        return F.linear(after, contract), before, after
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, expand, _, contract = inputs
+        _, before, after = output
+        ctx.mark_non_differentiable(before, after)
+        ctx.save_for_backward(x, expand, contract, before, after)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        from vitral.kernels.gelu import gelu_backward
+
+        x, expand, contract, before, after = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        inner, sums = gelu_backward(gradient, contract, before)
+        bias = sums if ctx.needs_input_grad[2] else None
+        return inner @ expand, inner.mT @ x, bias, gradient.mT @ after

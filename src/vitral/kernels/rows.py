@@ -1,0 +1,59 @@
+"""Some rows of a batch, and back. Both directions only ever gather, so the result is exact and
+the same each time; torch's own gradient of an index adds atomically on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take_rows(x: Tensor, order: Tensor, count: int) -> Tensor:
+    """The rows order[:count] of x: (B, ...) to (count, ...).
+
+    Args:
+        order: a permutation of the B rows, int64. Shape (B,).
+    """
+    return _Take.apply(x, order[:count], order)  # pyright: ignore[reportReturnType]
+
+
+def put_rows(x: Tensor, order: Tensor) -> Tensor:
+    """The reverse, (count, ...) to (B, ...): row order[i] is x[i], and the others are zero."""
+    return _Put.apply(x, order)  # pyright: ignore[reportReturnType]
+
+
+def _spread(x: Tensor, order: Tensor) -> Tensor:
+    place = order.argsort()
+    there = (place < len(x)).view(-1, *[1] * (x.ndim - 1))
+    return torch.where(there, x[place.clamp(max=len(x) - 1)], 0)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, chosen: Tensor, order: Tensor) -> Tensor:
+        return x[chosen]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _spread(gradients[0], *ctx.saved_tensors), None, None
+
+
+class _Put(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, order: Tensor) -> Tensor:
+        return _spread(x, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.count = len(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors
+        return gradients[0][order[: ctx.count]], None

@@ -1,0 +1,178 @@
+"""The card of pushed weights: what the Hub reads of it, and what people do."""
+
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import ModelCardData
+
+from vitral import weights
+from vitral.config import Config, DataConfig, TrainConfig, ViTConfig
+from vitral.data.imagenet import wnids
+from vitral.inference.card import card
+from vitral.model import ViT
+
+SHAPE = ViTConfig(dim=16, depth=3, num_heads=4, num_kv_heads=2, patch_size=4, image_size=24)
+MEASURED = {"step": 9, "val_top1": 0.5, "val_top5": 0.91234, "val_loss": 1.25, "val_ece": 0.125}
+AVERAGED = {"ema_top1": 0.75, "ema_top5": 0.95, "ema_loss": 0.5, "ema_ece": 0.25}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Weights of a run, without a file: the card reads none."""
+
+    def make(path="digits", classes=("a", "b"), metrics=MEASURED, train=None, place=tmp_path):
+        train = train or TrainConfig(epochs=7)
+        config = Config(model=SHAPE, data=DataConfig(path=path), train=train)
+        description = weights.describe(config, classes, "f" * 64, metrics)
+        return weights.Weights(ViT(SHAPE, len(classes)), description, place)
+
+    return make
+
+
+def front(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def section(text, title):
+    return re.search(rf"^## {title}\n\n(.+?)(?=\n## |\Z)", text, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_front_matter(make):
+    text = card(make("cifar10", metrics={**MEASURED, **AVERAGED}), "anna/x", "Apache-2.0")
+    assert front(text) == {
+        "library_name": "vitral",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "vision-transformer", "vitral"],
+        "license": "apache-2.0",
+        "datasets": ["uoft-cs/cifar10"],
+        "metrics": ["accuracy"],
+        "model-index": [
+            {
+                "name": "x",
+                "results": [
+                    {
+                        "task": {"type": "image-classification", "name": "Image classification"},
+                        "dataset": {
+                            "type": "uoft-cs/cifar10",
+                            "name": "CIFAR-10",
+                            "split": "validation",
+                        },
+                        "metrics": [
+                            {"type": "accuracy", "name": "top-1 accuracy", "value": 0.75},
+                            {"type": "top_5_accuracy", "name": "top-5 accuracy", "value": 0.95},
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+
+
+@pytest.mark.parametrize("path", ["digits", "cifar100", "/home/anna/it's: a #1 'set'\n"])
+def test_the_hubs_own_reader_takes_it(make, path):
+    data = ModelCard(card(make(path), "anna/x", "MIT")).data
+    assert isinstance(data, ModelCardData)
+    top1, top5 = data.eval_results
+    assert (data.model_name, data.license) == ("x", "mit")
+    assert (top1.task_type, top1.metric_type, top1.metric_value) == (
+        "image-classification",
+        "accuracy",
+        0.5,
+    )
+    assert (top5.metric_value, top5.dataset_split) == (0.9123, "validation")
+
+
+def test_what_it_is(make):
+    text = card(make(), "anna/x")
+    hidden, heads = 4 * 16, (4 + 2 * 2) * 4
+    block = 16 * heads + heads + 16 * 16 + 16 + 2 * 16 * hidden + hidden + 16 + 2 * 16
+    count = (3 * 4 * 4 * 16 + 16) + 16 + 3 * block + 16 + (16 * 2 + 2)
+    assert f"| parameters | {count / 1e6:.3g} M |" in text
+    tokens = 1 + 6 * 6
+    products = tokens * (16 * heads + 16 * 16 + 2 * 16 * hidden) + 2 * tokens**2 * 16
+    flops = 2 * (36 * 3 * 4 * 4 * 16 + 3 * products + 16 * 2)
+    assert f"| compute | {flops / 1e9:.3g} GFLOPs an image" in text
+    assert "| encoder | 3 blocks of width 16 |" in text
+    assert "| attention | 4 query heads, 2 key/value heads, RoPE in x and y |" in text
+    assert "87.5% of the short side, resized to 24 by 24 pixels (bilinear, antialiased)" in text
+
+
+def test_results_name_the_default(make):
+    both = section(card(make(metrics={**MEASURED, **AVERAGED}), "anna/x"), "Results")
+    raw, averaged = re.findall(r"^\| `.+", both, re.MULTILINE)
+    assert raw == "| `model.safetensors` | weights as trained | 50.00% | 91.23% | 1.2500 | 0.1250 |"
+    assert averaged.startswith(
+        "| `ema.safetensors` | their moving average, used unless `--which` says otherwise | 75.00% "
+    )
+    alone = section(card(make(), "anna/x"), "Results")
+    assert "`model.safetensors` | weights as trained, used unless" in alone
+    assert "ema" not in alone
+    none = card(make(metrics={}), "anna/x")
+    assert section(none, "Results").strip() == "Nothing has been measured."
+    assert "model-index" not in front(none)
+    assert "metrics" not in front(none)
+
+
+def test_picture_of_the_run(make, tmp_path):
+    place = tmp_path / "weights" / "best"
+    place.mkdir(parents=True)
+    assert "curves.png" not in card(make(place=place), "anna/x")
+    (tmp_path / "curves.png").touch()
+    assert "](curves.png)" in card(make(place=place), "anna/x")
+    assert "curves.png" not in card(make(place=tmp_path / "copies" / "best"), "anna/x")
+
+
+def test_imagenet_has_names_and_terms(make):
+    text = card(make("/data/ilsvrc", wnids()), "anna/x", "MIT")
+    assert front(text)["datasets"] == ["ILSVRC/imagenet-1k"]
+    assert "ImageNet-1K" in section(text, "Data")
+    assert "\n   0  n01440764  tench, Tinca tinca\n" in text
+    assert "\n 999  n15075141  toilet tissue, toilet paper, bathroom tissue\n" in text
+    assert "terms of access" in section(text, "Licence")
+    some = card(make("imagenette", wnids()[:10]), "anna/x")
+    assert "terms of access" in section(some, "Licence")
+    assert front(some)["datasets"] == ["frgfm/imagenette"]
+    assert "terms of access" not in card(make(classes=(*wnids(), "dark")), "anna/x")
+
+
+def test_a_folder_is_not_the_known_set_of_its_name(make, tmp_path):
+    (tmp_path / "cifar10").mkdir()
+    text = card(make(str(tmp_path / "cifar10")), "anna/x")
+    assert "datasets" not in front(text)
+    assert front(text)["model-index"][0]["results"][0]["dataset"]["type"] == "imagefolder"
+    assert str(tmp_path) not in text
+    assert "Trained on cifar10;" in section(text, "Data")
+    assert "vitral train config.yaml --data PATH --out" in section(text, "Training")
+    known = section(card(make("cifar10"), "anna/x"), "Training")
+    assert "vitral train config.yaml --out" in known
+
+
+def test_names_of_classes_stay_on_their_lines(make):
+    text = card(make(classes=("```", "a\nb", "</details>")), "anna/x")
+    assert "   0  ```\n   1  a\\nb\n   2  </details>\n```\n" in text
+
+
+def test_where_it_began(make):
+    base = TrainConfig(init="hf-hub:bo/base@v1")
+    text = card(make(train=base), "anna/x")
+    assert front(text)["base_model"] == "bo/base"
+    assert "began from `hf-hub:bo/base@v1`" in section(text, "Training")
+    local = card(make(train=TrainConfig(init="/home/anna/older")), "anna/x")
+    assert "base_model" not in front(local)
+    assert "began from `./older`" in section(local, "Training")
+    assert "began from random weights" in card(make(), "anna/x")
+
+
+def test_limits_name_every_size_trained_at(make):
+    train = TrainConfig(progressive=((16, 0.5), (20, 0.5)))
+    limits = section(card(make(train=train), "anna/x"), "Limits")
+    assert "trained at 16, 20, 24 pixels and measured at 24. It takes any multiple of 4" in limits
+    assert "its 2 classes alone" in limits
+
+
+def test_without_a_licence_none_is_claimed(make):
+    text = card(make(), "anna/x")
+    assert "license" not in front(text)
+    assert section(text, "Licence").startswith("None is stated")

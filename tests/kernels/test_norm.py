@@ -1,0 +1,74 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitral import kernels
+from vitral.model import norm_linear
+
+
+def by_formula(x):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def relative_error(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-3, 0.0])
+def test_normalise_and_its_gradient_by_formula(magnitude):
+    x = (magnitude * draw(2, 3, 8)).requires_grad_()
+    torch.testing.assert_close(kernels.normalise(x), by_formula(x))
+    if magnitude == 1:
+        assert torch.autograd.gradcheck(kernels.normalise, x)
+    weight = draw(2, 3, 8) ** 2
+    gradients = [torch.autograd.grad((f(x) * weight).sum(), x)[0]
+                 for f in (kernels.normalise, by_formula)]  # fmt: skip
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtypes_are_those_of_a_linear_layer(dtype):
+    x, weight = torch.ones(2, 8, dtype=dtype, requires_grad=True), torch.ones(3, 8, dtype=dtype)
+    for on in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            y = kernels.normalise(x)
+            assert y.dtype == F.linear(x, weight).dtype == F.linear(y, weight.to(y.dtype)).dtype
+        (gradient,) = torch.autograd.grad(y.float().sum(), x)
+        assert gradient.dtype == dtype
+
+
+def test_bf16_errs_no_more_than_the_plain_norm_does():
+    """Outputs and gradients of both under autocast, against float64."""
+    x, scale, weight = draw(64, 48, 32), 1 + 0.3 * draw(32), draw(40, 32) / 6
+    upstream = draw(64, 48, 40)
+
+    def passes(run, dtype, autocast):
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, scale, weight)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = run(*leaves)
+        y.backward(upstream.to(y.dtype))
+        return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+    def ours(x, scale, weight):
+        linear = SimpleNamespace(weight=weight, bias=None)
+        return norm_linear(SimpleNamespace(scale=scale), linear, x)
+
+    def plain(x, scale, weight):
+        return F.linear(F.rms_norm(x, (32,), scale, eps=1e-6), weight)
+
+    def exact(x, scale, weight):
+        return F.linear(by_formula(x) * scale, weight)
+
+    truth = passes(exact, torch.float64, autocast=False)
+    errors = [
+        [relative_error(got, expected) for got, expected in zip(found, truth, strict=True)]
+        for found in (passes(run, torch.float32, autocast=True) for run in (ours, plain))
+    ]
+    for name, mine, theirs in zip(("y", "x", "scale", "weight"), *errors, strict=True):
+        assert mine < 1.1 * theirs, name  # the same roundings, in another order
