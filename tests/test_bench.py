@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from vitral import bench
+from vitral.bench import rounds
+from vitral.bench.data import REFERENCE
 from vitral.cli import main
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, UserError, ViTConfig
 from vitral.data.rates import choose_decoder, images_per_second, measure_rate, verdict
@@ -21,7 +22,7 @@ TINY += "--model.image-size 16 --model.patch-size 8 --train.batch-size 8 --data.
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS", 0.01)
+    monkeypatch.setattr(rounds, "SECONDS", 0.01)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -104,9 +105,9 @@ def test_runs_take_turns(monkeypatch):
         found = iter(rates)
         return lambda: order.append(name) or next(found)
 
-    runs = {"ours": run("a", [20.0, 21.0, 24.0]), bench.REFERENCE: run("b", [10.0, 42.0, 40.0])}
-    ours, theirs = bench._table(bench._in_turn(runs))
-    assert "".join(order) == "ababab"
+    runs = {"ours": run("a", [20.0, 21.0, 24.0]), REFERENCE: run("b", [10.0, 42.0, 40.0])}
+    ours, theirs = rounds.table(rounds.rates_in_turn(runs), REFERENCE)
+    assert "".join(order) == "abbaab"
     assert re.search(r" 21 images/s .* 0\.60 times torchvision$", ours)
     assert re.search(r" 40 images/s .* 1\.00 times torchvision$", theirs)
 
@@ -147,7 +148,7 @@ def test_bench_data_of_pixels(capsys):
 
 @pytest.mark.parametrize("path", ["folder", "digits"])
 def test_bench_train(image_folder, monkeypatch, capsys, path):
-    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(rounds, "ROUNDS", 1)
     data = str(image_folder) if path == "folder" else path
     assert main(["bench", "train", "digits", "--data", data, *TINY]) == 0
     out = capsys.readouterr().out

@@ -172,7 +172,7 @@ def attention(num_heads, num_kv_heads):
     module, norm = stir(GroupedQueryAttention(config)), stir(RMSNorm(config.shape.dim))
     nn.init.eye_(module.projection.weight)
     nn.init.zeros_(module.projection.bias)
-    return module, norm, torch.ones(1, 7, 4), torch.zeros(1, 7, 4)
+    return module, norm, torch.ones(1, 7, 8), torch.zeros(1, 7, 8)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), HEADS)

@@ -50,7 +50,8 @@ vitral trains, resumes and evaluates Vision Transformers, exactly reproducibly.
   vitral bench data PATH|NAME [RECIPE] [--section.key value ...]
                rate of every way that images come in, beside torchvision's transforms
   vitral bench model|train [RECIPE] [--data PATH|NAME] [--section.key value ...]
-               rate of the training step; of training, beside the step on synthetic images
+               rate of the training step, --peers: beside timm's models; of training, beside the
+               step on synthetic images
   vitral doctor
                what this machine offers: devices, kernels, decoders, disk
 
@@ -571,10 +572,13 @@ def _preview(words: list[str]) -> int:
 
 def _bench(words: list[str]) -> int:
     def model(rest: list[str]) -> int:
-        config = _load(rest, "vitral bench model", "Rate of the training step on synthetic images.")
+        about = "Rate of the training step on synthetic images; --peers: beside timm's models."
+        peers = "--peers" in rest
+        words = [word for word in rest if word != "--peers"]
+        config = _load(words, "vitral bench model", about)
         from vitral.bench import bench_model
 
-        print(bench_model(config))
+        print(bench_model(config, peers))
         return 0
 
     def train(rest: list[str]) -> int:

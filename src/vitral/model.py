@@ -109,7 +109,10 @@ class RoPE2D(nn.Module):
         return torch.stack(rows)[None, :, None]
 
     def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Cosine and sine for each block, float32: (1, N, S/2) or (Q + K, N, S/2)."""
+        """Cosine and signed sine of all channels for each block, as `rotate` takes them.
+
+        Float32, (1, N, S) or, mixed, (Q + K, N, S).
+        """
         x = torch.arange(columns, device=device, dtype=torch.float32).expand(rows, -1).flatten()
         # Expanded: torch exports repeat_interleave by a size that varies to a wrong ONNX graph.
         y = torch.arange(rows, device=device, dtype=torch.float32)[:, None]
@@ -121,16 +124,22 @@ class RoPE2D(nn.Module):
         if self.mixed is not None:
             group = self.num_heads // self.num_kv_heads
             angles = torch.cat([angles.repeat_interleave(group, dim=1), angles], dim=1)
-        tables = list(zip(angles.cos().unbind(), angles.sin().unbind(), strict=True))
+        cosine, sine = angles.cos(), angles.sin()
+        cosine, sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
+        tables = list(zip(cosine.unbind(), sine.unbind(), strict=True))
         return tables * self.depth if len(tables) == 1 else tables
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype."""
+    """Turns the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype.
+
+    Args:
+        cosine: of each channel's angle, (..., N, S).
+        sine: likewise, with a minus for the first half.
+    """
     exact = x.float() if x.dtype.itemsize < 4 else x
     # As two products of whole heads, not of halves: a compiler makes one kernel of each direction,
     # and a CPU takes two thirds of the time.
-    cosine, sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
     return (exact * cosine + exact.roll(x.shape[-1] // 2, dims=-1) * sine).to(x.dtype)
 
 
@@ -170,15 +179,14 @@ class GroupedQueryAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(S)) v for queries (B, Q, N, S), keys and values (B, K, N, S)."""
-        group = self.num_heads // self.num_kv_heads
-        if group == 1:
-            return F.scaled_dot_product_attention(q, k, v)
+        B, Q, N, S = q.shape
         # Only the half-precision CUDA kernels know groups; elsewhere enable_gqa falls silently to
-        # the slow kernel that writes the whole attention matrix.
+        # the slow kernel that writes the whole attention matrix. As no query minds another, those
+        # of a group may follow each other in one sequence.
         if q.is_cuda and q.dtype.itemsize == 2:
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != Q)
+        groups = q.reshape(B, self.num_kv_heads, -1, S)
+        return F.scaled_dot_product_attention(groups, k, v).view(B, Q, N, S)
 
 
 class FeedForward(nn.Module):
@@ -373,13 +381,20 @@ def count_flops(
 ) -> float:
     """Floating-point operations of one image's forward pass: matrix products, two a multiply-add.
 
-    Counted by torch on a model without memory; a training step takes three times as many. In
-    training they are the mean of a batch of 1,024, as stochastic depth skips work.
+    A training step takes three times as many. In training they are fewer than in evaluation where
+    stochastic depth skips work.
     """
-    side, images = image_size or config.image_size, 1024 if training else 1
     with torch.device("meta"):
         model = ViT(config, num_classes).train(training)
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            model(torch.empty(images, CHANNELS, side, side))
+    return forward_flops(model, image_size or config.image_size)
+
+
+def forward_flops(model: nn.Module, image_size: int) -> float:
+    """`count_flops` of any model on the meta device, as torch counts it, in the mode that it is in.
+
+    Of a model in training they are the mean of a batch of 1,024.
+    """
+    images, counter = 1024 if model.training else 1, FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(torch.empty(images, CHANNELS, image_size, image_size, device="meta"))
     return counter.get_total_flops() / images

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitral.config import Config
 from vitral.data.fetch import Decoder, available_cores
@@ -86,10 +86,9 @@ def resolve(
     )
     if gpu and train.micro_batch is None:
         resolved = _with_fitting_batch(resolved, config, model, device)
-    micro_batch = min(world.gather(resolved.micro_batch))
-    with resolved.autocast():
-        fused = fused_is_faster(config.model, micro_batch, device, compiled)
-    return dataclasses.replace(resolved, micro_batch=micro_batch, fused=all(world.gather(fused)))
+    resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
+    fused = all(world.gather(fused_is_faster(config.model, resolved)))
+    return dataclasses.replace(resolved, fused=fused)
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
@@ -106,9 +105,10 @@ def prepare_device(config: Config, device: torch.device) -> None:
         torch._inductor.config.deterministic = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def compiled(model: ViT, resolved: Resolved) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]:
     """The model as the step calls it."""
-    model.fuse(resolved.fused)
+    if isinstance(model, ViT):
+        model.fuse(resolved.fused)
     return torch.compile(model, dynamic=False) if resolved.compile else model
 
 

@@ -1,0 +1,208 @@
+"""Training steps and forward passes of vitral and its peers: the same work, in turn."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from vitral.bench import rounds
+from vitral.bench.peers import Builder
+from vitral.bench.rounds import in_turn, ratios
+from vitral.bench.work import Inference, Training, Work, describe_device
+from vitral.config import Config, UserError
+from vitral.model import forward_flops
+
+Mode = Literal["train", "infer"]
+WORK: dict[Mode, type[Work]] = {"train": Training, "infer": Inference}
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10}
+REFERENCE = "timm"  # that ratios are to
+WARMUP = 3  # steps, the first of which compiles
+LEAST, MOST = 3, 200  # steps of a round
+MATMULS = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384)}
+
+
+def compare(
+    config: Config, mode: Mode, builders: Mapping[str, Builder], count: int
+) -> dict[str, Any]:
+    """Measures models at the same work, round after round.
+
+    Args:
+        config: the architecture and, of the training, batch, precision, compilation and threads. A
+            micro-batch that is left open is what fits beside vitral's model.
+        builders: the models by name.
+        count: rounds.
+
+    Returns:
+        What was done, and a row for each model; all of it goes into JSON.
+
+    Raises:
+        UserError: if the batch does not fit into the GPU's memory.
+    """
+    classes, side = num_classes(config), config.model.image_size
+    torch.compiler.reset()  # the limit of recompilations is shared by all models of a class
+    gc.collect()  # or what is measured before would be taken for memory of others
+    try:
+        resolved = Training(config, classes, side).resolved
+        train = dataclasses.replace(config.train, micro_batch=resolved.micro_batch)
+        config = dataclasses.replace(config, train=train)
+        matmul = matmul_rate(resolved.device, resolved.precision)
+        # Compilation is timed as it is the first time, not as read from the disk.
+        with fresh_cache():
+            racers = {n: Contestant(config, classes, mode, b) for n, b in builders.items()}
+            times = in_turn({name: racer.round for name, racer in racers.items()}, count)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"batch: {mode} with {config.train.micro_batch or config.train.batch_size} images of "
+            f"{side} pixels does not fit into the GPU's memory; give fewer"
+        ) from None
+    rows = [_row(racers[name], name, times, matmul) for name in builders]
+    return {
+        "mode": mode,
+        "batch": resolved.micro_batch,
+        "image_size": side,
+        "num_classes": classes,
+        "shape": {**config.model.shape._asdict(), "patch_size": config.model.patch_size},
+        "device": describe_device(resolved),
+        "clock": "processor time" if resolved.device == "cpu" else "CUDA events",
+        "rounds": count,
+        "matmul_tflops": matmul / 1e12,
+        "contestants": rows,
+    }
+
+
+def num_classes(config: Config) -> int:
+    """Of the known set that is named; 1,000 elsewhere, as nothing is read."""
+    return CLASSES.get(config.data.path, 1000)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a step: medians of one round."""
+
+    passed: float
+    processor: float | None
+    """Of all threads; None where a GPU does the work."""
+
+    @property
+    def fair(self) -> float:
+        """What ratios are taken of: a CPU's own time hardly minds what else the machine does."""
+        return self.passed if self.processor is None else self.processor
+
+
+class Contestant:
+    """A model at its work: built, compiled and warm, and what that took."""
+
+    def __init__(self, config: Config, num_classes: int, mode: Mode, build: Builder) -> None:
+        with torch.device("meta"):
+            shadow = build(config.model, num_classes).train(mode == "train")
+        passes = 3 if mode == "train" else 1
+        self.flops = passes * forward_flops(shadow, config.model.image_size)
+        others = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        torch.manual_seed(config.train.seed)
+        model = build(config.model, num_classes)
+        self.work = WORK[mode](config, num_classes, config.model.image_size, model)
+        self.compilations = 0
+        first, *_, warm = (self._time(1) for _ in range(WARMUP))
+        self.compile_s = None
+        if self.work.resolved.compile:
+            self.compile_s = (first.passed - warm.passed) / 1e3
+        self.steps = min(max(round(1e3 * rounds.SECONDS / warm.passed), LEAST), MOST)
+        self.memory_bytes = None
+        if self.work.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # compiling tries things out
+            self._time(1)
+            self.memory_bytes = torch.cuda.max_memory_allocated() - others
+
+    def round(self) -> Times:
+        """Times the steps of a round."""
+        return self._time(self.steps)
+
+    def _time(self, steps: int) -> Times:
+        graphs = counters["stats"]["unique_graphs"]
+        times = time_steps(self.work, steps)
+        self.compilations += counters["stats"]["unique_graphs"] - graphs
+        return times
+
+
+def time_steps(work: Work, steps: int) -> Times:
+    """The median time of a step, from its start to that of the next."""
+    if work.device.type == "cpu":
+        marks = [(time.perf_counter(), time.process_time())]
+        for _ in range(steps):
+            work.step(work.batch)
+            marks.append((time.perf_counter(), time.process_time()))
+        passed, busy = (
+            statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(clock))
+            for clock in zip(*marks, strict=True)
+        )
+        return Times(passed, busy)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        work.step(work.batch)
+        event.record()
+    events[-1].synchronize()
+    return Times(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), None)
+
+
+@functools.cache
+def matmul_rate(device: str, precision: str) -> float:
+    """FLOP/s of the fastest of some large square matrix products, the best of a few runs."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    best = 0.0
+    for side in MATMULS[device]:
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        for _ in range(5):
+            _wait(device)
+            started = time.perf_counter()
+            torch.mm(a, a)
+            _wait(device)
+            best = max(best, 2 * side**3 / (time.perf_counter() - started))
+    return best
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _row(
+    racer: Contestant, name: str, times: Mapping[str, Sequence[Times]], matmul: float
+) -> dict[str, Any]:
+    """What is kept of a contestant, ratios to the reference among it."""
+    own, theirs = times[name], times.get(REFERENCE)
+    images = racer.work.resolved.micro_batch
+    passed = [time.passed for time in own]
+    rate = racer.flops * images / (statistics.median(passed) / 1e3)
+    compared = ratios([t.fair for t in theirs], [t.fair for t in own]) if theirs else None
+    processor = [time.processor for time in own if time.processor is not None]
+    return {
+        "name": name,
+        "parameters": sum(p.numel() for p in racer.work.model.parameters()),
+        "gflops_per_image": racer.flops / 1e9,
+        "ms": passed,
+        "processor_ms": processor or None,
+        "images_per_second": _spread([1e3 * images / ms for ms in passed]),
+        "ratio": compared and _spread(compared),
+        "tflops": rate / 1e12,
+        "share_of_matmul": rate / matmul,
+        "memory_bytes": racer.memory_bytes,
+        "compile_s": racer.compile_s,
+        "compilations": racer.compilations,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {**found, "rounds": values}

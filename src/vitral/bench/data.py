@@ -1,0 +1,185 @@
+"""The rate of every way in, beside torchvision's reference transforms."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from vitral.bench import rounds
+from vitral.bench.rounds import rates_in_turn, table
+from vitral.config import Config, UserError
+from vitral.data import augment, crops
+from vitral.data.decode import DecodeError, decode
+from vitral.data.fetch import available_cores, in_workers, resolve_workers
+from vitral.data.rates import (
+    BATCH,
+    ENDLESS,
+    decoders,
+    images_per_second,
+    measure_rate,
+)
+from vitral.data.records import Encoded, Packed, Pixels, Records
+from vitral.data.sampling import Integers, Order
+from vitral.data.sources import open_dataset
+from vitral.evaluation.evaluate import pick_device
+from vitral.model import CHANNELS
+from vitral.training.resolve import prepare_device
+
+SAMPLE = 512  # encoded images that are read over and over
+REFERENCE = "torchvision's reference transforms"
+
+
+def bench_data(config: Config) -> str:
+    """Images per second of every way in that the data and the machine offer, to augmented batches.
+
+    Encoded images also go through a PyTorch DataLoader with as many workers and the transforms of
+    torchvision's classification reference, in turn with ours, and through a single core.
+    """
+    device = pick_device(config.train.device)
+    prepare_device(config, device)
+    dataset = open_dataset(config.data, config.model.image_size, config.train.seed, train=False)
+    assert dataset.val is not None
+    records = _sample(dataset.val)
+    workers = resolve_workers(config.data, records)
+    measure = partial(measure_rate, records, config, workers, device, seconds=rounds.SECONDS)
+    names = {"cpu": "vitral", "gpu": "vitral, decoded by the GPU"}
+    runs: dict[str, Callable[[], float]]
+    runs = {names[way]: partial(measure, decoder=way) for way in decoders(records, device)}
+    head = (
+        f"{len(records):,} images of {dataset.name} over and over, on {device.type}, "
+        f"{available_cores()} cores, medians of {rounds.ROUNDS} rounds in turn"
+    )
+    augmentation = _augmentation(config, device)
+    if isinstance(records, Packed | Pixels):
+        return "\n".join([head, *table(rates_in_turn(runs), REFERENCE), augmentation])
+    runs[REFERENCE] = partial(_reference_rate, records, config, workers, device)
+    lines = [head, f"with workers: {workers}", *table(rates_in_turn(runs), REFERENCE), augmentation]
+    torch.set_num_threads(1)
+    lines += ["on one core", *table(rates_in_turn(_one_core(config, records)), REFERENCE)]
+    return "\n".join(lines)
+
+
+def _augmentation(config: Config, device: torch.device) -> str:
+    """The time that all after the crops takes, Mixup and CutMix too, of a batch on the device."""
+    side, seed, size = config.model.image_size, config.train.seed, 1024
+    if device.type == "cpu":
+        size = 64
+    images = torch.randint(256, (size, CHANNELS, side, side), dtype=torch.uint8, device=device)
+    targets = torch.full((size, 1000), 1e-3, device=device)
+
+    def work(step: int) -> int:
+        mix = augment.draw_mix(config.augment, side, seed, step)
+        finished = _our_rest(config, images)
+        if mix is not None:
+            augment.mix(finished, targets, mix)
+        return size
+
+    rate = images_per_second(map(work, itertools.count()), 0, device, rounds.SECONDS)
+    return f"augmentation alone of {size:,} images of {side} pixels: {1e3 * size / rate:.1f} ms"
+
+
+def _sample(records: Records) -> Records:
+    """Of encoded images as many as are soon read over and over, those that can be decoded."""
+    if isinstance(records, Packed | Pixels):
+        return records
+    chosen = np.zeros(len(records), bool)
+    for index in np.linspace(0, len(records) - 1, min(len(records), SAMPLE)).astype(int):
+        chosen[index] = _decodes(records, index)
+    if not chosen.any():
+        raise UserError(f"data: {records.where(0)} and others: expected images that can be decoded")
+    return records.take(chosen)
+
+
+def _decodes(records: Encoded, index: int) -> bool:
+    try:
+        decode(records.read(index))
+    except (DecodeError, OSError):
+        return False
+    return True
+
+
+def _one_core(config: Config, records: Encoded) -> dict[str, Callable[[], float]]:
+    """A worker's part, all of ours, and torchvision's, on encoded images in memory."""
+    encoded = [records.read(i) for i in range(min(len(records), SAMPLE // 4))]
+    reference = _reference(config.model.image_size)
+
+    def rate(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        return len(encoded) / (time.perf_counter() - started)
+
+    def theirs() -> None:
+        for content in encoded:
+            reference(Image.open(io.BytesIO(content)).convert("RGB"))
+
+    return {
+        "vitral, a worker's part (decode, crop)": lambda: rate(lambda: _our_crops(config, encoded)),
+        "vitral, all of it": lambda: rate(lambda: _our_rest(config, _our_crops(config, encoded))),
+        REFERENCE: lambda: rate(theirs),
+    }
+
+
+def _our_crops(config: Config, encoded: list[bytes]) -> Tensor:
+    side, data = config.model.image_size, config.data
+    images = torch.empty(len(encoded), CHANNELS, side, side, dtype=torch.uint8)
+    for i, content in enumerate(encoded):
+        image = decode(content)
+        size = np.array([image.shape[1:]])
+        drawn = (config.train.seed, 0, np.array([i]))
+        box = crops.random_boxes(config.augment, data.eval_crop, side, size, *drawn)[0]
+        images[i] = crops.crop_resize(image, box, side, data.interpolation)
+    return images
+
+
+def _our_rest(config: Config, images: Tensor) -> Tensor:
+    indices = np.arange(len(images))
+    plan = augment.draw_plan(config.augment, images.shape[-1], config.train.seed, 0, indices)
+    return augment.finish(augment.augment(images, plan), plan, config.data.mean, config.data.std)
+
+
+def _reference(side: int) -> Callable[[Image.Image], Tensor]:
+    """The preset of torchvision's references/classification, with AutoAugment and erasing."""
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(side, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.AutoAugment(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            v2.RandomErasing(0.1),
+        ]
+    )
+
+
+class _Reference(torch.utils.data.Dataset[Tensor]):
+    """Batches as torchvision's reference makes them, image by image; runs in worker processes."""
+
+    def __init__(self, records: Encoded, side: int) -> None:
+        self.records = records
+        self.transform = _reference(side)
+
+    def __getitem__(self, indices: Integers) -> Tensor:
+        contents = (self.records.read(int(index)) for index in indices)
+        return torch.stack(
+            [self.transform(Image.open(io.BytesIO(c)).convert("RGB")) for c in contents]
+        )
+
+
+def _reference_rate(records: Encoded, config: Config, workers: int, device: torch.device) -> float:
+    size = min(config.train.batch_size, BATCH)
+    order = Order(config.train.seed, len(records), size)
+    requests = (order.samples(step, 0, size)[1] for step in range(ENDLESS))
+    gpu = device.type == "cuda"
+    batches = in_workers(_Reference(records, config.model.image_size), requests, workers, gpu)
+    counts = (len(images.to(device, non_blocking=True)) for images in batches)
+    return images_per_second(counts, workers, device, rounds.SECONDS)

@@ -1,0 +1,58 @@
+"""The rate of the model, alone or beside its peers: what `vitral bench model` prints."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from vitral.bench import rounds
+from vitral.bench.contest import REFERENCE, compare
+from vitral.bench.peers import PEERS, contestants, has_timm
+from vitral.config import Config
+
+NO_TIMM = "timm is not installed (pip install timm): vitral is measured alone"
+
+
+def bench_model(config: Config, peers: bool = False) -> str:
+    """The training step of one micro-batch: of vitral alone, or in turn with timm's models."""
+    case = compare(config, "train", contestants(list(PEERS) if peers else []), rounds.ROUNDS)
+    return "\n".join([NO_TIMM] * (peers and not has_timm()) + [table(case)])
+
+
+def table(case: dict[str, Any]) -> str:
+    """What `compare` found, a line for each model: medians, in brackets the least and greatest."""
+    what = {"train": "training steps", "infer": "forward passes"}[case["mode"]]
+    head = (
+        f"{what} of {case['batch']} images of {case['image_size']} pixels, "
+        f"{case['num_classes']} classes, on {case['device']}; {case['rounds']} rounds in turn"
+    )
+    matmul = f"matrix products alone reach {case['matmul_tflops']:.4g} TFLOP/s here"
+    rows = [["", "M param.", "GFLOP", "ms", "images/s", "", "TFLOP/s", "of matmul"]]
+    rows[0] += [f"rate, {REFERENCE}'s = 1", "", "memory", "compiled in"]
+    rows += [list(_cells(row)) for row in case["contestants"]]
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in kept]
+    lines = []
+    for cells in zip(*kept, strict=True):
+        first, *others = (c.rjust(w) for c, w in zip(cells, widths, strict=True))
+        lines.append("  ".join([cells[0].ljust(len(first)), *others]))
+    note = f"ratios are of {case['clock']}; {matmul}"
+    return "\n".join([head, *lines, note])
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    rate, ratio = row["images_per_second"], row["ratio"]
+    yield row["name"]
+    yield f"{row['parameters'] / 1e6:.2f}"
+    yield f"{row['gflops_per_image']:.4g}"
+    yield f"{statistics.median(row['ms']):.2f}"
+    yield f"{rate['median']:,.0f}"
+    yield f"({rate['min']:,.0f} to {rate['max']:,.0f})"
+    yield f"{row['tflops']:.4g}"
+    yield f"{row['share_of_matmul']:.1%}"
+    yield f"{ratio['median']:.2f}" if ratio else ""
+    yield f"({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+    memory, seconds = row["memory_bytes"], row["compile_s"]
+    yield f"{memory / 1e9:.2f} GB" if memory is not None else ""
+    yield f"{seconds:.0f} s, {row['compilations']} graphs" if seconds is not None else ""

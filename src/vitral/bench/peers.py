@@ -1,0 +1,106 @@
+"""Who is measured: vitral, and timm's models of the same shape where timm is installed.
+
+timm (Wightman 2019) is the library that most people train Vision Transformers with. A peer has
+vitral's width, depth, heads, patch and options wherever timm knows them, and timm's own parts
+elsewhere: LayerNorm, the exact GELU, a convolution for the patches. "timm" is its plain ViT, with
+learned positions; "timm-rope" the rotary ViT of Heo et al. 2024, of all its rotary models the one
+with vitral's axial positions, CLS token and GELU, here without its LayerScale, which vitral has not
+either; "timm-rope-gqa" the same with vitral's groups of query heads, nearest to it in arithmetic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitral.config import UserError, ViTConfig
+from vitral.model import ViT
+
+Builder = Callable[[ViTConfig, int], nn.Module]  # architecture and number of classes to a model
+
+
+def plain(config: ViTConfig, num_classes: int) -> nn.Module:
+    """vitral's without kernels of its own."""
+    return ViT(dataclasses.replace(config, kernels="plain"), num_classes)
+
+
+def timm_vit(config: ViTConfig, num_classes: int) -> nn.Module:
+    """timm's vit_*_patch16_224, in any shape."""
+    return _timm("vit_base_patch16_224", config, num_classes, reg_tokens=config.num_registers)
+
+
+def timm_rope(config: ViTConfig, num_classes: int, **groups: Any) -> nn.Module:
+    """timm's vit_*_patch16_rope_224, in any shape."""
+    return _timm(
+        "vit_base_patch16_rope_224",
+        config,
+        num_classes,
+        num_reg_tokens=config.num_registers,
+        rope_type="mixed" if config.rope == "mixed" else "cat",
+        rope_temperature=config.rope_theta,
+        **groups,
+    )
+
+
+def timm_rope_gqa(config: ViTConfig, num_classes: int) -> nn.Module:
+    """The same with grouped queries, which timm has beside separate projections only."""
+    groups = config.shape.num_kv_heads
+    return timm_rope(config, num_classes, num_kv_heads=groups, qkv_fused=False)
+
+
+def _timm(name: str, config: ViTConfig, num_classes: int, **others: Any) -> nn.Module:
+    import timm
+
+    dim, depth, num_heads, _ = config.shape
+    # Not by timm.create_model, which drops the None that turns LayerScale off.
+    model: Any = timm.model_entrypoint(name)(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=num_classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=config.mlp_ratio,
+        global_pool={"cls": "token", "mean": "avg"}[config.pooling],
+        qk_norm=config.qk_norm,
+        init_values=config.layer_scale or None,
+        qkv_bias=config.qkv_bias,
+        proj_drop_rate=config.dropout,
+        drop_path_rate=config.stochastic_depth,
+        **others,
+    )
+    model.set_grad_checkpointing(config.activation_checkpointing)
+    return model
+
+
+OURS: dict[str, Builder] = {"vitral": ViT, "vitral-plain": plain}
+PEERS: dict[str, Builder] = {
+    "timm": timm_vit,
+    "timm-rope": timm_rope,
+    "timm-rope-gqa": timm_rope_gqa,
+}
+
+
+def contestants(peers: Sequence[str]) -> dict[str, Builder]:
+    """vitral, and the named peers if timm is installed; without it vitral alone.
+
+    On a GPU vitral is there twice, with and without kernels of its own.
+
+    Raises:
+        UserError: for a peer that is not known.
+    """
+    for name in peers:
+        if name not in PEERS:
+            raise UserError(f"peers: expected some of {', '.join(PEERS)}, got {name}")
+    ours = OURS if torch.cuda.is_available() else {"vitral": ViT}  # on a CPU they are alike
+    return ours | {name: PEERS[name] for name in peers if has_timm()}
+
+
+def has_timm() -> bool:
+    """Whether timm is installed."""
+    return find_spec("timm") is not None

@@ -1,0 +1,68 @@
+"""Runs that take turns, so that what else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import operator
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+T = TypeVar("T")
+ROUNDS = 3
+SECONDS = 2.0  # that a rate is measured for in each round
+
+
+def in_turn(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """What each run gave in each round; every round begins with another of them."""
+    names = list(runs)
+    found: dict[str, list[T]] = {name: [] for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(runs[name]())
+    return found
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """The ratio in each round: what slows a round down slows both and cancels out."""
+    return list(map(operator.truediv, above, below))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a run gave in each round."""
+
+    rates: list[float] = field(default_factory=list)
+    """Images per second."""
+    cores: list[float] = field(default_factory=list)
+    """Kept busy, by this process and workers that have ended."""
+
+
+def rates_in_turn(runs: Mapping[str, Callable[[], float]]) -> dict[str, Rates]:
+    """The rates that the runs return, and the cores that they keep busy, in ROUNDS rounds."""
+    found = {name: Rates() for name in runs}
+
+    def watched(name: str) -> None:
+        busy, started = sum(os.times()[:4]), time.perf_counter()
+        found[name].rates.append(runs[name]())
+        busy, passed = sum(os.times()[:4]) - busy, time.perf_counter() - started
+        found[name].cores.append(busy / passed)
+
+    in_turn({name: partial(watched, name) for name in runs}, ROUNDS)
+    return found
+
+
+def table(found: Mapping[str, Rates], reference: str | None = None) -> Iterator[str]:
+    """A line for each: medians, also of the ratio to the reference, where that was run."""
+    theirs = found.get(reference or "")
+    for name, ours in found.items():
+        line = f"{name:40}{statistics.median(ours.rates):9,.0f} images/s"
+        line += f"  {statistics.median(ours.cores):4.1f} cores used"
+        if theirs is not None:
+            ratio = statistics.median(ratios(ours.rates, theirs.rates))
+            line += f"  {ratio:5.2f} times torchvision"
+        yield line

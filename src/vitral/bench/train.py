@@ -1,0 +1,90 @@
+"""What a training will be (`--dry-run`), and its rate beside that of its steps alone."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+
+from vitral import recipes
+from vitral.bench import rounds
+from vitral.bench.rounds import rates_in_turn, ratios, table
+from vitral.bench.work import Training, describe_device, describe_size
+from vitral.config import Config
+from vitral.data.fetch import available_cores, resolve_workers
+from vitral.data.rates import choose_decoder, endless_batches
+from vitral.data.records import Dataset
+from vitral.data.sampling import Order
+from vitral.data.sources import open_dataset
+from vitral.model import count_flops
+from vitral.report.gather import duration
+
+
+def plan(config: Config) -> str:
+    """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`)."""
+    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    assert dataset.train is not None
+    train, classes = config.train, len(dataset.classes)
+    steps = Order(train.seed, len(dataset.train), train.batch_size).end_of_epoch(train.epochs)
+    training = Training(config, classes, config.model.image_size)
+    seconds = steps * train.batch_size / training.rate(itertools.repeat(training.batch))
+    seconds *= _mean_work(config, classes)
+    micro = -(-train.batch_size // training.resolved.micro_batch)
+    lines = [
+        recipes.dump(config),
+        *describe_size(config, training.model, classes),
+        f"data        {_describe(dataset)}",
+        f"steps       {steps:,} of {train.batch_size} images, {micro} micro-batches each",
+        f"time        about {duration(seconds)} for the steps on "
+        f"{training.device.type}, if the input keeps up",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_work(config: Config, classes: int) -> float:
+    """Work of a mean step over that of one at the model's image size."""
+    parts = [share * count_flops(config.model, classes, n) for n, share in config.train.progressive]
+    return sum(parts) / count_flops(config.model, classes) if parts else 1.0
+
+
+def bench_train(config: Config) -> str:
+    """The rate of training beside that of the same steps on one batch that stays on the device."""
+    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    records, classes = dataset.train, len(dataset.classes)
+    assert records is not None
+    training = Training(config, classes, config.image_size_at(0))
+    device, resolved = training.device, training.resolved
+    workers = resolve_workers(config.data, records)
+    decoder, _ = choose_decoder(records, config, workers, device)
+
+    def synthetic() -> float:
+        return training.rate(itertools.repeat(training.batch), seconds=rounds.SECONDS)
+
+    def real() -> float:
+        size = resolved.micro_batch
+        batches = endless_batches(records, config, classes, size, workers, device, decoder)
+        return training.rate(batches, workers, rounds.SECONDS)
+
+    found = rates_in_turn({"synthetic": synthetic, "training": real})
+    ratio = statistics.median(ratios(found["training"].rates, found["synthetic"].rates))
+    B, _, S, _ = training.batch.images.shape
+    lines = [
+        *describe_size(config, training.model, classes),
+        f"device      {describe_device(resolved)}",
+        f"data        {_describe(dataset)}",
+        f"input       decoder {decoder}, workers {workers}, cores {available_cores()}, "
+        f"micro-batches of {B} images of {S} pixels",
+        *table(found),
+        f"ratio       {ratio:.1%} of the synthetic rate, medians of {rounds.ROUNDS} rounds in turn",
+    ]
+    return "\n".join(lines)
+
+
+def _describe(dataset: Dataset) -> str:
+    assert dataset.train is not None
+    assert dataset.val is not None
+    notes = "".join(f"; {note}" for note in dataset.notes)
+    return (
+        f"{Path(dataset.name).name}: {len(dataset.train):,} images to train on, "
+        f"{len(dataset.val):,} to validate, {len(dataset.classes)} classes{notes}"
+    )
