@@ -1,17 +1,174 @@
 import doctest
 import importlib
+import importlib.util
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+import yaml
 
 import vitral
+from vitral import cli
+from vitral.config import CHANGEABLE
 
 ROOT = Path(__file__).parent.parent
+PAGES = sorted(ROOT.glob("docs/*.md"))
+HOST = "http://site"
 
 
-@pytest.mark.parametrize("name", ["README.md"])
+@pytest.fixture(scope="module")
+def tables():
+    """docs/tables.py."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Page(HTMLParser):
+    """What a page of the site leads to, what it loads, and the anchors in it."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.loads, self.anchors = [], [], set()
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.anchors |= {value for key, value in attrs if key in ("id", "name") and value}
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif tag == "link":
+            self.loads.append(given["href"])
+        self.loads += [given[key] for key in ("src", "data") if key in given]
+        self.loads += [part.split()[0] for part in given.get("srcset", "").split(",") if part]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built from a copy, by address."""
+    root = tmp_path_factory.mktemp("site")
+    shutil.copytree(ROOT / "docs", root / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", root)
+    (root / "src").symlink_to(ROOT / "src")
+    result = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict"],
+        cwd=root, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "No issues found" in result.stdout + result.stderr
+    files = [path for path in (root / "site").rglob("*") if path.is_file()]
+    names = {path: path.relative_to(root / "site").as_posix() for path in files}
+    return {f"{HOST}/{name.removesuffix('index.html')}": path for path, name in names.items()}
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    """The pages of the site, by address."""
+    found = {a: Page(file.read_text()) for a, file in site.items() if file.suffix == ".html"}
+    # Its addresses are those of a site at the root of a host, from wherever it is shown.
+    del found[f"{HOST}/404.html"]
+    return found
+
+
+def test_every_page_is_on_the_site_and_in_its_navigation(pages):
+    def leaves(nav):
+        for entry in nav:
+            for inner in entry.values():
+                yield from [inner] if isinstance(inner, str) else leaves(inner)
+
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    assert sorted(leaves(settings["nav"])) == [page.name for page in PAGES]
+    names = {address.removeprefix(HOST).strip("/") or "index" for address in pages}
+    assert names == {page.stem for page in PAGES}
+
+
+def test_links_and_anchors_of_the_site_lead_somewhere(site, pages):
+    for address, page in pages.items():
+        for link in page.links:
+            target = urlsplit(urljoin(address, link))
+            if target.scheme in ("http", "https") and target.netloc == "site":
+                place = f"{HOST}{unquote(target.path)}"
+                assert place in site, (address, link)
+                fragment = unquote(target.fragment)
+                assert not fragment or fragment in pages[place].anchors, (address, link)
+
+
+def test_site_loads_nothing_from_elsewhere(site, pages):
+    for address, page in pages.items():
+        assert page.loads
+        for link in page.loads:
+            assert link.startswith("data:") or urljoin(address, link) in site, (address, link)
+    for file in site.values():
+        if file.suffix in (".css", ".svg"):
+            assert not re.search(r"(url\(|@import|href=)[\s\"']*(https?:)?//", file.read_text())
+
+
+def test_python_page_has_the_docstrings(pages):
+    anchors = pages[f"{HOST}/python/"].anchors
+    for name in ("model.ViT.forward_features", "config.ViTConfig", "training.loop.train"):
+        assert f"vitral.{name}" in anchors
+    for name in ("Classifier.predict", "Prediction.probabilities", "load"):
+        assert f"vitral.inference.predict.{name}" in anchors
+    assert "vitral.evaluation.scores.Scores.calibration_error" in anchors
+    assert "vitral.evaluation.evaluate.evaluate" in anchors
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tables_are_what_the_code_says(page, tables):
+    text = page.read_text()
+    assert text == tables.filled(text), "python docs/tables.py writes them anew"
+
+
+def test_every_verb_and_option_is_documented(tables):
+    text = (ROOT / "docs" / "commands.md").read_text()
+    headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    for verb in re.findall(r"^  vitral ((?:data )?\w+)", cli.HELP, re.MULTILINE):
+        assert verb in headings
+    for option in re.findall(r"--\w[\w-]*", cli.HELP + cli.TRAIN):
+        assert re.search(rf"`[^`\n]*{option}\b", text), option
+    shown = set(re.findall(r"<!-- table: (\w+) -->", text))
+    assert shown == {name for name in dir(cli) if name.endswith("Options")}
+    settings = (ROOT / "docs" / "settings.md").read_text()
+    assert {*tables.SECTIONS} <= set(re.findall(r"<!-- table: (\w+) -->", settings))
+
+
+def test_tables_say_the_default_the_choices_and_how_to_turn_off(tables):
+    model, val = tables.table("model"), tables.table("ValOptions")
+    assert "| `--model.patch-size` | integer | `16` | Side of a square patch, in pixels. |" in model
+    assert (
+        "| `--model.no-ffn-bias` | switch | `on` | Biases in the feed-forward network. |" in model
+    )
+    assert "| `--which` | `model`, `ema` | `None` | Raw or averaged weights; None takes" in val
+    title, facts = tables.header("digits")
+    assert title == "Handwritten digits of 8x8 pixels, learned from scratch in about a minute"
+    assert facts["hardware"] == "two CPU cores"
+    assert tables.header("imagenet-s16-300ep")[1]["hours"].endswith("if the input keeps up")
+
+
+def test_what_may_change_on_resuming_is_documented():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    section = text.partition("## What may change on resuming")[2].partition("\n## ")[0]
+    names = re.findall(r"`(\w+\.\w+)`", section)
+    assert sorted(names) == sorted(CHANGEABLE)
+
+
+def test_pictures_are_small_and_used():
+    text = "".join(page.read_text() for page in PAGES)
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 150_000
+        assert f"](images/{picture.name})" in text
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/python.md"])
 def test_examples_in_documents(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     result = doctest.testfile(str(ROOT / name), module_relative=False)
@@ -28,7 +185,7 @@ def test_examples_in_docstrings(name, capsys):
 @pytest.mark.parametrize("name", ["README.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
 def test_links_lead_somewhere(name):
     page = ROOT / name if name == "README.md" else ROOT / "docs" / name
-    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / link).exists(), link
 
 
