@@ -354,9 +354,11 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
-        x = self.forward_features(images)
-        pooled = x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
-        return self.head(pooled)
+        return self.head(self.pool(self.forward_features(images)))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """What the head reads of all tokens (B, N, D): CLS, or the mean of the patches. (B, D)."""
+        return x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
 
     def fuse(self, fused: bool) -> None:
         """Has the feed-forward networks run vitral's own kernels, where there are some, or not."""

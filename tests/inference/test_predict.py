@@ -12,8 +12,9 @@ from PIL import Image
 import vitral
 from vitral import weights
 from vitral.config import Config, DataConfig, UserError, ViTConfig
+from vitral.data.crops import eval_crop
 from vitral.data.decode import decode
-from vitral.inference import find_images, load
+from vitral.inference import Classifier, find_images, load
 from vitral.model import ViT
 
 CLASSES = tuple(f"class {letter}" for letter in "abcdefg")
@@ -104,6 +105,44 @@ def test_batches_and_workers_change_nothing(directory, files, batch_size, worker
     ):
         assert (a.path, a.classes, a.names) == (b.path, b.classes, b.names)
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(("side", "workers"), [(None, 0), (32, 2)])
+def test_embeds_what_the_head_reads(directory, files, pooling, side, workers):
+    known = load(directory)
+    torch.manual_seed(0)
+    model = ViT(dataclasses.replace(MODEL, pooling=pooling), len(CLASSES)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    classifier = Classifier(model, known.description, known.path)
+    vectors = classifier.embed(files, resolution=side, workers=workers, batch_size=5)
+    assert (vectors.shape, vectors.dtype) == ((len(files), 16), np.float32)
+    data = known.description.config.data
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    with torch.no_grad():
+        for path, vector in zip(files[:4], vectors, strict=False):
+            pixels = decode(Path(path).read_bytes())
+            crop = eval_crop(pixels, data.eval_crop, side or 16, data.interpolation)
+            image = (crop / 255 - mean) / std
+            tokens = model.forward_features(image[None])[0]
+            expected = tokens[0] if pooling == "cls" else tokens[1:].mean(0)
+            np.testing.assert_allclose(vector, expected, atol=1e-4)
+    shares = model.head(torch.from_numpy(vectors)).softmax(1).amax(1)
+    found = classifier.predict(files, top=1, resolution=side)
+    np.testing.assert_allclose([p.probabilities[0] for p in found], shares.detach(), atol=1e-5)
+
+
+def test_embeds_one_image_none_and_broken_ones(directory, files, tmp_path):
+    classifier = load(directory)
+    expected = classifier.embed(files)
+    assert not np.isnan(expected).any()
+    np.testing.assert_allclose(classifier.embed(Path(files[0])), expected[:1], atol=1e-5)
+    assert classifier.embed([]).shape == (0, 16)
+    broken = str(tmp_path / "missing.jpg")
+    mixed = classifier.embed([broken, files[0], broken, files[1]], batch_size=2)
+    np.testing.assert_allclose(mixed[[1, 3]], expected[:2], atol=1e-5)
+    assert np.isnan(mixed[[0, 2]]).all()
+    assert np.isnan(classifier.embed(broken)).all()
 
 
 def test_every_form_of_an_image_gives_the_same(directory, files):

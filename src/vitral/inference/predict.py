@@ -7,12 +7,13 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -31,10 +32,14 @@ from vitral.data.imagenet import display, human_name
 from vitral.data.records import mistake, printable
 from vitral.data.sources import SUFFIXES, walk_images
 from vitral.model import ViT
+from vitral.onednn import for_inference
 from vitral.storage import replacing
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Form = Literal["text", "json", "csv"]
+T = TypeVar("T")
+_Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the likeliest classes, their probabilities
+_Seen = tuple[T | None, str | None]  # what was found in an image, or why it could not be read
 CSV_HEADER = "path,rank,class,name,probability,error\n"
 
 
@@ -54,7 +59,7 @@ class Prediction:
 
 
 class Classifier(weights.Weights):
-    """Weights that predict."""
+    """Weights that predict, and say what they see as vectors."""
 
     def predict(
         self,
@@ -79,18 +84,46 @@ class Classifier(weights.Weights):
             UserError: for a setting or an array that cannot be used. An image that cannot be read
                 gets a Prediction that says why.
         """
-        single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
-        many = [images] if single else list(images)
-        found = predictions(
-            self, many, top, resolution=resolution, batch_size=batch_size, workers=workers
-        )
-        return list(found)
+        how = {"resolution": resolution, "batch_size": batch_size, "workers": workers}
+        return list(predictions(self, _listed(images), top, **how))
+
+    @torch.no_grad()
+    def embed(
+        self,
+        images: Picture | Sequence[Picture],
+        *,
+        resolution: int | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+    ) -> NDArray[np.float32]:
+        """What the head reads of each image, in order: CLS or the mean patch, after the last norm.
+
+        For probes, searching and clustering; it takes the arguments of `predict`.
+
+        Returns:
+            (n, D), float32. The row of an image that cannot be read is NaN; `predict` says why.
+
+        Raises:
+            UserError: for a setting or an array that cannot be used.
+        """
+        many = _listed(images)
+        model = for_inference(self.model)
+
+        def pooled(pixels: Tensor) -> NDArray[np.float32]:
+            return model.pool(model.forward_features(pixels)).float().cpu().numpy()
+
+        vectors = np.full((len(many), model.config.shape.dim), np.nan, np.float32)
+        seen = _look_at(self, many, pooled, resolution, batch_size, workers)
+        for row, (vector, _) in zip(vectors, seen, strict=True):
+            if vector is not None:
+                row[:] = vector
+        return vectors
 
 
 def load(
     path: str | Path, *, which: weights.Which | None = None, device: str = "cpu"
 ) -> Classifier:
-    """Loads weights for use: `.predict(images)`, `.model` and `.description`.
+    """Loads weights for use: `.predict(images)`, `.embed(images)`, `.model`, `.description`.
 
     Args:
         path: a weight folder, or a run folder, whose best weights are taken.
@@ -152,37 +185,71 @@ def predictions(
     workers: int | None = None,
 ) -> Iterator[Prediction]:
     """What `Classifier.predict` returns, one after the other; it takes the same arguments."""
-    least = {"top": (top, 1), "batch_size": (batch_size, 1), "workers": (workers or 0, 0)}
-    for name, (given, bound) in least.items():
+    _at_least(1, top=top)
+    rank = partial(_rank, for_inference(source.model), top)
+    seen = _look_at(source, images, rank, resolution, batch_size, workers)
+    return map(partial(_prediction, source.description.classes), seen, images)
+
+
+def _prediction(names: Sequence[str], seen: _Seen[_Ranked], image: Picture) -> Prediction:
+    path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+    ranked, error = seen
+    if ranked is None:
+        return Prediction(path=path, error=error)
+    likely, shares = ranked
+    chosen = tuple(names[c] for c in likely)
+    return Prediction(path=path, classes=likely, names=chosen, probabilities=shares)
+
+
+def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
+    single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
+    return [images] if single else list(images)
+
+
+def _at_least(bound: int, **settings: int) -> None:
+    for name, given in settings.items():
         if given < bound:
             raise UserError(f"{name}: expected {bound} or more, got {given}")
+
+
+def _look_at(
+    source: weights.Weights,
+    images: Sequence[Picture],
+    look: Callable[[Tensor], Iterable[T]],
+    resolution: int | None,
+    batch_size: int,
+    workers: int | None,
+) -> Iterator[_Seen[T]]:
+    """What `look` has for each image, from batches (B, C, S, S), normalised, on the device."""
+    _at_least(1, batch_size=batch_size)
+    _at_least(0, workers=workers or 0)
     config = source.description.config
-    side = image_side(config.model, resolution)
+    cropping = _Cropping(images, config.data, image_side(config.model, resolution))
     starts = range(0, len(images), batch_size)
     batches = [range(first, min(first + batch_size, len(images))) for first in starts]
     if not all(isinstance(image, str | os.PathLike) for image in images):
         workers = 0  # they are in this process
     elif workers is None:
         workers = max(0, min(16, available_cores() - 1, len(batches) - 1))
-    return _predict(source, _Cropping(images, config.data, side), batches, top, workers)
+    return _seen(cropping, batches, workers, source.model.cls.device, look)
 
 
-def _predict(
-    source: weights.Weights, cropping: _Cropping, batches: list[range], top: int, workers: int
-) -> Iterator[Prediction]:
-    gpu, names = source.model.cls.is_cuda, source.description.classes
-    cropped = in_workers(cropping, batches, workers, gpu)
+def _seen(
+    cropping: _Cropping,
+    batches: list[range],
+    workers: int,
+    device: torch.device,
+    look: Callable[[Tensor], Iterable[T]],
+) -> Iterator[_Seen[T]]:
+    mean, std = cropping.config.mean, cropping.config.std
+    cropped = in_workers(cropping, batches, workers, device.type == "cuda")
     for batch, (pixels, broken) in zip(batches, cropped, strict=True):
-        ranked = iter(_rank(source.model, pixels, cropping.config, top))
+        found = iter(())
+        if len(pixels):
+            pixels = pixels.to(device, non_blocking=True)
+            found = iter(look(augment.finish(pixels, None, mean, std)))
         for i in batch:
-            image = cropping.images[i]
-            path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-            if i in broken:
-                yield Prediction(path=path, error=broken[i])
-                continue
-            likely, shares = next(ranked)
-            chosen = tuple(names[c] for c in likely)
-            yield Prediction(path=path, classes=likely, names=chosen, probabilities=shares)
+            yield (None, broken[i]) if i in broken else (next(found), None)
 
 
 def image_side(config: ViTConfig, resolution: int | None) -> int:
@@ -200,14 +267,7 @@ def image_side(config: ViTConfig, resolution: int | None) -> int:
 
 
 @torch.no_grad()
-def _rank(
-    model: ViT, pixels: Tensor, config: DataConfig, top: int
-) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-    """The likeliest classes of crops (B, 3, S, S), uint8, and their probabilities."""
-    if not len(pixels):
-        return []
-    pixels = pixels.to(model.cls.device, non_blocking=True)
-    images = augment.finish(pixels, None, config.mean, config.std)
+def _rank(model: ViT, top: int, images: Tensor) -> list[_Ranked]:
     likely = model(images).float().softmax(1).topk(min(top, model.num_classes))
     rows = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
     return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]

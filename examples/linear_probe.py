@@ -1,0 +1,40 @@
+"""Measures how well a linear classifier tells classes apart by what a trained model sees:
+
+    python examples/linear_probe.py WEIGHTS FOLDER
+
+WEIGHTS is a run or weight folder. FOLDER has train/ and val/, and in each a folder for every class,
+which need not be those that the model was trained on. The model is not changed: scikit-learn fits a
+logistic regression to the vectors of train/, and its accuracy is that on val/.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import vitral
+from vitral.inference import Classifier
+
+
+def embedded(classifier: Classifier, split: Path) -> tuple[NDArray[np.float32], list[str]]:
+    """The vectors of the images in the folders of `split`, and the names of those folders."""
+    paths = sorted(path for path in split.glob("*/*") if path.is_file())
+    vectors = classifier.embed(paths)
+    good = ~np.isnan(vectors).any(1)
+    print(f"{split}: {len(paths):,} files, {good.sum():,} of them images")
+    return vectors[good], [path.parent.name for path, ok in zip(paths, good, strict=True) if ok]
+
+
+def main(weights: str, folder: str) -> None:
+    classifier = vitral.load(weights)
+    train, val = (embedded(classifier, Path(folder, split)) for split in ("train", "val"))
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*train)
+    print(f"accuracy {probe.score(*val):.1%} on {folder}/val")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

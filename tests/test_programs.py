@@ -1,0 +1,106 @@
+"""The programs of examples/, each run as a user would, on small drawn images."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitral import weights
+from vitral.config import Config, ViTConfig
+from vitral.model import ViT
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 90.0  # seconds, after which a process hangs
+
+
+def run(name, *words, cwd):
+    """Runs a program of examples/ and returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "examples" / name), *map(str, words)],
+        cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """Weights of a small model that has learned nothing: colours are in its vectors even so."""
+    torch.manual_seed(0)
+    config = Config(model=ViTConfig(dim=32, depth=1, num_heads=2, num_kv_heads=1, image_size=32))
+    place = tmp_path_factory.mktemp("weights") / "best"
+    states = {"model": ViT(config.model, 2).state_dict()}
+    weights.save(place, states, weights.describe(config, ("a", "b"), "", {}))
+    return place
+
+
+def test_own_folder_is_learned_measured_and_predicted(image_folder, tmp_path):
+    small = "--model.dim 32 --model.depth 1 --model.num-heads 2 --model.num-kv-heads 1"
+    words = f"{small} --augment.policy none --augment.mixup 0 --augment.cutmix 0"
+    words += " --model.image-size 32 --train.micro-batch 8 --train.threads 1"
+    words += " --train.epochs 4 --optim.warmup-epochs 1 --train.batch-size 8 --train.ema-decay 0"
+    printed = run("own_folder.py", image_folder, *words.split(), cwd=tmp_path)
+    pattern = r"^top-1 ([\d.]+)% of 12 images\n(.*): dark [\d.]+%$"
+    ((top1, photo),) = re.findall(pattern, printed, re.MULTILINE)
+    assert float(top1) > 90
+    assert photo == str(image_folder / "val" / "dark" / "00.jpg")
+    assert (tmp_path / "runs" / "own" / "report.html").exists()
+
+
+def test_linear_probe_tells_classes_apart(image_folder, untrained, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "set")
+    (tmp_path / "set" / "train" / "dark" / "broken.jpg").write_text("no image")
+    printed = run("linear_probe.py", untrained, "set", cwd=tmp_path)
+    assert "set/train: 41 files, 40 of them images" in printed
+    (accuracy,) = re.findall(r"^accuracy ([\d.]+)% on set/val$", printed, re.MULTILINE)
+    assert float(accuracy) > 90
+
+
+def test_search_finds_the_near_duplicate_and_embeds_photos_once(untrained, tmp_path):
+    photos, draw = tmp_path / "photos", np.random.default_rng(0)
+    (photos / "deep").mkdir(parents=True)
+    for i in range(20):
+        low = draw.integers(0, 256, (3, 4, 3), np.uint8)
+        Image.fromarray(low).resize((60, 50)).save(photos / f"{i:02d}.png")
+    query = min(photos.glob("*.png"), key=lambda photo: photo.stat().st_size)
+    with Image.open(query) as image:
+        image.resize((90, 75)).save(photos / "deep" / "again.jpg")
+    (photos / "broken.png").write_text("no image")
+
+    def search():
+        words = (untrained, "photos", query.relative_to(tmp_path))
+        first, *nearest = run("search.py", *words, cwd=tmp_path).splitlines()
+        return first, [(float(cosine), path) for cosine, path in map(str.split, nearest)]
+
+    told, nearest = search()
+    assert told == "21 photos, 21 of them new"  # all but the query itself
+    assert nearest[0][1] == "photos/deep/again.jpg"
+    assert nearest[0][0] > 0.99
+    assert nearest == sorted(nearest, reverse=True)
+    assert len(nearest) == 11
+    with Image.open(tmp_path / "nearest.jpg") as sheet:
+        assert sheet.size == (800, 660)
+        corner = np.asarray(sheet.convert("RGB").crop((10, 60, 190, 140)), int)
+        second = np.asarray(sheet.convert("RGB").crop((210, 60, 390, 140)), int)
+    assert np.abs(corner - second).mean() < 10  # the query beside its near-duplicate
+
+    # Another photo becomes the query's, but its size and time stay: what is kept of it counts.
+    shown = {tmp_path / path for _, path in nearest}
+    other = next(p for p in photos.glob("?[0-9].png") if p not in shown and p != query)
+    stat = other.stat()
+    other.write_bytes(query.read_bytes().ljust(stat.st_size, b"\0"))
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert search() == ("21 photos, 0 of them new", nearest)
+    os.utime(other)
+    (photos / "deep" / "again.jpg").unlink()
+    told, changed = search()
+    assert told == "20 photos, 1 of them new"
+    assert changed == [(1.0, str(other.relative_to(tmp_path))), *nearest[1:]]
