@@ -176,7 +176,7 @@ def test_examples_in_documents(name, tmp_path, monkeypatch, capsys):
     assert result.failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["model", "config", "weights", "evaluation.evaluate"])
+@pytest.mark.parametrize("name", ["model", "config", "weights", "evaluation.evaluate", "timm"])
 def test_examples_in_docstrings(name, capsys):
     result = doctest.testmod(importlib.import_module(f"vitral.{name}"))
     assert result.failed == 0, capsys.readouterr().out

@@ -264,15 +264,16 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer classifier.
 
-    >>> import torch
-    >>> from vitral import ViT, ViTConfig
-    >>> model = ViT(ViTConfig(size="ti"), num_classes=10)
-    >>> model(torch.zeros(2, 3, 224, 160)).shape
-    torch.Size([2, 10])
-
     Args:
         config: the architecture.
         num_classes: outputs of the head.
+
+    Examples:
+        >>> import torch
+        >>> from vitral import ViT, ViTConfig
+        >>> model = ViT(ViTConfig(size="ti"), num_classes=10)
+        >>> model(torch.zeros(2, 3, 224, 160)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:

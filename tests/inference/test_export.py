@@ -149,6 +149,14 @@ def test_command(run, capsys, monkeypatch, tmp_path):
     assert json.loads(open_exported(Path("mine.pt2"))[1])["weights"] == "ema"
 
 
+def test_weights_of_the_hub_are_called_by_their_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "models--anna--small-vit" / "snapshots" / "0123abc"
+    save(place, tmp_path / "gone", **TINY)
+    assert main(["export", str(place), "--format", "pt2"]) == 0
+    assert Path("small-vit.pt2").exists()
+
+
 def test_without_the_set_trained_on(tmp_path, capsys):
     save(tmp_path / "weights", tmp_path / "gone", **TINY)
     out = tmp_path / "model.pt2"

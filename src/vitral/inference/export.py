@@ -176,6 +176,8 @@ def _require_onnx() -> None:
 def _name(directory: Path) -> str:
     """What to call weights: by their run, where they lie in one."""
     place = directory.resolve()
+    if place.parent.name == "snapshots":  # of the Hub's cache: models--owner--name/snapshots/commit
+        return place.parents[1].name.split("--")[-1]
     return place.parents[1].name if place.parent.name == "weights" else place.name
 
 

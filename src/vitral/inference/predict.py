@@ -54,6 +54,7 @@ class Prediction:
     names: tuple[str, ...] = ()
     """Their names, as the weights have them."""
     probabilities: tuple[float, ...] = ()
+    """Of those classes, each from 0 to 1."""
     error: str | None = None
     """Why the image could not be read."""
 
@@ -126,7 +127,8 @@ def load(
     """Loads weights for use: `.predict(images)`, `.embed(images)`, `.model`, `.description`.
 
     Args:
-        path: a weight folder, or a run folder, whose best weights are taken.
+        path: a weight folder, a run folder, whose best weights are taken, or weights on the Hugging
+            Face Hub, as hf-hub:owner/name or hf-hub:owner/name@revision.
         which: "model" or "ema"; None takes the one that the weights name.
         device: where the model shall be.
 
