@@ -313,10 +313,14 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert residual.eval()(x, lambda x: x).equal(2 * x)
 
 
-@pytest.mark.parametrize(("batch", "kept"), [(20, 14), (6, 4), (2, 1), (1, 1)])
-def test_stochastic_depth_runs_the_branch_for_the_images_that_it_keeps_alone(batch, kept):
+@pytest.mark.parametrize(
+    ("skip", "batch", "kept"),
+    [(0.3, 20, 14), (0.3, 6, 4), (0.3, 2, 1), (0.3, 1, 1), (0.09, 20, 18)],
+)
+def test_stochastic_depth_adds_the_branch_of_the_images_that_it_keeps(skip, batch, kept):
+    """And computes no other where many are skipped."""
     torch.manual_seed(0)
-    residual, x = Residual(tiny(dim=48), skip=0.3), tokens(batch, 2, 3).requires_grad_()
+    residual, x = Residual(tiny(dim=48), skip), tokens(batch, 2, 3).requires_grad_()
     seen = []
 
     def branch(some):
@@ -324,7 +328,7 @@ def test_stochastic_depth_runs_the_branch_for_the_images_that_it_keeps_alone(bat
         return some**2
 
     added = residual(x, branch) - x
-    assert len(seen[0]) == kept
+    assert len(seen[0]) == (kept if skip >= Residual.WORTHWHILE else batch)
     here = (added != 0).all(2).all(1)
     assert here.sum() == kept
     expected = torch.where(here[:, None, None], x**2 * batch / kept, 0)

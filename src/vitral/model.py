@@ -170,12 +170,15 @@ class GroupedQueryAttention(nn.Module):
         """Queries (B, Q, N, S) and keys (B, K, N, S), both turned, and values (B, K, N, S)."""
         B, N, _ = x.shape
         Q, K = self.num_heads, self.num_kv_heads
-        heads = norm_linear(norm, self.qkv, x).view(B, N, -1, self.head_size).transpose(1, 2)
-        q, k, v = heads.split([Q, K, K], dim=1)  # (B, Q or K, N, S)
-        # Of axial tables, which are one for all heads, both parts are the whole.
-        q = rotate(self.q_norm(q), cosine[:Q], sine[:Q])
-        k = rotate(self.k_norm(k), cosine[-K:], sine[-K:])
-        return q, k, v
+        heads = norm_linear(norm, self.qkv, x).view(B, N, -1, self.head_size)
+        q, k, v = heads.split([Q, K, K], dim=2)  # (B, N, Q or K, S)
+        # Turned while a token's heads lie together, as in the product before: a compiler then joins
+        # their gradients without float32 copies. Of axial tables, one for all heads, both parts are
+        # the whole.
+        cosine, sine = cosine.transpose(0, 1), sine.transpose(0, 1)  # (N, 1 or Q + K, S)
+        q = rotate(self.q_norm(q), cosine[:, :Q], sine[:, :Q])
+        k = rotate(self.k_norm(k), cosine[:, -K:], sine[:, -K:])
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(S)) v for queries (B, Q, N, S), keys and values (B, K, N, S)."""
@@ -215,9 +218,12 @@ class Residual(nn.Module):
     """x + drop(branch(x)), tokens (B, N, D) to (B, N, D): dropout, LayerScale, stochastic depth.
 
     Stochastic depth skips the branch for a share of the images, drawn anew each time, and scales
-    the others up. Skipped work is not done (Oquab et al. 2023): of B images B times the share are
-    skipped, rounded, and at least one is not.
+    the others up: of B images B times the share, rounded, and at least one is not skipped. A large
+    share is not even computed (Oquab et al. 2023).
     """
+
+    # Below it, gathering the others moves more bytes of a GPU's than it spares it work.
+    WORTHWHILE = 0.1
 
     def __init__(self, config: ViTConfig, skip: float) -> None:
         super().__init__()
@@ -232,6 +238,9 @@ class Residual(nn.Module):
         B = len(x)
         kept = max(1, B - round(self.skip * B))
         order = torch.randperm(B, device=x.device)
+        if self.skip < self.WORTHWHILE:
+            keep = (order < kept).view(B, 1, 1).to(x.dtype)
+            return x + self.drop(branch(x)) * (keep * (B / kept))
         added = self.drop(branch(kernels.take_rows(x, order, kept))) * (B / kept)
         return x + kernels.put_rows(added, order)
 
