@@ -439,6 +439,9 @@ def test_without_a_network_it_says_how_to_go_on(monkeypatch, tmp_path, name, arc
     assert str(tmp_path / "sets") in message
     assert "Name or service not known" in message
     assert f"put {archive} into that folder, or point --data at an image folder" in message
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert f"for the folder of that name here give ./{name}" in refusal(name)
 
 
 def test_a_broken_archive_is_told(monkeypatch, tmp_path):

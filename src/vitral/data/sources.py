@@ -216,6 +216,8 @@ def _downloading(name: str, archive: str) -> Iterator[Path]:
     except (OSError, RuntimeError, HTTPException) as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
         mend = f"put {archive} into that folder, or point --data at an image folder"
+        if Path(name).is_dir():
+            mend = f"for the folder of that name here give ./{name}"
         raise mistake(name, f"it in {place}, or a network", got, mend) from error
     finally:
         socket.setdefaulttimeout(patience)
