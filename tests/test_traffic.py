@@ -19,4 +19,4 @@ def test_kernels_of_vitrals_own_spare_bytes():
     (fused, back), (plain, plain_back) = moved["auto"], moved["plain"]
     assert 0.95 < (plain - fused) / (2 * hidden) < 1.15  # it reads one and writes one
     # It reads two and writes one, which is read again for the sum over the tokens.
-    assert 0.95 < (plain_back - back) / (4 * hidden) < 1.15
+    assert 0.85 < (plain_back - back) / (4 * hidden) < 1.15
