@@ -107,7 +107,7 @@ def test_settings_of_a_fine_tuning(place, images):
     settings = {"drop_path_rate": 0.5, "proj_drop_rate": 0.2, "img_size": 32, "num_classes": 7}
     model = timm.create_model("vitral", weights=str(place), **settings)
     assert (model.config.stochastic_depth, model.config.dropout) == (0.5, 0.2)
-    assert model.blocks[1].attention_drop.skip == 0.5
+    assert model.blocks[1].attention_residual.skip == 0.5
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
     assert model(images).shape == (2, 7)
     whole = timm.create_model("vitral", weights=str(place), num_classes=3, drop_rate=1.0)
