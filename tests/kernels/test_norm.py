@@ -32,6 +32,14 @@ def test_normalise_and_its_gradient_by_formula(magnitude):
     torch.testing.assert_close(*gradients)
 
 
+def test_a_second_derivative_is_refused():
+    """It would lack the part that comes through what is kept."""
+    x = draw(2, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(kernels.normalise(x).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_dtypes_are_those_of_a_linear_layer(dtype):
     x, weight = torch.ones(2, 8, dtype=dtype, requires_grad=True), torch.ones(3, 8, dtype=dtype)
