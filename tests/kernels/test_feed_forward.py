@@ -29,16 +29,16 @@ def passes(run, tokens, dim, hidden, with_bias, dtype):
     draw = torch.Generator().manual_seed(0)
     def noise(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
-    leaves = [noise(2, tokens, dim), noise(hidden, dim) / dim**0.5, noise(hidden),
+    leaves = [noise(1, tokens, dim), noise(hidden, dim) / dim**0.5, noise(hidden),
               noise(dim, hidden) / hidden**0.5, noise(dim)]
     if not with_bias:
         leaves[2] = leaves[4] = None
     leaves = [leaf if leaf is None else leaf.to(dtype).requires_grad_() for leaf in leaves]
-    # Rows with gaps between them, and weights that lie the other way round.
+    # Rows with gaps between them, and weights and a gradient that lie the other way round.
     wide = torch.cat([leaves[0], leaves[0]], dim=2)[..., :dim]
     expand, contract = (leaves[i].T.contiguous().T for i in (1, 3))
     y = run(wide, expand, leaves[2], contract, leaves[4])
-    y.backward(noise(2, tokens, dim).to(dtype))
+    y.backward(noise(1, dim, tokens).to(dtype).mT)
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 found = []
@@ -76,8 +76,8 @@ for bias in (True, False):
     for ours, theirs in zip(*found):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
 """
-# Tokens of each of two images, dim, hidden, biases: blocks are 128 by 128, and 64 deep.
-CASES = [(65, 64, 128, True), (3, 8, 24, True), (80, 72, 160, False)]
+# Tokens, dim, hidden, biases: blocks are 128 by 128, and 64 deep.
+CASES = [(130, 64, 128, True), (60, 8, 24, True), (160, 72, 160, False)]
 
 
 def interpreted(*words):

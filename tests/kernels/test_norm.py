@@ -51,6 +51,28 @@ def test_dtypes_are_those_of_a_linear_layer(dtype):
         assert gradient.dtype == dtype
 
 
+def test_bf16_is_rounded_once():
+    x = draw(64, 32).bfloat16()
+    assert (kernels.normalise(x) != by_formula(x.double()).bfloat16()).double().mean() < 0.005
+
+
+def test_kept_are_the_result_that_the_product_keeps_too_and_a_number_a_row():
+    x, weight = torch.ones(64, 32, requires_grad=True), torch.ones(16, 32, dtype=torch.bfloat16)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        y = F.linear(kernels.normalise(x), weight.requires_grad_())
+    assert sum(kept.values()) == 2 * x.numel() + 4 * len(x) + weight.nbytes
+    assert y.dtype == torch.bfloat16
+
+
 def test_bf16_errs_no_more_than_the_plain_norm_does():
     """Outputs and gradients of both under autocast, against float64."""
     x, scale, weight = draw(64, 48, 32), 1 + 0.3 * draw(32), draw(40, 32) / 6
