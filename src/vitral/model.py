@@ -189,7 +189,7 @@ class GroupedQueryAttention(nn.Module):
         if q.is_cuda and q.dtype.itemsize == 2:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != Q)
         groups = q.reshape(B, self.num_kv_heads, -1, S)
-        return F.scaled_dot_product_attention(groups, k, v).view(B, Q, N, S)
+        return F.scaled_dot_product_attention(groups, k, v).reshape(B, Q, N, S)
 
 
 class FeedForward(nn.Module):
@@ -204,7 +204,7 @@ class FeedForward(nn.Module):
         hidden = round(dim * config.mlp_ratio)
         self.expand = nn.Linear(dim, hidden, bias=config.ffn_bias)
         self.contract = nn.Linear(hidden, dim, bias=config.ffn_bias)
-        self.fused = config.kernels == "auto"
+        self.fused = False  # until training has tried it: see ViT.fuse
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         if self.fused and kernels.can_fuse(x):
@@ -371,10 +371,13 @@ class ViT(nn.Module):
         return x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
 
     def fuse(self, fused: bool) -> None:
-        """Has the feed-forward networks run vitral's own kernels, where there are some, or not."""
+        """Has the feed-forward networks run vitral's own kernels, where there are some, or not.
+
+        With `kernels` plain they never do.
+        """
         for module in self.modules():
             if isinstance(module, FeedForward):
-                module.fused = fused
+                module.fused = fused and self.config.kernels == "auto"
 
     @property
     def num_parameters(self) -> int:

@@ -32,6 +32,14 @@ def test_normalise_and_its_gradient_by_formula(magnitude):
     torch.testing.assert_close(*gradients)
 
 
+def test_a_second_derivative_is_refused():
+    """It would lack the part that comes through what is kept."""
+    x = draw(2, 3).requires_grad_()
+    (gradient,) = torch.autograd.grad(kernels.normalise(x).sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_dtypes_are_those_of_a_linear_layer(dtype):
     x, weight = torch.ones(2, 8, dtype=dtype, requires_grad=True), torch.ones(3, 8, dtype=dtype)
@@ -41,6 +49,28 @@ def test_dtypes_are_those_of_a_linear_layer(dtype):
             assert y.dtype == F.linear(x, weight).dtype == F.linear(y, weight.to(y.dtype)).dtype
         (gradient,) = torch.autograd.grad(y.float().sum(), x)
         assert gradient.dtype == dtype
+
+
+def test_bf16_is_rounded_once():
+    x = draw(64, 32).bfloat16()
+    assert (kernels.normalise(x) != by_formula(x.double()).bfloat16()).double().mean() < 0.005
+
+
+def test_kept_are_the_result_that_the_product_keeps_too_and_a_number_a_row():
+    x, weight = torch.ones(64, 32, requires_grad=True), torch.ones(16, 32, dtype=torch.bfloat16)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        y = F.linear(kernels.normalise(x), weight.requires_grad_())
+    assert sum(kept.values()) == 2 * x.numel() + 4 * len(x) + weight.nbytes
+    assert y.dtype == torch.bfloat16
 
 
 def test_bf16_errs_no_more_than_the_plain_norm_does():

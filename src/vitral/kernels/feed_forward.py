@@ -38,10 +38,12 @@ def feed_forward(
         (..., D), in the dtype that a linear layer would compute in.
     """
     dtype = product_dtype(x)
-    # The first bias stays as it is: the kernel adds it to float32 sums.
-    weights = expand.to(dtype), expand_bias, contract.to(dtype)
+    # The kernels count on rows without gaps. The first bias stays as it is: they add it to float32
+    # sums.
+    weights = expand.to(dtype).contiguous(), expand_bias, contract.to(dtype).contiguous()
+    rows = x.to(dtype).flatten(0, -2).contiguous()
     with torch.autocast(x.device.type, enabled=False):
-        result = _FeedForward.apply(x.to(dtype).flatten(0, -2), *weights)[0]  # pyright: ignore[reportIndexIssue]
+        result = _FeedForward.apply(rows, *weights)[0]  # pyright: ignore[reportIndexIssue]
         if bias is not None:
             result = result + bias.to(dtype)
     return result.view(x.shape)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-6
 
@@ -29,7 +30,9 @@ def normalise(x: Tensor) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer computes in when it is given x: its dtype, or autocast's."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Autocast knows no meta device. torch.amp.is_autocast_available, which says so, breaks graphs
+    # in torch 2.11.
+    on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 
@@ -41,7 +44,9 @@ class _Normalise(torch.autograd.Function):
         exact = x.float() if x.dtype.itemsize < 4 else x
         square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square()
         inverse = (square / x.shape[-1] + EPS).rsqrt()
-        return (exact * inverse).to(dtype), inverse
+        y = exact * inverse
+        # A .to that changes nothing costs the gradient here when torch 2.11 compiles it.
+        return (y if y.dtype == dtype else y.to(dtype)), inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -50,7 +55,10 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(*output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable  # one factor of it is kept as if it were a constant
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor, None]:
         y, inverse = ctx.saved_tensors
         g, y = gradients[0].to(inverse.dtype), y.to(inverse.dtype)
         # (g - y mean(g y)) inverse: a CPU takes half the time for it so.

@@ -89,6 +89,8 @@ def resolve(
     if gpu and train.micro_batch is None:
         resolved = _with_fitting_batch(resolved, config, model, device)
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
+    if reproducible:  # else the sums would hang on a clock
+        return resolved
     fused = all(world.gather(fused_is_faster(config.model, resolved)))
     return dataclasses.replace(resolved, fused=fused)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -29,14 +28,13 @@ def fused_is_faster(config: ViTConfig, resolved: Resolved) -> bool:
     """
     side = config.image_size // config.patch_size
     tokens = resolved.micro_batch * (1 + config.num_registers + side**2)
-    x = torch.randn(tokens, config.shape.dim, device=resolved.device, requires_grad=True)
     with resolved.autocast():
-        if config.kernels == "plain" or not kernels.can_fuse(x):
+        if config.kernels == "plain" or not kernels.can_fuse(
+            torch.empty(1, device=resolved.device)
+        ):
             return False
-        fused, plain = (
-            _passes(dataclasses.replace(config, kernels=kind), x, resolved.compile)
-            for kind in ("auto", "plain")
-        )
+        x = torch.randn(tokens, config.shape.dim, device=resolved.device, requires_grad=True)
+        fused, plain = (_passes(config, x, resolved.compile, kind) for kind in (True, False))
         plain()
         try:
             fused()
@@ -47,8 +45,9 @@ def fused_is_faster(config: ViTConfig, resolved: Resolved) -> bool:
     return ours < theirs
 
 
-def _passes(config: ViTConfig, x: torch.Tensor, compiled: bool) -> Callable[[], None]:
+def _passes(config: ViTConfig, x: torch.Tensor, compiled: bool, fused: bool) -> Callable[[], None]:
     norm, layer = RMSNorm(config.shape.dim).to(x.device), FeedForward(config).to(x.device)
+    layer.fused = fused
     call = torch.compile(layer, dynamic=False) if compiled else layer
     gradient = torch.randn_like(x)
 
