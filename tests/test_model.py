@@ -327,30 +327,40 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert residual.eval()(x, lambda x: x).equal(2 * x)
 
 
-@pytest.mark.parametrize(
-    ("skip", "batch", "kept"),
-    [(0.3, 20, 14), (0.3, 6, 4), (0.3, 2, 1), (0.3, 1, 1), (0.09, 20, 18)],
-)
-def test_stochastic_depth_adds_the_branch_of_the_images_that_it_keeps(skip, batch, kept):
-    """And computes no other where many are skipped."""
-    torch.manual_seed(0)
-    residual, x = Residual(tiny(dim=48), skip), tokens(batch, 2, 3).requires_grad_()
+def added_by(residual, x):
+    """What a residual adds of the branch x^2, and the images that the branch was computed for."""
     seen = []
 
     def branch(some):
-        seen.append(some)
+        seen.append(len(some))
         return some**2
 
-    added = residual(x, branch) - x
-    assert len(seen[0]) == (kept if skip >= Residual.WORTHWHILE else batch)
+    return residual(x, branch) - x, seen[0]
+
+
+@pytest.mark.parametrize(("batch", "kept"), [(20, 14), (6, 4), (2, 1), (1, 1)])
+def test_much_stochastic_depth_computes_the_branch_of_the_images_that_it_keeps_alone(batch, kept):
+    torch.manual_seed(0)
+    residual, x = Residual(tiny(dim=48), 0.3), tokens(batch, 2, 3).requires_grad_()
+    added, computed = added_by(residual, x)
     here = (added != 0).all(2).all(1)
-    assert here.sum() == kept
+    assert computed == here.sum() == kept
     expected = torch.where(here[:, None, None], x**2 * batch / kept, 0)
     torch.testing.assert_close(added, expected)
     weight = tokens(3, batch, 2, 3)[2]
     gradients = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (added, expected))
     torch.testing.assert_close(*gradients)
-    assert residual.eval()(x, branch).equal(x + x**2)
+    assert residual.eval()(x, lambda x: x**2).equal(x + x**2)
+
+
+def test_little_stochastic_depth_skips_image_by_image_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = tokens(20_000, 2, 3)
+    added, computed = added_by(Residual(tiny(dim=48), 0.09), x)
+    assert computed == 20_000
+    skipped = (added == 0).all(2).all(1)
+    assert skipped.double().mean() == pytest.approx(0.09, abs=0.01)
+    torch.testing.assert_close(added[~skipped], x[~skipped] ** 2 / 0.91)
 
 
 def test_stochastic_depth_rises_with_depth_and_draws_each_branch_anew():

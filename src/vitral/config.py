@@ -111,7 +111,7 @@ class ViTConfig:
     """Recompute each block in the backward pass: less memory, a third more work."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: on a GPU that has them, kernels of vitral's own, where training finds them faster;
-    plain: torch's alone. The weights are the same."""
+    plain: torch's alone. Weights have the same names and shapes."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape

@@ -218,8 +218,8 @@ class Residual(nn.Module):
     """x + drop(branch(x)), tokens (B, N, D) to (B, N, D): dropout, LayerScale, stochastic depth.
 
     Stochastic depth skips the branch for a share of the images, drawn anew each time, and scales
-    the others up: of B images B times the share, rounded, and at least one is not skipped. A large
-    share is not even computed (Oquab et al. 2023).
+    the others up. A small share is drawn image by image. A large one is B times the share, rounded,
+    but at least one image is kept; and what is skipped is not computed (Oquab et al. 2023).
     """
 
     # Below it, gathering the others moves more bytes of a GPU's than it spares it work.
@@ -236,11 +236,11 @@ class Residual(nn.Module):
         if not (self.training and self.skip):
             return x + self.drop(branch(x))
         B = len(x)
+        if self.skip < self.WORTHWHILE:
+            keep = torch.empty(B, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.skip)
+            return x + self.drop(branch(x)) * (keep / (1 - self.skip))
         kept = max(1, B - round(self.skip * B))
         order = torch.randperm(B, device=x.device)
-        if self.skip < self.WORTHWHILE:
-            keep = (order < kept).view(B, 1, 1).to(x.dtype)
-            return x + self.drop(branch(x)) * (keep * (B / kept))
         added = self.drop(branch(kernels.take_rows(x, order, kept))) * (B / kept)
         return x + kernels.put_rows(added, order)
 

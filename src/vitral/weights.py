@@ -22,7 +22,7 @@ from vitral import hub, storage
 from vitral.config import Config, UserError, from_sections
 from vitral.model import ViT
 
-SCHEMA = 1
+SCHEMA = 2
 Which = Literal["model", "ema"]
 
 

@@ -155,7 +155,7 @@ def test_summary_is_that_of_the_log(run, page):
     assert [row[3] for row in table] == [f"{row['val_top1']:.2%}" for row in validated]
     assert [row[9] for row in table] == [f"{row['ema_ece']:.2%}" for row in validated]
     known = json.loads((run / "env.json").read_text())
-    flops = 3 * known["flops_per_image"] * last["images"]
+    flops = known["training_flops_per_image"] * last["images"]
     cost = dict(page.cells["cost"])
     stated = float(cost["Floating-point operations"].split(",")[0])
     assert stated == pytest.approx(flops, rel=5e-3)

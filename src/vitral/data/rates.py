@@ -45,6 +45,8 @@ def choose_decoder(
         )
     if asked != "auto":
         return asked, {}
+    if config.train.reproducible:
+        return "cpu", {}  # what is measured may come out otherwise next time
     if len(found) == 1:
         return found[0], {}
     rates = measure_rates(records, config, workers, device)

@@ -208,10 +208,10 @@ def _cost(run: Run) -> dict[str, str]:
         return {}
     last, known = run.rows[-1], run.environment
     cost = {"Images seen": f"{last['images']:,.0f}"}
-    flops = known.get("flops_per_image")
+    flops = known.get("training_flops_per_image")
     if flops:
         most = "at most " if run.config.train.progressive else ""
-        work = f"{3 * flops * last['images']:.3g}".replace("e+", "e")
+        work = f"{flops * last['images']:.3g}".replace("e+", "e")
         cost["Floating-point operations"] = f"{most}{work}, three forward passes an image"
     processes = known.get("resolved", {}).get("processes", 1)
     device = known.get("gpu") or f"CPU with {known.get('cpu_cores', '?')} cores"

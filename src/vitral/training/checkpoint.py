@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitral import storage
 
-SCHEMA = 1
+SCHEMA = 2
 KEEP = 3
 
 

@@ -526,13 +526,14 @@ class Trainer:
     def _announce(self) -> None:
         resolved, size = self.resolved, self.config.train.batch_size
         parameters = sum(p.numel() for p in self.optimizer.named.values())
-        flops = self.flops[self.config.model.image_size]
+        flops = count_flops(self.config.model, len(self.dataset.classes))
         if self.world.main:
             self.run.write_environment(
                 resolved=dataclasses.asdict(resolved),
                 workers=self.workers,
                 parameters=parameters,
                 flops_per_image=flops,
+                training_flops_per_image=3 * self.flops[self.config.model.image_size],
                 step=self.step,
                 decode_rates=self.rates,
             )

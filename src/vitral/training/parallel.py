@@ -143,6 +143,9 @@ def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
     outside of the blocks stays in float32, and so does the residual stream.
     """
     model.fuse(resolved.fused)
+    # Each block's code is compiled for its own stochastic depth, and for each image size.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, 4 * len(model.blocks))
     mesh = init_device_mesh(resolved.device, (world.size,))
     policy = MixedPrecisionPolicy()
     if resolved.precision == "bf16":
