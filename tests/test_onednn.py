@@ -49,6 +49,17 @@ def test_equals_the_model(settings):
 
 @quicker
 @torch.no_grad()
+def test_autocast_changes_nothing():
+    """A user may have it on around predicting; oneDNN refuses operands of two kinds."""
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    expected = model.forward_features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = for_inference(model).forward_features(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@quicker
+@torch.no_grad()
 def test_few_images_go_through_all_layers_at_a_time():
     model, images = trained(), torch.randn(5, 3, 160, 80)  # 800 patches each
     sizes = []
