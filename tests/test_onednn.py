@@ -101,6 +101,22 @@ def test_weights_are_shared_and_the_model_stays_as_it_was():
     assert (twin(images) - before).abs().max() > 0.01
 
 
+@quicker
+@pytest.mark.parametrize("place", ["model", "block"])
+@torch.no_grad()
+def test_a_compiled_model_stays_as_it_was(place):
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    if place == "model":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    torch.testing.assert_close(for_inference(compiled)(images), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(images), expected)
+    assert torch.equal(compiled(images), expected)
+
+
 def test_the_model_itself_where_nothing_is_quicker(monkeypatch):
     for dtype in (torch.bfloat16, torch.float64):
         other = trained().to(dtype)

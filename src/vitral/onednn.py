@@ -43,8 +43,10 @@ def for_inference(model: ViT) -> ViT:
 
 def _twin(module: M) -> M:
     twin = copy.copy(module)
-    twin.__class__ = _QUICK.get(type(module), type(module))  # pyright: ignore
-    twin._modules = {name: _twin(child) for name, child in module.named_children()}
+    # By vars: a module from torch.compile hands what is set on it to the one that it was made of.
+    vars(twin)["_modules"] = {name: _twin(child) for name, child in module.named_children()}
+    if quick := _QUICK.get(type(module)):
+        twin.__class__ = quick  # pyright: ignore
     return twin
 
 
