@@ -293,6 +293,7 @@ def test_layouts_of_the_validation_set(world, tmp_path, layout):
     [
         ("imagenet_val", "ImageNet validation"),
         ("imagenet/images/val", "ImageNet validation"),
+        ("imagenet/2012/val", "ImageNet validation"),
         ("ImageNetV2-matched-frequency", "ImageNet-V2 matched-frequency"),
         ("imagenetv2/imagenetv2-threshold-0.7", "ImageNet-V2 threshold-0.7"),
         ("imagenet-adversarial/imagenet-a", "ImageNet-A"),
@@ -309,8 +310,10 @@ def test_other_spellings(world, tmp_path, folder, name):
     for hidden in ("__MACOSX", ".trash"):
         shutil.copytree(world.root / "sketch", tmp_path / hidden / folder)
     (tmp_path / folder / sorted(world.known["ImageNet-R"])[0]).mkdir(exist_ok=True)  # empty
+    (tmp_path / "again").symlink_to(tmp_path)
     suite = find_suite(tmp_path)
     assert suite.names() == [name]
+    assert suite.sets[0].place.samefile(tmp_path / folder)
     assert suite.describe().count("not found") == 7
     assert {*suite.sets[0].classes} == world.known["ImageNet-Sketch"]
 
