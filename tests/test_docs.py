@@ -161,6 +161,11 @@ def test_what_may_change_on_resuming_is_documented():
     assert sorted(names) == sorted(CHANGEABLE)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_nothing_waits_to_be_filled_in(page):
+    assert not re.search(r"^[A-Z_]+$|TODO|FIXME|XXX", page.read_text(), re.MULTILINE)
+
+
 def test_pictures_are_small_and_used():
     text = "".join(page.read_text() for page in PAGES)
     for picture in (ROOT / "docs" / "images").iterdir():

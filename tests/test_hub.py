@@ -453,6 +453,30 @@ def test_names_that_cannot_be_had(hub, monkeypatch, capsys, name, fragments):
     refused(capsys, ["val", f"hf-hub:{name}"], *fragments)
 
 
+def test_all_files_are_of_one_commit(hub, run, monkeypatch):
+    """Also where somebody pushes in between."""
+    held = files_of(run / "weights" / "best")
+    repository = hub.repositories["bo/x"] = Repository(held)
+
+    def moving(handler, name, revision, file, body):
+        handler.resolve(name, revision, file, body)
+        if handler.command == "GET":
+            repository.commit({**held, "model.safetensors": b"other"}, "later")
+
+    (pattern,) = (key for key, act in ROUTES.items() if act is Handler.resolve)
+    monkeypatch.setitem(ROUTES, pattern, moving)
+    assert vitral.load("hf-hub:bo/x").description.classes == CLASSES
+    assert len(repository.commits) > 1
+    assert not huggingface_hub.utils.are_progress_bars_disabled()
+
+
+def test_a_cache_that_cannot_be_written(hub, run, tmp_path, monkeypatch, capsys):
+    hub.repositories["bo/x"] = Repository(files_of(run / "weights" / "best"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    refused(capsys, ["val", "hf-hub:bo/x"], str(tmp_path / "file"), "HF_HUB_CACHE")
+
+
 def test_private_weights_with_a_token(hub, run, monkeypatch, capsys):
     held = files_of(run / "weights" / "best")
     hub.repositories["bo/private"] = Repository(held, private=True)

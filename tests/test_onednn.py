@@ -49,6 +49,17 @@ def test_equals_the_model(settings):
 
 @quicker
 @torch.no_grad()
+def test_autocast_changes_nothing():
+    """A user may have it on around predicting; oneDNN refuses operands of two kinds."""
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    expected = model.forward_features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = for_inference(model).forward_features(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@quicker
+@torch.no_grad()
 def test_few_images_go_through_all_layers_at_a_time():
     model, images = trained(), torch.randn(5, 3, 160, 80)  # 800 patches each
     sizes = []
@@ -88,6 +99,22 @@ def test_weights_are_shared_and_the_model_stays_as_it_was():
     model.load_state_dict(other)
     torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
     assert (twin(images) - before).abs().max() > 0.01
+
+
+@quicker
+@pytest.mark.parametrize("place", ["model", "block"])
+@torch.no_grad()
+def test_a_compiled_model_stays_as_it_was(place):
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    if place == "model":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    torch.testing.assert_close(for_inference(compiled)(images), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(images), expected)
+    assert torch.equal(compiled(images), expected)
 
 
 def test_the_model_itself_where_nothing_is_quicker(monkeypatch):

@@ -175,6 +175,35 @@ def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, messa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d, t: d["classes"].pop(), "head.bias: config.json asks for float32 ("),
+        (lambda d, t: d["config"]["model"].update(depth=9), "config.json asks for"),
+        (
+            lambda d, t: t.update(more=torch.zeros(2)),
+            "more: config.json asks for none, got float32",
+        ),
+        (
+            lambda d, t: t.update(cls=t["cls"].half()),
+            "cls: config.json asks for float32 (16,), got",
+        ),
+        (lambda d, t: d.update(config=[1]), "config.json is not this vitral's"),
+        (lambda d, t: d.update(default="other"), "default is 'other'"),
+    ],
+)
+def test_weights_that_contradict_themselves(directory, photos, tmp_path, capsys, change, message):
+    """As whoever offers them on the Hub can make them: the manifest is right."""
+    document = storage.read_json(directory, "config.json")
+    tensors = storage.read_tensors(directory, "model")
+    change(document, tensors)
+    storage.write(tmp_path / "made", {"model": tensors}, {"config": document})
+    assert predict(tmp_path / "made", photos) == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: weights: .+\n", err), err
+    assert message in err
+
+
 def test_a_list_on_standard_input(directory, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "list").write_text("".join(f"{photos / name}.jpg\n" for name in "cba"))
     with (tmp_path / "list").open() as lines:

@@ -6,6 +6,7 @@ that prefix is ever asked of the network.
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,13 @@ def _explained(name: str, revision: str = "") -> Iterator[None]:
             yield
     except kinds as error:
         raise UserError(f"hub: {_explanation(error, name, revision)}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"hub: cannot write {error.filename}: {error.strerror}; "
+            "say by HF_HUB_CACHE where its files may lie"
+        ) from None
     except RuntimeError as error:
         # What a thread of an upload met is wrapped once more.
         if not isinstance(error.__cause__, kinds):

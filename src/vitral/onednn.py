@@ -43,8 +43,10 @@ def for_inference(model: ViT) -> ViT:
 
 def _twin(module: M) -> M:
     twin = copy.copy(module)
-    twin.__class__ = _QUICK.get(type(module), type(module))  # pyright: ignore
-    twin._modules = {name: _twin(child) for name, child in module.named_children()}
+    # By vars: a module from torch.compile hands what is set on it to the one that it was made of.
+    vars(twin)["_modules"] = {name: _twin(child) for name, child in module.named_children()}
+    if quick := _QUICK.get(type(module)):
+        twin.__class__ = quick  # pyright: ignore
     return twin
 
 
@@ -59,7 +61,7 @@ class _Linears(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *then: object) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *then: object) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(then or ("none", [], "")))
 
 
@@ -73,7 +75,8 @@ class _ViT(ViT):
     def forward_features(self, images: Tensor) -> Tensor:
         patches = images.shape[2:].numel() // self.config.patch_size**2
         parts = images.split(max(1, SLICE // max(1, patches)))
-        with _Linears():
+        # Under autocast oneDNN would get operands of two kinds, which it refuses.
+        with torch.autocast("cpu", enabled=False), _Linears():
             return torch.cat([*map(super().forward_features, parts)])
 
 

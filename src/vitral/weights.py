@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -90,6 +90,7 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
         raise UserError(f"weights: {error}; {mend}") from None
     with torch.device("meta"):
         model = ViT(description.config.model, len(description.classes))
+    _refuse_others(model.state_dict(), state, directory / f"{which}.safetensors")
     model.load_state_dict(state, assign=True)
     return Weights(model.to(device).eval().requires_grad_(False), description, directory)
 
@@ -174,9 +175,30 @@ def _read_description(directory: Path, document: dict[str, Any]) -> Description:
         )
     try:
         config, classes = from_sections(document["config"]), tuple(document["classes"])
+        if document["default"] not in get_args(Which):
+            raise TypeError(f"default is {document['default']!r}")
         return Description(**{**document, "config": config, "classes": classes})
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"weights: {directory}: config.json is not this vitral's: {error}; "
             f"install vitral {document.get('vitral')}, which wrote it"
         ) from None
+
+
+def _refuse_others(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Raises UserError unless the tensors are those of the model that config.json describes."""
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = (_form(tensors.get(name)) for tensors in (expected, found))
+        if wanted != got:
+            raise UserError(
+                f"weights: {file}: {name}: config.json asks for {wanted}, got {got}; "
+                "the two are not of one model: copy the folder anew"
+            )
+
+
+def _form(tensor: Tensor | None) -> str:
+    return (
+        "none"
+        if tensor is None
+        else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    )

@@ -1,6 +1,7 @@
 """Every way from records to crops gives the same crops: the GPU's way is run on the CPU here."""
 
 import io
+import pickle
 import shlex
 import shutil
 import subprocess
@@ -11,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 
 from vitral.config import AugmentConfig, Config, DataConfig
 from vitral.data.decode import gpu_decodes
-from vitral.data.fetch import GPU_CHUNK, Request, fetch
+from vitral.data.fetch import GPU_CHUNK, Request, fetch, in_workers
 from vitral.data.records import Packed
 from vitral.data.sources import open_dataset
 
@@ -213,7 +215,9 @@ def test_a_crash_ends_the_workers_too(folder):
     assert done.stderr.splitlines()[-1] == "RuntimeError: a mistake of ours"
 
 
-def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_path):
+# Of 400 KB batches there is room for none, or for one, which the model works on meanwhile.
+@pytest.mark.parametrize("size", ["64k", "600k"])
+def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_path, size):
     """Where a container has little of it, a batch would be waited for for ever."""
     words = [sys.executable, "-m", "vitral", "train", "digits", "--data", str(image_folder)]
     words += "--model.image-size 64 --model.patch-size 8 --model.depth 1 --data.workers 2".split()
@@ -221,18 +225,28 @@ def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_
         "--train.batch-size",
         "32",
         "--train.epochs",
-        "1",
+        "4",
         "--optim.warmup-epochs",
         "0",
         "--out",
         str(tmp_path / "run"),
     ]
-    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77; exec " + shlex.join(words)
+    small = f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77; exec {shlex.join(words)}"
     if shutil.which("unshare") is None:
         pytest.skip("no unshare")
     done = subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True, timeout=90)
     if done.returncode == 77 or b"unshare" in done.stderr:
         pytest.skip("may not mount a disk")
-    last = done.stderr.decode().splitlines()[-1]
-    assert last == "vitral: /dev/shm: No space left on device; make room and repeat the command"
+    said = "vitral: /dev/shm: No space left on device; make room and repeat the command\n"
+    assert done.stderr.decode() == said
     assert done.returncode == 1
+
+
+class Unsendable(Dataset):
+    def __getitem__(self, index):
+        return lambda: index  # which no pickle takes
+
+
+def test_another_error_of_sending_is_not_called_a_full_disk():
+    with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+        list(in_workers(Unsendable(), range(3), workers=1))

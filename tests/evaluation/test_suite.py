@@ -22,6 +22,7 @@ from vitral.cli import main
 from vitral.config import Config, DataConfig, UserError, ViTConfig
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.evaluation import evaluate, evaluate_suite, find_suite, sweep
+from vitral.evaluation.table import Row, write_rows
 from vitral.model import ViT
 
 SIDE = 8
@@ -224,6 +225,13 @@ def test_weights_with_a_few_classes(world, tmp_path):
             agree(row, reference(weights, world.images[row.name], known))
 
 
+def test_shares_of_nothing_stay_empty(tmp_path):
+    row = Row("ImageNet-A", 0, 1, *[float("nan")] * 3)
+    assert str(row).split() == ["0", "1", "-", "-", "-"]
+    write_rows(tmp_path / "suite.csv", "set", [row])
+    assert (tmp_path / "suite.csv").read_text().splitlines()[1] == "ImageNet-A,0,1,,,"
+
+
 def put_flat(world, root):
     for n, pixels in world.validation.items():
         put(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_{n:08d}.JPEG", pixels)
@@ -285,6 +293,7 @@ def test_layouts_of_the_validation_set(world, tmp_path, layout):
     [
         ("imagenet_val", "ImageNet validation"),
         ("imagenet/images/val", "ImageNet validation"),
+        ("imagenet/2012/val", "ImageNet validation"),
         ("ImageNetV2-matched-frequency", "ImageNet-V2 matched-frequency"),
         ("imagenetv2/imagenetv2-threshold-0.7", "ImageNet-V2 threshold-0.7"),
         ("imagenet-adversarial/imagenet-a", "ImageNet-A"),
@@ -298,9 +307,13 @@ def test_other_spellings(world, tmp_path, folder, name):
     shutil.copytree(world.root / "sketch", tmp_path / folder)
     put(tmp_path / "imagenet" / "train" / "n01440764" / "0.jpg", np.zeros((4, 4, 3), np.uint8))
     (tmp_path / folder / ".hidden").mkdir()
+    for hidden in ("__MACOSX", ".trash"):
+        shutil.copytree(world.root / "sketch", tmp_path / hidden / folder)
     (tmp_path / folder / sorted(world.known["ImageNet-R"])[0]).mkdir(exist_ok=True)  # empty
+    (tmp_path / "again").symlink_to(tmp_path)
     suite = find_suite(tmp_path)
     assert suite.names() == [name]
+    assert suite.sets[0].place.samefile(tmp_path / folder)
     assert suite.describe().count("not found") == 7
     assert {*suite.sets[0].classes} == world.known["ImageNet-Sketch"]
 
@@ -309,6 +322,16 @@ def test_real_needs_images_with_numbers(world, tmp_path):
     shutil.copy(world.root / "real.json", tmp_path)
     shutil.copytree(world.root / "sketch", tmp_path / "val")
     assert find_suite(tmp_path).names() == ["ImageNet validation"]
+
+
+def test_a_number_that_no_image_of_validation_has(world, tmp_path):
+    shutil.copytree(world.root / "val", tmp_path / "val")
+    shutil.copy(world.root / "real.json", tmp_path)
+    place = tmp_path / "val" / sorted(world.known["ReaL"])[0]
+    put(place / "ILSVRC2012_val_00050001.JPEG", np.zeros((SIDE, SIDE, 3), np.uint8))
+    images = {row.name: row.images for row in evaluate_suite(world.weights, tmp_path)}
+    whole = {row.name: row.images for row in evaluate_suite(world.weights, world.root)}
+    assert images == {"ImageNet validation": 49, "ReaL": whole["ReaL"]}
 
 
 @pytest.fixture
@@ -353,6 +376,8 @@ def test_mistakes(world, tmp_path, mistake):
         ("[[1], [2]]", "50,000 lists"),
         (json.dumps([[1]] * 49_999 + [[1000]]), "[1000] for image 50000"),
         (json.dumps([[1]] * 4 + [3] + [[1]] * 49_995), "3 for image 5"),
+        (json.dumps([[1.0]] + [[1]] * 49_999), "[1.0] for image 1"),
+        (json.dumps([[True]] + [[1]] * 49_999), "[True] for image 1"),
     ],
 )
 def test_other_files_than_reals(world, tmp_path, mistake, content, fragment):

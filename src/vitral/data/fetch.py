@@ -15,7 +15,7 @@ import signal
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from vitral.config import Config, DataConfig
@@ -131,19 +132,24 @@ def in_workers(
             worker_init_fn=_prepare_worker,
             multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
         )
-        batches = iter(loader)
-    workers_now = list(getattr(batches, "_workers", ()))
-    _started.update(workers_now)
-    return _watched(batches, workers_now)
+        try:
+            batches = iter(loader)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                error.filename = "/dev/shm"  # where its semaphores lie
+            raise
+    _started.update(getattr(batches, "_workers", ()))
+    return _watched(batches)
 
 
-def _watched(batches: Iterator[T], workers: Sequence[BaseProcess]) -> Iterator[T]:
-    """The batches; raises OSError where workers ended because shared memory was full."""
+def _watched(batches: Iterator[T]) -> Iterator[T]:
+    """The batches; raises OSError where a worker found shared memory full."""
     try:
         yield from batches
-    except RuntimeError:
-        if any(worker.exitcode == errno.ENOSPC for worker in workers):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
+    except RuntimeError as error:
+        full = os.strerror(errno.ENOSPC)
+        if "shared memory" in str(error) and full in str(error):
+            raise OSError(errno.ENOSPC, full, "/dev/shm") from None
         raise
 
 
@@ -153,16 +159,23 @@ def _as_it_is(fetched: Any) -> Any:
 
 def _prepare_worker(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
-    # The thread that sends a batch would drop one that shared memory has no room for, and the
-    # reader would wait for it for ever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # pyright: ignore
-        lambda error, batch: os._exit(errno.ENOSPC)
-    )
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # pyright: ignore
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
     # multiprocessing's thread would print that the reader has gone; errors of the data set go
     # another way.
     sys.excepthook = lambda *_: None
+
+
+def _send_error(
+    queue: multiprocessing.queues.Queue[Any], error: Exception, batch: tuple[int, Any]
+) -> None:
+    """Sends the error instead of a batch that could not be sent, as where shared memory is full.
+
+    The thread that sends would drop the batch, and the reader wait for it for ever. Were the worker
+    to end, torch would raise an error wherever the reader is just then.
+    """
+    queue.put((batch[0], ExceptionWrapper((type(error), error, error.__traceback__))))
 
 
 @atexit.register

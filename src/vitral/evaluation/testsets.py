@@ -21,7 +21,7 @@ from vitral.data.sources import SUFFIXES, open_dataset, walk_images
 
 DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
 WNID = "n[0-9]{8}"
-CLASS = f"{WNID}|[0-9]+"
+CLASS = f"{WNID}|[0-9]{{1,3}}"  # not a year, as in imagenet/2012
 NUMBERED = re.compile(rb"ILSVRC2012_val_([0-9]{8})")
 
 
@@ -193,10 +193,10 @@ def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
 
 
 def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
-    if kind in found:
+    if kind in found and not found[kind].samefile(place):  # as by a link to a folder above
         got = f"{printable(found[kind])} and {printable(place)}"
         raise mistake(place, f"one place of {kind.name}", got, "move one of them away")
-    found[kind] = place
+    found.setdefault(kind, place)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
