@@ -76,4 +76,6 @@ def main(weights: str, folder: str, query: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -368,3 +368,12 @@ def test_help_needs_no_torch(words):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 40, done.stderr
     assert "vitral" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--resolutions"], ["--data", ""], ["--suite", ""]])
+def test_an_option_of_val_with_nothing_after_it(words, capsys):
+    """As an empty variable of a shell leaves it."""
+    assert main(["val", "runs/none", *words]) == 2
+    error = capsys.readouterr().err
+    name = words[0].lstrip("-")
+    assert error == f"vitral: {name}: expected something after --{name}, got nothing\n"

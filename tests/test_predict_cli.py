@@ -254,3 +254,10 @@ def test_ctrl_c(endless, photos, tmp_path):
     assert process.returncode == 130, lines[-9:]
     assert all(line.startswith(f"vitral: {photos}/b.jpg: ") for line in [line, *lines]), lines
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_what_cannot_be_written_is_told_in_a_line(directory, image_folder, capsys):
+    """/proc is said to be writable for root, and is not."""
+    assert main(["predict", str(directory), str(image_folder), "--out", "/proc/found.csv"]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: out: cannot write /proc: .+; give another folder\n", error)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vitral.config import Config, UserError
@@ -71,7 +72,7 @@ class ValOptions:
 
     data: str | None = None
     """Image folder or known set; None takes the set that the weights were trained on."""
-    resolutions: tuple[int, ...] = ()
+    resolutions: tuple[int, ...] | None = None
     """Image sizes to evaluate at, multiples of the patch size; the share cropped stays the same."""
     suite: str | None = None
     """Folder with ImageNet's test sets in folders of their own, instead of data and resolutions."""
@@ -89,6 +90,9 @@ class ValOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        for name in ("data", "resolutions", "suite"):
+            if getattr(self, name) in ("", ()):
+                raise UserError(f"{name}: expected something after --{name}, got nothing")
         if self.suite is not None and (self.data is not None or self.resolutions):
             other = "resolutions" if self.data is None else "data"
             raise UserError(f"suite, {other}: expected one of the two, got both")
@@ -368,12 +372,13 @@ def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
             device=options.device,
         )
     else:
-        title, file, names = "resolution", "resolutions.csv", [*map(str, options.resolutions)]
+        sides = options.resolutions or ()
+        title, file, names = "resolution", "resolutions.csv", [*map(str, sides)]
         share = weights.description.config.data.eval_crop
         about = f"{about}, the central {100 * share:g}% of the short side at every size"
         found = sweep(
             weights,
-            options.resolutions,
+            sides,
             options.data,
             batch_size=options.batch_size,
             workers=options.workers,
@@ -643,7 +648,9 @@ def _with_data(path: str, words: list[str]) -> list[str]:
 def _writable(directory: str) -> None:
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):  # what the file system allows os.access does not know
+            pass
     except OSError as error:
-        raise UserError(f"out: cannot write {directory}: {error.strerror}") from None
-    if not os.access(directory, os.W_OK):
-        raise UserError(f"out: cannot write {directory}; give another folder")
+        raise UserError(
+            f"out: cannot write {directory}: {error.strerror}; give another folder"
+        ) from None

@@ -258,3 +258,16 @@ def test_a_name_that_is_no_text(tmp_path, directory, files):
     (found,) = load(directory).predict(find_images([str(tmp_path)]))
     assert found.path == odd
     assert found.error is None
+
+
+def test_a_model_in_half_precision_predicts_nearly_the_same(tmp_path):
+    model = ViT(ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, image_size=32), 3)
+    torch.nn.init.normal_(model.head.weight)
+    description = weights.describe(Config(model=model.config), ("a", "b", "c"), "", {})
+    weights.save(tmp_path / "w", {"model": model.state_dict()}, description)
+    classifier, half = load(tmp_path / "w"), load(tmp_path / "w")
+    half.model.bfloat16()
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    (exact,), (near,) = classifier.predict(image), half.predict(image)
+    assert near.probabilities == pytest.approx(exact.probabilities, abs=0.02)
+    assert half.embed(image).dtype == np.float32

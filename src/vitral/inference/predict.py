@@ -233,23 +233,23 @@ def _look_at(
         workers = 0  # they are in this process
     elif workers is None:
         workers = max(0, min(16, available_cores() - 1, len(batches) - 1))
-    return _seen(cropping, batches, workers, source.model.cls.device, look)
+    return _seen(cropping, batches, workers, source.model.cls, look)
 
 
 def _seen(
     cropping: _Cropping,
     batches: list[range],
     workers: int,
-    device: torch.device,
+    like: Tensor,
     look: Callable[[Tensor], Iterable[T]],
 ) -> Iterator[_Seen[T]]:
     mean, std = cropping.config.mean, cropping.config.std
-    cropped = in_workers(cropping, batches, workers, device.type == "cuda")
+    cropped = in_workers(cropping, batches, workers, like.is_cuda)
     for batch, (pixels, broken) in zip(batches, cropped, strict=True):
         found = iter(())
         if len(pixels):
-            pixels = pixels.to(device, non_blocking=True)
-            found = iter(look(augment.finish(pixels, None, mean, std)))
+            pixels = pixels.to(like.device, non_blocking=True)
+            found = iter(look(augment.finish(pixels, None, mean, std).to(like.dtype)))
         for i in batch:
             yield (None, broken[i]) if i in broken else (next(found), None)
 
