@@ -217,6 +217,8 @@ def _cost(run: Run) -> dict[str, str]:
     device = known.get("gpu") or f"CPU with {known.get('cpu_cores', '?')} cores"
     hours = last["seconds"] * processes / 3600
     cost["Device hours"] = f"{hours:,.3g} on {processes} x {device}"
+    if "energy_kwh" in last:
+        cost["Energy"] = f"{last['energy_kwh']:.3g} kWh of the GPUs, by the driver"
     if "mfu" in last:
         cost["Model FLOPs utilisation"] = f"{last['mfu']:.0%} in the last log row"
     return cost

@@ -177,7 +177,8 @@ class Trainer:
         undone = self.step in self.evaluations and self.evaluated != self.step
         self.log = MetricsLog(run.path, self.step - undone) if world.main else None
         self.console = Console(run.path / "train.log", self.total, self.step, not world.main)
-        self.clock = Clock(self.log.seconds if self.log else 0.0, self.resolved)
+        before = (self.log.seconds, self.log.energy) if self.log else (0.0, 0.0)
+        self.clock = Clock(*before, self.resolved)
         self.last_checkpoint = self.last_drawing = time.monotonic()
 
     def _plan_steps(self) -> None:

@@ -32,7 +32,7 @@ COLUMNS = (
     *(f"ema_{name}" for name in MEASURES),
 )
 # What depends on the machine and the hour: no part of what an exact resume reproduces.
-CLOCK = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu")
+CLOCK = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
 
 
 class MetricsLog:
@@ -51,6 +51,7 @@ class MetricsLog:
             lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             table.write_text(_as_csv([header, *rows]), encoding="utf-8")
         self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
+        self.energy = float(rows[-1].get("energy_kwh", 0)) if rows else 0.0
         self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile, schedule
 
+from vitral.training.energy import energy_meter
 from vitral.training.resolve import Resolved
 
 # Dense bf16 rates in FLOP/s, from the makers' data sheets.
@@ -66,10 +67,15 @@ class Counters:
 
 
 class Clock:
-    """Seconds of the run, and images, their work and waiting since the last log row."""
+    """Seconds and energy of the run, and images, their work and waiting since the last log row.
 
-    def __init__(self, seconds: float, resolved: Resolved) -> None:
-        self.device = resolved.device
+    Args:
+        seconds, energy: of the run so far, energy in kWh.
+    """
+
+    def __init__(self, seconds: float, energy: float, resolved: Resolved) -> None:
+        self.device, self.processes = resolved.device, resolved.processes
+        self.energy, self.joules = energy, energy_meter(resolved.device)
         rate = peak_flops() if resolved.precision == "bf16" else None
         self.peak = rate and rate * resolved.processes
         self.begin = time.monotonic() - seconds
@@ -97,6 +103,10 @@ class Clock:
         }
         if self.peak is not None:
             columns["mfu"] = round(3 * self.flops / passed / self.peak, 4)
+        joules = self.joules()
+        if joules is not None:
+            # Of one GPU, times their number: they do the same work.
+            columns["energy_kwh"] = round(self.energy + self.processes * joules / 3.6e6, 6)
         return columns
 
 
