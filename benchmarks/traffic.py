@@ -125,6 +125,8 @@ def schedule(config: ViTConfig, depth: int, batch: int) -> dict[str, list[Kernel
     """The kernels of both passes through `depth` blocks under bf16 autocast."""
     with torch.device("meta"):
         blocks = nn.ModuleList(EncoderBlock(config, config.stochastic_depth) for _ in range(depth))
+    for block in blocks:
+        block.ffn.fused = config.kernels == "auto"
     names, parameters = zip(*blocks.named_parameters(), strict=True)
     tokens = 1 + config.num_registers + (config.image_size // config.patch_size) ** 2
     head = config.shape.dim // config.shape.num_heads

@@ -145,7 +145,7 @@ def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
         ("/no/such IMAGES", "/no/such: no such folder"),
         ("PICKLE IMAGES", "it holds no weights; expected a folder with config.json"),
         ("TAMPERED IMAGES", "model.safetensors: its content is not what was written"),
-        ("NEWER IMAGES", "expected schema 1, got 2"),
+        ("NEWER IMAGES", f"expected schema {weights.SCHEMA}, got {weights.SCHEMA + 1}"),
         ("DIR IMAGES --out EMPTY", "expected a file to write, got"),
         ("DIR IMAGES --out /dev/null", "expected a file to write, got /dev/null"),
         ("DIR IMAGES --out PICKLE/x.csv", "cannot write"),
@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, messa
     (places["TAMPERED"] / "model.safetensors").write_bytes(data)
     document = storage.read_json(directory, "config.json")
     tensors = {"model": storage.read_tensors(directory, "model")}
-    storage.write(places["NEWER"], tensors, {"config": {**document, "schema": 2}})
+    storage.write(places["NEWER"], tensors, {"config": {**document, "schema": weights.SCHEMA + 1}})
     places |= {"DIR": directory, "IMAGES": photos}
     before = sorted(tmp_path.rglob("*"))
     for name, place in places.items():

@@ -1,6 +1,8 @@
 """Every way from records to crops gives the same crops: the GPU's way is run on the CPU here."""
 
+import gc
 import io
+import multiprocessing
 import pickle
 import shlex
 import shutil
@@ -250,3 +252,7 @@ class Unsendable(Dataset):
 def test_another_error_of_sending_is_not_called_a_full_disk():
     with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
         list(in_workers(Unsendable(), range(3), workers=1))
+    gc.collect()  # the traceback, in a cycle, holds the reader
+    for worker in multiprocessing.active_children():  # as the command does when it ends
+        worker.kill()
+        worker.join()

@@ -14,7 +14,6 @@ from vitral.data.loader import eval_batches
 from vitral.data.records import Records
 from vitral.data.sources import open_dataset
 from vitral.evaluation.scores import Scores, measure
-from vitral.onednn import for_inference
 from vitral.weights import Weights, Which, load
 
 EVAL_BATCH = 256  # images of a forward pass
@@ -123,8 +122,7 @@ def score(
     columns = torch.tensor([position[name] for name in classes], device=place)
     workers = resolve_workers(config.data, records)
     batches = eval_batches(records, config, batch_size, workers, place)
-    model = for_inference(weights.model)
-    return measure(lambda images: model(images)[:, columns], batches, tuple(classes))
+    return measure(lambda images: weights.model(images)[:, columns], batches, tuple(classes))
 
 
 def _open(weights: Weights, data: str | None, workers: int | None) -> tuple[Records, Config]:

@@ -18,7 +18,6 @@ from vitral.data.records import Records
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure
 from vitral.evaluation.evaluate import EVAL_BATCH, pick_device
-from vitral.onednn import for_inference
 from vitral.weights import Weights
 
 Row = dict[str, float]
@@ -134,7 +133,7 @@ def evaluate_best(run: Run, data: str | None = None) -> Predictions:
     batches = eval_batches(records, config, EVAL_BATCH, workers, device)
     total = -(-len(records) // EVAL_BATCH)
     watched = tqdm(batches, "evaluating", total, leave=False, disable=None)
-    scores = measure(for_inference(found.model), watched, dataset.classes)
+    scores = measure(found.model, watched, dataset.classes)
     return Predictions(scores, records, found)
 
 
