@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
 # Every figure that needs a GPU, into one folder; about twenty minutes of an H100.
 #   benchmarks/gpu.sh OUT [IMAGES]
-# IMAGES is an image folder or archive of JPEGs, and adds the rates of whole training from it. Each
-# part is kept when it ends, so that a run cut short loses only the part that it was in.
+# IMAGES is an image folder or archive of JPEGs, and adds the rates of whole training from it. CIFAR10
+# names a folder with its images, for the loss curves; without it they are of synthetic ones. Each
+# part is kept when it ends, so that a run cut short loses only the part that it was in; PARTS="tests
+# train_s" takes some of them alone.
 set -uo pipefail
-out=${1:?usage: benchmarks/gpu.sh OUT [IMAGES]}
-images=${2:-}
+out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT [IMAGES]}")
+images=${2:+$(realpath "$2")}
 mkdir -p "$out"
-here=$(dirname "$0")
+cd "$(dirname "$0")/.." || exit
 
 part() { # NAME COMMAND...: prints, keeps what was printed, and goes on after a failure
     local name=$1
     shift
+    [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
     echo "== $name: $*"
     "$@" 2>&1 | tee "$out/$name.txt"
     echo "exit ${PIPESTATUS[0]}, ${SECONDS} s since the start" | tee -a "$out/$name.txt"
 }
 
 measure() { # NAME ARGUMENTS...: a contest, with its JSON
-    part "$1" python "$here/throughput.py" --json "$out/$1.json" "${@:2}"
+    part "$1" python benchmarks/throughput.py --json "$out/$1.json" "${@:2}"
 }
 
 part tests python -m pytest -m gpu -q
@@ -32,11 +35,11 @@ done
 measure memory --sizes l/16 h/14 --largest-batch --peers --compile never
 measure cifar10 --recipe cifar10 --peers timm timm-rope
 if [ -n "$images" ]; then
-    part data vitral bench data "$images" imagenet-b16-300ep
-    part training_b vitral bench train imagenet-b16-300ep --data "$images"
-    part training_s vitral bench train imagenet-s16-90ep --data "$images"
+    part data python -m vitral bench data "$images" imagenet-b16-300ep
+    part training_b python -m vitral bench train imagenet-b16-300ep --data "$images"
+    part training_s python -m vitral bench train imagenet-s16-90ep --data "$images"
 fi
 for kernels in auto plain; do # the loss curves of both, over 300 steps
-    part "curve_$kernels" vitral train cifar10 --data "${CIFAR10:-synthetic}" --out "$out/curve_$kernels" \
+    part "curve_$kernels" python -m vitral train cifar10 --data "${CIFAR10:-synthetic}" --out "$out/curve_$kernels" \
         --model.kernels $kernels --train.epochs 4 --optim.warmup-epochs 1 --train.log-every 10
 done
