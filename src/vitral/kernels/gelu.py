@@ -3,7 +3,7 @@
 Between a feed-forward network's two products lies the largest tensor of a block. Plainly it is
 written by the first product, read and written by GELU, and in the backward pass written by a
 product, read beside the first and written by GELU's derivative, and read for the bias's gradient.
-Here both products end with it: of eight passes over that tensor three are left. A program computes
+Here both products end with it: of eight passes over that tensor four are left. A program computes
 one block of the result, with float32 sums.
 """
 
