@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
+from vitral.bench.rounds import in_turn, ratios
 from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.fetch import available_cores
 from vitral.inference.predict import predictions
@@ -87,24 +88,26 @@ def compare(
     title: str, contestants: dict[str, Callable[[], None]], images: int, rounds: int
 ) -> None:
     names = list(contestants)
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            before = clock(), processor()
-            contestants[name]()
-            spent[name].append((clock() - before[0], processor() - before[1]))
+    runs = {name: partial(seconds, run) for name, run in contestants.items()}
+    spent = {name: found[1:] for name, found in in_turn(runs, rounds + 1).items()}
     print(f"{title}: {images} images, {rounds} rounds, medians; the range of the ratios")
     for name in names:
         text = f"  {name:16}"
         for what, column in ("images/s", 0), ("images/s of a core", 1):
-            own, other = ([times[column] for times in spent[n][1:]] for n in (names[0], name))
-            ratios = sorted(theirs / mine for mine, theirs in zip(own, other, strict=True))
-            rate, ratio = images / statistics.median(other), statistics.median(ratios)
+            own, other = ([times[column] for times in spent[n]] for n in (names[0], name))
+            found = sorted(ratios(other, own))
+            rate, ratio = images / statistics.median(other), statistics.median(found)
             text += (
-                f"{rate:7.1f} {what}, vitral x {ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  "
+                f"{rate:7.1f} {what}, vitral x {ratio:.2f} ({found[0]:.2f} to {found[-1]:.2f})  "
             )
         print(text, flush=True)
+
+
+def seconds(run: Callable[[], None]) -> tuple[float, float]:
+    """By the clock, and of the processor."""
+    before = clock(), processor()
+    run()
+    return clock() - before[0], processor() - before[1]
 
 
 def processor() -> float:

@@ -106,7 +106,7 @@ class ViTConfig:
     """Dropout after attention and after the feed-forward network."""
     stochastic_depth: float = 0.0
     """Share of the images that skip the last block's branches, rising from 0 at the first (Huang
-    et al. 2016); what is skipped is not computed (Oquab et al. 2023)."""
+    et al. 2016); where a tenth or more skip, theirs are not computed (Oquab et al. 2023)."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
     kernels: Literal["auto", "plain"] = "auto"

@@ -85,6 +85,9 @@ class TimmViT(ViT):
         if global_pool is not None and global_pool not in pools:
             raise UserError(f"global_pool: expected one of {pools}, got {global_pool!r}")
         self.global_pool = self.global_pool if global_pool is None else global_pool
+        for pooling, name in POOLS.items():
+            if name == self.global_pool:
+                self.config = dataclasses.replace(self.config, pooling=pooling)
         self.num_classes = num_classes
         like = {"device": self.cls.device, "dtype": self.cls.dtype}
         head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
@@ -95,7 +98,7 @@ class TimmViT(ViT):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of tokens (B, N, D), or what the head would read, (B, D)."""
         if self.global_pool:
-            x = x[:, 0] if self.global_pool == "token" else x[:, self.num_prefix :].mean(1)
+            x = self.pool(x)
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 

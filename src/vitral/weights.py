@@ -197,8 +197,6 @@ def _refuse_others(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
 
 
 def _form(tensor: Tensor | None) -> str:
-    return (
-        "none"
-        if tensor is None
-        else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-    )
+    if tensor is None:
+        return "none"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -94,10 +94,9 @@ def _without_places(description: Description) -> Description:
     """Absolute paths cut to their last name: what is pushed tells nobody how a disk is laid out."""
 
     def bare(path: str) -> str:
-        absolute = Path(path).expanduser().is_absolute()
-        return (
-            f"./{Path(path).name}" if absolute else path
-        )  # a folder called cifar10 is not the set
+        if not Path(path).expanduser().is_absolute():
+            return path
+        return f"./{Path(path).name}"  # with ./, as a folder called cifar10 is not the set
 
     config = description.config
     init = config.train.init and bare(config.train.init)
