@@ -39,7 +39,7 @@ def make_config(path, **data):
 
 def packed():
     images = np.zeros((4, 3, 8, 8), np.uint8)
-    return Packed(images, np.full((4, 2), 8), np.array([b"a"] * 4), np.arange(4), "")
+    return Packed(images, np.full((4, 2), 8), np.array([b"a"] * 4), np.arange(4), "", np.arange(4))
 
 
 @pytest.mark.parametrize("decode", ["auto", "cpu"])

@@ -32,7 +32,7 @@ def test_it_says_what_it_does(image_folder, tmp_path, capsys, form):
 
 def test_what_is_held_out_is_told(image_folder, tmp_path, capsys):
     assert pack(image_folder / "train", tmp_path / "pack") == 0
-    assert "4 of its 40 images (10% of each class) are held out" in capsys.readouterr().out
+    assert "4 of 40 training images (10% of each class) are held out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,9 @@ class DataConfig:
     cifar10, cifar100, imagenette."""
     val_fraction: float = 0.1
     """Share of the images held out, by seed, where a folder has no validation split."""
+    hold_out: bool = False
+    """Hold that share of the training images out also where there is a validation split, which is
+    then left alone: for choosing settings, so that it is looked at once, when they are chosen."""
     workers: int | None = None
     """Fetching processes; None: the cores but one, 16 at most; 0: fetch in the main process."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"

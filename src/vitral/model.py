@@ -391,14 +391,15 @@ def count_flops(
     image_size: int | None = None,
     *,
     training: bool = False,
+    build: Callable[[ViTConfig, int], nn.Module] = ViT,
 ) -> float:
     """Floating-point operations of one image's forward pass: matrix products, two a multiply-add.
 
     A training step takes three times as many. In training they are fewer than in evaluation where
-    stochastic depth skips work.
+    stochastic depth skips work. `build` makes another model than a ViT of the same settings.
     """
     with torch.device("meta"):
-        model = ViT(config, num_classes).train(training)
+        model = build(config, num_classes).train(training)
     return forward_flops(model, image_size or config.image_size)
 
 

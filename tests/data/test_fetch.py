@@ -150,7 +150,7 @@ def test_packed_squares_are_cropped_in_their_original_aspect(workers):
     images = draw.integers(0, 256, (9, 3, 24, 24), np.uint8)
     sides = np.tile([[48, 24], [12, 36], [24, 24]], (3, 1))
     labels = np.arange(9) % 4
-    records = Packed(images, sides, np.array([b"name"] * 9), labels, "")
+    records = Packed(images, sides, np.array([b"name"] * 9), labels, "", np.arange(9))
     data = DataConfig(eval_crop=1.0)
     request = Request(0, 0, SIDE, np.zeros(20, int), draw.integers(0, 9, 20))
     config = Config(data=data, augment=AugmentConfig(crop="none"))
@@ -169,7 +169,9 @@ def test_workers_crop_packed_squares_as_the_main_process_does(augment):
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (50, 3, 24, 24), np.uint8)
     sides = draw.integers(20, 90, (50, 2))
-    records = Packed(images, sides, np.array([b"name"] * 50), draw.integers(0, 5, 50), "")
+    records = Packed(
+        images, sides, np.array([b"name"] * 50), draw.integers(0, 5, 50), "", np.arange(50)
+    )
     config = Config(data=DataConfig(eval_crop=1.0), augment=augment)
     wanted = requests(draw.integers(0, 50, 99))
     alone, helped = (list(fetch(records, config, wanted, n, CPU)) for n in (0, 2))

@@ -2,6 +2,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from vitral.config import DataConfig, UserError
 from vitral.data import records, sources
 from vitral.data.decode import decode
+from vitral.data.packing import pack
 from vitral.data.records import Dataset, Files, Pixels
 from vitral.data.sources import open_dataset
 
@@ -152,8 +154,64 @@ def test_a_part_is_held_out_where_there_is_no_validation_split(tmp_path, split):
     assert np.bincount(dataset.train.labels).tolist() == [1, 1, 24]
     assert np.bincount(dataset.val.labels).tolist() == [0, 1, 6]
     (note,) = dataset.notes
-    assert "7 of its 33 images (20% of each class) are held out, drawn by seed 0" in note
+    assert "7 of 33 training images (20% of each class) are held out, drawn by seed 0" in note
     assert tmp_path.name in note
+
+
+def test_held_out_of_a_set_whose_own_validation_images_are_left_alone(tmp_path):
+    put_split(tmp_path, "train", 10)
+    put_split(tmp_path, "test", 4)
+    whole, chosen = opened(tmp_path), opened(tmp_path, hold_out=True, val_fraction=0.3)
+    assert sorted(paths(chosen.train) + paths(chosen.val)) == paths(whole.train)
+    assert np.bincount(chosen.val.labels).tolist() == [3, 3]
+    assert chosen.notes == (
+        f"{tmp_path.name}'s own validation images are left alone: 6 of 20 training images "
+        "(30% of each class) are held out, drawn by seed 0",
+    )
+    assert chosen.fingerprint != whole.fingerprint
+    # Where nothing is trained, as for a test at the end, the set is what it always is.
+    assert paths(opened(tmp_path, hold_out=True, train=False).val) == paths(whole.val)
+
+
+def test_what_is_held_out_anyway_is_held_out_once(tmp_path):
+    put_split(tmp_path, "train", 10)
+    asked, plain = opened(tmp_path, hold_out=True), opened(tmp_path)
+    assert asked.fingerprint == plain.fingerprint
+    assert asked.notes == plain.notes
+
+
+@pytest.mark.parametrize("jpeg", [False, True])
+def test_a_pack_holds_out_what_its_folder_does(tmp_path, capfd, jpeg):
+    put_split(tmp_path / "set", "train", 10)
+    put_split(tmp_path / "set", "val", 2)
+    config = DataConfig(path=str(tmp_path / "set"))
+    pack(config, 0, tmp_path / "pack", 8, jpeg, 0)
+    capfd.readouterr()
+    folder, packed = (opened(tmp_path / name, hold_out=True) for name in ("set", "pack"))
+    for split in ("train", "val"):
+        here, there = getattr(folder, split), getattr(packed, split)
+        assert [Path(path).name for path in paths(here)] == [Path(path).name for path in paths(there)]
+        assert here.labels.tolist() == there.labels.tolist()
+    assert packed.fingerprint != opened(tmp_path / "pack").fingerprint
+    if not jpeg:
+        whole = opened(tmp_path / "pack").train
+        assert len(packed.val) == 2
+        for i, name in enumerate(packed.val.names):
+            (row,) = np.flatnonzero((whole.names == name) & (whole.labels == packed.val.labels[i]))
+            assert (packed.val.squares(np.array([i])) == whole.squares(np.array([row]))).all()
+
+
+def test_digits_are_held_out_of_those_to_train_on():
+    whole = open_dataset(DataConfig(), 8, 0)
+    first, other = (open_dataset(DataConfig(hold_out=True), 8, seed) for seed in (0, 1))
+    tenth = np.rint(np.bincount(whole.train.labels) / 10)
+    assert np.bincount(first.val.labels).tolist() == tenth.tolist()
+    assert len(first.train) + len(first.val) == 1437
+    known = {image.numpy().tobytes() for image in whole.train.images}
+    held = [image.numpy().tobytes() for image in first.val.images]
+    assert known.issuperset(held)
+    assert not {image.numpy().tobytes() for image in first.train.images} & {*held}
+    assert first.fingerprint != other.fingerprint
 
 
 def test_one_image_of_each_class_stays_in_train(tmp_path):

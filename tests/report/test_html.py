@@ -462,7 +462,9 @@ def test_thumbnails_are_small_and_keep_their_shape():
     blocks = picture.reshape(8, 14, 8, 14, 3).mean((1, 3))
     assert np.abs(blocks - small[0].permute(1, 2, 0).numpy()).mean() < 30  # JPEG halves the colours
     squares = draw.integers(0, 256, (1, 3, 64, 64), np.uint8)
-    packed = Packed(squares, np.array([[300, 100]]), np.array([b"x"]), np.array([0]), "")
+    packed = Packed(
+        squares, np.array([[300, 100]]), np.array([b"x"]), np.array([0]), "", np.arange(1)
+    )
     assert opened(thumbnail(packed, 0)).size == (37, 112)
 
 

@@ -246,7 +246,7 @@ class _Gathering(Dataset[Fetched]):
         self.crop = crop
 
     def __getitem__(self, request: Request) -> Fetched:
-        images = torch.from_numpy(self.records.images[request.indices])
+        images = torch.from_numpy(self.records.squares(request.indices))
         labels = torch.from_numpy(self.records.labels[request.indices])
         fetched = Fetched(request, images, labels, [])
         return _crop(self.records, self.config, fetched) if self.crop else fetched

@@ -122,5 +122,10 @@ def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans
     shape = (len(labels), 3, index["size"], index["size"])
     digest = hashlib.sha256("".join(chunk["sha256"] for chunk in chunks).encode()).hexdigest()
     return Packed(
-        np.memmap(path, np.uint8, "r", shape=shape), table["sides"], names, labels, digest
+        np.memmap(path, np.uint8, "r", shape=shape),
+        table["sides"],
+        names,
+        labels,
+        digest,
+        np.arange(len(labels)),
     )

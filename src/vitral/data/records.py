@@ -167,7 +167,7 @@ class Packed:
     """Images squashed to squares of one size, in a file that is mapped into memory."""
 
     images: NDArray[np.uint8]
-    """Shape (N, 3, P, P)."""
+    """Shape (all, 3, P, P)."""
     sides: Integers
     """Height and width of each image before it was squashed. Shape (N, 2)."""
     names: Names
@@ -176,14 +176,26 @@ class Packed:
     """Shape (N,)."""
     digest: str
     """SHA-256 of the pixels, as the pack's manifest has it."""
+    rows: Integers
+    """Which of `images` each one is. Shape (N,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def squares(self, indices: Integers) -> NDArray[np.uint8]:
+        """Copies of some of the squares, shape (n, 3, P, P)."""
+        return self.images[self.rows[indices]]
+
+    def take(self, chosen: NDArray[np.bool_]) -> Packed:
+        """The images where `chosen`, shape (N,), is true."""
+        columns = ("sides", "names", "labels", "rows")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
+
     def identity(self) -> Iterator[bytes]:
-        """The digest of the pixels, and the original sizes."""
+        """The digest of all pixels, which of them these are, and the original sizes."""
         yield self.digest.encode()
-        yield np.ascontiguousarray(self.sides, "<i8").tobytes()
+        for column in (self.rows, self.sides):
+            yield np.ascontiguousarray(column, "<i8").tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,6 +209,10 @@ class Pixels:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, chosen: NDArray[np.bool_]) -> Pixels:
+        """The images where `chosen`, shape (N,), is true."""
+        return Pixels(self.images[torch.from_numpy(chosen)], self.labels[chosen])
 
     def identity(self) -> Iterator[bytes]:
         """The pixels."""
@@ -216,6 +232,8 @@ class Dataset:
     classes: tuple[str, ...]
     train: Records | None
     val: Records | None
+    held_out: bool = False
+    """Whether `val` is a part of the training images."""
     notes: tuple[str, ...] = ()
     """What the user should be told."""
 
@@ -245,7 +263,8 @@ def combine(
     name = printable(root.resolve().name)
     if val is None:
         assert training is not None
-        return _hold_out(root, name, *training, config.val_fraction, seed)
+        why = f"{name} has no val/, validation/ or test/"
+        return hold_out(Dataset(name, *training, None), root, config.val_fraction, seed, why)
     classes, held_out = val
     if training is None:
         return Dataset(name, classes, None, held_out)
@@ -258,24 +277,39 @@ def combine(
     return Dataset(name, classes, records, held_out)
 
 
-def _hold_out(
-    root: Path, name: str, classes: tuple[str, ...], records: Encoded, fraction: float, seed: int
+def hold_out(
+    dataset: Dataset, place: os.PathLike[str] | str, fraction: float, seed: int, why: str
 ) -> Dataset:
+    """The data set, validated on a part of its training images.
+
+    Args:
+        place: where it lies, for messages.
+        fraction: of each class.
+        why: the reason, for the user.
+
+    Raises:
+        UserError: no class has two images.
+    """
+    records = dataset.train
+    assert records is not None
     held = _draw_held_out(records, fraction, seed)
     if not held.any():
-        got = "none: there is no val/, and no class has two images to hold one out"
-        raise mistake(root, "validation images", got, "add val/, a folder for each class")
+        got = f"none: {why}, and no class has two images to hold one out"
+        raise mistake(place, "validation images", got, "add val/, a folder for each class")
     note = (
-        f"{name} has no val/, validation/ or test/: {held.sum():,} of its {len(held):,} "
-        f"images ({fraction:.0%} of each class) are held out, drawn by seed {seed}"
+        f"{why}: {held.sum():,} of {len(held):,} training images ({fraction:.0%} of each class) "
+        f"are held out, drawn by seed {seed}"
     )
-    return Dataset(name, classes, records.take(~held), records.take(held), (note,))
+    train, val = records.take(~held), records.take(held)
+    return replace(dataset, train=train, val=val, held_out=True, notes=(note,))
 
 
-def _draw_held_out(records: Encoded, fraction: float, seed: int) -> NDArray[np.bool_]:
+def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which images to hold out: the rounded share of each class, at least one, never all. (N,)."""
-    # By base names, which an archive has in common with the folder that it was made of.
-    words = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
+    if isinstance(records, Pixels):
+        words = np.arange(len(records))
+    else:  # by base names, which an archive has in common with the folder that it was made of
+        words = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
     order = np.lexsort((hashed(seed, crc32(b"held out"), words), records.labels))
     counts = np.bincount(records.labels)
     rank = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -29,6 +29,7 @@ from vitral.data.records import (
     Pixels,
     Split,
     combine,
+    hold_out,
     mistake,
     printable,
     some,
@@ -53,18 +54,22 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
     try:
         match config.path:
             case "digits":
-                return _digits()
+                dataset = _digits()
             case "synthetic":
-                return _synthetic(image_size)
+                dataset = _synthetic(image_size)
             case "cifar10" | "cifar100":
-                return _cifar(config.path)
+                dataset = _cifar(config.path)
             case "imagenette":
-                return _open_folder(_imagenette(), config, seed, train)
+                dataset = _open_folder(_imagenette(), config, seed, train)
             case path:
-                return _open_path(Path(os.path.expanduser(path)), config, seed, train)  # noqa: PTH111
+                dataset = _open_path(Path(os.path.expanduser(path)), config, seed, train)  # noqa: PTH111
     except OSError as error:
         where = error.filename or config.path
         raise mistake(where, "to read it", str(error.strerror), "mend or remove it") from error
+    if config.hold_out and train and not dataset.held_out:
+        why = f"{dataset.name}'s own validation images are left alone"
+        return hold_out(dataset, config.path, config.val_fraction, seed, why)
+    return dataset
 
 
 def _open_path(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:

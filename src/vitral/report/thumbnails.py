@@ -28,7 +28,7 @@ def thumbnail(records: Records, index: int) -> str | None:
             image = _image(records.images[index])
         elif isinstance(records, Packed):
             H, W = (int(length) for length in records.sides[index])
-            image = _image(torch.from_numpy(records.images[index].copy())).resize((W, H))
+            image = _image(torch.from_numpy(records.squares(np.array([index]))[0])).resize((W, H))
         else:
             image = _image(decode(records.read(index)))
     except (OSError, DecodeError):

@@ -2,5 +2,6 @@
 
 from vitral.training.distributed import Interrupted
 from vitral.training.loop import train
+from vitral.training.parts import Parts
 
-__all__ = ["Interrupted", "train"]
+__all__ = ["Interrupted", "Parts", "train"]

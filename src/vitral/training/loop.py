@@ -37,22 +37,25 @@ from vitral.training.distributed import (
 )
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
-from vitral.training.optim import EMA, Optimizer, Schedule
+from vitral.training.optim import EMA, Schedule
 from vitral.training.parallel import Averaged, InFixedOrder, gathered
+from vitral.training.parts import Parts
 from vitral.training.resolve import Resolved, build_model, prepare_device, resolve
 from vitral.training.run import RunFolder, Signals
 
 PATIENCE = 10  # non-finite updates in a row that stop a run
 TOLD = 10  # broken images that are named at once
 BROKEN_SHARE = 0.001  # of the training images
+OWN = Parts()
 
 
-def train(recipe: str | Config = "digits", *arguments: str) -> Path:
+def train(recipe: str | Config = "digits", *arguments: str, parts: Parts = OWN) -> Path:
     """Trains a model, or goes on with a run that is there, and returns the run folder.
 
     Args:
         recipe: the name of a recipe, a YAML file, or settings with `train.out` given.
         arguments: changes to a recipe, as on the command line.
+        parts: another model or optimiser than vitral's, for an experiment.
 
     Raises:
         UserError: for a mistake in the settings or the data.
@@ -65,14 +68,14 @@ def train(recipe: str | Config = "digits", *arguments: str) -> Path:
     device = pick_device(config.train.device)
     with joined(device.type == "cuda") as world, run:
         device = world.together(lambda: world.device(device))
-        notes, dataset, model = world.together(lambda: _prepare(config, run, world))
+        notes, dataset, model = world.together(lambda: _prepare(config, run, world, parts))
         if len({*world.gather(dataset.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same for all processes")
         warnings: list[str] = []
         checkpoint = world.together(lambda: _open(run, world, warnings))
         checkpoint = _from_main(checkpoint, world)
         trainer = world.together(
-            lambda: Trainer(config, dataset, model, device, run, checkpoint, world)
+            lambda: Trainer(config, dataset, model, device, run, checkpoint, world, parts)
         )
         try:
             if world.main:
@@ -85,13 +88,15 @@ def train(recipe: str | Config = "digits", *arguments: str) -> Path:
     return run.path
 
 
-def _prepare(config: Config, run: RunFolder, world: World) -> tuple[list[str], Dataset, ViT]:
+def _prepare(
+    config: Config, run: RunFolder, world: World, parts: Parts
+) -> tuple[list[str], Dataset, ViT]:
     """What is found to be wrong before anything is written."""
     check_processes(config, world.size)
     changes = run.refuse_other_settings(config) if world.main else []
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     begun = checkpoints.steps(run.path / "checkpoints")
-    model = build_model(config, len(dataset.classes), init=not begun)
+    model = build_model(config, len(dataset.classes), init=not begun, build=parts.model)
     return [*dataset.notes, *changes], dataset, model
 
 
@@ -136,11 +141,12 @@ class Trainer:
         run: RunFolder,
         checkpoint: Checkpoint | None,
         world: World,
+        parts: Parts = OWN,
     ) -> None:
         assert dataset.train is not None
         assert dataset.val is not None
         self.config, self.dataset, self.device, self.run = config, dataset, device, run
-        self.world, self.agreement = world, Agreement(world)
+        self.world, self.agreement, self.parts = world, Agreement(world), parts
         self.records, self.val_records = dataset.train, dataset.val
         self.workers = resolve_workers(config.data, self.records, world.local_size)
         self._plan_steps()
@@ -149,10 +155,11 @@ class Trainer:
         self.resolved = self._resolve(checkpoint)
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
+            self._refuse_other_parts(checkpoint)
             self.model.load_state_dict(checkpoint.tensors["model"])
         passes = InFixedOrder if config.train.reproducible else Averaged
         self.passes = passes(self.model, config.train, self.resolved, world)
-        self.optimizer = Optimizer(self.model, config.optim)
+        self.optimizer = parts.optimizer(self.model, config.optim)
         self.ema = EMA(self.model, config.train.ema_decay) if config.train.ema_decay else None
 
         self.step = 0
@@ -169,10 +176,7 @@ class Trainer:
         if checkpoint is not None:
             self._restore(checkpoint)
         sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
-        classes = len(dataset.classes)
-        self.flops = {
-            side: count_flops(config.model, classes, side, training=True) for side in sides
-        }
+        self.flops = {side: self._count_flops(side, training=True) for side in sides}
         # The row of a validation that is still to be done is none to keep.
         undone = self.step in self.evaluations and self.evaluated != self.step
         self.log = MetricsLog(run.path, self.step - undone) if world.main else None
@@ -373,7 +377,9 @@ class Trainer:
         if not self.world.main:
             return
         predictions, missing = None, "the run was resumed after its last validation"
-        if self.shown is not None:
+        if not self.parts.describable:
+            missing = f"the model is another than vitral's: {self.parts.name}"
+        elif self.shown is not None:
             step, scores = self.shown
             name = "best" if step == self.best["step"] else "last"
             found = weights.load(self.run.path / "weights" / name)
@@ -422,7 +428,8 @@ class Trainer:
         best = top1 > self.best["top1"]
         if self.world.main:
             scores[kind].write_tables(self.run.path)
-            self._write_weights(states, ["last", "best"] if best else ["last"])
+            if self.parts.describable:
+                self._write_weights(states, ["last", "best"] if best else ["last"])
         if best:
             self.best = {"step": self.step, "top1": top1}
             self._save_checkpoint()
@@ -467,6 +474,7 @@ class Trainer:
             "classes": self.dataset.classes,
             "fingerprint": self.dataset.fingerprint,
             "config": dataclasses.asdict(self.config),
+            "parts": self.parts.name,
         }
         folder = self.run.path / "checkpoints"
         if self.log is not None:
@@ -490,6 +498,18 @@ class Trainer:
         self.saved = (self.step, self.evaluated)
         self.metrics, self.broken = state["metrics"], dict(state["broken"])
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+
+    def _refuse_other_parts(self, checkpoint: Checkpoint) -> None:
+        began, now = checkpoint.state["parts"], self.parts.name
+        if began != now:
+            raise UserError(
+                f"parts: the run in {self.run.path} has {began or 'those of vitral'}, not "
+                f"{now or 'those of vitral'}; resume it with its own, or start another with --out"
+            )
+
+    def _count_flops(self, side: int, *, training: bool) -> float:
+        model, classes = self.config.model, len(self.dataset.classes)
+        return count_flops(model, classes, side, training=training, build=self.parts.model)
 
     def _note_broken(self, batch: Batch) -> None:
         """Remembers records that could not be decoded."""
@@ -527,11 +547,12 @@ class Trainer:
     def _announce(self) -> None:
         resolved, size = self.resolved, self.config.train.batch_size
         parameters = sum(p.numel() for p in self.optimizer.named.values())
-        flops = count_flops(self.config.model, len(self.dataset.classes))
+        flops = self._count_flops(self.config.model.image_size, training=False)
         if self.world.main:
             self.run.write_environment(
                 resolved=dataclasses.asdict(resolved),
                 workers=self.workers,
+                parts=self.parts.name,
                 parameters=parameters,
                 flops_per_image=flops,
                 training_flops_per_image=3 * self.flops[self.config.model.image_size],

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vitral.config import Config
+from vitral.config import Config, ViTConfig
 from vitral.data.fetch import Decoder, available_cores
 from vitral.data.sampling import derive_seed
 from vitral.model import CHANNELS, ViT
@@ -45,14 +45,21 @@ class Resolved:
         return torch.autocast(self.device, torch.bfloat16)
 
 
-def build_model(config: Config, num_classes: int, *, init: bool) -> ViT:
+def build_model(
+    config: Config,
+    num_classes: int,
+    *,
+    init: bool,
+    build: Callable[[ViTConfig, int], Any] = ViT,
+) -> ViT:
     """The model of a run at its start: drawn by the seed, or begun from `train.init`.
 
     Raises:
         UserError: if the weights to start from do not fit.
     """
     torch.manual_seed(derive_seed("init", config.train.seed))
-    model = ViT(config.model, num_classes)
+    model = build(config.model, num_classes)
+    assert model.state_dict().keys() == {name for name, _ in model.named_parameters()}
     if init and config.train.init is not None:
         start_from(model, config.train.init)
     return model
