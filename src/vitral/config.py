@@ -110,8 +110,8 @@ class ViTConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
     kernels: Literal["auto", "plain"] = "auto"
-    """auto: on a GPU that has them, kernels of vitral's own, where training finds them faster;
-    plain: torch's alone. Weights have the same names and shapes."""
+    """auto: on a GPU that has them, kernels of vitral's own, where training finds them faster, and
+    oneDNN on AMD processors; plain: torch's alone. Weights have the same names and shapes."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape

@@ -36,6 +36,20 @@ from vitral.config import UserError, ViTConfig
 CHANNELS = 3
 
 
+class Linear(nn.Linear):
+    """x W^T + b over the last axis, (..., D) to (..., width)."""
+
+    fused = False  # until training turns it on: see ViT.fuse
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, scale: Tensor | None = None
+    ) -> Tensor:
+        """With a `scale` (D,), what x * scale would give."""
+        weight = self.weight if scale is None else self.weight * scale
+        by_onednn = self.fused and kernels.can_train_by_onednn(x)
+        return (kernels.onednn_linear if by_onednn else F.linear)(x, weight, self.bias)
+
+
 class PatchEmbedding(nn.Module):
     """Cuts images into square patches, flattens them and projects each linearly.
 
@@ -46,7 +60,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.projection = nn.Linear(CHANNELS * patch_size**2, dim)
+        self.projection = Linear(CHANNELS * patch_size**2, dim)
 
     def forward(self, images: Tensor) -> Tensor:
         B, C, H, W = images.shape
@@ -71,13 +85,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(exact, self.scale.shape, self.scale, eps=kernels.EPS).to(x.dtype)
 
 
-def norm_linear(norm: RMSNorm, linear: nn.Linear, x: Tensor) -> Tensor:
+def norm_linear(norm: RMSNorm, linear: Linear, x: Tensor) -> Tensor:
     """linear(norm(x)), tokens (B, N, D) to (B, N, width).
 
     The scale goes into the weights, of which there are few, instead of the tokens: so its gradient
     comes out of the weights' too, without a sum over all tokens.
     """
-    return F.linear(kernels.normalise(x), linear.weight * norm.scale, linear.bias)
+    return linear(kernels.normalise(x), norm.scale)
 
 
 class RoPE2D(nn.Module):
@@ -155,8 +169,8 @@ class GroupedQueryAttention(nn.Module):
         dim, _, self.num_heads, self.num_kv_heads = config.shape
         self.head_size = dim // self.num_heads
         width = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        self.qkv = nn.Linear(dim, width, bias=config.qkv_bias)
-        self.projection = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, width, bias=config.qkv_bias)
+        self.projection = Linear(dim, dim)
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
 
@@ -202,8 +216,8 @@ class FeedForward(nn.Module):
         super().__init__()
         dim = config.shape.dim
         hidden = round(dim * config.mlp_ratio)
-        self.expand = nn.Linear(dim, hidden, bias=config.ffn_bias)
-        self.contract = nn.Linear(hidden, dim, bias=config.ffn_bias)
+        self.expand = Linear(dim, hidden, bias=config.ffn_bias)
+        self.contract = Linear(hidden, dim, bias=config.ffn_bias)
         self.fused = False  # until training has tried it: see ViT.fuse
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
@@ -299,7 +313,7 @@ class ViT(nn.Module):
         rates = [config.stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = Linear(dim, num_classes)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -371,12 +385,12 @@ class ViT(nn.Module):
         return x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
 
     def fuse(self, fused: bool) -> None:
-        """Has the feed-forward networks run vitral's own kernels, where there are some, or not.
+        """Has the parts run vitral's own kernels, where there are some, or not.
 
         With `kernels` plain they never do.
         """
         for module in self.modules():
-            if isinstance(module, FeedForward):
+            if isinstance(module, Linear | FeedForward):
                 module.fused = fused and self.config.kernels == "auto"
 
     @property

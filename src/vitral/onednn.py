@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitral import kernels
 from vitral.model import FeedForward, RMSNorm, ViT
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,14 +32,8 @@ def for_inference(model: ViT) -> ViT:
     The model itself where torch or the processor offers nothing quicker: on a GPU, in another
     precision than float32, on other processors than x86.
     """
-    able = (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, and so not promised
-    )
     fit = all(p.is_cpu and p.dtype == torch.float32 for p in model.parameters())
-    return _twin(model) if able and fit else model
+    return _twin(model) if kernels.has_onednn() and fit else model
 
 
 def _twin(module: M) -> M:

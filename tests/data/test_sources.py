@@ -190,7 +190,9 @@ def test_a_pack_holds_out_what_its_folder_does(tmp_path, capfd, jpeg):
     folder, packed = (opened(tmp_path / name, hold_out=True) for name in ("set", "pack"))
     for split in ("train", "val"):
         here, there = getattr(folder, split), getattr(packed, split)
-        assert [Path(path).name for path in paths(here)] == [Path(path).name for path in paths(there)]
+        assert [Path(path).name for path in paths(here)] == [
+            Path(path).name for path in paths(there)
+        ]
         assert here.labels.tolist() == there.labels.tolist()
     assert packed.fingerprint != opened(tmp_path / "pack").fingerprint
     if not jpeg:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vitral import kernels
-from vitral.model import norm_linear
+from vitral.model import Linear, norm_linear
 
 
 def by_formula(x):
@@ -86,7 +86,9 @@ def test_bf16_errs_no_more_than_the_plain_norm_does():
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
     def ours(x, scale, weight):
-        linear = SimpleNamespace(weight=weight, bias=None)
+        linear = Linear(32, 40, bias=False)
+        del linear.weight
+        linear.weight = weight
         return norm_linear(SimpleNamespace(scale=scale), linear, x)
 
     def plain(x, scale, weight):

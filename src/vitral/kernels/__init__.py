@@ -1,7 +1,18 @@
 """What is fast and specific, behind functions that are called as plain ones would be."""
 
 from vitral.kernels.feed_forward import can_fuse, feed_forward
+from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear
 from vitral.kernels.norm import EPS, normalise
 from vitral.kernels.rows import put_rows, take_rows
 
-__all__ = ["EPS", "can_fuse", "feed_forward", "normalise", "put_rows", "take_rows"]
+__all__ = [
+    "EPS",
+    "can_fuse",
+    "can_train_by_onednn",
+    "feed_forward",
+    "has_onednn",
+    "normalise",
+    "onednn_linear",
+    "put_rows",
+    "take_rows",
+]

@@ -546,6 +546,7 @@ class Trainer:
 
     def _announce(self) -> None:
         resolved, size = self.resolved, self.config.train.batch_size
+        how = {"cuda": " with fused kernels", "cpu": ", linear layers by oneDNN"}
         parameters = sum(p.numel() for p in self.optimizer.named.values())
         flops = self._count_flops(self.config.model.image_size, training=False)
         if self.world.main:
@@ -571,7 +572,7 @@ class Trainer:
             f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs an "
             f"image; {self.total:,} steps of {size} images in micro-batches of "
             f"{resolved.micro_batch}, on {resolved.device} in {resolved.precision}"
-            + (" with fused kernels" if resolved.fused else "")
+            + (how[resolved.device] if resolved.fused else "")
             + f", {resolved.threads} threads, {self.workers} workers"
             + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
         )

@@ -36,7 +36,7 @@ class Resolved:
     processes: int
     decoder: Decoder
     fused: bool
-    """Whether the model runs vitral's own kernels."""
+    """Whether the model runs vitral's own kernels, or on a CPU oneDNN's linear layers."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast, or nothing."""

@@ -22,10 +22,15 @@ ROUNDS, STEPS = 5, 10
 
 @functools.cache
 def fused_is_faster(config: ViTConfig, resolved: Resolved) -> bool:
-    """Tries a norm and a feed-forward network on noise, both passes, in turn.
+    """On a GPU tries a norm and a feed-forward network on noise, both passes, in turn.
 
-    False where there are no kernels for that, or where they fail.
+    False where there are no kernels for that, or where they fail. A CPU is known by its maker, so
+    that the same run is the same to the last bit, whatever else the machine has to do.
     """
+    if resolved.device == "cpu":
+        eager = config.kernels == "auto" and not resolved.compile
+        with resolved.autocast():
+            return eager and kernels.can_train_by_onednn(torch.empty(1))
     side = config.image_size // config.patch_size
     tokens = resolved.micro_batch * (1 + config.num_registers + side**2)
     with resolved.autocast():

@@ -1,0 +1,74 @@
+"""Linear layers of a CPU by oneDNN, forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vitral.kernels.norm import product_dtype
+
+
+def has_onednn() -> bool:
+    """Whether torch offers oneDNN's linear layer here: on x86, and not switched off."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, and so not promised
+    )
+
+
+def can_train_by_onednn(x: Tensor) -> bool:
+    """Whether `onednn_linear` takes x, and is the quicker: float32, on an AMD processor.
+
+    There MKL, which torch gives linear layers to, uses half of the vectors' width. Elsewhere it is
+    not measured.
+    """
+    exact = x.device.type == "cpu" and product_dtype(x) == x.dtype == torch.float32
+    return exact and has_onednn() and _is_amd()
+
+
+@functools.cache
+def _is_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        return False
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, as `F.linear`: x (..., D), W (F, D), b (F,), to (..., F)."""
+    return _Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        wanted = ctx.needs_input_grad
+        return (
+            _product(gradient, weight.mT) if wanted[0] else None,
+            _product(rows.mT, x.flatten(0, -2).mT) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
