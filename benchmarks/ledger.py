@@ -38,7 +38,8 @@ POINTS = 100  # of a curve, at most
 KINDS = {"raw": "val", "ema": "ema"}  # weights, and what the metrics log calls them
 # Settings that runs of one row may differ in; the data are compared by their fingerprint.
 FREE = CHANGEABLE | {"train.seed"}
-UNSAID = FREE - {"data.path"}  # that no row tells
+PATHS = {"data.path", "train.init"}
+UNSAID = FREE - PATHS  # that no row tells
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -329,16 +330,16 @@ def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
 def differences(config: Config, other: Config) -> dict[str, Any]:
     """The settings that differ, without seeds and what cannot change the mathematics.
 
-    Of an absolute path to the data the last name is kept: the rest is its machine's business.
+    Of an absolute path the last name is kept: the rest is its machine's business.
     """
     was = flatten(other)
-    found = {
-        name: value
+    return {
+        name: f"path/to/{Path(value).name}"
+        if name in PATHS and Path(value).is_absolute()
+        else value
         for name, value in flatten(config).items()
         if name not in UNSAID and value != was[name]
     }
-    path = Path(found.get("data.path", ""))
-    return found | {"data.path": f"path/to/{path.name}"} if path.is_absolute() else found
 
 
 def train_command(recipe: str, changes: dict[str, Any]) -> str:
