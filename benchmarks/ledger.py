@@ -334,12 +334,15 @@ def differences(config: Config, other: Config) -> dict[str, Any]:
     """
     was = flatten(other)
     return {
-        name: f"path/to/{Path(value).name}"
-        if name in PATHS and Path(value).is_absolute()
-        else value
+        name: elsewhere(value) if name in PATHS else value
         for name, value in flatten(config).items()
         if name not in UNSAID and value != was[name]
     }
+
+
+def elsewhere(path: str | None) -> str | None:
+    """A path or name as it may stand in a page."""
+    return f"path/to/{Path(path).name}" if path and Path(path).is_absolute() else path
 
 
 def train_command(recipe: str, changes: dict[str, Any]) -> str:

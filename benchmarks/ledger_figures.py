@@ -121,9 +121,9 @@ def draw_scores(rows: Sequence[Row]) -> Iterator[str]:
         yield f'<text class="label" x="{MARGIN + 22}" y="{y - 3:g}">{escape(name(row))}</text>'
         told = f"{spread(scores)} {kind}"
         yield f'<text class="label end" x="{RIGHT}" y="{y - 3:g}">{told}</text>'
-        for score in scores:
-            at = f"{x.place(score):.1f}"
-            yield f'<circle class="dot" fill="{colour}" cx="{at}" cy="{y + 8:g}" r="3.5"/>'
+        for which, score in enumerate(scores):
+            at, down = f"{x.place(score):.1f}", y + 4 + 4 * (which % 3)  # equal ones stay apart
+            yield f'<circle class="dot" fill="{colour}" cx="{at}" cy="{down:g}" r="3"/>'
         at = f"{x.place(statistics.fmean(scores)):.1f}"
         yield f'<path class="mean" stroke="{colour}" d="M{at} {y + 2:g}V{y + 14:g}"/>'
 

@@ -115,9 +115,9 @@ def picture(study: str | None) -> str:
 
 def table(rows: dict[str, Row], way: str) -> str:
     """The rows in Markdown."""
-    lines = [HEADER, ["---"] * len(HEADER)]
-    lines += [cells(row, f"{way}results/{name}.json") for name, row in rows.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [HEADER, *(cells(row, f"{way}results/{name}.json") for name, row in rows.items())]
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(HEADER) + "|", *rest])
 
 
 def cells(row: Row, link: str) -> list[str]:
