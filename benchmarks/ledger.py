@@ -23,10 +23,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitral.config import CHANGEABLE, Config, UserError, flatten
+from vitral.config import CHANGEABLE, Config, UserError, ViTConfig, flatten
 
 if TYPE_CHECKING:
     from vitral.report.gather import Run
@@ -259,8 +260,6 @@ def training_flops(run: Run, classes: int | None, flops_per_image: float | None)
 
     Image sizes are those that the settings give each step. Validation is not counted.
     """
-    from vitral.model import count_flops
-
     config, steps = run.config, int(run.rows[-1]["step"])
     sides = Counter(config.image_size_at(step / steps) for step in range(steps))
     if flops_per_image is not None and len(sides) > 1:
@@ -278,9 +277,17 @@ def training_flops(run: Run, classes: int | None, flops_per_image: float | None)
         each = flops_per_image
         if each is None:
             assert classes is not None
-            each = count_flops(config.model, classes, side, training=True)
+            each = forward_flops(config.model, classes, side)
         total += 3 * each * count * config.train.batch_size
     return total
+
+
+@cache
+def forward_flops(config: ViTConfig, classes: int, side: int) -> float:
+    """Of an image in training, counted once for all seeds."""
+    from vitral.model import count_flops
+
+    return count_flops(config, classes, side, training=True)
 
 
 def entry(run: Run, flops: float) -> Row:
@@ -321,10 +328,16 @@ def curve(run: Run) -> list[list[float | None]]:
 
 def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
     """The recipe with the fewest other settings, and these settings as they are in `config`."""
+    found = {name: differences(config, recipe) for name, recipe in known_recipes().items()}
+    return min(found.items(), key=lambda item: len(item[1]))
+
+
+@cache
+def known_recipes() -> dict[str, Config]:
+    """The recipes that come with vitral, read once for all rows."""
     from vitral import recipes
 
-    found = {name: differences(config, recipes.load(name)) for name in recipes.names()}
-    return min(found.items(), key=lambda item: len(item[1]))
+    return {name: recipes.load(name) for name in recipes.names()}
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:
