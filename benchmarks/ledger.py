@@ -1,0 +1,422 @@
+"""The ledger of results: a file for each row, made from run folders, and the pages that show them.
+
+    python benchmarks/ledger.py add NAME RUN [RUN ...] [--title T] [--data D] [--study S] [--note N]
+    python benchmarks/ledger.py draw [--check]
+
+`add` writes docs/results/NAME.json from finished runs that differ in their seed alone; `draw`
+writes the tables and figures of docs/results.md and README.md anew from these files, and with
+`--check` only tells whether they are what the files say. Scores are those of the last step, never
+of the best validation. A row is quoted with the averaged weights (EMA) where its recipe keeps them
+and with the raw ones elsewhere, whichever score better; both are shown.
+
+Other programs make rows by `summarise` and `write`, and format by `spread`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitral.config import CHANGEABLE, Config, UserError, ViTConfig, flatten
+
+if TYPE_CHECKING:
+    from vitral.report.gather import Run
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent.parent
+POINTS = 100  # of a curve, at most
+KINDS = {"raw": "val", "ema": "ema"}  # weights, and what the metrics log calls them
+# Settings that runs of one row may differ in; the data are compared by their fingerprint.
+FREE = CHANGEABLE | {"train.seed"}
+PATHS = {"data.path", "train.init"}
+UNSAID = FREE - PATHS  # that no row tells
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Runs the command on a checkout; returns 0, 1 for stale pages, 2 for a user's mistake."""
+    options = parse(arguments)
+    try:
+        if options.command == "add":
+            add(options, root)
+            return 0
+        from ledger_pages import draw, stale
+
+        if not options.check:
+            draw(root)
+        elif names := stale(root):
+            print(f"{', '.join(names)}: stale; `python benchmarks/ledger.py draw` mends it")
+            return 1
+    except UserError as error:
+        print(f"ledger: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    adding = commands.add_parser("add", help="write docs/results/NAME.json")
+    option = adding.add_argument
+    option("name", metavar="NAME")
+    option("runs", metavar="RUN", nargs="+", type=Path, help="finished runs, a seed each")
+    option("--title", help="what the row is; else the name of its recipe")
+    option("--data", help="what it was measured on, re-encoding named; else the set's name")
+    option("--study", help="the experiment that it belongs to; else it is a headline row")
+    option("--note", default="", help="what else must be known")
+    option("--commit", help="of the code that trained; else that of this checkout")
+    drawing = commands.add_parser("draw", help="write tables and figures anew")
+    drawing.add_argument("--check", action="store_true", help="only tell whether one is stale")
+    return parser.parse_args(arguments)
+
+
+def add(options: argparse.Namespace, root: Path) -> None:
+    """Writes a row.
+
+    Raises:
+        UserError: for a name that is none, or runs that make no row.
+    """
+    for what, name in (("name", options.name), ("study", options.study)):
+        if name is not None and not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(f"{what}: expected letters, digits and hyphens, got {name!r}")
+    row = summarise(
+        options.runs,
+        title=options.title,
+        data=options.data,
+        study=options.study,
+        note=options.note,
+        commit=options.commit,
+    )
+    path = root / "docs" / "results" / f"{options.name}.json"
+    write(row, path)
+    raw = spread([100 * run["top1"]["raw"] for run in row["runs"]])
+    print(f"{path}: top-1 {spread(quoted(row))}, raw {raw}")
+
+
+def summarise(
+    runs: Sequence[Path],
+    *,
+    title: str | None = None,
+    data: str | None = None,
+    study: str | None = None,
+    note: str = "",
+    commit: str | None = None,
+    command: str | None = None,
+    flops_per_image: float | None = None,
+) -> Row:
+    """The row that finished runs make, a seed each.
+
+    Args:
+        runs: run folders; weights and checkpoints may be missing, and then the data are not
+            compared and `flops_per_image` must be given.
+        title: what the row is; None takes the recipe's name.
+        data: what it was measured on; None takes the last name of `data.path`.
+        study: the experiment that it belongs to; None for a headline row.
+        commit: of the code that trained; None takes that of this checkout.
+        command: what repeats the row, seeds as N; None takes the `vitral train` command, which
+            is true only of models that the settings describe.
+        flops_per_image: of a forward pass in training, for other models than the settings'.
+
+    Raises:
+        UserError: for an unfinished run, or runs that differ in more than their seed.
+    """
+    from vitral.report.gather import read_run
+
+    found = [read_run(path) for path in runs]
+    for run in found:
+        refuse_unfinished(run)
+    known = [data_of(run.path) for run in found]
+    refuse_strangers(found, [facts.get("fingerprint") for facts in known])
+    config = found[0].config
+    recipe, changes = nearest_recipe(config)
+    classes = next((len(facts["classes"]) for facts in known if facts), None)
+    return {
+        "title": title or f"`{recipe}`",
+        "data": data or Path(config.data.path).name,
+        "study": study,
+        "note": note,
+        "commit": commit or head(ROOT),
+        "command": command or train_command(recipe, changes),
+        "hardware": together(hardware(run.environment) for run in found),
+        "versions": {
+            "python": together(run.environment["python"] for run in found),
+            "torch": together(run.environment["packages"]["torch"] for run in found),
+            "vitral": together(run.environment["packages"]["vitral"] for run in found),
+        },
+        "config": differences(config, Config()),
+        "runs": sorted(
+            (entry(run, training_flops(run, classes, flops_per_image)) for run in found),
+            key=lambda run: run["seed"],
+        ),
+    }
+
+
+def write(row: Row, path: Path) -> None:
+    """Writes a row as JSON with sorted keys: the same row gives the same bytes."""
+    from vitral.storage import replacing
+
+    text = json.dumps(row, indent=1, sort_keys=True, ensure_ascii=False)
+    # Numbers of a list on one line. No string of JSON holds a line break, so none is touched.
+    text = re.sub(
+        r'\[\n[^][{}"]*\]',
+        lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"),
+        text,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Row]:
+    """The rows of a folder by name, numbers in names in their order.
+
+    Raises:
+        UserError: for a file that is no JSON.
+    """
+    rows = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: by_number(path.stem)):
+        try:
+            rows[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: expected JSON, got {error}; add the row again") from None
+    return rows
+
+
+def by_number(name: str) -> list[str | int]:
+    """A key that sorts 4 before 16."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation, as 94.12 ± 0.08; of one value, the value alone."""
+    mean = f"{statistics.fmean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def quoted(row: Row) -> list[float]:
+    """The top-1, in per cent, of each seed that a row is quoted with: the EMA's where kept."""
+    return [100 * run["top1"].get("ema", run["top1"]["raw"]) for run in row["runs"]]
+
+
+def refuse_unfinished(run: Run) -> None:
+    """Raises UserError for a run whose last step is not taken and validated."""
+    if not run.finished:
+        epoch = run.rows[-1]["epoch"] if run.rows else 0
+        raise UserError(
+            f"{run.path}: expected a finished run of {run.config.train.epochs} epochs, got "
+            f"{epoch:.3g}; the command that began it goes on"
+        )
+    if not run.environment:
+        raise UserError(
+            f"{run.path}: expected env.json, got none that can be read; restore it, or train again"
+        )
+
+
+def refuse_strangers(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> None:
+    """Raises UserError for runs that are not seeds of one row."""
+    first, seeds = runs[0], set()
+    settings = flatten(first.config)
+    for run, fingerprint in zip(runs, fingerprints, strict=True):
+        for name, value in flatten(run.config).items():
+            if name not in FREE and value != settings[name]:
+                raise UserError(
+                    f"{run.path}: {name}: expected {settings[name]} as in {first.path}, got "
+                    f"{value}; make another row of it"
+                )
+        if None not in (fingerprint, fingerprints[0]) and fingerprint != fingerprints[0]:
+            raise UserError(
+                f"{run.path}: expected the data of {first.path}, got others; make another row of it"
+            )
+        seed = run.config.train.seed
+        if seed in seeds:
+            raise UserError(
+                f"{run.path}: expected another seed than those before it, got {seed} again; "
+                "name each seed's run once"
+            )
+        seeds.add(seed)
+
+
+def data_of(run: Path) -> dict[str, Any]:
+    """What weights or a checkpoint know of the data, "classes" and "fingerprint"; else nothing."""
+    places = (run / "weights" / "last" / "config.json", *run.glob("checkpoints/step_*/state.json"))
+    for path in places:
+        if path.is_file():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return {}
+
+
+def training_flops(run: Run, classes: int | None, flops_per_image: float | None) -> float:
+    """Floating-point operations of the whole training: three forward passes an image.
+
+    Image sizes are those that the settings give each step. Validation is not counted.
+    """
+    config, steps = run.config, int(run.rows[-1]["step"])
+    sides = Counter(config.image_size_at(step / steps) for step in range(steps))
+    if flops_per_image is not None and len(sides) > 1:
+        raise UserError(
+            f"{run.path}: flops_per_image: expected images of one size, got {sorted(sides)}; "
+            "leave train.progressive out"
+        )
+    if flops_per_image is None and classes is None:
+        raise UserError(
+            f"{run.path}: expected weights or a checkpoint, which know the number of classes, got "
+            "neither; give flops_per_image"
+        )
+    total = 0.0
+    for side, count in sides.items():
+        each = flops_per_image
+        if each is None:
+            assert classes is not None
+            each = forward_flops(config.model, classes, side)
+        total += 3 * each * count * config.train.batch_size
+    return total
+
+
+@cache
+def forward_flops(config: ViTConfig, classes: int, side: int) -> float:
+    """Of an image in training, counted once for all seeds."""
+    from vitral.model import count_flops
+
+    return count_flops(config, classes, side, training=True)
+
+
+def entry(run: Run, flops: float) -> Row:
+    """What one seed came to at its last step."""
+    last = run.rows[-1]
+    kept = {name: kind for name, kind in KINDS.items() if f"{kind}_top1" in last}
+    scores = {
+        measure: {name: last[f"{kind}_{measure}"] for name, kind in kept.items()}
+        for measure in ("top1", "top5", "loss")
+    }
+    return {
+        "seed": run.config.train.seed,
+        "steps": last["step"],
+        "images": last["images"],
+        "epochs": round(last["epoch"], 3),
+        "flops": flops,
+        "minutes": round(last["seconds"] / 60, 2),
+        "top1": scores["top1"],
+        "top5": scores["top5"],
+        "val_loss": scores["loss"],
+        "memory_gb": max(row["memory_gb"] for row in run.rows),
+        "images_per_second": statistics.median(row["images_per_second"] for row in run.rows),
+        "curve": curve(run),
+    }
+
+
+def curve(run: Run) -> list[list[float | None]]:
+    """Images seen, training loss, raw top-1 and the EMA's of each validation, or of 100 of them."""
+    rows = run.validations
+    if len(rows) > POINTS:
+        rows = [rows[round(i * (len(rows) - 1) / (POINTS - 1))] for i in range(POINTS)]
+    names = ("loss", "val_top1", "ema_top1")
+    return [
+        [row["images"], *(round(row[name], 5) if name in row else None for name in names)]
+        for row in rows
+    ]
+
+
+def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
+    """The recipe with the fewest other settings, and these settings as they are in `config`."""
+    found = {name: differences(config, recipe) for name, recipe in known_recipes().items()}
+    return min(found.items(), key=lambda item: len(item[1]))
+
+
+@cache
+def known_recipes() -> dict[str, Config]:
+    """The recipes that come with vitral, read once for all rows."""
+    from vitral import recipes
+
+    return {name: recipes.load(name) for name in recipes.names()}
+
+
+def differences(config: Config, other: Config) -> dict[str, Any]:
+    """The settings that differ, without seeds and what cannot change the mathematics.
+
+    Of an absolute path the last name is kept: the rest is its machine's business.
+    """
+    was = flatten(other)
+    return {
+        name: elsewhere(value) if name in PATHS else value
+        for name, value in flatten(config).items()
+        if name not in UNSAID and value != was[name]
+    }
+
+
+def elsewhere(path: str | None) -> str | None:
+    """A path or name as it may stand in a page."""
+    return f"path/to/{Path(path).name}" if path and Path(path).is_absolute() else path
+
+
+def train_command(recipe: str, changes: dict[str, Any]) -> str:
+    """`vitral train` with a recipe and what is changed of it, for any seed N."""
+    words = [word for name, value in changes.items() for word in flags(name, value)]
+    return shlex.join(["vitral", "train", recipe, *words, "--train.seed", "N"])
+
+
+def flags(name: str, value: Any) -> list[str]:
+    """A setting as the command line takes it."""
+    section, key = name.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return [f"--{section}.{'' if value else 'no-'}{key}"]
+    return [f"--{section}.{key}", *map(str, plain(value))]
+
+
+def plain(value: Any) -> list[Any]:
+    """The values of nested tuples in a row."""
+    return (
+        [part for inner in value for part in plain(inner)] if isinstance(value, tuple) else [value]
+    )
+
+
+def hardware(environment: dict[str, Any]) -> str:
+    """What a run was on, as env.json tells it."""
+    resolved = environment["resolved"]
+    processes, threads = resolved["processes"], resolved["threads"]
+    if resolved["device"] == "cuda":
+        text = f"{processes} x {environment['gpu']}" if processes > 1 else environment["gpu"]
+    else:
+        text = f"{environment['cpu_cores']} CPU cores, {threads} thread{'s' * (threads > 1)}"
+        text += f" in each of {processes} processes" if processes > 1 else ""
+    return f"{text}, {resolved['precision']}"
+
+
+def together(values: Iterable[str]) -> str:
+    """The different ones of some texts."""
+    return "; ".join(sorted(set(values)))
+
+
+def head(checkout: Path) -> str:
+    """The commit of a checkout, with -dirty where its code differs from it.
+
+    Pages and rows are no code: a row drawn leaves the next one clean.
+
+    Raises:
+        UserError: where git knows none.
+    """
+    git = ["git", "-C", str(checkout)]
+    changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks"]
+    try:
+        commit, status = (
+            subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+            for words in ([*git, "rev-parse", "--short=12", "HEAD"], changed)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(
+            f"commit: expected a git checkout at {checkout}, got none; give --commit"
+        ) from None
+    return f"{commit}-dirty" if status else commit
+
+
+if __name__ == "__main__":
+    sys.exit(main())

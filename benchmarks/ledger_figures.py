@@ -1,0 +1,155 @@
+"""The ledger's figures: SVG written by hand, the same bytes for the same rows, whatever draws.
+
+A panel of curves and one of last scores for each data set, as scores of different sets do not
+compare. Axes are those of vitral's reports. The ground is opaque and light, in a dark page, too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from ledger import Row, quoted, spread
+from markupsafe import escape
+
+from vitral.report.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, Axis
+
+WIDTH = 400  # of a panel, as those of reports
+TITLE = 50  # height of a data set's name above its panels
+MARGIN = 24  # left of the scores
+PITCH = 34  # height of a row's scores
+LETTERS = 40  # of a title that fit beside its score
+STYLE = """\
+text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#545d68}
+.name{font-size:14px;font-weight:600;fill:#1b1f24}.mid{text-anchor:middle}.end{text-anchor:end}
+.label{fill:#1b1f24;paint-order:stroke;stroke:#ffffff;stroke-width:4px}.grid{stroke:#d5dae0;fill:none}.line{fill:none;stroke-width:1.8}
+.dashed{stroke-dasharray:5 3}.band{opacity:.16}.dot{opacity:.55}.mean{stroke-width:2.5}
+"""
+COLOURS = ("#0b5cad", "#b3400a", "#17702f", "#7a3fd1", "#b02a80", "#6b5900")
+
+
+def figure(rows: Sequence[Row]) -> str:
+    """An SVG document of rows, in their order, data set after data set."""
+    parts, top, told = [], 0.0, []
+    by_data = sorted(rows, key=lambda row: row["data"])
+    for data, found in groupby(by_data, key=lambda row: row["data"]):
+        group = list(found)
+        parts.append(f'<g transform="translate(0 {top:g})">{panels(str(data), group)}</g>')
+        top += TITLE + height(len(group))
+        told += [f"{name(row)} {spread(quoted(row))}% on {data}" for row in group]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {top:g}" role="img">\n'
+        f"<title>Top-1 at the last step: {escape('; '.join(told))}</title>\n"
+        f"<style>\n{STYLE}</style>\n"
+        f'<rect width="{2 * WIDTH}" height="{top:g}" fill="#ffffff"/>\n{"".join(parts)}</svg>\n'
+    )
+
+
+def height(count: int) -> float:
+    """Of the panels of so many rows."""
+    return max(HEIGHT, foot(count) + HEIGHT - BOTTOM) + 10
+
+
+def foot(count: int) -> float:
+    """Where the scores of so many rows end."""
+    return TOP + PITCH * count + 4
+
+
+def panels(data: str, rows: Sequence[Row]) -> str:
+    """Both panels of a data set, below its name."""
+    curves, scores = "\n".join(draw_curves(rows)), "\n".join(draw_scores(rows))
+    return (
+        f'<text class="name" x="{LEFT}" y="22">{escape(data)}</text>\n'
+        f'<g transform="translate(0 {TITLE})">{curves}</g>\n'
+        f'<g transform="translate({WIDTH} {TITLE})">{scores}</g>\n'
+    )
+
+
+def draw_curves(rows: Sequence[Row]) -> Iterator[str]:
+    """Top-1 against images seen: a line through the means, in a band from least to greatest."""
+    curves = [curve(row) for row in rows]
+    most = max(images for points in curves for images, _ in points)
+    unit, word = (1e6, "millions") if most >= 2e6 else (1e3, "thousands")
+    seen = [value for points in curves for _, values in points for value in values]
+    x = Axis.exact(0, most / unit, LEFT, RIGHT)
+    y = Axis.rounded(min(seen), max(seen), BOTTOM, TOP)
+    yield from (*x.grid(vertical=True), *y.grid(vertical=False))
+    middle, below = (LEFT + RIGHT) / 2, BOTTOM + 30
+    yield f'<text class="mid" x="{middle:g}" y="{below}">images seen ({word})</text>'
+    yield heading("validation top-1 (%): mean and range of the seeds", LEFT)
+    for number, points in enumerate(curves):
+        colour, dashed = paint(number)
+        at = [x.place(images / unit) for images, _ in points]
+        columns = [[y.place(value) for value in values] for _, values in points]
+        around = path(at, map(max, columns)) + " " + path(at[::-1], map(min, columns[::-1]))
+        if len(rows[number]["runs"]) > 1:
+            yield f'<polygon class="band" fill="{colour}" points="{around}"/>'
+        means = path(at, map(statistics.fmean, columns))
+        yield f'<polyline class="line{dashed}" stroke="{colour}" points="{means}"/>'
+
+
+def curve(row: Row) -> list[tuple[float, list[float]]]:
+    """Images seen, and the top-1 in per cent of each seed, where all seeds were validated.
+
+    Of the weights that the row is quoted with.
+    """
+    seeds = []
+    for run in row["runs"]:
+        column = 3 if "ema" in run["top1"] else 2
+        seeds.append({point[0]: 100 * point[column] for point in run["curve"]})
+    shared = sorted(set.intersection(*(set(seed) for seed in seeds)))
+    return [(images, [seed[images] for seed in seeds]) for images in shared]
+
+
+def draw_scores(rows: Sequence[Row]) -> Iterator[str]:
+    """Top-1 at the last step: a dot a seed, a line at the mean, beside names and figures."""
+    values = [quoted(row) for row in rows]
+    bottom = foot(len(rows))
+    x = Axis.rounded(min(map(min, values)), max(map(max, values)), MARGIN, RIGHT)
+    for tick in x.ticks:
+        at = f"{x.place(tick):.1f}"
+        yield f'<path class="grid" d="M{at} {TOP}V{bottom:g}"/>'
+        yield f'<text class="mid" x="{at}" y="{bottom + 15:g}">{tick:,.6g}</text>'
+    yield heading("top-1 (%) at the last step: each seed, and the mean", MARGIN)
+    for number, (row, scores) in enumerate(zip(rows, values, strict=True)):
+        colour, _ = paint(number)
+        y = TOP + PITCH * (number + 0.5)
+        kind = "EMA" if "ema" in row["runs"][0]["top1"] else "raw"
+        yield key(number, MARGIN, y - 7)
+        yield f'<text class="label" x="{MARGIN + 22}" y="{y - 3:g}">{escape(name(row))}</text>'
+        told = f"{spread(scores)} {kind}"
+        yield f'<text class="label end" x="{RIGHT}" y="{y - 3:g}">{told}</text>'
+        for which, score in enumerate(scores):
+            at, down = f"{x.place(score):.1f}", y + 4 + 4 * (which % 3)  # equal ones stay apart
+            yield f'<circle class="dot" fill="{colour}" cx="{at}" cy="{down:g}" r="3"/>'
+        at = f"{x.place(statistics.fmean(scores)):.1f}"
+        yield f'<path class="mean" stroke="{colour}" d="M{at} {y + 2:g}V{y + 14:g}"/>'
+
+
+def name(row: Row) -> str:
+    """The title as plain text, cut where it would run into figures."""
+    text = str(row["title"]).replace("`", "")
+    return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
+
+
+def paint(number: int) -> tuple[str, str]:
+    """The colour of a row's line, and a class where the colours begin anew."""
+    again, which = divmod(number, len(COLOURS))
+    return COLOURS[which], " dashed" if again % 2 else ""
+
+
+def key(number: int, x: float, y: float) -> str:
+    """A piece of a row's line."""
+    colour, dashed = paint(number)
+    return f'<path class="line{dashed}" stroke="{colour}" d="M{x:g} {y:g}h16"/>'
+
+
+def path(x: Sequence[float], y: Any) -> str:
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+def heading(text: str, x: float) -> str:
+    """Above a panel."""
+    return f'<text x="{x:g}" y="-4">{text}</text>'

@@ -1,0 +1,153 @@
+"""The ledger's tables and figures in docs/results.md and README.md, as docs/results/*.json say.
+
+A table stands between `<!-- ledger -->`, of a study `<!-- ledger: STUDY -->`, and `<!-- end -->`.
+README.md has the headline rows alone; their commands stand in docs/results.md.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from ledger import Row, read, spread
+from ledger_figures import figure
+
+from vitral.config import UserError
+from vitral.storage import replacing
+
+PAGES = {"docs/results.md": "", "README.md": "docs/"}  # and the way from each to docs
+BLOCK = re.compile(r"(<!-- ledger(?:: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+EMPTY = "Nothing measured yet."
+KINDS = ("ema", "raw")
+HEADER = (
+    "what",
+    "data",
+    "seeds",
+    "images seen",
+    "training FLOPs",
+    "hardware",
+    "minutes",
+    "top-1, EMA",
+    "top-1, raw",
+    "commit",
+)
+
+
+def draw(root: Path) -> None:
+    """Writes what is stale, and removes figures that no row is in.
+
+    Raises:
+        UserError: for a study or headline rows that a page has no place for.
+    """
+    wanted = contents(root)
+    for name in stale(root):
+        print(name)
+        if name not in wanted:
+            (root / name).unlink()
+            continue
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(root / name) as file:
+            file.write_text(wanted[name], encoding="utf-8")
+
+
+def stale(root: Path) -> list[str]:
+    """Pages and figures, as paths from the root, that are not what the rows say."""
+    wanted = contents(root)
+    there = {f"docs/images/{path.name}" for path in root.glob("docs/images/results*.svg")}
+    return [name for name in sorted(wanted.keys() | there) if text(root / name) != wanted.get(name)]
+
+
+def text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def contents(root: Path) -> dict[str, str]:
+    """What pages and figures have to hold, by their paths from the root."""
+    studies: dict[str | None, dict[str, Row]] = {}
+    for name, row in read(root / "docs" / "results").items():
+        studies.setdefault(row["study"], {})[name] = row
+    wanted = {name: filled(root, name, way, studies) for name, way in PAGES.items()}
+    for study, rows in studies.items():
+        wanted[f"docs/{picture(study)}"] = figure(list(rows.values()))
+    return wanted
+
+
+def filled(root: Path, page: str, way: str, studies: dict[str | None, dict[str, Row]]) -> str:
+    """A page with its blocks written anew."""
+    was = (root / page).read_text(encoding="utf-8")
+    places = {found[2] for found in BLOCK.finditer(was)}
+    needed = {None} if page == "README.md" else studies.keys()
+    for study in sorted(needed - places, key=str):
+        mark = f"<!-- ledger{f': {study}' if study else ''} -->"
+        raise UserError(f"{page}: expected a line {mark}, and <!-- end --> after it; add both")
+    whole = page != "README.md"
+    return BLOCK.sub(
+        lambda found: (
+            f"{found[1]}\n{block(found[2], studies.get(found[2], {}), way, whole)}\n\n{found[3]}"
+        ),
+        was,
+    )
+
+
+def block(study: str | None, rows: dict[str, Row], way: str, commands: bool) -> str:
+    """Table, figure, and what repeats the rows."""
+    if not rows:
+        return EMPTY
+    place = f"{way}{picture(study)}"
+    about = f"Validation top-1 against images seen, and at the last step{of_study(study)}"
+    parts = [table(rows, way), f"[![{about}]({place})]({place})"]
+    if commands:
+        lines = dict.fromkeys(row["command"] for row in rows.values())
+        parts.append("```sh\n" + "\n".join(lines) + "\n```")
+    return "\n\n".join(parts)
+
+
+def of_study(study: str | None) -> str:
+    return f": {study}" if study else ""
+
+
+def picture(study: str | None) -> str:
+    """The path of a study's figure from docs."""
+    return f"images/results{f'-{study}' if study else ''}.svg"
+
+
+def table(rows: dict[str, Row], way: str) -> str:
+    """The rows in Markdown."""
+    lines = [HEADER, *(cells(row, f"{way}results/{name}.json") for name, row in rows.items())]
+    head, *rest = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(HEADER) + "|", *rest])
+
+
+def cells(row: Row, link: str) -> list[str]:
+    """A row's cells; the top-1 that it is quoted with is bold."""
+    runs = row["runs"]
+    scores = {kind: [100 * r["top1"][kind] for r in runs if kind in r["top1"]] for kind in KINDS}
+    ema, raw = (spread(scores[kind]) if scores[kind] else "" for kind in KINDS)
+    note = f"<br>{row['note']}" if row["note"] else ""
+    found = [
+        f"[{row['title']}]({link}){note}",
+        row["data"],
+        ", ".join(str(run["seed"]) for run in runs),
+        f"{statistics.fmean(run['images'] for run in runs):,.0f}",
+        operations(statistics.fmean(run["flops"] for run in runs)),
+        row["hardware"],
+        minutes([run["minutes"] for run in runs]),
+        f"**{ema}**" if ema else "none",
+        raw if ema else f"**{raw}**",
+        f"`{row['commit']}`",
+    ]
+    return [cell.replace("|", "\\|") for cell in found]
+
+
+def operations(flops: float) -> str:
+    """FLOPs with three digits, in PFLOPs, or from a tenth of an EFLOP on in EFLOPs."""
+    unit, word = (1e18, "EFLOPs") if flops >= 1e17 else (1e15, "PFLOPs")
+    return f"{flops / unit:.3g} {word}"
+
+
+def minutes(values: Sequence[float]) -> str:
+    """The mean, to a tenth below a hundred."""
+    mean = statistics.fmean(values)
+    return f"{mean:.1f}" if mean < 100 else f"{mean:,.0f}"
