@@ -19,7 +19,6 @@ from vitral.model import CHANNELS, ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.trial import fused_is_faster
-from vitral.weights import start_from
 
 CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
 
@@ -45,17 +44,10 @@ class Resolved:
         return torch.autocast(self.device, torch.bfloat16)
 
 
-def build_model(config: Config, num_classes: int, *, init: bool) -> ViT:
-    """The model of a run at its start: drawn by the seed, or begun from `train.init`.
-
-    Raises:
-        UserError: if the weights to start from do not fit.
-    """
+def build_model(config: Config, num_classes: int) -> ViT:
+    """The model of a run, as the seed draws it."""
     torch.manual_seed(derive_seed("init", config.train.seed))
-    model = ViT(config.model, num_classes)
-    if init and config.train.init is not None:
-        start_from(model, config.train.init)
-    return model
+    return ViT(config.model, num_classes)
 
 
 def resolve(
