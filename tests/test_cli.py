@@ -1,3 +1,4 @@
+import dataclasses
 import fcntl
 import json
 import os
@@ -7,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vitral import storage
+from vitral import recipes, storage, weights
 from vitral.cli import main
+from vitral.config import ViTConfig
+from vitral.model import ViT
 from vitral.training.metrics import read_rows
 
 TINY = "--model.dim 16 --model.depth 1 --model.patch-size 4 --train.threads 1".split()
@@ -254,15 +258,93 @@ def test_corrupt_weights_are_refused(run, mistake, tmp_path, name):
     mistake(["val", tmp_path / "weights"], "weights")
 
 
-def test_init_takes_weights_with_other_classes(image_folder, run, tmp_path, capsys):
-    folder = tmp_path / "images"
+@pytest.fixture(scope="module")
+def three_classes(image_folder, tmp_path_factory):
+    """The small image folder with one class more."""
+    folder = tmp_path_factory.mktemp("three") / "images"
     shutil.copytree(image_folder, folder)
     for split in ("train", "val"):
         shutil.copytree(folder / split / "light", folder / split / "white")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def odd_run(image_folder, tmp_path_factory):
+    """A run of one step whose model no recipe has."""
+    out = tmp_path_factory.mktemp("runs") / "odd"
+    more = (
+        "--model.dim 24 --model.num-heads 2 --model.num-kv-heads 1 --model.qk-norm --model.depth 2"
+    )
+    more += " --model.num-registers 2 --model.layer-scale 0.1 --model.no-qkv-bias"
+    more += " --model.pooling mean --train.ema-decay 0.5 --train.epochs 1 --train.batch-size 40"
+    assert main(folder_settings(image_folder, out, *more.split())) == 0
+    return out
+
+
+FINETUNE = "--train.batch-size 4 --train.threads 1 --train.epochs 1 --optim.warmup-epochs 0".split()
+
+
+def test_init_takes_weights_with_other_classes(three_classes, run, tmp_path, capsys):
     out = tmp_path / "tuned"
     more = ["--init", str(run), "--model.image-size", "20", "--optim.layer-decay", "0.7"]
-    assert main(folder_settings(folder, out, *more)) == 0
+    assert main(folder_settings(three_classes, out, *more)) == 0
     assert storage.read_tensors(out / "weights" / "last", "model")["head.weight"].shape == (3, 16)
+    said = f"begins from the weights in {run}; drawn anew: head.bias, head.weight"
+    assert said in (out / "train.log").read_text()
+
+
+def test_all_but_the_head_is_copied_exactly(three_classes, odd_run, tmp_path):
+    """At a rate at which no float32 moves, what a run ends with is what it began with."""
+    out = tmp_path / "tuned"
+    still = ["--optim.lr", "1e-30", "--model.image-size", "32"]
+    words = ["train", "imagenet-finetune", "--data", str(three_classes), "--out", str(out)]
+    assert main([*words, "--init", str(odd_run), *FINETUNE, *still]) == 0
+    source = weights.load(odd_run).model.state_dict()
+    tuned = storage.read_tensors(out / "weights" / "last", "model")
+    assert tuned.keys() == source.keys()
+    other = {name for name in source if not torch.equal(source[name], tuned[name])}
+    assert other == {"head.weight", "head.bias"}
+    assert tuned["head.weight"].shape == (3, 24)
+
+
+def test_a_recipe_without_a_model_takes_that_of_the_weights(odd_run, image_folder, tmp_path):
+    out = tmp_path / "tuned"
+    words = ["train", "imagenet-finetune", "--data", str(image_folder), "--out", str(out)]
+    words += ["--init", str(odd_run), *FINETUNE, "--model.image-size", "32"]
+    assert main(words) == 0
+    assert "drawn anew: none" in (out / "train.log").read_text()
+    was = weights.load(odd_run).description.config.model
+    settings = recipes.load(str(out / "config.yaml"))
+    recipe = recipes.load("imagenet-finetune").model
+    assert settings.model == dataclasses.replace(
+        was, image_size=32, stochastic_depth=recipe.stochastic_depth
+    )
+    # What the run wrote stands by itself: the weights may go, and the settings are a recipe still.
+    shutil.move(odd_run, tmp_path / "away")
+    try:
+        again = ["train", str(out / "config.yaml"), "--out", str(out), "--train.eval-every", "2"]
+        assert main(again) == 0
+    finally:
+        shutil.move(tmp_path / "away", odd_run)
+
+
+def test_the_weights_of_a_preset_are_named_by_it(run, tmp_path):
+    """Otherwise `--model.size` would be heard and not followed."""
+    (tmp_path / "tune.yaml").write_text("train: {epochs: 20}")
+    trained = weights.load(run).description
+    config = dataclasses.replace(trained.config, model=ViTConfig(size="ti"))
+    description = weights.describe(config, trained.classes, trained.fingerprint, {})
+    weights.save(tmp_path / "ti", {"model": ViT(config.model, 2).state_dict()}, description)
+    load = partial(weights.load_settings, str(tmp_path / "tune.yaml"))
+    assert load(["--init", str(tmp_path / "ti")]).model == ViTConfig(size="ti")
+    other = load(["--init", str(tmp_path / "ti"), "--model.size", "b"]).model
+    assert other == ViTConfig(size="b")
+
+
+def test_a_recipe_for_tuning_wants_weights(image_folder, mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "imagenet-finetune", "--data", image_folder, "--out", tmp_path / "out"]
+    mistake(words, "weights: runs/imagenet-b16-300ep: no such folder")
 
 
 def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+import torch
 import yaml
 
 import vitral
@@ -238,3 +239,33 @@ def test_readme_names_the_sizes_that_models_have():
 def test_package_data_and_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [d for d in project["dependencies"] if "<" in d or "==" in d]
+
+
+PROTOTYPE = {"s": 10_399, "b": 3_955, "l": 1_268}  # images/s at 224 px, as the page says
+
+
+def test_what_imagenet_takes_is_what_vitral_counts():
+    """Each row of the table of sizes and work in docs/imagenet.md, computed anew."""
+    from vitral import recipes
+    from vitral.model import ViT, count_flops
+
+    page = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(imagenet-[^`]+)`.*? \| ([\d,]+) \| (\d+) \| (.*) \|$", page, re.M)
+    assert {row[0] for row in rows} == {n for n in recipes.names() if n.startswith("imagenet-")}
+    for name, parameters, epochs, rest in rows:
+        more = ["--model.size", "b"] if name == "imagenet-finetune" else []
+        config = recipes.load(name, more)
+        with torch.device("meta"):
+            assert f"{sum(p.numel() for p in ViT(config.model, 1000).parameters()):,}" == parameters
+        assert config.train.epochs == int(epochs)
+        stages = config.train.progressive or ((config.model.image_size, 1.0),)
+        counts = [count_flops(config.model, 1000, side) for side, _ in stages]
+        seen = 1_281_167 * config.train.epochs
+        mean = sum(n * share for n, (_, share) in zip(counts, stages, strict=True))
+        forward = [f"{n / 1e9:.3f}" for n in counts]
+        images, each, total, hours = rest.split(" | ")
+        assert images == f"{seen:,}"
+        assert re.findall(r"[\d.]+", each) == forward
+        assert total == f"{3 * mean * seen / 1e18:.2f} E"
+        rate = PROTOTYPE[config.model.size] * count_flops(config.model, 1000, 224) / mean
+        assert hours == f"{seen / rate / 3600:.1f}"

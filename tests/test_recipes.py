@@ -93,9 +93,27 @@ def test_names():
         "imagenette128",
         "imagenet-s16-90ep",
         "imagenet-s16-300ep",
+        "imagenet-s16-800ep",
         "imagenet-b16-300ep",
         "imagenet-l16-400ep",
+        "imagenet-finetune",
     }
+
+
+IMAGENET = [name for name in recipes.names() if name.startswith("imagenet-")]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_each_value_for_imagenet_has_its_source_beside_it(name):
+    lines = recipes.text(name).split("\n\nmodel:\n")[1].splitlines()
+    bare = [line for line in lines if line.startswith(" ") and "  # " not in line]
+    assert bare == []
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_only_a_recipe_for_tuning_leaves_its_model_to_the_weights(name):
+    tunes = recipes.load(name).train.init is not None
+    assert recipes.names_model(name) != tunes
 
 
 @pytest.mark.parametrize(

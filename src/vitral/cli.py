@@ -280,7 +280,12 @@ def _load(words: list[str], program: str, about: str) -> Config:
     from vitral import recipes
 
     if words and not words[0].startswith("-"):
-        return recipes.load(words[0], words[1:], program=program, about=about)
+        config = recipes.load(words[0], words[1:], program=program, about=about)
+        if config.train.init is None:
+            return config
+        from vitral.weights import load_settings
+
+        return load_settings(words[0], words[1:], program=program, about=about)
     config = recipes.load("digits", words, program=program, about=about)
     if config.data.path == "digits":
         return config

@@ -326,8 +326,8 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of weights; 0 turns it off."""
     init: str | None = None
-    """Weights to start from, a path or hf-hub:owner/name; another number of classes gets a new
-    head."""
+    """Weights to start from, a path or hf-hub:owner/name; a recipe that names no model takes
+    theirs, and another number of classes gets a new head."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -9,7 +9,7 @@ manifest.json       sizes and SHA-256 of the above
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from vitral import hub, storage
-from vitral.config import Config, UserError, from_sections
+from vitral import hub, recipes, storage
+from vitral.config import PRESETS, Config, UserError, ViTConfig, from_sections
 from vitral.model import ViT
 
 SCHEMA = 2
@@ -116,6 +116,31 @@ def find(path: str | Path) -> Path:
         f"weights: {path}: {what}; expected a folder with config.json and model.safetensors, "
         f"such as runs/NAME or runs/NAME/weights/best{hint}"
     )
+
+
+def load_settings(
+    source: str, arguments: Sequence[str] = (), *, program: str = "vitral train", about: str = ""
+) -> Config:
+    """`recipes.load`, where a recipe that names no model takes that of the weights in `train.init`.
+
+    What the recipe or the arguments say of the model still holds, such as its image size. A run's
+    `config.yaml` names its model, so that it neither asks the weights nor hangs on them.
+
+    Raises:
+        UserError: for an unknown recipe, key or value, or weights that are not there.
+    """
+    config = recipes.load(source, arguments, program=program, about=about)
+    if config.train.init is None or recipes.names_model(source):
+        return config
+    default = Config(model=_as_preset(load(config.train.init).description.config.model))
+    return recipes.load(source, arguments, default=default, program=program, about=about)
+
+
+def _as_preset(model: ViTConfig) -> ViTConfig:
+    """The same model without the fields that its size gives, so that another size alters them."""
+    if model.shape != PRESETS[model.size]:
+        return model
+    return dataclasses.replace(model, **dict.fromkeys(model.shape._fields))
 
 
 def start_from(model: ViT, path: str | Path) -> list[str]:

@@ -333,7 +333,7 @@ def test_reproducible_to_the_last_bit(pictures, tmp_path, reproduced, size):
 def test_reproducible_is_one_thread():
     """torchrun gives each process one, where a plain run takes all cores."""
     config = recipes.load("digits", ["--train.reproducible"])
-    model = build_model(config, 10, init=True)
+    model = build_model(config, 10)
     assert resolve(config, model, torch.device("cpu")).threads == 1
 
 

@@ -48,7 +48,7 @@ def test_micro_batch_is_cut_until_it_fits():
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, batch_size=1 << 16)
     )
-    model = build_model(config, 1000, init=False).cuda()
+    model = build_model(config, 1000).cuda()
     resolved = resolve(config, model, torch.device("cuda"))
     assert 2 <= resolved.micro_batch < 1 << 16
     assert resolved.micro_batch % 2 == 0

@@ -20,7 +20,7 @@ def _fast(monkeypatch):
 
 @pytest.fixture
 def model():
-    return build_model(recipes.load("digits"), 10, init=False)
+    return build_model(recipes.load("digits"), 10)
 
 
 @pytest.mark.parametrize(("words", "fused"), [([], True), (["--train.reproducible"], False)])

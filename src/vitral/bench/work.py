@@ -33,7 +33,7 @@ class Work(ABC):
         self, config: Config, num_classes: int, side: int, model: nn.Module | None = None
     ) -> None:
         self.config, self.device = config, pick_device(config.train.device)
-        own = build_model(config, num_classes, init=False) if model is None else model
+        own = build_model(config, num_classes) if model is None else model
         # The names of its parts are all that the step knows of a model.
         self.model = cast(ViT, own.to(self.device))
         prepare_device(config, self.device)

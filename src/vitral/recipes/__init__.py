@@ -57,26 +57,39 @@ def text(name: str) -> str:
 
 
 def load(
-    source: str, arguments: Sequence[str] = (), *, program: str = "vitral train", about: str = ""
+    source: str,
+    arguments: Sequence[str] = (),
+    *,
+    default: Config | None = None,
+    program: str = "vitral train",
+    about: str = "",
 ) -> Config:
     """The settings of a recipe, by name or as a YAML file, changed by command-line arguments.
 
-    Without a `train.out` of its own the run goes to runs/<recipe>.
+    What neither gives is as in `default`, or else as in `Config()`. Without a `train.out` of its
+    own the run goes to runs/<recipe>.
 
     Raises:
         UserError: for an unknown recipe, key or value.
     """
-    is_file = source.endswith((".yaml", ".yml"))
-    content = _read(Path(source)) if is_file else text(source)
-    name = Path(source).stem
+    content, name = _content(source), Path(source).stem
     try:
-        config = parse(_tokens(content), Config(), program=program)
+        config = parse(_tokens(content), default or Config(), program=program)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     arguments = _expand(arguments)
     if config.train.out is None:
         arguments = ["--train.out", f"runs/{name}", *arguments]
     return parse(arguments, config, program=f"{program} {source}", about=about)
+
+
+def names_model(source: str) -> bool:
+    """Whether a recipe says which model it trains, as `config.yaml` does.
+
+    Raises:
+        UserError: for an unknown recipe, or one that cannot be read.
+    """
+    return any(re.match(r"--model\.(size|dim)\b", token) for token in _tokens(_content(source)))
 
 
 def dump(config: Config) -> str:
@@ -137,6 +150,10 @@ def _wide_terminal(wanted: bool) -> Iterator[None]:
     finally:
         os.environ.pop("COLUMNS", None)
         os.environ.update(before)
+
+
+def _content(source: str) -> str:
+    return _read(Path(source)) if source.endswith((".yaml", ".yml")) else text(source)
 
 
 def _read(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vitral import recipes, weights
+from vitral import weights
 from vitral.config import Config, UserError
 from vitral.data.fetch import describe, resolve_workers
 from vitral.data.loader import Batch, eval_batches, train_batches
@@ -61,7 +61,7 @@ def train(recipe: str | Config = "digits", *arguments: str, parts: Parts = OWN) 
         UserError: for a mistake in the settings or the data.
         Interrupted: after a signal, when a checkpoint has been written.
     """
-    config = recipe if isinstance(recipe, Config) else recipes.load(recipe, arguments)
+    config = recipe if isinstance(recipe, Config) else weights.load_settings(recipe, arguments)
     if config.train.out is None:
         raise UserError("train.out: expected a folder for the run, got none")
     run = RunFolder(Path(config.train.out))
@@ -96,8 +96,12 @@ def _prepare(
     changes = run.refuse_other_settings(config) if world.main else []
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     begun = checkpoints.steps(run.path / "checkpoints")
-    model = build_model(config, len(dataset.classes), init=not begun, build=parts.model)
-    return [*dataset.notes, *changes], dataset, model
+    model = build_model(config, len(dataset.classes), parts.model)
+    path, notes = config.train.init, [*dataset.notes, *changes]
+    if path is not None and not begun:
+        drawn = ", ".join(weights.start_from(model, path)) or "none"
+        notes.append(f"begins from the weights in {path}; drawn anew: {drawn}")
+    return notes, dataset, model
 
 
 def _open(run: RunFolder, world: World, warnings: list[str]) -> Checkpoint | None:

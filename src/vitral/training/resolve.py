@@ -19,7 +19,6 @@ from vitral.model import CHANNELS, ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.trial import fused_is_faster
-from vitral.weights import start_from
 
 CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
 
@@ -46,22 +45,12 @@ class Resolved:
 
 
 def build_model(
-    config: Config,
-    num_classes: int,
-    *,
-    init: bool,
-    build: Callable[[ViTConfig, int], Any] = ViT,
+    config: Config, num_classes: int, build: Callable[[ViTConfig, int], Any] = ViT
 ) -> ViT:
-    """The model of a run at its start: drawn by the seed, or begun from `train.init`.
-
-    Raises:
-        UserError: if the weights to start from do not fit.
-    """
+    """The model of a run, as the seed draws it."""
     torch.manual_seed(derive_seed("init", config.train.seed))
     model = build(config.model, num_classes)
     assert model.state_dict().keys() == {name for name, _ in model.named_parameters()}
-    if init and config.train.init is not None:
-        start_from(model, config.train.init)
     return model
 
 
