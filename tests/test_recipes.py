@@ -90,6 +90,7 @@ def test_names():
     assert set(recipes.names()) >= {
         "digits",
         "cifar10",
+        "cifar100",
         "imagenette128",
         "imagenet-s16-90ep",
         "imagenet-s16-300ep",
