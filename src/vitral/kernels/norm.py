@@ -42,8 +42,9 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exact = x.float() if x.dtype.itemsize < 4 else x
-        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square()
-        inverse = (square / x.shape[-1] + EPS).rsqrt()
+        norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+        # In place, here and below: a CPU takes two thirds of the time.
+        inverse = norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
         y = exact * inverse
         # A .to that changes nothing costs the gradient here when torch 2.11 compiles it.
         return (y if y.dtype == dtype else y.to(dtype)), inverse
@@ -62,5 +63,5 @@ class _Normalise(torch.autograd.Function):
         y, inverse = ctx.saved_tensors
         g, y = gradients[0].to(inverse.dtype), y.to(inverse.dtype)
         # (g - y mean(g y)) inverse: a CPU takes half the time for it so.
-        share = torch.linalg.vecdot(g, y)[..., None] / y.shape[-1]
-        return (torch.addcmul(g, y, share, value=-1) * inverse).to(ctx.dtype), None
+        share = torch.linalg.vecdot(g, y)[..., None].div_(-y.shape[-1])
+        return torch.addcmul(g, y, share).mul_(inverse).to(ctx.dtype), None
