@@ -233,7 +233,9 @@ def refuse_strangers(runs: Sequence[Run], fingerprints: Sequence[str | None]) ->
                     f"{run.path}: {name}: expected {settings[name]} as in {first.path}, got "
                     f"{value}; make another row of it"
                 )
-        if None not in (fingerprint, fingerprints[0]) and fingerprint != fingerprints[0]:
+        # What is held out hangs on the seed, and the fingerprint on what is held out.
+        comparable = None not in (fingerprint, fingerprints[0]) and not run.config.data.hold_out
+        if comparable and fingerprint != fingerprints[0]:
             raise UserError(
                 f"{run.path}: expected the data of {first.path}, got others; make another row of it"
             )

@@ -1,0 +1,260 @@
+"""What the experiments have in common: runs of several variants and seeds, and going on with them.
+
+Each run is a run folder of vitral, OUT/runs/VARIANT-seedN, trained by a process of its own: what
+one leaves in memory, a compiler's caches above all, cannot touch another. What is finished is not
+done again, and what was cut off goes on, by the means of vitral itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from variants import PARTS
+
+from vitral.config import Config, DataConfig, UserError
+from vitral.data.sampling import Order
+from vitral.data.sources import open_dataset
+from vitral.model import forward_flops
+from vitral.report.gather import Run, read_run
+from vitral.storage import replacing
+from vitral.training import Interrupted, Parts
+from vitral.training.run import RunFolder
+from vitral.weights import load_settings
+
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is compared: a recipe with some changes."""
+
+    name: str
+    """Of its runs' folders."""
+    title: str
+    """What tables call it."""
+    words: str = ""
+    """Settings, as on the command line."""
+    parts: str = ""
+    """One of `variants.PARTS`; none: vitral's own."""
+
+    def at(self, out: Path, seed: int) -> Path:
+        """The run folder of a seed."""
+        return out / "runs" / f"{self.name}-seed{seed}"
+
+    def seeds(self, out: Path) -> list[int]:
+        """Of the runs that there are, finished or not."""
+        names = [path.parent.name for path in out.glob("runs/*/config.yaml")]
+        found = (re.fullmatch(rf"{re.escape(self.name)}-seed(\d+)", name) for name in names)
+        return sorted(int(match[1]) for match in found if match)
+
+    def finished(self, out: Path) -> dict[int, Run]:
+        """The runs that are finished, by seed."""
+        runs = {seed: read_run(self.at(out, seed)) for seed in self.seeds(out)}
+        return {seed: run for seed, run in runs.items() if run.finished}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be made, or made already."""
+
+    variant: Variant
+    path: Path
+    config: Config
+    command: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is."""
+        return (self.path / "config.yaml").exists() and read_run(self.path).finished
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all runs of an experiment share."""
+
+    out: Path
+    recipe: str
+    words: tuple[str, ...]
+    """Settings of every run."""
+
+    def plan(self, variant: Variant, seed: int) -> Planned:
+        """A run, validated at its last step alone.
+
+        Raises:
+            UserError: for settings that are wrong, or other than those of the run that is there.
+        """
+        path = variant.at(self.out, seed)
+        words = [*self.words, *variant.words.split()]
+        words += ["--train.seed", str(seed), "--train.out", str(path)]
+        config = load_settings(self.recipe, words)
+        train = dataclasses.replace(config.train, eval_every=config.train.epochs)
+        config = dataclasses.replace(config, train=train)
+        words += ["--train.eval-every", str(train.eval_every)]
+        try:
+            RunFolder(path).refuse_other_settings(config)
+        except UserError as error:
+            told = str(error).partition(";")[0]
+            raise UserError(f"{told}; give what it began with, or another OUT") from None
+        own = [str(HERE / "variants.py"), variant.parts] if variant.parts else []
+        program = own or ["-m", "vitral", "train"]
+        return Planned(variant, path, config, (sys.executable, *program, self.recipe, *words))
+
+
+def main(program: str, run: Callable[[], int]) -> int:
+    """Runs a command; returns its exit code, 2 for a user's mistake, or that of a signal."""
+    try:
+        return run()
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        return interrupted.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, tuple[str, ...]]:
+    """The options, with those that all experiments have, and the settings for every run."""
+    add = parser.add_argument
+    add("out", metavar="OUT", type=Path, help="folder of the runs, the table and the figure")
+    add("--data", help="what to train on; else the recipe's")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--dry-run", action="store_true", help="only list the runs")
+    add("--summary", action="store_true", help="only write the table and figure of what is there")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    end = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:end])
+    data = [] if options.data is None else ["--data.path", options.data]
+    return options, (*data, *words[end + 1 :])
+
+
+def complete(runs: Sequence[Planned], after: Callable[[Planned], None]) -> int:
+    """Trains what is not finished, one run after the other.
+
+    Args:
+        runs: in the order in which they are to be trained.
+        after: what to do with each once it is finished, and with those that were.
+
+    Returns:
+        0, or 1 where runs failed, which does not keep others from being trained.
+
+    Raises:
+        Interrupted: by a signal, when the run in progress has written its checkpoint.
+    """
+    failed = []
+    for number, run in enumerate(runs, 1):
+        print(f"[{number}/{len(runs)}] {run.path}", flush=True)
+        code = 0 if run.finished else call(run.command)
+        if code:
+            failed.append(run.path.name)
+            print(f"{run.path} failed with exit code {code}", file=sys.stderr, flush=True)
+        else:
+            after(run)
+    if failed:
+        print(f"failed: {', '.join(failed)}; the same command tries again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def call(command: Sequence[str]) -> int:
+    """Runs a command, hands signals on to it, and returns its exit code.
+
+    Raises:
+        Interrupted: after a signal, when the command has ended.
+    """
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    try:
+        # In a session of its own: a terminal's Ctrl-C would reach it twice, and twice ends at once.
+        child = subprocess.Popen(command, start_new_session=True)
+        for number in received:
+            child.send_signal(number)
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        raise Interrupted(received[0])
+    return code
+
+
+def listed(runs: Sequence[Planned]) -> Iterator[str]:
+    """A line for each run: parameters, FLOPs, steps, and whether it is done."""
+    width = max(len(run.path.name) for run in runs)
+    for run in runs:
+        train = run.config.train
+        _, images = counted(run.config.data, run.config.model.image_size)
+        steps = Order(train.seed, images, train.batch_size).end_of_epoch(train.epochs)
+        parameters, flops = size(run)
+        state = "begun" if (run.path / "config.yaml").exists() else "to do"
+        yield (
+            f"{run.path.name:{width}}  {parameters / 1e6:8.3f} M parameters  "
+            f"{flops / 1e6:10,.2f} MFLOPs an image  {steps:8,} steps  "
+            f"{'finished' if run.finished else state}"
+        )
+
+
+def size(run: Planned) -> tuple[int, float]:
+    """Parameters, and FLOPs of an image's forward pass."""
+    config = run.config
+    classes, _ = counted(config.data, config.model.image_size)
+    with torch.device("meta"):
+        model = PARTS.get(run.variant.parts, Parts()).model(config.model, classes).eval()
+    parameters = sum(p.numel() for p in model.parameters())
+    return parameters, forward_flops(model, config.model.image_size)
+
+
+@functools.cache
+def counted(data: DataConfig, image_size: int) -> tuple[int, int]:
+    """Classes, and images to train on, which are as many whatever the seed."""
+    dataset = open_dataset(data, image_size, seed=0)
+    assert dataset.train is not None
+    return len(dataset.classes), len(dataset.train)
+
+
+def top1(run: Run) -> float:
+    """At the last step: of the averaged weights where the recipe keeps them, else of the raw."""
+    last = run.rows[-1]
+    return last.get("ema_top1", last["val_top1"])
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with replacing(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as SVG with text as text, the same bytes for the same figure."""
+    style: dict[Any, str] = {"svg.fonttype": "none", "svg.hashsalt": "vitral"}
+    with matplotlib.rc_context(style), replacing(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,0 +1,196 @@
+"""Positions at other image sizes: trained at 128 pixels, tested from 96 to 256.
+
+    python benchmarks/resolution.py OUT [--data PATH] [--sizes 96 112 128 160 192 224 256]
+                                    [--seeds 0 1 2] [-- --section.key value ...]
+    python benchmarks/resolution.py OUT --dry-run | --summary
+
+The recipe `imagenette128` with axial RoPE, with mixed RoPE, and with learned positions, whose table
+is interpolated. What follows `--` goes to every run. Scores are those of the last step on the
+validation images, of the averaged weights (EMA); the same share of an image's short side is cropped
+at every size. The same command goes on where it was cut off. After each run OUT/resolution.md and
+OUT/resolution.svg are written anew; a run's own scores lie in its resolutions.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import experiments
+import torch
+from experiments import Experiment, Planned, Variant
+from ledger import spread
+from matplotlib.figure import Figure
+from variants import PARTS
+
+from vitral import weights
+from vitral.config import UserError
+from vitral.evaluation import sweep
+from vitral.evaluation.table import Row, write_rows
+from vitral.report.gather import read_run
+from vitral.training import checkpoint
+from vitral.weights import Weights
+
+VARIANTS = (
+    Variant("axial", "axial RoPE"),
+    Variant("mixed", "mixed RoPE", "--model.rope mixed"),
+    Variant("learned", "learned positions", parts="learned-positions"),
+)
+SIZES = (96, 112, 128, 160, 192, 224, 256)
+TABLE = "resolutions.csv"
+Curve = dict[int, list[float]]  # top-1 in per cent of each seed, by image size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 where runs failed, 2 for a mistake, or a signal's code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="in pixels")
+    options, words = experiments.parse(parser, arguments)
+    return experiments.main("resolution", lambda: run(options, words))
+
+
+def run(options: argparse.Namespace, words: tuple[str, ...]) -> int:
+    """Does what the options say.
+
+    Raises:
+        UserError: for settings that are wrong, or other than those of the runs in OUT.
+    """
+    out: Path = options.out
+    if options.summary:
+        write_summary(out)
+        return 0
+    experiment = Experiment(out, "imagenette128", words)
+    for variant in VARIANTS:
+        for seed in variant.seeds(out):
+            experiment.plan(variant, seed)  # refuses other settings
+    runs = [experiment.plan(variant, seed) for seed in options.seeds for variant in VARIANTS]
+    for size in options.sizes:
+        dataclasses.replace(runs[0].config.model, image_size=size)  # refuses broken patches
+    if options.dry_run:
+        for line in experiments.listed(runs):
+            print(line, flush=True)
+        return 0
+
+    def after(run: Planned) -> None:
+        test(run, options.sizes, options.data)
+        write_summary(out)
+
+    return experiments.complete(runs, after)
+
+
+def test(run: Planned, sizes: Sequence[int], data: str | None) -> None:
+    """Scores a finished run at the sizes that its table lacks, and adds them to it."""
+    known = {row.name: row for row in scores(run.path)}
+    missing = [size for size in sizes if str(size) not in known]
+    if not missing:
+        return
+    for size, found in sweep(last_weights(run.path), missing, data):
+        known[str(size)] = found.row(str(size))
+        print(f"{run.path.name} at {size} pixels: top-1 {found.top1:.2%}", flush=True)
+        write_rows(
+            run.path / TABLE, "resolution", sorted(known.values(), key=lambda r: int(r.name))
+        )
+
+
+def last_weights(run: Path) -> Weights:
+    """A finished run's weights of the last step, averaged where its recipe keeps averages.
+
+    Of a model that is not vitral's there is no weight folder: they are taken from the checkpoint.
+
+    Raises:
+        UserError: where there are none.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = run / "weights" / "last"
+    if folder.exists():
+        averaged = (folder / "ema.safetensors").exists()
+        return weights.load(folder, which="ema" if averaged else "model", device=device)
+    warnings: list[str] = []
+    found = checkpoint.latest(run / "checkpoints", warnings.append)
+    if found is None:
+        told = warnings[0] if warnings else "none"
+        raise UserError(
+            f"{run}: expected a checkpoint, got {told}; remove the run, and train again"
+        )
+    config, state = read_run(run).config, found.state
+    model = PARTS[state["parts"]].model(config.model, len(state["classes"]))
+    model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
+    classes, known = tuple(state["classes"]), (state["fingerprint"], state["metrics"])
+    described = weights.describe(config, classes, *known)
+    return Weights(model.to(device).eval().requires_grad_(False), described, run)
+
+
+def scores(run: Path) -> list[Row]:
+    """The rows of a run's table, as far as there are."""
+    path = run / TABLE
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))[1:]
+    return [
+        Row(name, int(images), int(classes), *map(float, shares))
+        for name, images, classes, *shares in lines
+    ]
+
+
+def curves(out: Path) -> dict[Variant, Curve]:
+    """What there is of each variant."""
+    found: dict[Variant, Curve] = {}
+    for variant in VARIANTS:
+        for seed in variant.finished(out):
+            for row in scores(variant.at(out, seed)):
+                curve = found.setdefault(variant, {})
+                curve.setdefault(int(row.name), []).append(100 * row.top1)
+    return found
+
+
+def write_summary(out: Path) -> None:
+    """Writes OUT/resolution.md and OUT/resolution.svg from what is scored.
+
+    Raises:
+        UserError: if nothing is.
+    """
+    found = curves(out)
+    if not found:
+        raise UserError(f"{out}: expected finished runs that were tested, got none")
+    sizes = sorted({size for curve in found.values() for size in curve})
+    seeds = {variant: max(map(len, curve.values())) for variant, curve in found.items()}
+    rows = [
+        [v.title, str(seeds[v]), *(spread(curve[s]) if s in curve else "" for s in sizes)]
+        for v, curve in found.items()
+    ]
+    header = ("positions", "seeds", *(f"{size} px" for size in sizes))
+    about = (
+        "# Resolution\n\nTop-1 (%) on the validation images at other sizes than that of training. "
+        "± is the sample\nstandard deviation over the seeds.\n\n"
+    )
+    experiments.write(out / "resolution.md", about + experiments.table(header, rows))
+    draw(found, out / "resolution.svg")
+
+
+def draw(found: dict[Variant, Curve], path: Path) -> None:
+    """Top-1 over image size: a line through the means, and a dot a seed."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for variant, curve in found.items():
+        sizes = sorted(curve)
+        means = [statistics.fmean(curve[size]) for size in sizes]
+        (line,) = axes.plot(sizes, means, linewidth=1.5, label=variant.title)
+        points = [(size, value) for size in sizes for value in curve[size]]
+        axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), alpha=0.5, markersize=4)
+    axes.set_xticks(sorted({size for curve in found.values() for size in curve}))
+    axes.set_xlabel("image size (pixels)")
+    axes.set_ylabel("top-1 (%) on validation images")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    experiments.save(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Models and an optimiser that vitral does not ship, to compare its own with in its own loop.
+
+    python benchmarks/variants.py VARIANT RECIPE [--section.key value ...]
+
+trains one as `vitral train RECIPE` trains vitral's own: the same order, augmentation, schedule and
+log, and the same command goes on with a run that was cut off. VARIANT is one of
+
+    learned-positions   a learned table of positions instead of RoPE (Dosovitskiy et al. 2020)
+    no-positions        none at all
+    layer-norm          LayerNorm instead of RMSNorm
+    muon                Muon for the blocks' matrices instead of AdamW (Jordan et al. 2024)
+
+The models cost as many FLOPs as vitral's and start from the same weights at the same seed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitral.config import OptimConfig, UserError, ViTConfig
+from vitral.model import PatchEmbedding, RoPE2D, ViT
+from vitral.training import Interrupted, Parts, train
+from vitral.training.optim import Optimizer
+
+
+class Unturned(RoPE2D):
+    """Rotary positions that turn nothing, at the cost of those that do."""
+
+    def axial(self, device: torch.device | None) -> Tensor:
+        """Frequencies (1, 2, 1, S/2), all zero."""
+        return torch.zeros_like(super().axial(device))
+
+
+class WithoutPositions(ViT):
+    """A ViT that does not know where a patch lies."""
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.rope = Unturned(config)
+
+
+class PositionedPatches(PatchEmbedding):
+    """Patch tokens to which a learned table of positions is added.
+
+    For another grid than that of `side` by `side` patches the table is interpolated, bicubic and
+    antialiased, as timm does (Touvron et al. 2020 without the antialiasing).
+    """
+
+    def __init__(self, projection: nn.Linear, patch_size: int, side: int) -> None:
+        super().__init__(patch_size, projection.out_features)
+        self.projection = projection
+        self.positions = nn.Parameter(torch.empty(side, side, projection.out_features))
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows, columns = (length // self.patch_size for length in images.shape[2:])
+        return super().forward(images) + self.table(rows, columns)
+
+    def table(self, rows: int, columns: int) -> Tensor:
+        """Positions of a grid, row by row: (rows * columns, D)."""
+        table = self.positions
+        if table.shape[:2] != (rows, columns):
+            channels = table.permute(2, 0, 1)[None]
+            size = (rows, columns)
+            table = F.interpolate(channels, size, mode="bicubic", antialias=True)[0]
+            table = table.permute(1, 2, 0)
+        return table.flatten(0, 1)
+
+
+class LearnedPositions(WithoutPositions):
+    """A ViT with learned absolute positions (Dosovitskiy et al. 2020) instead of RoPE.
+
+    CLS and registers are learned themselves, and need no position beside.
+    """
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        side = config.image_size // config.patch_size
+        projection = self.patch_embedding.projection
+        self.patch_embedding = PositionedPatches(projection, config.patch_size, side)
+
+
+class WithLayerNorm(ViT):
+    """A ViT with LayerNorm (Ba et al. 2016) before attention, feed-forward network and head.
+
+    LayerNorm without a bias is RMSNorm of centred tokens. QK-norm, where there is one, stays.
+    """
+
+    def __init__(self, config: ViTConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        normed: list[Any] = [self.norm]
+        for block in self.blocks:
+            normed += [block.attention, block.ffn]
+        for module in normed:
+            module.register_forward_pre_hook(_centre)
+
+
+def _centre(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Takes the mean over the channels out of the tokens, which come first."""
+    x, *others = inputs
+    return (x - x.mean(-1, keepdim=True), *others)
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else.
+
+    Their updates are scaled to those of AdamW, so that its learning rate and decay serve both (Liu
+    et al. 2025). Queries, keys and values are one matrix, as they are in the model. Clipping and
+    skipping are those of vitral's optimiser, but the skipping waits for the device at each step.
+    For one process, or DDP.
+    """
+
+    def __init__(self, model: ViT, config: OptimConfig) -> None:
+        super().__init__(model, config)
+        matrices = {m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)}
+        groups = []
+        for group in self.adamw.param_groups:
+            same = {key: group[key] for key in ("weight_decay", "lr_factor")}
+            groups.append({"params": [p for p in group["params"] if p in matrices], **same})
+            group["params"] = [p for p in group["params"] if p not in matrices]
+        groups = [group for group in groups if group["params"]]
+        self.muon = torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw")
+        # No parameter is in both: so what saves and loads the state of one does for both.
+        self.muon.state = self.adamw.state
+
+    def step(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips the gradients and steps, then clears them; returns what `Optimizer.step` does."""
+        norm, skipped = super().step(lr, loss)  # clips all, and leaves these gradients there
+        for group in self.muon.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        if not skipped:  # torch's Muon knows no `found_inf`
+            self.muon.step()
+        self.muon.zero_grad(set_to_none=True)
+        return norm, skipped
+
+
+PARTS = {
+    parts.name: parts
+    for parts in (
+        Parts(name="learned-positions", model=LearnedPositions),
+        Parts(name="no-positions", model=WithoutPositions),
+        Parts(name="layer-norm", model=WithLayerNorm),
+        Parts(name="muon", optimizer=Muon),
+    )
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 2 for a user's mistake, or a signal's exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        name, recipe = (*words, "", "")[:2]
+        if name not in PARTS or not recipe or recipe.startswith("-"):
+            got = " ".join(words[:2]) or "nothing"
+            raise UserError(f"expected {', '.join(PARTS)}, and then a recipe, got {got}")
+        train(recipe, *words[2:], parts=PARTS[name])
+    except UserError as error:
+        print(f"variants: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as interrupted:
+        return interrupted.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

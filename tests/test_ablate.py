@@ -1,0 +1,261 @@
+"""benchmarks/ablate.py: runs that were trained, cut off and gone on with; figures by hand."""
+
+import contextlib
+import json
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from vitral import recipes
+from vitral.config import UserError
+from vitral.model import count_flops
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = "--model.dim 24 --model.depth 1 --model.num-heads 6 --model.num-kv-heads 2"
+TINY += " --train.threads 1 --train.epochs 5 --optim.warmup-epochs 0"
+NORM = ["--only", "norm", "--seeds", "0", "--recipe", "digits"]
+pytestmark = pytest.mark.slow
+STEPS = 102  # 5 times 1,295 images in batches of 64, rounded up
+
+
+@pytest.fixture(scope="module")
+def ablate():
+    """The program as a module, beside those that it imports."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import ablate
+
+    yield ablate
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def whole(ablate, tmp_path_factory):
+    """A study of two runs, trained without interruption."""
+    out = tmp_path_factory.mktemp("whole")
+    assert ablate.main([str(out), *NORM, "--", *TINY.split()]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def last(run):
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def cells(out, study):
+    """The rows of a study's table."""
+    section = (out / "ablation.md").read_text().split(f"## {study}\n")[1].split("##")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_runs_are_those_of_the_recipe_on_held_out_images(whole):
+    expected = recipes.load("digits", TINY.split())
+    for name in ("recipe-seed0", "layer-norm-seed0"):
+        config = recipes.load(str(whole / "runs" / name / "config.yaml"))
+        assert config.data.hold_out
+        assert config.train.eval_every == 5
+        assert (config.model, config.augment, config.optim) == (
+            expected.model, expected.augment, expected.optim,
+        )  # fmt: skip
+        lines = (whole / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [row["step"] for row in rows if "val_top1" in row] == [STEPS]
+    environment = json.loads((whole / "runs" / "layer-norm-seed0" / "env.json").read_text())
+    assert environment["parts"] == "layer-norm"
+
+
+def test_the_table_says_what_the_log_says(whole):
+    base, other = (last(whole / "runs" / f"{n}-seed0") for n in ("recipe", "layer-norm"))
+    config = recipes.load("digits", TINY.split()).model
+    flops = f"{count_flops(config, 10) / 1e6:.2f}"
+    top1 = [f"{100 * row['ema_top1']:.2f}" for row in (base, other)]
+    first, second = cells(whole, "norm")
+    assert first[0] == "the recipe"
+    assert first[2:] == [flops, "0", top1[0], ""]
+    difference = 100 * (other["ema_top1"] - base["ema_top1"])
+    assert second[2:] == [flops, "0", top1[1], f"{difference:+.2f}"]
+
+
+def test_figures_of_several_seeds_by_hand(ablate, copied):
+    """Top-1 of 50, 60, 70 and 52, 61, 73: deviations 10 and 10.54, differences 2, 1, 3."""
+    tops = {"recipe": (0.5, 0.6, 0.7), "layer-norm": (0.52, 0.61, 0.73)}
+    for name, values in tops.items():
+        first = copied / "runs" / f"{name}-seed0"
+        for seed, top1 in enumerate(values):
+            run = first.with_name(f"{name}-seed{seed}")
+            if seed:
+                shutil.copytree(first, run)
+            row = {**last(run), "ema_top1": top1}
+            (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    # A seed that only one of the two has counts in no difference; one not finished counts nowhere.
+    shutil.copytree(first, first.with_name("layer-norm-seed7"))
+    lonely = first.with_name("layer-norm-seed8")
+    shutil.copytree(first, lonely)
+    (lonely / "metrics.jsonl").write_text(json.dumps({**last(first), "epoch": 1.0}) + "\n")
+    assert ablate.main([str(copied), "--summary"]) == 0
+    base, other = cells(copied, "norm")
+    assert base[3:] == ["0, 1, 2", "60.00 ± 10.00", ""]
+    scores = [52, 61, 73, 52]
+    assert other[3:5] == ["0, 1, 2, 7", f"59.50 ± {statistics.stdev(scores):.2f}"]
+    assert other[5] == "+2.00 ± 0.58"  # 1 / sqrt(3)
+    drawing = ElementTree.parse(copied / "ablation.svg").getroot()
+    text = " ".join(drawing.itertext())
+    assert "LayerNorm" in text
+    assert "norm" in text
+
+
+def test_cut_off_and_gone_on_with_it_is_the_same(ablate, whole, tmp_path, capfd):
+    """A Ctrl-C at the program ends it in good order with 130; the same command goes on."""
+    out = tmp_path / "out"
+    words = [sys.executable, str(BENCHMARKS / "ablate.py"), str(out), *NORM, "--", *TINY.split()]
+    program = subprocess.Popen(
+        [*words, "--train.checkpoint-steps", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not list(out.glob("runs/recipe-seed0/checkpoints/step_*")):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"it ended with {program.wait(0.05)}: {program.stdout.read()}")
+    program.send_signal(signal.SIGINT)
+    told, _ = program.communicate(timeout=60)
+    assert program.returncode == 130, told
+    assert "Traceback" not in told
+    (step,) = re.findall(r"stopped at step (\d+); the same command goes on", told)
+    assert 0 < int(step) < STEPS
+    assert not (out / "runs" / "layer-norm-seed0").exists()
+    assert ablate.main(words[2:]) == 0
+    assert f"goes on from step {step}" in capfd.readouterr().out
+    for name in ("ablation.md", "ablation.svg"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_what_is_finished_is_not_done_again(ablate, copied):
+    log = copied / "runs" / "recipe-seed0" / "train.log"
+    before = log.read_bytes()
+    (copied / "ablation.md").unlink()
+    assert ablate.main([str(copied), *NORM, "--", *TINY.split()]) == 0
+    assert log.read_bytes() == before
+    assert len(cells(copied, "norm")) == 2
+
+
+@pytest.mark.parametrize(
+    "words", [[*NORM], ["--only", "norm", "--seeds", "1", "--recipe", "digits"]]
+)
+def test_other_settings_are_refused(ablate, copied, words, capsys):
+    """Those of runs of other seeds as well: they stand in the same row."""
+    assert ablate.main([str(copied), *words, "--", *TINY.split(), "--optim.lr", "0.5"]) == 2
+    told = capsys.readouterr().err
+    assert "optim.lr" in told
+    assert "another OUT" in told
+    assert told.count("\n") == 1
+    assert not (copied / "runs" / "recipe-seed1").exists()
+
+
+def test_a_failing_run_takes_no_other_along(ablate, copied, capfd):
+    (copied / "runs" / "mean-pooling-seed0").write_text("no folder")
+    words = [str(copied), "--only", "parts", *NORM[1:], "--", *TINY.split()]
+    assert ablate.main(words) == 1
+    out, err = capfd.readouterr()
+    assert re.search(r"\[2/3\] .*mean-pooling-seed0\n\[3/3\] .*layer-norm-seed0\n", out)
+    assert "failed: mean-pooling-seed0; the same command tries again" in err
+    assert "Traceback" not in err
+
+
+def test_heads_cost_the_same(ablate, tmp_path, capsys):
+    """By hand: what K heads' keys and values spare, D channels of 2 (Q - K) S, the network has."""
+    words = [str(tmp_path), "--only", "kv-heads", "--seeds", "3", "1", "--recipe", "digits"]
+    assert ablate.main([*words, "--dry-run", "--", *TINY.split()]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [f"kv{count}-seed{seed}" for seed in (3, 1) for count in (6, 3, 2, 1)]
+    assert [line.split()[0] for line in lines] == names
+    config = recipes.load("digits", [*TINY.split(), "--model.num-kv-heads", "6"]).model
+    expected = count_flops(config, 10)
+    assert {line.split("parameters")[1].split()[0] for line in lines} == {f"{expected / 1e6:.2f}"}
+    assert all(f"{STEPS} steps" in line and line.endswith("to do") for line in lines)
+    assert not list(tmp_path.iterdir())
+    experiment = ablate.Experiment(tmp_path, "digits", tuple(TINY.split()))
+    for run in ablate.plan(experiment, ["kv-heads"], [0]):
+        model = run.config.model
+        assert count_flops(model, 10) == expected
+        spared = 24 * 2 * (6 - model.shape.num_kv_heads) * 4
+        assert round(24 * model.mlp_ratio) == 24 * 4 + spared // (2 * 24)
+
+
+def test_unequal_flops_are_refused(ablate, tmp_path, capsys):
+    """Of few channels, the network's width is rounded too far."""
+    words = [str(tmp_path), "--only", "kv-heads", "--recipe", "digits", "--"]
+    with pytest.raises(UserError, match="equal FLOPs"):
+        ablate.refuse_unequal("kv-heads", unlike(ablate, tmp_path))
+    assert ablate.main([*words, "--model.dim", "64"]) == 2  # six heads of 64 channels
+    assert "dim: expected num_heads 6 times" in capsys.readouterr().err
+
+
+def unlike(ablate, out):
+    experiment = ablate.Experiment(out, "digits", tuple(TINY.split()))
+    wide = ablate.Variant("wide", "wide", "--model.mlp-ratio 5")
+    return [experiment.plan(variant, 0) for variant in (ablate.RECIPE, wide)]
+
+
+def test_what_changes_nothing_is_left_out(ablate, tmp_path, capsys):
+    words = [str(tmp_path), "--dry-run", "--seeds", "0", "--recipe", "digits"]
+    assert ablate.main([*words, "--only", "augmentation", "--", *TINY.split()]) == 0
+    out = capsys.readouterr().out
+    assert "without erasing: digits is so already; left out" in out
+    assert re.findall(r"^\S+-seed0", out, re.MULTILINE) == ["recipe-seed0", "no-mixing-seed0"]
+    plain = [*TINY.split(), "--augment.mixup", "0"]
+    assert ablate.main([*words, "--only", "augmentation", "--", *plain]) == 2
+    assert "changes digits" in capsys.readouterr().err
+
+
+def test_every_variant_of_the_recipe_can_be_planned(ablate, tmp_path):
+    """Each changes something of it, and goes by a name of its own."""
+    experiment = ablate.Experiment(tmp_path, "cifar10", ("--data.path", "synthetic"))
+    runs = ablate.plan(experiment, list(ablate.STUDIES), [0])
+    assert len({run.path for run in runs}) == len(runs) == 17
+    flat = {(repr(run.config.model), repr(run.config.augment), run.variant.parts) for run in runs}
+    assert len(flat) == 17
+
+
+def test_rows_for_the_ledger(ablate, copied, tmp_path):
+    # A second seed holds out other images, and so has another fingerprint.
+    for name in ("recipe", "layer-norm"):
+        run = shutil.copytree(copied / f"runs/{name}-seed0", copied / f"runs/{name}-seed1")
+        config = (Path(run) / "config.yaml").read_text()
+        (Path(run) / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
+        for file in (
+            *Path(run).glob("weights/last/config.json"),
+            *Path(run).glob("checkpoints/*/state.json"),
+        ):
+            found = json.loads(file.read_text())
+            file.write_text(json.dumps({**found, "fingerprint": "another"}))
+    root = tmp_path / "checkout"
+    assert ablate.main([str(copied), "--only", "norm", "--ledger"], root) == 0
+    rows = {path.stem: json.loads(path.read_text()) for path in root.glob("docs/results/*.json")}
+    assert set(rows) == {"norm-recipe", "norm-layer-norm"}
+    flops = 3 * count_flops(recipes.load("digits", TINY.split()).model, 10) * STEPS * 64
+    for name, row in rows.items():
+        variant = name.removeprefix("norm-")
+        assert row["study"] == "norm"
+        assert row["data"] == "digits, 10% of the training images held out"
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+        assert row["runs"][0]["top1"]["ema"] == last(copied / f"runs/{variant}-seed0")["ema_top1"]
+        assert row["runs"][0]["flops"] == pytest.approx(flops)
+    assert rows["norm-recipe"]["command"].startswith("vitral train digits --model.dim 24 ")
+    own = rows["norm-layer-norm"]["command"]
+    assert own.startswith("python benchmarks/variants.py layer-norm digits --model.dim 24 ")
+    assert own.endswith("--train.seed N")
+
+
+def test_nothing_to_summarise_is_told(ablate, tmp_path, capsys):
+    assert ablate.main([str(tmp_path), "--summary"]) == 2
+    assert "expected finished runs" in capsys.readouterr().err

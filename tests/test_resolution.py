@@ -1,0 +1,142 @@
+"""benchmarks/resolution.py: three trained models at other image sizes."""
+
+import json
+import shutil
+import statistics
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from vitral import weights
+from vitral.cli import main as vitral
+from vitral.evaluation import sweep
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TINY = "--model.dim 24 --model.depth 1 --model.image-size 32 --train.threads 1"
+TINY += " --optim.warmup-epochs 0 --train.ema-decay 0.9 --augment.policy none --augment.crop none"
+TINY += " --augment.mixup 0 --augment.cutmix 0 --augment.erasing 0 --model.layer-scale 0"
+TINY += " --train.batch-size 64 --train.epochs 2 --optim.lr 0.01"
+DATA = ["--data", "synthetic", "--seeds", "0"]
+WORDS = [*DATA, "--sizes", "24", "32", "48", "--", *TINY.split()]
+pytestmark = pytest.mark.slow
+NAMES = ("axial", "mixed", "learned")
+
+
+@pytest.fixture(scope="module")
+def resolution():
+    """The program as a module, beside those that it imports."""
+    sys.path.insert(0, str(BENCHMARKS))
+    import resolution
+
+    yield resolution
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def whole(resolution, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    assert resolution.main([str(out), *WORDS]) == 0
+    return out
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def table(out):
+    lines = (out / "resolution.md").read_text().splitlines()[-2 - len(NAMES) :]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+
+
+def last(run):
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_at_the_trained_size_it_is_what_training_logged(resolution, whole, name):
+    """Of the averaged weights of the last step, the learned positions' from their checkpoint."""
+    run = whole / "runs" / f"{name}-seed0"
+    logged, rows = last(run), {row.name: row for row in resolution.scores(run)}
+    assert list(rows) == ["24", "32", "48"]
+    assert rows["32"].top1 == logged["ema_top1"]
+    assert logged["ema_loss"] != logged["val_loss"]
+    assert rows["32"].images == 512
+    ((_, scores),) = sweep(resolution.last_weights(run), [32])
+    assert scores.metrics() == {
+        k: pytest.approx(logged[f"ema_{k}"], abs=1e-6) for k in scores.metrics()
+    }
+
+
+def test_other_sizes_are_what_val_says(resolution, whole, tmp_path):
+    """And the model sees another grid: scores differ."""
+    run = whole / "runs" / "mixed-seed0"
+    words = ["--resolutions", "24", "48", "--which", "ema", "--out", str(tmp_path)]
+    assert vitral(["val", str(run / "weights" / "last"), *words]) == 0
+    said = (tmp_path / "resolutions.csv").read_text().splitlines()[1:]
+    lines = (run / "resolutions.csv").read_text().splitlines()
+    assert [lines[1], lines[3]] == said
+    tops = {row.top1 for name in NAMES for row in resolution.scores(whole / f"runs/{name}-seed0")}
+    assert len(tops) > 3
+
+
+def test_learned_positions_are_those_of_the_run(resolution, whole):
+    found = resolution.last_weights(whole / "runs" / "learned-seed0")
+    assert found.model.patch_embedding.positions.shape == (4, 4, 24)
+    assert found.description.classes[0] == "pattern 0"
+    plain = weights.load(whole / "runs" / "axial-seed0" / "weights" / "last", which="ema")
+    assert plain.model.state_dict().keys() < found.model.state_dict().keys()
+
+
+def test_what_is_there_is_not_done_again(resolution, whole, copied):
+    """A size more is scored alone, a table that was lost anew; runs are left as they are."""
+    lost, kept = (copied / "runs" / f"{name}-seed0" for name in ("learned", "axial"))
+    before = (lost / "train.log").read_bytes()
+    (lost / "resolutions.csv").unlink()
+    marked = (kept / "resolutions.csv").read_text().splitlines()
+    marked[1] = "24,512,10,0.125,0.5,0.1"
+    (kept / "resolutions.csv").write_text("\n".join(marked) + "\n")
+    more = [*DATA, "--sizes", "24", "32", "40", "48", "--", *TINY.split()]
+    assert resolution.main([str(copied), *more]) == 0
+    assert (lost / "train.log").read_bytes() == before
+    was, now = table(whole), table(copied)
+    assert now["axial RoPE"]["24 px"] == "12.50"
+    for title, row in was.items():
+        same = {key: now[title][key] for key in row if (title, key) != ("axial RoPE", "24 px")}
+        assert same.items() <= row.items()
+        assert float(now[title]["40 px"]) > 0
+
+
+def test_the_table_by_hand(resolution, copied):
+    first = copied / "runs" / "axial-seed0"
+    tops = [0.3, 0.4, 0.8]
+    for seed, top1 in enumerate(tops):
+        run = first.with_name(f"axial-seed{seed}")
+        if seed:
+            shutil.copytree(first, run)
+        line = f"resolution,images,classes,top1,top5,ece\n48,512,10,{top1},1,0.1\n"
+        (run / "resolutions.csv").write_text(line)
+    assert resolution.main([str(copied), "--summary"]) == 0
+    found = table(copied)
+    expected = f"50.00 ± {statistics.stdev([30, 40, 80]):.2f}"
+    assert found["axial RoPE"] == {
+        "positions": "axial RoPE", "seeds": "3", "24 px": "", "32 px": "", "48 px": expected,
+    }  # fmt: skip
+    text = " ".join(ElementTree.parse(copied / "resolution.svg").getroot().itertext())
+    assert all(title in text for title in found)
+
+
+def test_mistakes_are_told_before_anything_is_trained(resolution, tmp_path, capsys):
+    words = [*DATA, "--sizes", "30", "--", *TINY.split()]
+    assert resolution.main([str(tmp_path), *words]) == 2
+    assert "multiple of patch_size 8" in capsys.readouterr().err
+    assert resolution.main([str(tmp_path), "--summary"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_settings_are_refused(resolution, whole, capsys):
+    assert resolution.main([str(whole), *WORDS, "--optim.lr", "0.5"]) == 2
+    assert "another OUT" in capsys.readouterr().err
