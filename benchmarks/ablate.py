@@ -67,6 +67,17 @@ STUDIES = {
     ),
     "norm": (RECIPE, Variant("layer-norm", "LayerNorm", parts="layer-norm")),
     "optimizer": (RECIPE, Variant("muon", "Muon", parts="muon")),
+    "rate": (
+        RECIPE,
+        Variant("lr5e-4", "rate 5e-4", "--optim.lr 5e-4"),
+        Variant("lr2e-3", "rate 2e-3", "--optim.lr 2e-3"),
+        Variant("beta95", "second beta 0.95", "--optim.betas 0.9 0.95"),
+    ),
+    # By fewer FLOPs; the shares are those of the steps.
+    "growing": (
+        RECIPE,
+        Variant("growing", "16, 24, then 32 px", "--train.progressive 16 0.2 24 0.3 32 0.5"),
+    ),
 }
 VARIANTS = tuple(dict.fromkeys(variant for study in STUDIES.values() for variant in study))
 EQUAL_FLOPS = ("kv-heads",)
