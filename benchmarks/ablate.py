@@ -178,15 +178,19 @@ def results(out: Path) -> dict[str, list[Result]]:
     known: dict[Variant, Result] = {}
     for variant in VARIANTS:
         if runs := variant.finished(out):
-            facts = next(iter(runs.values())).environment
-            top1 = {seed: 100 * experiments.top1(run) for seed, run in runs.items()}
-            size = facts["parameters"], facts["flops_per_image"]
-            known[variant] = Result(variant, *size, top1)
+            known[variant] = result(variant, runs)
     return {
         study: [known[variant] for variant in variants if variant in known]
         for study, variants in STUDIES.items()
         if variants[0] in known
     }
+
+
+def result(variant: Variant, runs: dict[int, Run]) -> Result:
+    """What the finished runs of a variant came to."""
+    facts = next(iter(runs.values())).environment
+    top1 = {seed: 100 * experiments.top1(run) for seed, run in runs.items()}
+    return Result(variant, facts["parameters"], facts["flops_per_image"], top1)
 
 
 def difference(base: Result, other: Result) -> str:

@@ -91,9 +91,11 @@ class Experiment:
     recipe: str
     words: tuple[str, ...]
     """Settings of every run."""
+    curves: bool = False
+    """Whether to validate as often as the recipe says; else at the last step alone."""
 
     def plan(self, variant: Variant, seed: int) -> Planned:
-        """A run, validated at its last step alone.
+        """A run.
 
         Raises:
             UserError: for settings that are wrong, or other than those of the run that is there.
@@ -102,9 +104,10 @@ class Experiment:
         words = [*self.words, *variant.words.split()]
         words += ["--train.seed", str(seed), "--train.out", str(path)]
         config = load_settings(self.recipe, words)
-        train = dataclasses.replace(config.train, eval_every=config.train.epochs)
-        config = dataclasses.replace(config, train=train)
-        words += ["--train.eval-every", str(train.eval_every)]
+        if not self.curves:
+            train = dataclasses.replace(config.train, eval_every=config.train.epochs)
+            config = dataclasses.replace(config, train=train)
+            words += ["--train.eval-every", str(train.eval_every)]
         try:
             RunFolder(path).refuse_other_settings(config)
         except UserError as error:

@@ -9,8 +9,10 @@ log, and the same command goes on with a run that was cut off. VARIANT is one of
     no-positions        none at all
     layer-norm          LayerNorm instead of RMSNorm
     muon                Muon for the blocks' matrices instead of AdamW (Jordan et al. 2024)
+    timm, timm-rope     timm's Vision Transformers instead of vitral's (timm_models.py)
 
-The models cost as many FLOPs as vitral's and start from the same weights at the same seed.
+All models but timm's cost as many FLOPs as vitral's and start from the same weights at the same
+seed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import timm_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -147,6 +150,7 @@ PARTS = {
         Parts(name="no-positions", model=WithoutPositions),
         Parts(name="layer-norm", model=WithLayerNorm),
         Parts(name="muon", optimizer=Muon),
+        *timm_models.PARTS,
     )
 }
 

@@ -1,0 +1,104 @@
+"""timm's Vision Transformers as timm has them, in the shape of a recipe, and how timm trains them.
+
+Where src/vitral/bench/peers.py gives timm's models vitral's options, so that equal work is timed,
+these keep timm's own: LayerNorm, biases, learned positions, a class token and timm's
+initialisation; no registers, QK-norm or grouped queries, and LayerScale for the rotary model alone,
+which timm starts at 1e-5. From the recipe come width, depth, heads, patch, image size, the width of
+the feed-forward network, dropout, stochastic depth (by timm, a coin an image), and what the head
+reads: the class token, as timm has it, or the mean, an option of timm's without which a recipe that
+pools so would favour vitral.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from vitral.bench.peers import has_timm
+from vitral.config import OptimConfig, UserError, ViTConfig
+from vitral.training import Parts
+from vitral.training.optim import Optimizer
+
+NAMES = {"timm": "vit_small_patch16_224", "timm-rope": "vit_small_patch16_rope_224"}
+
+
+def build(name: str, config: ViTConfig, num_classes: int) -> nn.Module:
+    """The model that timm knows as `name`, in the shape of `config`.
+
+    Raises:
+        UserError: without timm.
+    """
+    if not has_timm():
+        raise UserError("timm: expected it installed, got none; pip install timm")
+    import timm
+
+    dim, depth, num_heads, _ = config.shape
+    model: Any = timm.create_model(
+        name,
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=num_classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=config.mlp_ratio,
+        global_pool={"cls": "token", "mean": "avg"}[config.pooling],
+        proj_drop_rate=config.dropout,
+        drop_path_rate=config.stochastic_depth,
+    )
+    model.set_grad_checkpointing(config.activation_checkpointing)
+    return model
+
+
+class TimmGroups(Optimizer):
+    """vitral's optimiser with timm's choice of what decays.
+
+    That is every weight of two or more dimensions, the convolution that embeds the patches among
+    them; not biases, norms, LayerScale, positions or the class token.
+
+    Raises:
+        UserError: where the learning rate is to decay from layer to layer.
+    """
+
+    def __init__(self, model: Any, config: OptimConfig) -> None:
+        from timm.optim import param_groups_weight_decay
+
+        if config.layer_decay != 1:
+            raise UserError(
+                f"optim.layer_decay: expected 1 where timm groups parameters, got "
+                f"{config.layer_decay:g}; leave it out"
+            )
+        super().__init__(model, config)
+        self.adamw.param_groups.clear()
+        never = model.no_weight_decay()
+        for group in param_groups_weight_decay(model, config.weight_decay, True, never):
+            self.adamw.add_param_group({**group, "lr_factor": 1.0})
+
+
+def own_settings(optim: OptimConfig, batch_size: int) -> OptimConfig:
+    """The optimiser that timm's ViT was made known with, under the schedule of `optim`.
+
+    Touvron et al. 2020, "Training data-efficient image transformers" (DeiT), trained timm's ViT
+    with timm's AdamW and scheduler: rate 5e-4 * batch / 512, betas 0.9 and 0.999, decay 0.05, no
+    clipping, in batches of 1,024. From its rate there, 1e-3, that of other batches follows by the
+    square root, the rule of timm's train.py for Adam: smaller batches get more than by DeiT's
+    line, which would leave them far from the end of a short training, and larger ones less.
+    """
+    return dataclasses.replace(
+        optim,
+        lr=1e-3 * math.sqrt(batch_size / 1024),
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.05,
+        clip_norm=0.0,
+    )
+
+
+PARTS = tuple(
+    Parts(name=peer, model=partial(build, name), optimizer=TimmGroups)
+    for peer, name in NAMES.items()
+)

@@ -1,0 +1,325 @@
+"""benchmarks/peer_accuracy.py: timm's models as timm has them, in vitral's loop, on equal terms."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitral import recipes, train
+from vitral.config import UserError, ViTConfig
+from vitral.model import ViT, count_flops
+from vitral.training import Interrupted, Parts, checkpoint
+
+timm = pytest.importorskip("timm")
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def models():
+    """timm_models as a module, beside those that import it."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import timm_models
+
+    yield timm_models
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def program(models):
+    """peer_accuracy as a module."""
+    import peer_accuracy
+
+    return peer_accuracy
+
+
+def by_name(models):
+    return {parts.name: parts for parts in models.PARTS}
+
+
+# With all that timm's models have otherwise, or not at all.
+TINY = ViTConfig(
+    depth=2,
+    mlp_ratio=3,
+    stochastic_depth=0.1,
+    dropout=0.1,
+    num_registers=4,
+    qk_norm=True,
+    layer_scale=0.5,
+    qkv_bias=False,
+    ffn_bias=False,
+)
+# timm has no tiny rotary model.
+THEIRS = {"timm": ("ti", "vit_tiny_patch16_224"), "timm-rope": ("s", "vit_small_patch16_rope_224")}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("name", THEIRS)
+def test_the_model_is_timms(models, name, pooling):
+    """Of the same seed, parameters and logits are bit for bit those of the model that timm names.
+
+    Options of vitral's alone change nothing, so that these are timm's defaults.
+    """
+    size, known = THEIRS[name]
+    config = dataclasses.replace(TINY, size=size, pooling=pooling)
+    torch.manual_seed(0)
+    ours = by_name(models)[name].model(config, 7)
+    torch.manual_seed(0)
+    options = {"depth": 2, "mlp_ratio": 3, "drop_path_rate": 0.1, "proj_drop_rate": 0.1}
+    options |= {"global_pool": "avg"} if pooling == "mean" else {}
+    theirs = timm.create_model(known, num_classes=7, **options)
+    here, there = ours.state_dict(), theirs.state_dict()
+    assert list(here) == list(there)
+    assert all(torch.equal(here[key], there[key]) for key in there)
+    images = torch.randn(2, 3, 224, 224)
+    for mode in (False, True):  # in training stochastic depth and dropout draw
+        logits = []
+        for model in (ours, theirs):
+            torch.manual_seed(1)
+            logits.append(model.train(mode)(images))
+        assert torch.equal(*logits)
+
+
+def groups(models, name, config):
+    """Names of parameters without block numbers, by their decay."""
+    model = by_name(models)[name].model(config.model, 10)
+    names = {id(p): n.replace("blocks.0.", "").replace("blocks.1.", "") for n, p in named(model)}
+    found = {}
+    for group in models.TimmGroups(model, config.optim).adamw.param_groups:
+        members = [names[id(parameter)] for parameter in group["params"]]
+        assert group["lr_factor"] == 1
+        assert group["fused"]
+        assert group["betas"] == config.optim.betas
+        found.setdefault(group["weight_decay"], []).extend(members)
+    assert sum(len(members) for members in found.values()) == len(list(named(model)))
+    return {decay: set(members) for decay, members in found.items()}
+
+
+def named(model):
+    return model.named_parameters()
+
+
+DECAYED = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "head", "patch_embed.proj"}
+NORMS = {"norm1", "norm2", "norm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("timm", {"cls_token", "pos_embed"}), ("timm-rope", {"cls_token", "gamma_1", "gamma_2"})],
+)
+def test_what_decays(models, name, others):
+    config = recipes.load("digits", ["--model.depth", "2", "--optim.weight-decay", "0.3"])
+    found = groups(models, name, config)
+    assert found[0.3] == {f"{layer}.weight" for layer in DECAYED}
+    biases = {f"{layer}.bias" for layer in DECAYED | NORMS}
+    assert found[0.0] == biases | {f"{layer}.weight" for layer in NORMS} | others
+
+
+def test_a_step_decays_as_said(models):
+    """A step without gradients multiplies matrices by 1 - lr * decay, and leaves the rest."""
+    config = recipes.load("digits", ["--model.depth", "1"])
+    model = by_name(models)["timm"].model(config.model, 10)
+    before = {name: p.detach().clone() for name, p in named(model)}
+    optimizer = models.TimmGroups(model, dataclasses.replace(config.optim, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step(0.1, torch.zeros(()))
+    shrunk = {name for name, p in named(model) if torch.allclose(p, 0.95 * before[name], atol=0)}
+    kept = {name for name, p in named(model) if torch.equal(p, before[name])}
+    assert {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "head.weight"} <= shrunk
+    assert {"pos_embed", "cls_token", "norm.weight"} <= kept - shrunk
+
+
+def test_no_decay_from_layer_to_layer(models):
+    config = recipes.load("digits", ["--optim.layer-decay", "0.7"])
+    with pytest.raises(UserError, match="layer_decay: expected 1"):
+        models.TimmGroups(by_name(models)["timm"].model(config.model, 10), config.optim)
+
+
+@pytest.mark.parametrize(("batch", "rate"), [(1024, 1e-3), (256, 5e-4), (64, 2.5e-4), (4096, 2e-3)])
+def test_own_settings(models, batch, rate):
+    was = recipes.load("digits").optim
+    own = models.own_settings(was, batch)
+    assert own.lr == pytest.approx(rate)
+    assert (own.betas, own.weight_decay, own.clip_norm) == ((0.9, 0.999), 0.05, 0)
+    assert (own.warmup_epochs, own.final_lr) == (was.warmup_epochs, was.final_lr)
+
+
+TRAINED = "--model.dim 16 --model.depth 1 --model.stochastic-depth 0.2 --model.dropout 0.1"
+TRAINED += " --train.epochs 1 --train.batch-size 256 --optim.warmup-epochs 0 --train.threads 1"
+STEPS = 6  # 1,437 images in batches of 256, the last filled from the next epoch
+
+
+def watching(parts, name, seen):
+    """Parts whose model notes what it is given, training and validation apart."""
+
+    def model(config, num_classes):
+        built = parts.model(config, num_classes)
+
+        def note(module, inputs):
+            if inputs[0].device.type != "meta":  # where operations are counted
+                digest = hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest()
+                seen.append((module.training, digest))
+
+        built.register_forward_pre_hook(note)
+        return built
+
+    return Parts(name=name, model=model, optimizer=parts.optimizer)
+
+
+def test_all_see_the_same(models, tmp_path):
+    found = {}
+    for name, parts in {"vitral": Parts(), **by_name(models)}.items():
+        seen = found[name] = []
+        words = [*TRAINED.split(), "--out", str(tmp_path / name)]
+        train("digits", *words, parts=watching(parts, name, seen))
+    assert found["vitral"] == found["timm"] == found["timm-rope"]
+    assert len({digest for training, digest in seen if training}) == 4 * STEPS  # parts of 64
+    assert sum(not training for training, _ in seen) == 4  # 256 and 104, raw weights and averaged
+
+
+@pytest.mark.parametrize("name", ["timm", "timm-rope"])
+def test_an_interrupted_run_goes_on_exactly(models, name, tmp_path):
+    parts = by_name(models)[name]
+    count = 0
+
+    class Interrupting(models.TimmGroups):
+        def step(self, lr, loss):
+            nonlocal count
+            count += 1
+            if count == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(lr, loss)
+
+    def run(out, parts):
+        train("digits", *TRAINED.split(), "--out", str(tmp_path / out), parts=parts)
+
+    run("whole", parts)
+    with pytest.raises(Interrupted):
+        run("cut", dataclasses.replace(parts, optimizer=Interrupting))
+    assert newest(tmp_path / "cut").step == 3
+    run("cut", parts)
+    there, here = newest(tmp_path / "whole"), newest(tmp_path / "cut")
+    assert there.step == here.step == STEPS
+    assert there.tensors.keys() == {"model", "ema", "optimizer"}
+    for kind, tensors in there.tensors.items():
+        for key, value in tensors.items():
+            assert torch.equal(value, here.tensors[kind][key]), (kind, key)
+
+
+def newest(path):
+    return checkpoint.latest(path / "checkpoints", pytest.fail)
+
+
+COMMAND = [*TRAINED.split(), "--train.eval-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def contest(program, tmp_path_factory):
+    """A contest of two, trained by the command."""
+    out = tmp_path_factory.mktemp("contest")
+    assert program.main(contest_of(out)) == 0
+    return out
+
+
+def contest_of(out, *options, words=()):
+    return ["digits", str(out), "--peers", "timm", "--seeds", "0", *options, "--", *COMMAND, *words]
+
+
+def logged(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_page(contest, models):
+    """Its figures are those of the logs, and of the models themselves."""
+    lines = (contest / "peer_accuracy.md").read_text(encoding="utf-8").splitlines()
+    found = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in lines if "|" in line}
+    config = recipes.load("digits", COMMAND).model
+    builders = {"vitral": ViT, "timm": by_name(models)["timm"].model}
+    tops = {}
+    for name, build in builders.items():
+        last = logged(contest / "runs" / f"{name}-seed0")[-1]
+        tops[name] = 100 * last["ema_top1"]
+        parameters = sum(p.numel() for p in build(config, 10).parameters())
+        flops = count_flops(config, 10, build=build)
+        expected = [name, f"{parameters:,}", f"{flops / 1e6:.2f}", "0", f"{STEPS * 256:,}"]
+        expected += [f"{tops[name]:.2f}", f"{100 * last['val_top1']:.2f}"]
+        assert found[f"| {name}"][:7] == expected
+    assert found["| timm"][7] == f"{tops['timm'] - tops['vitral']:+.2f}"
+    assert found["| vitral"][7] == ""
+    assert "`timm` differs in the model, what decays." in lines
+    assert "timm" in (contest / "peer_accuracy.svg").read_text(encoding="utf-8")
+
+
+def test_what_is_finished_stays(contest, program):
+    runs = [contest / "runs" / f"{name}-seed0" / "train.log" for name in ("vitral", "timm")]
+    before = [run.read_text() for run in runs]
+    assert program.main(contest_of(contest)) == 0
+    assert [run.read_text() for run in runs] == before
+
+
+def test_other_settings_are_refused(contest, program, capsys):
+    assert program.main(contest_of(contest, words=["--optim.lr", "0.5"])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("peer_accuracy: optim.lr:")
+    assert error.count("\n") == 1
+
+
+def test_rows_of_the_ledger(contest, program, models, tmp_path):
+    assert program.main(contest_of(contest, "--ledger"), root=tmp_path) == 0
+    folder = tmp_path / "docs" / "results"
+    rows = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert rows.keys() == {"digits-vitral", "digits-timm"}
+    row, config = rows["digits-timm"], recipes.load("digits", COMMAND).model
+    forward = count_flops(config, 10, training=True, build=by_name(models)["timm"].model)
+    assert row["runs"][0]["flops"] == pytest.approx(3 * forward * STEPS * 256)
+    assert row["study"] == "control"
+    assert row["command"].startswith("python benchmarks/variants.py timm digits ")
+    assert rows["digits-vitral"]["command"].startswith("vitral train digits ")
+
+
+def test_dry_run(program, tmp_path, capsys):
+    """Lists all with their sizes and settings, and writes nothing."""
+    words = ["digits", str(tmp_path / "out"), "--seeds", "3", "--dry-run"]
+    words += ["--peers", "timm-own", "timm-rope", "--", "--train.batch-size", "256"]
+    assert program.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == [
+        "vitral-seed3",
+        "timm-own-seed3",
+        "timm-rope-seed3",
+    ]
+    assert lines[1].split()[1:3] == ["0.203", "M"]
+    assert lines[3:] == [
+        "timm-own differs in the model, what decays, optim.lr 0.0005, optim.betas 0.9 0.999, "
+        "optim.weight-decay 0.05, optim.clip-norm 0.0",
+        "timm-rope differs in the model, what decays",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--train.progressive 4 0.5 8 0.5", "train.progressive: expected none"),
+        ("--train.init runs/digits", "train.init: expected none"),
+    ],
+)
+def test_what_timm_cannot_do(program, tmp_path, capsys, words, told):
+    assert program.main(["digits", str(tmp_path / "out"), "--dry-run", "--", *words.split()]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_without_timm(program, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not there
+    assert program.main(["digits", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert capsys.readouterr().err == (
+        "peer_accuracy: timm: expected it installed, got none; pip install timm\n"
+    )
+    assert not (tmp_path / "out").exists()
