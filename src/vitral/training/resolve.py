@@ -87,7 +87,8 @@ def resolve(
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
     if reproducible:  # else the sums would hang on a clock
         return resolved
-    fused = all(world.gather(fused_is_faster(config.model, resolved)))
+    own = isinstance(model, ViT)  # and no experiment's
+    fused = all(world.gather(own and fused_is_faster(config.model, resolved)))
     return dataclasses.replace(resolved, fused=fused)
 
 
