@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitral import recipes, storage, weights
 from vitral.cli import main
-from vitral.config import ViTConfig
+from vitral.config import UserError, ViTConfig
 from vitral.model import ViT
 from vitral.training.metrics import read_rows
 
@@ -344,7 +344,26 @@ def test_the_weights_of_a_preset_are_named_by_it(run, tmp_path):
 def test_a_recipe_for_tuning_wants_weights(image_folder, mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "imagenet-finetune", "--data", image_folder, "--out", tmp_path / "out"]
-    mistake(words, "weights: runs/imagenet-b16-300ep: no such folder")
+    mistake(words, "weights: runs/imagenet-b16-300ep: no such folder", "--init names")
+    mistake([*words, "--init="], "init: expected")
+
+
+def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, mistake, tmp_path, capsys):
+    """A size that is whole patches of the weights, though not of a model that has the defaults."""
+    words = ["train", "imagenet-finetune", "--data", str(image_folder), "--init", str(run)]
+    words += ["--dry-run", "--model.image-size"]
+    assert main([*words, "20"]) == 0
+    said = capsys.readouterr().out
+    assert "image_size: 20" in said
+    assert "patch_size: 4" in said
+    mistake([*words, "21"], "image_size: expected a multiple of patch_size 4, got 21")
+    (tmp_path / "tune.yaml").write_text(f"model: {{image_size: 20}}\ntrain: {{init: {run}}}")
+    assert weights.load_settings(str(tmp_path / "tune.yaml")).model.patch_size == 4
+    (tmp_path / "tune.yaml").write_text(f"model: {{image_size: 22}}\ntrain: {{init: {run}}}")
+    load = partial(weights.load_settings, str(tmp_path / "tune.yaml"))
+    assert load(["--model.image-size", "24"]).model.image_size == 24
+    with pytest.raises(UserError, match="multiple of patch_size 4, got 22"):
+        load()
 
 
 def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):

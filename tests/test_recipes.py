@@ -114,7 +114,7 @@ def test_each_value_for_imagenet_has_its_source_beside_it(name):
 @pytest.mark.parametrize("name", IMAGENET)
 def test_only_a_recipe_for_tuning_leaves_its_model_to_the_weights(name):
     tunes = recipes.load(name).train.init is not None
-    assert recipes.names_model(name) != tunes
+    assert (recipes.weights_to_fit(name, ["--init", "some"]) == "some") is tunes
 
 
 @pytest.mark.parametrize(

@@ -280,9 +280,8 @@ def _load(words: list[str], program: str, about: str) -> Config:
     from vitral import recipes
 
     if words and not words[0].startswith("-"):
-        config = recipes.load(words[0], words[1:], program=program, about=about)
-        if config.train.init is None:
-            return config
+        if recipes.weights_to_fit(words[0], words[1:]) is None:
+            return recipes.load(words[0], words[1:], program=program, about=about)
         from vitral.weights import load_settings
 
         return load_settings(words[0], words[1:], program=program, about=about)

@@ -129,10 +129,13 @@ def load_settings(
     Raises:
         UserError: for an unknown recipe, key or value, or weights that are not there.
     """
-    config = recipes.load(source, arguments, program=program, about=about)
-    if config.train.init is None or recipes.names_model(source):
-        return config
-    default = Config(model=_as_preset(load(config.train.init).description.config.model))
+    init, default = recipes.weights_to_fit(source, arguments), None
+    if init is not None:
+        try:
+            model = load(init).description.config.model
+        except UserError as error:
+            raise UserError(f"{error}; --init names the weights to start from") from None
+        default = Config(model=_as_preset(model))
     return recipes.load(source, arguments, default=default, program=program, about=about)
 
 

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,24 +73,39 @@ def load(
     Raises:
         UserError: for an unknown recipe, key or value.
     """
-    content, name = _content(source), Path(source).stem
+    tokens, arguments = _recipe_tokens(source), _expand(arguments)
     try:
-        config = parse(_tokens(content), default or Config(), program=program)
+        config = parse(tokens, default or Config(), program=program)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-    arguments = _expand(arguments)
+        if default is None:
+            raise UserError(f"{source}: {error}") from None
+        # What does not fit this default, as another patch size, the arguments may mend.
+        config, arguments = default, [*tokens, *arguments]
     if config.train.out is None:
-        arguments = ["--train.out", f"runs/{name}", *arguments]
+        arguments = ["--train.out", f"runs/{Path(source).stem}", *arguments]
     return parse(arguments, config, program=f"{program} {source}", about=about)
 
 
-def names_model(source: str) -> bool:
-    """Whether a recipe says which model it trains, as `config.yaml` does.
+def weights_to_fit(source: str, arguments: Sequence[str] = ()) -> str | None:
+    """The weights to start from, where a recipe leaves its model to them; None for all others.
+
+    A recipe that names `model.size` or `model.dim`, as a run's `config.yaml` does, leaves nothing
+    to them, and help needs none.
 
     Raises:
         UserError: for an unknown recipe, or one that cannot be read.
     """
-    return any(re.match(r"--model\.(size|dim)\b", token) for token in _tokens(_content(source)))
+    tokens = _recipe_tokens(source)
+    named = any(re.match(r"--model\.(size|dim)\b", token) for token in tokens)
+    if named or not {"-h", "--help"}.isdisjoint(arguments):
+        return None
+    # Not parsed, as the other settings may fit the weights' model alone.
+    found = "None"
+    for word, value in pairwise([*tokens, *_expand(arguments), ""]):
+        name, equals, own = word.partition("=")
+        if name == "--train.init":
+            found = own if equals else value
+    return None if found in ("None", "") or found.startswith("--") else found
 
 
 def dump(config: Config) -> str:
@@ -152,8 +168,13 @@ def _wide_terminal(wanted: bool) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _content(source: str) -> str:
-    return _read(Path(source)) if source.endswith((".yaml", ".yml")) else text(source)
+def _recipe_tokens(source: str) -> list[str]:
+    """The tokens of a recipe, by name or as a YAML file."""
+    content = _read(Path(source)) if source.endswith((".yaml", ".yml")) else text(source)
+    try:
+        return _tokens(content)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def _read(path: Path) -> str:
