@@ -258,6 +258,20 @@ def test_corrupt_weights_are_refused(run, mistake, tmp_path, name):
     mistake(["val", tmp_path / "weights"], "weights")
 
 
+def test_val_says_that_it_scores_what_was_held_out(image_folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "held"
+    more = ["--data.hold-out", "--data.val-fraction", "0.2"]
+    assert main(folder_settings(image_folder, out, *more)) == 0
+    shutil.copytree(image_folder / "val", tmp_path / "test")
+    monkeypatch.chdir(image_folder.parent)
+    told = "training images that were held out"
+    for data, held_out in ((None, True), (image_folder.name, True), (tmp_path / "test", False)):
+        capsys.readouterr()
+        assert main(["val", str(out), *(["--data", str(data)] if data else [])]) == 0
+        about, counts = capsys.readouterr().out.splitlines()[:2]
+        assert (told in about, counts) == (held_out, f"{8 if held_out else 12} images, 2 classes")
+
+
 @pytest.fixture(scope="module")
 def three_classes(image_folder, tmp_path_factory):
     """The small image folder with one class more."""

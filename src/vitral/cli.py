@@ -334,12 +334,15 @@ def _val(words: list[str]) -> int:
 
     path, rest = _positional(words, "WEIGHTS", "vitral val")
     options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
-    from vitral.evaluation import evaluate, summarise
+    from vitral.evaluation import evaluate, is_own_set, summarise
     from vitral.weights import load
 
     weights = load(path, which=options.which)
     kind, trained_on = weights.description.default, weights.description.config.data.path
     place = options.suite or options.data or trained_on
+    if options.suite is None and weights.description.config.data.hold_out:
+        held_out = is_own_set(weights.description, options.data)
+        place += ", training images that were held out" if held_out else ""
     about = f"{weights.path} ({options.which or kind}) on {place}"
     if options.suite is not None or options.resolutions:
         return _val_table(weights, options, about)

@@ -165,7 +165,7 @@ def test_held_out_of_a_set_whose_own_validation_images_are_left_alone(tmp_path):
     assert sorted(paths(chosen.train) + paths(chosen.val)) == paths(whole.train)
     assert np.bincount(chosen.val.labels).tolist() == [3, 3]
     assert chosen.notes == (
-        f"{tmp_path.name}'s own validation images are left alone: 6 of 20 training images "
+        f"the validation images of {tmp_path.name} are left alone: 6 of 20 training images "
         "(30% of each class) are held out, drawn by seed 0",
     )
     assert chosen.fingerprint != whole.fingerprint

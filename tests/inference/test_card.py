@@ -22,9 +22,11 @@ AVERAGED = {"ema_top1": 0.75, "ema_top5": 0.95, "ema_loss": 0.5, "ema_ece": 0.25
 def make(tmp_path):
     """Weights of a run, without a file: the card reads none."""
 
-    def make(path="digits", classes=("a", "b"), metrics=MEASURED, train=None, place=tmp_path):
+    def make(
+        path="digits", classes=("a", "b"), metrics=MEASURED, train=None, place=tmp_path, **data
+    ):
         train = train or TrainConfig(epochs=7)
-        config = Config(model=SHAPE, data=DataConfig(path=path), train=train)
+        config = Config(model=SHAPE, data=DataConfig(path=path, **data), train=train)
         description = weights.describe(config, classes, "f" * 64, metrics)
         return weights.Weights(ViT(SHAPE, len(classes)), description, place)
 
@@ -82,6 +84,14 @@ def test_the_hubs_own_reader_takes_it(make, path):
         0.5,
     )
     assert (top5.metric_value, top5.dataset_split) == (0.9123, "validation")
+
+
+def test_what_was_held_out_is_no_validation_split(make):
+    text, usual = (card(make("cifar10", hold_out=held), "anna/x", "MIT") for held in (True, False))
+    (result,) = front(text)["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "train, held out"
+    assert "On training images that were held out, not the" in section(text, "Results")
+    assert "On the validation images of" in section(usual, "Results")
 
 
 def test_what_it_is(make):

@@ -67,7 +67,7 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
         where = error.filename or config.path
         raise mistake(where, "to read it", str(error.strerror), "mend or remove it") from error
     if config.hold_out and train and not dataset.held_out:
-        why = f"{dataset.name}'s own validation images are left alone"
+        why = f"the validation images of {dataset.name} are left alone"
         return hold_out(dataset, config.path, config.val_fraction, seed, why)
     return dataset
 

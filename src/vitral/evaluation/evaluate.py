@@ -14,7 +14,7 @@ from vitral.data.loader import eval_batches
 from vitral.data.records import Records
 from vitral.data.sources import open_dataset
 from vitral.evaluation.scores import Scores, measure
-from vitral.weights import Weights, Which, load
+from vitral.weights import Description, Weights, Which, load
 
 EVAL_BATCH = 256  # images of a forward pass
 
@@ -129,17 +129,22 @@ def _open(weights: Weights, data: str | None, workers: int | None) -> tuple[Reco
     """The validation images to evaluate on, and the settings to read them with."""
     description = weights.description
     trained_on = description.config.data.path
-    own = data is None or Path(data).expanduser().resolve() == Path(trained_on).resolve()
     settings = dataclasses.replace(
         description.config.data, path=data or trained_on, workers=workers
     )
     config = dataclasses.replace(description.config, data=settings)
-    # A set without a validation split is opened as training did, so that only what it held out
-    # counts; of another set all counts.
+    # What training held out alone counts of its set; of another all counts.
+    own = is_own_set(description, data)
     dataset = open_dataset(settings, config.model.image_size, config.train.seed, train=own)
     _refuse_other_classes(description.classes, dataset.classes, config)
     assert dataset.val is not None
     return dataset.val, config
+
+
+def is_own_set(description: Description, data: str | None) -> bool:
+    """Whether `data`, None for the set trained on, is that set, which is opened as training did."""
+    trained_on = Path(description.config.data.path)
+    return data is None or Path(data).expanduser().resolve() == trained_on.resolve()
 
 
 def pick_device(name: str) -> torch.device:

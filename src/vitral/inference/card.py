@@ -151,10 +151,11 @@ def _front_matter(
     scores = _scores(description, description.default)
     if "top1" in scores:
         kind = source.hub or "imagefolder"
+        split = "train, held out" if description.config.data.hold_out else "validation"
         top1, top5 = round(scores["top1"], 4), round(scores["top5"], 4)
         result = {
             "task": {"type": "image-classification", "name": "Image classification"},
-            "dataset": {"type": kind, "name": source.title, "split": "validation"},
+            "dataset": {"type": kind, "name": source.title, "split": split},
             "metrics": [
                 {"type": "accuracy", "name": "top-1 accuracy", "value": top1},
                 {"type": "top_5_accuracy", "name": "top-5 accuracy", "value": top5},
@@ -272,9 +273,12 @@ def _results(description: Description, curves: bool) -> str:
         return "## Results\n\nNothing has been measured."
     table = "\n".join(rows)
     picture = "\n\n![Loss and accuracy over the training](curves.png)" if curves else ""
+    images = "the validation images"
+    if description.config.data.hold_out:
+        images = "training images that were held out, not the validation or test images,"
     return f"""## Results
 
-On the validation images of the same set, at {description.config.model.image_size} pixels:
+On {images} of the same set, at {description.config.model.image_size} pixels:
 
 | file | | top-1 | top-5 | loss | calibration error |
 |---|---|---|---|---|---|
