@@ -167,6 +167,9 @@ def test_the_fingerprint_is_that_of_the_pixels(source, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     fingerprint = opened(tmp_path / "a").fingerprint
     assert opened(tmp_path / "b").fingerprint == fingerprint
+    # Runs are resumed by it: of a whole pack it is what it was before parts could be taken.
+    whole = opened(tmp_path / "a").train
+    assert [*whole.identity()] == [whole.digest.encode(), whole.sides.astype("<i8").tobytes()]
     one = source / "train/cat/0.jpg"
     with Image.open(one) as picture:
         size = picture.size

@@ -504,7 +504,7 @@ class Trainer:
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
 
     def _refuse_other_parts(self, checkpoint: Checkpoint) -> None:
-        began, now = checkpoint.state["parts"], self.parts.name
+        began, now = checkpoint.state.get("parts", ""), self.parts.name
         if began != now:
             raise UserError(
                 f"parts: the run in {self.run.path} has {began or 'those of vitral'}, not "
