@@ -120,6 +120,17 @@ def test_own_model_with_another_optimizer_keeps_its_weights(tmp_path):
     assert all(torch.equal(half[name], plain[name]) for name in plain)
 
 
+def test_running_statistics_are_refused(tmp_path):
+    class Statistics(Pixels):
+        def __init__(self, config, num_classes):
+            super().__init__(config, num_classes)
+            self.norm = nn.BatchNorm1d(3)
+
+    with pytest.raises(ValueError, match=r"got also norm\.num_batches_tracked"):
+        run(tmp_path / "run", Parts(name="statistics", model=Statistics))
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_parts_need_a_name():
     with pytest.raises(ValueError, match="name"):
         Parts(model=Pixels)

@@ -47,10 +47,15 @@ class Resolved:
 def build_model(
     config: Config, num_classes: int, build: Callable[[ViTConfig, int], Any] = ViT
 ) -> ViT:
-    """The model of a run, as the seed draws it."""
+    """The model of a run, as the seed draws it.
+
+    Raises:
+        ValueError: if an experiment's keeps more than checkpoints do.
+    """
     torch.manual_seed(derive_seed("init", config.train.seed))
     model = build(config.model, num_classes)
-    assert model.state_dict().keys() == {name for name, _ in model.named_parameters()}
+    if more := model.state_dict().keys() - {name for name, _ in model.named_parameters()}:
+        raise ValueError(f"model: expected a state of parameters alone, got also {min(more)}")
     return model
 
 
