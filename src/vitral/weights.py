@@ -134,7 +134,10 @@ def load_settings(
         try:
             model = load(init).description.config.model
         except UserError as error:
-            raise UserError(f"{error}; --init names the weights to start from") from None
+            raise UserError(
+                f"{error}; --init names the weights to start from, and a run that has begun goes "
+                "on by its config.yaml"
+            ) from None
         default = Config(model=_as_preset(model))
     return recipes.load(source, arguments, default=default, program=program, about=about)
 

@@ -42,7 +42,10 @@ def _is_amd() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, as `F.linear`: x (..., D), W (F, D), b (F,), to (..., F)."""
+    """x W^T + b, as `F.linear`: x (..., D), W (F, D), b (F,), to (..., F).
+
+    Unlike torch's it wants a row or more, and x of two axes or more.
+    """
     return _Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
 
 
