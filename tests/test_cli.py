@@ -47,6 +47,7 @@ def mistake(capsys, tmp_path):
         assert main([str(word) for word in words]) == 2
         text = capsys.readouterr().err
         assert re.fullmatch(r"vitral: .+\n", text), text
+        assert "----" not in text, text
         for fragment in fragments:
             assert fragment in text, text
         assert not out.exists()
@@ -360,6 +361,7 @@ def test_a_recipe_for_tuning_wants_weights(image_folder, mistake, tmp_path, monk
     words = ["train", "imagenet-finetune", "--data", image_folder, "--out", tmp_path / "out"]
     mistake(words, "weights: runs/imagenet-b16-300ep: no such folder", "--init names")
     mistake([*words, "--init="], "init: expected")
+    mistake([*words, "--init"], "vitral: Missing value for argument '--train.init'")
 
 
 def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, mistake, tmp_path, capsys):

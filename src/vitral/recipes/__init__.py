@@ -257,12 +257,14 @@ def nearest(word: str, words: Sequence[str]) -> str:
 def _one_line(box: str) -> str:
     """tyro's boxed message as one line: its first paragraph, without the frame."""
     lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line) for line in box.splitlines()]
-    lines = [line for line in lines if not line.startswith(("╭", "╰", "+"))]
+    lines = [line.strip() for line in lines if not line.startswith(("╭", "╰", "+"))]
+    if len(lines) > 1 and set(lines[1]) == {"-"}:  # where UTF-8 is not spoken, a title, no frame
+        lines = lines[2:]
     paragraph: list[str] = []
     for line in lines:
-        if line.startswith(("──", "--")) or not line.strip():
+        if line.startswith("──") or set(line) <= {"-"}:
             break
-        paragraph.append(line.strip())
+        paragraph.append(line)
     line = " ".join(paragraph).removeprefix("Error parsing ")
     for pattern, plain in PLAIN.items():
         line = re.sub(pattern, plain, line)
