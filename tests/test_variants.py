@@ -2,8 +2,6 @@
 
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +14,6 @@ from vitral.model import ViT, count_flops, rotate
 from vitral.training import Interrupted, Parts, checkpoint, train
 from vitral.training.optim import Optimizer
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CONFIG = ViTConfig(
     dim=48, depth=2, num_heads=6, num_kv_heads=2, patch_size=4, image_size=16, num_registers=2,
     qk_norm=True, layer_scale=0.5,
@@ -25,13 +22,11 @@ MODELS = ("learned-positions", "no-positions", "layer-norm")
 
 
 @pytest.fixture(scope="module")
-def variants():
+def variants(benchmarks):
     """The program as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
     import variants
 
-    yield variants
-    sys.path.remove(str(BENCHMARKS))
+    return variants
 
 
 def drawn(build, config=CONFIG):
