@@ -119,10 +119,12 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
         UserError: as `Experiment.plan` does, for any run in OUT, and for unequal FLOPs.
     """
     chosen: dict[str, Variant] = {}
+    wanted = dict.fromkeys(variant for study in studies for variant in STUDIES[study])
+    known = {variant: experiment.plan(variant, seeds[0]) for variant in wanted}
     for study in studies:
         base, *others = STUDIES[study]
         for variant in others:
-            if changes(experiment, base, variant):
+            if changes(known[base], known[variant]):
                 chosen |= {base.name: base, variant.name: variant}
             else:
                 print(f"{variant.title}: {experiment.recipe} is so already; left out")
@@ -137,10 +139,10 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
     return runs
 
 
-def changes(experiment: Experiment, base: Variant, variant: Variant) -> bool:
-    """Whether a variant is another training than its base."""
-    settings, others = (flatten(experiment.plan(v, 0).config) for v in (base, variant))
-    return bool(variant.parts) or any(
+def changes(base: Planned, other: Planned) -> bool:
+    """Whether a run is another training than that of its base."""
+    settings, others = flatten(base.config), flatten(other.config)
+    return bool(other.variant.parts) or any(
         settings[name] != others[name] for name in settings if name != "train.out"
     )
 

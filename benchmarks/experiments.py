@@ -53,8 +53,9 @@ HEADER = (
 ABOUT = """\
 Top-1 in per cent, of the weights at the last step; a row is read by the figure in bold, the
 averaged weights (EMA) where the recipe keeps them. ± is the sample standard deviation over the
-seeds; of the difference to the first row, seed by seed, the standard error of the mean. FLOPs are
-the mean of a forward pass in training, where stochastic depth may skip work and images may grow.
+seeds; of the difference to the first row, seed by seed, the standard error of the mean: of three
+seeds, only 4.3 of these errors are beyond chance at 95%. FLOPs are the mean of a forward pass in
+training, where stochastic depth may skip work and images may grow.
 """
 
 

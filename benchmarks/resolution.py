@@ -7,7 +7,8 @@
 The recipe `imagenette128` with axial RoPE, with mixed RoPE, and with learned positions, whose table
 is interpolated. What follows `--` goes to every run. Scores are those of the last step on the
 validation images, of the averaged weights (EMA); the same share of an image's short side is cropped
-at every size. The same command goes on where it was cut off. After each run OUT/resolution.md and
+at every size. Imagenette's photographs, whose short side has 160 pixels, are enlarged for greater
+sizes. The same command goes on where it was cut off. After each run OUT/resolution.md and
 OUT/resolution.svg are written anew; a run's own scores lie in its resolutions.csv.
 """
 

@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +269,14 @@ def test_other_settings_are_refused(contest, program, capsys):
     error = capsys.readouterr().err
     assert error.startswith("peer_accuracy: optim.lr:")
     assert error.count("\n") == 1
+
+
+def test_runs_on_other_data_are_refused(contest, program, tmp_path, capsys):
+    out = Path(shutil.copytree(contest, tmp_path / "out"))
+    for state in out.glob("runs/timm-seed0/checkpoints/*/state.json"):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "fingerprint": "another"}))
+    assert program.main(contest_of(out, "--summary")) == 2
+    assert "timm-seed0: expected the data of the other runs of its seed" in capsys.readouterr().err
 
 
 def test_rows_of_the_ledger(contest, program, models, tmp_path):

@@ -1,5 +1,6 @@
 """benchmarks/variants.py: variants against independent references."""
 
+import errno
 import os
 import signal
 
@@ -253,6 +254,16 @@ def test_muon_resumes_exactly(variants, tmp_path):
     # Weights of vitral's own model are in a weight folder, whoever trained them.
     last = storage.read_tensors(tmp_path / "cut" / "weights" / "last", "model")
     assert torch.equal(last["head.weight"], cut.tensors["model"]["head.weight"])
+
+
+def test_a_full_disk_is_told(variants, capsys):
+    def run():
+        raise OSError(errno.ENOSPC, "No space left on device", "place")
+
+    assert variants.exit_code("variants", run) == 1
+    told = capsys.readouterr().err
+    assert "No space left on device: 'place'; make room and repeat the command" in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["muon"], ["adam", "digits"], ["muon", "--out", "x"]])
