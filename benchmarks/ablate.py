@@ -1,4 +1,4 @@
-"""Ablations of a recipe: what each of its parts is worth, at equal FLOPs where the model changes.
+"""Ablations of a recipe: what each of its parts is worth.
 
     python benchmarks/ablate.py OUT [--data PATH] [--only STUDY ...] [--seeds 0 1 2]
                                 [--recipe cifar10] [-- --section.key value ...]
@@ -7,30 +7,25 @@
 What follows `--` goes to every run. A tenth of the training images is held out, by seed, and
 validated on, at the last step alone; no test image is looked at. Seed by seed over all variants, so
 that what was cut off has whole rows; the same command goes on. After each run OUT/ablation.md and
-OUT/ablation.svg are written anew: top-1 of the averaged weights (EMA) where the recipe keeps them,
-of the raw ones elsewhere. Runs of one seed share their order and their held-out images, so a
-variant is compared with the first of its study seed by seed.
+OUT/ablation.svg are written anew. Runs of one seed share their order and their held-out images, so
+a variant is compared with the first of its study seed by seed. The variants of `kv-heads` cost the
+same FLOPs; of the others the table says what they cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import experiments
 from experiments import Experiment, Planned, Variant
-from ledger import ROOT, Row, spread, summarise
-from ledger import write as write_row
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from ledger import ROOT
+from ledger_figures import figure
+from variants import exit_code
 
 from vitral.config import UserError, flatten
-from vitral.report.gather import Run
 
 RECIPE = Variant("recipe", "the recipe")
 
@@ -82,19 +77,6 @@ STUDIES = {
 VARIANTS = tuple(dict.fromkeys(variant for study in STUDIES.values() for variant in study))
 EQUAL_FLOPS = ("kv-heads",)
 TOLERANCE = 0.01
-HEADER = ("variant", "parameters", "MFLOPs an image", "seeds", "top-1 (%)", "difference")
-
-
-@dataclass(frozen=True)
-class Result:
-    """The finished runs of a variant."""
-
-    variant: Variant
-    parameters: int
-    flops: float
-    """Of an image's forward pass."""
-    top1: dict[int, float]
-    """By seed, in per cent."""
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -103,9 +85,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     add = parser.add_argument
     add("--only", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY")
     add("--recipe", default="cifar10")
-    add("--ledger", action="store_true", help="only write docs/results/STUDY-VARIANT.json")
-    options, words = experiments.parse(parser, arguments)
-    return experiments.main("ablate", lambda: run(options, words, root))
+    options, words = experiments.parse(parser, arguments, "docs/results/STUDY-VARIANT.json")
+    return exit_code("ablate", lambda: run(options, words, root))
 
 
 def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
@@ -114,20 +95,21 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
     Raises:
         UserError: for settings that are wrong, or other than those of the runs in OUT.
     """
-    out: Path = options.out
     if options.ledger:
-        write_ledger(out, options.only, root)
+        for study in options.only:
+            rows = experiments.rows(STUDIES[study], options, study)
+            experiments.write_ledger(study, rows, root)
         return 0
     if options.summary:
-        write_summary(out)
+        write_summary(options)
         return 0
-    experiment = Experiment(out, options.recipe, ("--data.hold-out", *words))
+    experiment = Experiment(options.out, options.recipe, ("--data.hold-out", *words))
     runs = plan(experiment, options.only, options.seeds)
     if options.dry_run:
         for line in experiments.listed(runs):
             print(line, flush=True)
         return 0
-    return experiments.complete(runs, lambda _: write_summary(out))
+    return experiments.complete(runs, lambda _: write_summary(options))
 
 
 def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -> list[Planned]:
@@ -137,10 +119,12 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
         UserError: as `Experiment.plan` does, for any run in OUT, and for unequal FLOPs.
     """
     chosen: dict[str, Variant] = {}
+    wanted = dict.fromkeys(variant for study in studies for variant in STUDIES[study])
+    known = {variant: experiment.plan(variant, seeds[0]) for variant in wanted}
     for study in studies:
         base, *others = STUDIES[study]
         for variant in others:
-            if changes(experiment, base, variant):
+            if changes(known[base], known[variant]):
                 chosen |= {base.name: base, variant.name: variant}
             else:
                 print(f"{variant.title}: {experiment.recipe} is so already; left out")
@@ -155,10 +139,10 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
     return runs
 
 
-def changes(experiment: Experiment, base: Variant, variant: Variant) -> bool:
-    """Whether a variant is another training than its base."""
-    settings, others = (flatten(experiment.plan(v, 0).config) for v in (base, variant))
-    return bool(variant.parts) or any(
+def changes(base: Planned, other: Planned) -> bool:
+    """Whether a run is another training than that of its base."""
+    settings, others = flatten(base.config), flatten(other.config)
+    return bool(other.variant.parts) or any(
         settings[name] != others[name] for name in settings if name != "train.out"
     )
 
@@ -173,126 +157,28 @@ def refuse_unequal(study: str, runs: Sequence[Planned]) -> None:
         )
 
 
-def results(out: Path) -> dict[str, list[Result]]:
-    """What there is of each study, the base first; nothing of one whose base is not there."""
-    known: dict[Variant, Result] = {}
-    for variant in VARIANTS:
-        if runs := variant.finished(out):
-            known[variant] = result(variant, runs)
-    return {
-        study: [known[variant] for variant in variants if variant in known]
-        for study, variants in STUDIES.items()
-        if variants[0] in known
-    }
-
-
-def result(variant: Variant, runs: dict[int, Run]) -> Result:
-    """What the finished runs of a variant came to."""
-    facts = next(iter(runs.values())).environment
-    top1 = {seed: 100 * experiments.top1(run) for seed, run in runs.items()}
-    return Result(variant, facts["parameters"], facts["flops_per_image"], top1)
-
-
-def difference(base: Result, other: Result) -> str:
-    """The mean difference over the seeds that both have, and its standard error, in points."""
-    pairs = [other.top1[seed] - base.top1[seed] for seed in other.top1 if seed in base.top1]
-    if other is base or not pairs:
-        return ""
-    mean = f"{statistics.fmean(pairs):+.2f}"
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
-    return mean if error is None else f"{mean} ± {error:.2f}"
-
-
-def write_summary(out: Path) -> None:
+def write_summary(options: argparse.Namespace) -> None:
     """Writes OUT/ablation.md and OUT/ablation.svg from the runs that are finished.
 
     Raises:
         UserError: if none is.
     """
-    studies = results(out)
-    if not studies:
+    out: Path = options.out
+    found = {
+        study: [*experiments.rows(variants, options, study).values()]
+        for study, variants in STUDIES.items()
+        if variants[0].finished(out)
+    }
+    if not found:
         raise UserError(
             f"{out}: expected finished runs of a study and of what it compares, got none"
         )
-    experiments.write(out / "ablation.md", "\n".join(sections(studies)))
-    draw(studies, out / "ablation.svg")
-
-
-def sections(studies: dict[str, list[Result]]) -> Iterator[str]:
-    """The tables in Markdown."""
-    yield (
-        "# Ablation\n\nTop-1 on held-out training images at the last step. ± is the sample\n"
-        "standard deviation over the seeds; of the difference to the first row, seed by seed, the\n"
-        "standard error of the mean.\n"
-    )
-    for study, found in studies.items():
-        yield f"## {study}\n"
-        yield experiments.table(HEADER, [cells(found[0], result) for result in found])
-
-
-def cells(base: Result, result: Result) -> list[str]:
-    """The cells of a variant's row."""
-    return [
-        result.variant.title,
-        f"{result.parameters:,}",
-        f"{result.flops / 1e6:,.2f}",
-        ", ".join(map(str, result.top1)),
-        spread([*result.top1.values()]),
-        difference(base, result),
-    ]
-
-
-def draw(studies: dict[str, list[Result]], path: Path) -> None:
-    """A panel a study: a dot a seed, a tick at the mean, a line at the mean of the base."""
-    counts = [len(found) for found in studies.values()]
-    figure = Figure(figsize=(7, 0.4 * sum(counts) + 0.9 * len(counts)), layout="constrained")
-    panels = figure.subplots(len(counts), squeeze=False, height_ratios=[n + 1 for n in counts])
-    for axes, (study, found) in zip(panels[:, 0], studies.items(), strict=True):
-        panel(axes, found)
-        axes.set_title(study, loc="left", fontsize=11)
-    panels[-1, 0].set_xlabel("top-1 (%) on held-out images, at the last step")
-    experiments.save(figure, path)
-
-
-def panel(axes: Axes, found: Sequence[Result]) -> None:
-    for row, result in enumerate(found):
-        values = [*result.top1.values()]
-        axes.plot(values, [row] * len(values), "o", color="#0b5cad", alpha=0.55, markersize=5)
-        axes.plot(statistics.fmean(values), row, "|", color="#1b1f24", markersize=14)
-    axes.axvline(
-        statistics.fmean(found[0].top1.values()), color="#b3400a", linewidth=1, dashes=(5, 3)
-    )
-    axes.set_yticks(range(len(found)), [result.variant.title for result in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def write_ledger(out: Path, studies: Sequence[str], root: Path) -> None:
-    """Writes a row of the ledger for each variant that has finished runs."""
-    for study in studies:
-        for variant in STUDIES[study]:
-            if runs := variant.finished(out):
-                path = root / "docs" / "results" / f"{study}-{variant.name}.json"
-                write_row(ledger_row(study, variant, [*runs.values()]), path)
-                print(path)
-
-
-def ledger_row(study: str, variant: Variant, runs: Sequence[Run]) -> Row:
-    """The row of a variant."""
-    first = runs[0]
-    name = Path(first.config.data.path).name
-    row = summarise(
-        [run.path for run in runs],
-        title=variant.title,
-        data=f"{name}, {first.config.data.val_fraction:.0%} of the training images held out",
-        study=study,
-        flops_per_image=first.environment["training_flops_per_image"] / 3,
-    )
-    if variant.parts:
-        program = f"python benchmarks/variants.py {variant.parts}"
-        row["command"] = row["command"].replace("vitral train", program, 1)
-    return row
+    parts = [f"# Ablation\n\n{experiments.ABOUT}"]
+    for study, compared in found.items():
+        parts += [f"## {study}\n", experiments.comparison(compared)]
+    experiments.write(out / "ablation.md", "\n".join(parts))
+    every = [row for compared in found.values() for row in compared]
+    experiments.write(out / "ablation.svg", figure(every, by="study"))
 
 
 if __name__ == "__main__":

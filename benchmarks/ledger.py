@@ -111,21 +111,16 @@ def summarise(
     study: str | None = None,
     note: str = "",
     commit: str | None = None,
-    command: str | None = None,
-    flops_per_image: float | None = None,
 ) -> Row:
     """The row that finished runs make, a seed each.
 
     Args:
         runs: run folders; weights and checkpoints may be missing, and then the data are not
-            compared and `flops_per_image` must be given.
+            compared.
         title: what the row is; None takes the recipe's name.
         data: what it was measured on; None takes the last name of `data.path`.
         study: the experiment that it belongs to; None for a headline row.
         commit: of the code that trained; None takes that of this checkout.
-        command: what repeats the row, seeds as N; None takes the `vitral train` command, which
-            is true only of models that the settings describe.
-        flops_per_image: of a forward pass in training, for other models than the settings'.
 
     Raises:
         UserError: for an unfinished run, or runs that differ in more than their seed.
@@ -145,8 +140,9 @@ def summarise(
         "data": data or Path(config.data.path).name,
         "study": study,
         "note": note,
-        "commit": commit or head(ROOT),
-        "command": command or train_command(recipe, changes),
+        "commit": head(ROOT) if commit is None else commit,
+        "command": train_command(recipe, changes, found[0].environment.get("parts", "")),
+        "parameters": found[0].environment["parameters"],
         "hardware": together(hardware(run.environment) for run in found),
         "versions": {
             "python": together(run.environment["python"] for run in found),
@@ -155,7 +151,7 @@ def summarise(
         },
         "config": differences(config, Config()),
         "runs": sorted(
-            (entry(run, training_flops(run, classes, flops_per_image)) for run in found),
+            (entry(run, training_flops(run, classes)) for run in found),
             key=lambda run: run["seed"],
         ),
     }
@@ -225,16 +221,16 @@ def refuse_unfinished(run: Run) -> None:
 def refuse_strangers(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> None:
     """Raises UserError for runs that are not seeds of one row."""
     first, seeds = runs[0], set()
-    settings = flatten(first.config)
+    settings = settings_of(first)
     for run, fingerprint in zip(runs, fingerprints, strict=True):
-        for name, value in flatten(run.config).items():
+        for name, value in settings_of(run).items():
             if name not in FREE and value != settings[name]:
                 raise UserError(
                     f"{run.path}: {name}: expected {settings[name]} as in {first.path}, got "
                     f"{value}; make another row of it"
                 )
         # What is held out hangs on the seed, and the fingerprint on what is held out.
-        comparable = None not in (fingerprint, fingerprints[0]) and not run.config.data.hold_out
+        comparable = None not in (fingerprint, fingerprints[0]) and not held_out(run)
         if comparable and fingerprint != fingerprints[0]:
             raise UserError(
                 f"{run.path}: expected the data of {first.path}, got others; make another row of it"
@@ -248,6 +244,16 @@ def refuse_strangers(runs: Sequence[Run], fingerprints: Sequence[str | None]) ->
         seeds.add(seed)
 
 
+def settings_of(run: Run) -> dict[str, Any]:
+    """Its settings by name, and the parts that are not vitral's own."""
+    return {**flatten(run.config), "parts": run.environment.get("parts", "")}
+
+
+def held_out(run: Run) -> bool:
+    """Whether it was validated on a part of the training images, drawn by its seed."""
+    return run.environment.get("held_out", run.config.data.hold_out)
+
+
 def data_of(run: Path) -> dict[str, Any]:
     """What weights or a checkpoint know of the data, "classes" and "fingerprint"; else nothing."""
     places = (run / "weights" / "last" / "config.json", *run.glob("checkpoints/step_*/state.json"))
@@ -257,30 +263,24 @@ def data_of(run: Path) -> dict[str, Any]:
     return {}
 
 
-def training_flops(run: Run, classes: int | None, flops_per_image: float | None) -> float:
+def training_flops(run: Run, classes: int | None) -> float:
     """Floating-point operations of the whole training: three forward passes an image.
 
     Image sizes are those that the settings give each step. Validation is not counted.
     """
     config, steps = run.config, int(run.rows[-1]["step"])
     sides = Counter(config.image_size_at(step / steps) for step in range(steps))
-    if flops_per_image is not None and len(sides) > 1:
-        raise UserError(
-            f"{run.path}: flops_per_image: expected images of one size, got {sorted(sides)}; "
-            "leave train.progressive out"
-        )
-    if flops_per_image is None and classes is None:
-        raise UserError(
-            f"{run.path}: expected weights or a checkpoint, which know the number of classes, got "
-            "neither; give flops_per_image"
-        )
+    # What the run has counted itself is true of other models, too.
+    known = {config.model.image_size: run.environment["training_flops_per_image"]}
     total = 0.0
     for side, count in sides.items():
-        each = flops_per_image
-        if each is None:
-            assert classes is not None
-            each = forward_flops(config.model, classes, side)
-        total += 3 * each * count * config.train.batch_size
+        if side not in known and classes is None:
+            raise UserError(
+                f"{run.path}: expected weights or a checkpoint, which know the number of classes, "
+                "got neither; restore one, or train without train.progressive"
+            )
+        each = known.get(side) or 3 * forward_flops(config.model, classes or 0, side)
+        total += each * count * config.train.batch_size
     return total
 
 
@@ -360,10 +360,11 @@ def elsewhere(path: str | None) -> str | None:
     return f"path/to/{Path(path).name}" if path and Path(path).is_absolute() else path
 
 
-def train_command(recipe: str, changes: dict[str, Any]) -> str:
-    """`vitral train` with a recipe and what is changed of it, for any seed N."""
+def train_command(recipe: str, changes: dict[str, Any], parts: str = "") -> str:
+    """What trains a recipe with some changes, and parts of variants.py, for any seed N."""
+    program = ["python", "benchmarks/variants.py", parts] if parts else ["vitral", "train"]
     words = [word for name, value in changes.items() for word in flags(name, value)]
-    return shlex.join(["vitral", "train", recipe, *words, "--train.seed", "N"])
+    return shlex.join([*program, recipe, *words, "--train.seed", "N"])
 
 
 def flags(name: str, value: Any) -> list[str]:

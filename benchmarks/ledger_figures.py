@@ -1,7 +1,8 @@
 """The ledger's figures: SVG written by hand, the same bytes for the same rows, whatever draws.
 
 A panel of curves and one of last scores for each data set, as scores of different sets do not
-compare. Axes are those of vitral's reports. The ground is opaque and light, in a dark page, too.
+compare; where runs were validated at their end alone there are no curves. Axes are those of
+vitral's reports. The ground is opaque and light, in a dark page, too.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fil
 COLOURS = ("#0b5cad", "#b3400a", "#17702f", "#7a3fd1", "#b02a80", "#6b5900")
 
 
-def figure(rows: Sequence[Row]) -> str:
-    """An SVG document of rows, in their order, data set after data set."""
+def figure(rows: Sequence[Row], by: str = "data") -> str:
+    """An SVG document of rows, in their order, data set after data set, or by another cell."""
     parts, top, told = [], 0.0, []
-    by_data = sorted(rows, key=lambda row: row["data"])
-    for data, found in groupby(by_data, key=lambda row: row["data"]):
+    for title, found in groupby(sorted(rows, key=lambda row: row[by]), key=lambda row: row[by]):
         group = list(found)
-        parts.append(f'<g transform="translate(0 {top:g})">{panels(str(data), group)}</g>')
-        top += TITLE + height(len(group))
-        told += [f"{name(row)} {spread(quoted(row))}% on {data}" for row in group]
+        parts.append(f'<g transform="translate(0 {top:g})">{panels(str(title), group)}</g>')
+        top += TITLE + height(group)
+        told += [f"{title}: {name(row)} {spread(quoted(row))}%" for row in group]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {top:g}" role="img">\n'
         f"<title>Top-1 at the last step: {escape('; '.join(told))}</title>\n"
@@ -47,9 +47,9 @@ def figure(rows: Sequence[Row]) -> str:
     )
 
 
-def height(count: int) -> float:
-    """Of the panels of so many rows."""
-    return max(HEIGHT, foot(count) + HEIGHT - BOTTOM) + 10
+def height(rows: Sequence[Row]) -> float:
+    """Of the panels of some rows."""
+    return max(HEIGHT * validated(rows), foot(len(rows)) + HEIGHT - BOTTOM) + 10
 
 
 def foot(count: int) -> float:
@@ -57,13 +57,19 @@ def foot(count: int) -> float:
     return TOP + PITCH * count + 4
 
 
-def panels(data: str, rows: Sequence[Row]) -> str:
-    """Both panels of a data set, below its name."""
-    curves, scores = "\n".join(draw_curves(rows)), "\n".join(draw_scores(rows))
+def validated(rows: Sequence[Row]) -> bool:
+    """Whether a row has a curve: more than its end."""
+    return any(len(curve(row)) > 1 for row in rows)
+
+
+def panels(title: str, rows: Sequence[Row]) -> str:
+    """Both panels of a group, below its title."""
+    curves = "\n".join(draw_curves(rows)) if validated(rows) else ""
+    scores = "\n".join(draw_scores(rows))
     return (
-        f'<text class="name" x="{LEFT}" y="22">{escape(data)}</text>\n'
+        f'<text class="name" x="{LEFT}" y="22">{escape(title)}</text>\n'
         f'<g transform="translate(0 {TITLE})">{curves}</g>\n'
-        f'<g transform="translate({WIDTH} {TITLE})">{scores}</g>\n'
+        f'<g transform="translate({WIDTH if curves else 0} {TITLE})">{scores}</g>\n'
     )
 
 

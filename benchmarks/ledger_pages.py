@@ -97,7 +97,8 @@ def block(study: str | None, rows: dict[str, Row], way: str, commands: bool) -> 
         return EMPTY
     place = f"{way}{picture(study)}"
     about = f"Validation top-1 against images seen, and at the last step{of_study(study)}"
-    parts = [table(rows, way), f"[![{about}]({place})]({place})"]
+    lines = [cells(row, f"{way}results/{name}.json") for name, row in rows.items()]
+    parts = [table(HEADER, lines), f"[![{about}]({place})]({place})"]
     if commands:
         lines = dict.fromkeys(row["command"] for row in rows.values())
         parts.append("```sh\n" + "\n".join(lines) + "\n```")
@@ -113,32 +114,41 @@ def picture(study: str | None) -> str:
     return f"images/results{f'-{study}' if study else ''}.svg"
 
 
-def table(rows: dict[str, Row], way: str) -> str:
-    """The rows in Markdown."""
-    lines = [HEADER, *(cells(row, f"{way}results/{name}.json") for name, row in rows.items())]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = ([cell.replace("|", "\\|") for cell in line] for line in (header, *rows))
     head, *rest = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|---" * len(HEADER) + "|", *rest])
+    return "\n".join([head, "|---" * len(header) + "|", *rest])
+
+
+def scores(row: Row) -> list[str]:
+    """Top-1 of the averaged weights and of the raw ones, as far as kept; the quoted one is bold."""
+    runs = row["runs"]
+    found = {kind: [100 * r["top1"][kind] for r in runs if kind in r["top1"]] for kind in KINDS}
+    ema, raw = (spread(values) if values else "" for values in found.values())
+    return [f"**{ema}**", raw] if ema else ["none", f"**{raw}**"]
+
+
+def images(row: Row) -> str:
+    """Seen in training."""
+    return f"{statistics.fmean(run['images'] for run in row['runs']):,.0f}"
 
 
 def cells(row: Row, link: str) -> list[str]:
-    """A row's cells; the top-1 that it is quoted with is bold."""
+    """A row's cells."""
     runs = row["runs"]
-    scores = {kind: [100 * r["top1"][kind] for r in runs if kind in r["top1"]] for kind in KINDS}
-    ema, raw = (spread(scores[kind]) if scores[kind] else "" for kind in KINDS)
     note = f"<br>{row['note']}" if row["note"] else ""
-    found = [
+    return [
         f"[{row['title']}]({link}){note}",
         row["data"],
         ", ".join(str(run["seed"]) for run in runs),
-        f"{statistics.fmean(run['images'] for run in runs):,.0f}",
+        images(row),
         operations(statistics.fmean(run["flops"] for run in runs)),
         row["hardware"],
-        minutes([run["minutes"] for run in runs]),
-        f"**{ema}**" if ema else "none",
-        raw if ema else f"**{raw}**",
+        minutes(row),
+        *scores(row),
         f"`{row['commit']}`",
     ]
-    return [cell.replace("|", "\\|") for cell in found]
 
 
 def operations(flops: float) -> str:
@@ -147,7 +157,7 @@ def operations(flops: float) -> str:
     return f"{flops / unit:.3g} {word}"
 
 
-def minutes(values: Sequence[float]) -> str:
-    """The mean, to a tenth below a hundred."""
-    mean = statistics.fmean(values)
+def minutes(row: Row) -> str:
+    """The mean of the seeds, to a tenth below a hundred."""
+    mean = statistics.fmean(run["minutes"] for run in row["runs"])
     return f"{mean:.1f}" if mean < 100 else f"{mean:,.0f}"

@@ -30,46 +30,28 @@ are written anew: top-1 at the last step, never of the best validation.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import experiments
-from ablate import Result, difference, result
 from experiments import Experiment, Planned, Variant
-from ledger import ROOT, Row, data_of, differences, flags, spread, summarise
-from ledger import write as write_row
+from ledger import ROOT, Row, data_of, differences, flags
 from ledger_figures import figure
-from ledger_pages import KINDS, minutes
 from timm_models import NAMES, own_settings
+from variants import exit_code
 
 from vitral import recipes
 from vitral.bench.peers import has_timm
 from vitral.config import Config, UserError, flatten
-from vitral.report.gather import Run
-
-Finished = dict[Variant, dict[int, Run]]  # by contestant and seed
 
 STUDY = "control"
 OURS = Variant("vitral", "vitral")
 PEERS = [name for peer in NAMES for name in (peer, f"{peer}-own")]
-HEADER = (
-    "contestant",
-    "parameters",
-    "MFLOPs an image",
-    "seeds",
-    "images seen",
-    "top-1, EMA",
-    "top-1, raw",
-    "difference",
-    "minutes",
-)
+CONTESTANTS = [OURS, *(Variant(name, name, parts=name.removesuffix("-own")) for name in PEERS)]
 ABOUT = """\
-The same order, augmentation, images seen, batch, schedule, loss and evaluation for all. Top-1 in
-per cent, of the weights at the last step. ± is the sample standard deviation over the seeds; of the
-difference to vitral, seed by seed, the standard error of the mean. It is of the averaged weights
-(EMA) where the recipe keeps them.
+The same order, augmentation, images seen, batch, schedule, loss and evaluation for all.
+
 """
 
 
@@ -79,9 +61,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a recipe's name, or a YAML file")
     add("--peers", nargs="+", choices=PEERS, default=["timm", "timm-own"], metavar="PEER")
-    add("--ledger", action="store_true", help="only write docs/results/RECIPE-CONTESTANT.json")
-    options, words = experiments.parse(parser, arguments)
-    return experiments.main("peer_accuracy", lambda: run(options, words, root))
+    options, words = experiments.parse(parser, arguments, "docs/results/RECIPE-CONTESTANT.json")
+    return exit_code("peer_accuracy", lambda: run(options, words, root))
 
 
 def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
@@ -91,23 +72,23 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
         UserError: without timm, for settings that timm's models cannot have, or for other settings
             than those of the runs in OUT.
     """
-    out, recipe = options.out, options.recipe
-    config = recipes.load(recipe, words)
-    contestants = [OURS, *(peer(name, config) for name in dict.fromkeys(options.peers))]
+    recipe, name = options.recipe, Path(options.recipe).stem
     if options.ledger:
-        write_ledger(out, Path(recipe).stem, root)
+        experiments.write_ledger(name, rows(options, name), root)
         return 0
     if options.summary:
-        write_summary(out, Path(recipe).stem)
+        write_summary(options, name)
         return 0
+    config = recipes.load(recipe, words)
     refuse(config)
-    experiment = Experiment(out, recipe, tuple(words), curves=True)
+    contestants = [OURS, *(peer(name, config) for name in dict.fromkeys(options.peers))]
+    experiment = Experiment(options.out, recipe, tuple(words), curves=True)
     runs = [experiment.plan(found, seed) for seed in options.seeds for found in contestants]
     if options.dry_run:
         for line in (*experiments.listed(runs), *differing(runs)):
             print(line, flush=True)
         return 0
-    return experiments.complete(runs, lambda _: write_summary(out, Path(recipe).stem))
+    return experiments.complete(runs, lambda _: write_summary(options, name))
 
 
 def peer(name: str, config: Config) -> Variant:
@@ -152,86 +133,45 @@ def changes(config: Config, ours: Config) -> str:
     return ", ".join(["the model", "what decays", *settings])
 
 
-def write_summary(out: Path, recipe: str) -> None:
+def write_summary(options: argparse.Namespace, recipe: str) -> None:
     """Writes OUT/peer_accuracy.md and OUT/peer_accuracy.svg from the runs that are finished.
 
     Raises:
         UserError: if none of vitral is, or if they are on other data than each other.
     """
-    found = finished(out)
-    rows = [ledger_row(variant, runs, recipe) for variant, runs in found.items()]
-    experiments.write(out / "peer_accuracy.md", "\n".join(sections(recipe, found, rows)))
-    experiments.write(out / "peer_accuracy.svg", figure(rows))
+    found = rows(options, recipe)
+    compared = [*found.values()]
+    experiments.write(options.out / "peer_accuracy.svg", figure(compared))
+    parts = [f"# The control: {recipe}\n\n{ABOUT}{experiments.ABOUT}"]
+    parts += [experiments.comparison(compared)]
+    parts += ["![Top-1 at the last step](peer_accuracy.svg)\n"]
+    finished = {variant.name: [*variant.finished(options.out).values()] for variant in CONTESTANTS}
+    ours, *others = ((name, runs[0].config) for name, runs in finished.items() if runs)
+    parts += [f"`{name}` differs in {changes(config, ours[1])}.\n" for name, config in others]
+    experiments.write(options.out / "peer_accuracy.md", "\n".join(parts))
 
 
-def finished(out: Path) -> Finished:
-    """The finished runs of each contestant, vitral first.
+def rows(options: argparse.Namespace, recipe: str) -> dict[str, Row]:
+    """The ledger's row of each contestant that has finished runs, vitral first.
 
     Raises:
         UserError: as `write_summary` does.
     """
-    variants = [OURS, *(Variant(name, name, parts=name.removesuffix("-own")) for name in PEERS)]
-    found = {variant: runs for variant in variants if (runs := variant.finished(out))}
-    if OURS not in found:
-        raise UserError(f"{out}: expected a finished run of vitral, got none")
-    data = {
-        data_of(run.path).get("fingerprint") for runs in found.values() for run in runs.values()
-    }
-    if len(data) > 1:
-        raise UserError(f"{out}: expected all runs on the same data, got others; give another OUT")
+    found = experiments.rows(CONTESTANTS, options, STUDY)
+    if OURS.name not in found:
+        raise UserError(f"{options.out}: expected a finished run of vitral, got none")
+    known: dict[int, str] = {}
+    for variant in CONTESTANTS:
+        for seed, run in variant.finished(options.out).items():
+            data = data_of(run.path).get("fingerprint", "")
+            if known.setdefault(seed, data) != data:
+                raise UserError(
+                    f"{run.path}: expected the data of the other runs of its seed, got others; "
+                    "give another OUT"
+                )
+    for name, row in found.items():
+        row["title"] = f"`{recipe}`" if name == OURS.name else f"`{recipe}`, {name}"
     return found
-
-
-def ledger_row(variant: Variant, runs: dict[int, Run], recipe: str) -> Row:
-    """The row of a contestant."""
-    first = next(iter(runs.values()))
-    row = summarise(
-        [run.path for run in runs.values()],
-        title=f"`{recipe}`" if variant == OURS else f"`{recipe}`, {variant.name}",
-        study=STUDY,
-        flops_per_image=first.environment["training_flops_per_image"] / 3,
-    )
-    if variant.parts:
-        program = f"python benchmarks/variants.py {variant.parts}"
-        row["command"] = row["command"].replace("vitral train", program, 1)
-    return row
-
-
-def write_ledger(out: Path, recipe: str, root: Path) -> None:
-    """Writes a row of the ledger for each contestant that has finished runs."""
-    for variant, runs in finished(out).items():
-        path = root / "docs" / "results" / f"{recipe}-{variant.name}.json"
-        write_row(ledger_row(variant, runs, recipe), path)
-        print(path)
-
-
-def sections(recipe: str, found: Finished, rows: Sequence[Row]) -> Iterator[str]:
-    """The page in Markdown."""
-    yield f"# The control: {recipe}\n\n{ABOUT}"
-    ours, *others = results = [result(variant, runs) for variant, runs in found.items()]
-    lines = [cells(ours, each, row) for each, row in zip(results, rows, strict=True)]
-    yield experiments.table(HEADER, lines)
-    yield "![Validation top-1 against images seen, and at the last step](peer_accuracy.svg)\n"
-    configs = {variant: next(iter(runs.values())).config for variant, runs in found.items()}
-    for each in others:
-        differs = changes(configs[each.variant], configs[OURS])
-        yield f"`{each.variant.name}` differs in {differs}.\n"
-
-
-def cells(ours: Result, found: Result, row: Row) -> list[str]:
-    """The cells of a contestant's line."""
-    runs = row["runs"]
-    scores = [[100 * run["top1"][kind] for run in runs if kind in run["top1"]] for kind in KINDS]
-    return [
-        found.variant.title,
-        f"{found.parameters:,}",
-        f"{found.flops / 1e6:,.2f}",
-        ", ".join(map(str, found.top1)),
-        f"{statistics.fmean(run['images'] for run in runs):,.0f}",
-        *(spread(values) if values else "none" for values in scores),
-        difference(ours, found),
-        minutes([run["minutes"] for run in runs]),
-    ]
 
 
 if __name__ == "__main__":

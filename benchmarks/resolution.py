@@ -7,7 +7,8 @@
 The recipe `imagenette128` with axial RoPE, with mixed RoPE, and with learned positions, whose table
 is interpolated. What follows `--` goes to every run. Scores are those of the last step on the
 validation images, of the averaged weights (EMA); the same share of an image's short side is cropped
-at every size. The same command goes on where it was cut off. After each run OUT/resolution.md and
+at every size. Imagenette's photographs, whose short side has 160 pixels, are enlarged for greater
+sizes. The same command goes on where it was cut off. After each run OUT/resolution.md and
 OUT/resolution.svg are written anew; a run's own scores lie in its resolutions.csv.
 """
 
@@ -20,19 +21,23 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import experiments
+import matplotlib
 import torch
 from experiments import Experiment, Planned, Variant
 from ledger import spread
+from ledger_pages import table
 from matplotlib.figure import Figure
-from variants import PARTS
+from variants import PARTS, exit_code
 
 from vitral import weights
 from vitral.config import UserError
 from vitral.evaluation import sweep
 from vitral.evaluation.table import Row, write_rows
 from vitral.report.gather import read_run
+from vitral.storage import replacing
 from vitral.training import checkpoint
 from vitral.weights import Weights
 
@@ -43,7 +48,7 @@ VARIANTS = (
 )
 SIZES = (96, 112, 128, 160, 192, 224, 256)
 TABLE = "resolutions.csv"
-Curve = dict[int, list[float]]  # top-1 in per cent of each seed, by image size
+Curve = dict[int, dict[int, float]]  # top-1 in per cent by image size and seed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="in pixels")
     options, words = experiments.parse(parser, arguments)
-    return experiments.main("resolution", lambda: run(options, words))
+    return exit_code("resolution", lambda: run(options, words))
 
 
 def run(options: argparse.Namespace, words: tuple[str, ...]) -> int:
@@ -139,13 +144,18 @@ def scores(run: Path) -> list[Row]:
 
 
 def curves(out: Path) -> dict[Variant, Curve]:
-    """What there is of each variant."""
+    """What there is of each variant, at sizes that all its seeds were tested at."""
     found: dict[Variant, Curve] = {}
     for variant in VARIANTS:
-        for seed in variant.finished(out):
-            for row in scores(variant.at(out, seed)):
-                curve = found.setdefault(variant, {})
-                curve.setdefault(int(row.name), []).append(100 * row.top1)
+        tested = {seed: scores(variant.at(out, seed)) for seed in variant.finished(out)}
+        curve: Curve = {}
+        for seed, rows in tested.items():
+            for row in rows:
+                curve.setdefault(int(row.name), {})[seed] = 100 * row.top1
+        count = sum(map(bool, tested.values()))
+        whole = {size: tops for size, tops in curve.items() if len(tops) == count}
+        if whole:
+            found[variant] = whole
     return found
 
 
@@ -159,29 +169,33 @@ def write_summary(out: Path) -> None:
     if not found:
         raise UserError(f"{out}: expected finished runs that were tested, got none")
     sizes = sorted({size for curve in found.values() for size in curve})
-    seeds = {variant: max(map(len, curve.values())) for variant, curve in found.items()}
     rows = [
-        [v.title, str(seeds[v]), *(spread(curve[s]) if s in curve else "" for s in sizes)]
-        for v, curve in found.items()
+        [
+            variant.title,
+            ", ".join(map(str, sorted({seed for tops in curve.values() for seed in tops}))),
+            *(spread([*curve[size].values()]) if size in curve else "" for size in sizes),
+        ]
+        for variant, curve in found.items()
     ]
     header = ("positions", "seeds", *(f"{size} px" for size in sizes))
     about = (
         "# Resolution\n\nTop-1 (%) on the validation images at other sizes than that of training. "
         "± is the sample\nstandard deviation over the seeds.\n\n"
     )
-    experiments.write(out / "resolution.md", about + experiments.table(header, rows))
+    experiments.write(out / "resolution.md", about + table(header, rows) + "\n")
     draw(found, out / "resolution.svg")
 
 
 def draw(found: dict[Variant, Curve], path: Path) -> None:
     """Top-1 over image size: a line through the means, and a dot a seed."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4))
+    # Not a constrained layout, whose last digits are not always the same.
+    axes = figure.subplots(gridspec_kw={"left": 0.09, "right": 0.98, "bottom": 0.12, "top": 0.97})
     for variant, curve in found.items():
         sizes = sorted(curve)
-        means = [statistics.fmean(curve[size]) for size in sizes]
+        means = [statistics.fmean(curve[size].values()) for size in sizes]
         (line,) = axes.plot(sizes, means, linewidth=1.5, label=variant.title)
-        points = [(size, value) for size in sizes for value in curve[size]]
+        points = [(size, value) for size in sizes for value in curve[size].values()]
         axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), alpha=0.5, markersize=4)
     axes.set_xticks(sorted({size for curve in found.values() for size in curve}))
     axes.set_xlabel("image size (pixels)")
@@ -189,7 +203,10 @@ def draw(found: dict[Variant, Curve], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    experiments.save(figure, path)
+    # Text as text, and the same bytes for the same figure.
+    style: dict[Any, str] = {"svg.fonttype": "none", "svg.hashsalt": "vitral"}
+    with matplotlib.rc_context(style), replacing(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

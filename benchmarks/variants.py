@@ -17,8 +17,9 @@ seed.
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm_models
@@ -157,21 +158,39 @@ PARTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 2 for a user's mistake, or a signal's exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code("variants", lambda: run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(words: Sequence[str]) -> int:
+    """Trains what the words say.
+
+    Raises:
+        UserError: for a mistake in them.
+    """
+    name, recipe = (*words, "", "")[:2]
+    if name not in PARTS or not recipe or recipe.startswith("-"):
+        got = " ".join(words[:2]) or "nothing"
+        raise UserError(f"expected {', '.join(PARTS)}, and then a recipe, got {got}")
+    train(recipe, *words[2:], parts=PARTS[name])
+    return 0
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """Runs a command; returns what it does, 2 for a user's mistake, or the code of a signal."""
     try:
-        name, recipe = (*words, "", "")[:2]
-        if name not in PARTS or not recipe or recipe.startswith("-"):
-            got = " ".join(words[:2]) or "nothing"
-            raise UserError(f"expected {', '.join(PARTS)}, and then a recipe, got {got}")
-        train(recipe, *words[2:], parts=PARTS[name])
+        return run()
     except UserError as error:
-        print(f"variants: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{program}: {error}; make room and repeat the command", file=sys.stderr)
+        return 1
     except Interrupted as interrupted:
         return interrupted.exit_code
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -19,3 +22,29 @@ def image_folder(tmp_path_factory):
                 picture = Image.fromarray(low.astype(np.uint8)).resize((24, 20))
                 picture.save(root / split / name / f"{i:02d}.jpg", quality=90)
     return root
+
+
+@pytest.fixture(scope="session")
+def benchmarks():
+    """The folder of the programs, which are imported from there."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="module")
+def in_process(benchmarks):
+    """Runs of experiments are trained in this process, where a child would import all anew."""
+    import experiments
+    import variants
+
+    from vitral.cli import main
+
+    def call(command):
+        _, program, *words = command
+        return main(words[1:]) if program == "-m" else variants.main(words)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "call", call)
+        yield

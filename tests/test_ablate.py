@@ -1,6 +1,7 @@
 """benchmarks/ablate.py: runs that were trained, cut off and gone on with; figures by hand."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,6 @@ from vitral import recipes
 from vitral.config import UserError
 from vitral.model import count_flops
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = "--model.dim 24 --model.depth 1 --model.num-heads 6 --model.num-kv-heads 2"
 TINY += " --train.threads 1 --train.epochs 5 --optim.warmup-epochs 0"
 NORM = ["--only", "norm", "--seeds", "0", "--recipe", "digits"]
@@ -26,13 +26,11 @@ STEPS = 102  # 5 times 1,295 images in batches of 64, rounded up
 
 
 @pytest.fixture(scope="module")
-def ablate():
-    """The program as a module, beside those that it imports."""
-    sys.path.insert(0, str(BENCHMARKS))
+def ablate(in_process):
+    """The program as a module."""
     import ablate
 
-    yield ablate
-    sys.path.remove(str(BENCHMARKS))
+    return ablate
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +44,20 @@ def whole(ablate, tmp_path_factory):
 @pytest.fixture
 def copied(whole, tmp_path):
     return Path(shutil.copytree(whole, tmp_path / "out"))
+
+
+def again(run, seed):
+    """A copy of a run of seed 0, as if of another seed: other images are held out there."""
+    other = Path(shutil.copytree(run, run.with_name(run.name.replace("seed0", f"seed{seed}"))))
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("seed: 0", f"seed: {seed}"))
+    for file in (
+        *other.glob("weights/last/config.json"),
+        *other.glob("checkpoints/*/state.json"),
+    ):
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps({**found, "fingerprint": "another"}))
+    return other
 
 
 def last(run):
@@ -79,12 +91,13 @@ def test_the_table_says_what_the_log_says(whole):
     base, other = (last(whole / "runs" / f"{n}-seed0") for n in ("recipe", "layer-norm"))
     config = recipes.load("digits", TINY.split()).model
     flops = f"{count_flops(config, 10) / 1e6:.2f}"
-    top1 = [f"{100 * row['ema_top1']:.2f}" for row in (base, other)]
+    expected = [flops, "0", f"{STEPS * 64:,}"]
+    top1 = [[f"**{100 * r['ema_top1']:.2f}**", f"{100 * r['val_top1']:.2f}"] for r in (base, other)]
     first, second = cells(whole, "norm")
     assert first[0] == "the recipe"
-    assert first[2:] == [flops, "0", top1[0], ""]
+    assert first[2:8] == [*expected, *top1[0], ""]
     difference = 100 * (other["ema_top1"] - base["ema_top1"])
-    assert second[2:] == [flops, "0", top1[1], f"{difference:+.2f}"]
+    assert second[2:8] == [*expected, *top1[1], f"{difference:+.2f}"]
 
 
 def test_figures_of_several_seeds_by_hand(ablate, copied):
@@ -95,30 +108,31 @@ def test_figures_of_several_seeds_by_hand(ablate, copied):
         for seed, top1 in enumerate(values):
             run = first.with_name(f"{name}-seed{seed}")
             if seed:
-                shutil.copytree(first, run)
+                again(first, seed)
             row = {**last(run), "ema_top1": top1}
             (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     # A seed that only one of the two has counts in no difference; one not finished counts nowhere.
-    shutil.copytree(first, first.with_name("layer-norm-seed7"))
-    lonely = first.with_name("layer-norm-seed8")
-    shutil.copytree(first, lonely)
+    again(first, 7)
+    lonely = again(first, 8)
     (lonely / "metrics.jsonl").write_text(json.dumps({**last(first), "epoch": 1.0}) + "\n")
     assert ablate.main([str(copied), "--summary"]) == 0
     base, other = cells(copied, "norm")
-    assert base[3:] == ["0, 1, 2", "60.00 ± 10.00", ""]
+    assert base[3] == "0, 1, 2"
+    assert (base[5], base[7]) == ("**60.00 ± 10.00**", "")
     scores = [52, 61, 73, 52]
-    assert other[3:5] == ["0, 1, 2, 7", f"59.50 ± {statistics.stdev(scores):.2f}"]
-    assert other[5] == "+2.00 ± 0.58"  # 1 / sqrt(3)
+    assert other[3] == "0, 1, 2, 7"
+    assert other[5] == f"**59.50 ± {statistics.stdev(scores):.2f}**"
+    assert other[7] == "+2.00 ± 0.58"  # 1 / sqrt(3)
     drawing = ElementTree.parse(copied / "ablation.svg").getroot()
     text = " ".join(drawing.itertext())
     assert "LayerNorm" in text
     assert "norm" in text
 
 
-def test_cut_off_and_gone_on_with_it_is_the_same(ablate, whole, tmp_path, capfd):
+def test_cut_off_and_gone_on_with_it_is_the_same(ablate, benchmarks, whole, tmp_path, capfd):
     """A Ctrl-C at the program ends it in good order with 130; the same command goes on."""
     out = tmp_path / "out"
-    words = [sys.executable, str(BENCHMARKS / "ablate.py"), str(out), *NORM, "--", *TINY.split()]
+    words = [sys.executable, str(benchmarks / "ablate.py"), str(out), *NORM, "--", *TINY.split()]
     program = subprocess.Popen(
         [*words, "--train.checkpoint-steps", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -135,8 +149,10 @@ def test_cut_off_and_gone_on_with_it_is_the_same(ablate, whole, tmp_path, capfd)
     assert not (out / "runs" / "layer-norm-seed0").exists()
     assert ablate.main(words[2:]) == 0
     assert f"goes on from step {step}" in capfd.readouterr().out
-    for name in ("ablation.md", "ablation.svg"):
-        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    minutes = r" [0-9.]+ \|\n"  # the last cell
+    ours, theirs = (re.sub(minutes, "\n", (o / "ablation.md").read_text()) for o in (out, whole))
+    assert ours == theirs
+    assert (out / "ablation.svg").read_bytes() == (whole / "ablation.svg").read_bytes()
 
 
 def test_what_is_finished_is_not_done_again(ablate, copied):
@@ -223,32 +239,49 @@ def test_every_variant_of_the_recipe_can_be_planned(ablate, tmp_path):
     """Each changes something of it, and goes by a name of its own."""
     experiment = ablate.Experiment(tmp_path, "cifar10", ("--data.path", "synthetic"))
     runs = ablate.plan(experiment, list(ablate.STUDIES), [0])
-    assert len({run.path for run in runs}) == len(runs) == 17
-    flat = {(repr(run.config.model), repr(run.config.augment), run.variant.parts) for run in runs}
-    assert len(flat) == 17
+    assert len({run.path for run in runs}) == len(runs) == 21
+    flat = {
+        (repr(dataclasses.replace(run.config, train=train_of(run))), run.variant.parts)
+        for run in runs
+    }
+    assert len(flat) == 21
+
+
+def train_of(run):
+    return dataclasses.replace(run.config.train, out=None)
+
+
+def test_images_that_grow_cost_less(ablate, whole, tmp_path, monkeypatch):
+    """By hand: a fifth of the steps at 4 px, the rest at 8. Table and ledger have the mean."""
+    sizes = "--train.progressive 4 0.2 8 0.8"
+    growing = ablate.Variant("growing", "from 4 to 8 px", sizes)
+    monkeypatch.setitem(ablate.STUDIES, "growing", (ablate.RECIPE, growing))
+    monkeypatch.setattr(ablate, "VARIANTS", (ablate.RECIPE, growing))
+    out = shutil.copytree(whole, tmp_path / "out")
+    words = [str(out), "--only", "growing", "--recipe", "digits", "--seeds", "0"]
+    assert ablate.main([*words, "--", *TINY.split()]) == 0
+    config = recipes.load("digits", TINY.split()).model
+    small = -(-STEPS // 5)
+    costs = small * count_flops(config, 10, 4) + (STEPS - small) * count_flops(config, 10)
+    assert cells(out, "growing")[1][2] == f"{costs / STEPS / 1e6:.2f}"
+    assert ablate.main([str(out), "--only", "growing", "--ledger", "--commit", "c"], tmp_path) == 0
+    row = json.loads((tmp_path / "docs" / "results" / "growing-growing.json").read_text())
+    assert row["runs"][0]["flops"] == pytest.approx(3 * 64 * costs)
 
 
 def test_rows_for_the_ledger(ablate, copied, tmp_path):
-    # A second seed holds out other images, and so has another fingerprint.
     for name in ("recipe", "layer-norm"):
-        run = shutil.copytree(copied / f"runs/{name}-seed0", copied / f"runs/{name}-seed1")
-        config = (Path(run) / "config.yaml").read_text()
-        (Path(run) / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
-        for file in (
-            *Path(run).glob("weights/last/config.json"),
-            *Path(run).glob("checkpoints/*/state.json"),
-        ):
-            found = json.loads(file.read_text())
-            file.write_text(json.dumps({**found, "fingerprint": "another"}))
+        again(copied / "runs" / f"{name}-seed0", 1)
     root = tmp_path / "checkout"
-    assert ablate.main([str(copied), "--only", "norm", "--ledger"], root) == 0
+    words = [str(copied), "--only", "norm", "--ledger", "--data-name", "pens", "--commit", "abc"]
+    assert ablate.main(words, root) == 0
     rows = {path.stem: json.loads(path.read_text()) for path in root.glob("docs/results/*.json")}
     assert set(rows) == {"norm-recipe", "norm-layer-norm"}
     flops = 3 * count_flops(recipes.load("digits", TINY.split()).model, 10) * STEPS * 64
     for name, row in rows.items():
         variant = name.removeprefix("norm-")
-        assert row["study"] == "norm"
-        assert row["data"] == "digits, 10% of the training images held out"
+        assert (row["study"], row["commit"]) == ("norm", "abc")
+        assert row["data"] == "pens, 10% of the training images held out"
         assert [run["seed"] for run in row["runs"]] == [0, 1]
         assert row["runs"][0]["top1"]["ema"] == last(copied / f"runs/{variant}-seed0")["ema_top1"]
         assert row["runs"][0]["flops"] == pytest.approx(flops)

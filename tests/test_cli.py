@@ -292,6 +292,7 @@ def odd_run(image_folder, tmp_path_factory):
     )
     more += " --model.num-registers 2 --model.layer-scale 0.1 --model.no-qkv-bias"
     more += " --model.pooling mean --train.ema-decay 0.5 --train.epochs 1 --train.batch-size 40"
+    more += " --data.mean 0.1 0.2 0.3 --data.std 0.4 0.5 0.6"
     assert main(folder_settings(image_folder, out, *more.split())) == 0
     return out
 
@@ -334,6 +335,7 @@ def test_a_recipe_without_a_model_takes_that_of_the_weights(odd_run, image_folde
     assert settings.model == dataclasses.replace(
         was, image_size=32, stochastic_depth=recipe.stochastic_depth
     )
+    assert (settings.data.mean, settings.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     # What the run wrote stands by itself: the weights may go, and the settings are a recipe still.
     shutil.move(odd_run, tmp_path / "away")
     try:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,21 +19,17 @@ from vitral.training import Interrupted, Parts, checkpoint
 
 timm = pytest.importorskip("timm")
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
-def models():
-    """timm_models as a module, beside those that import it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
+def models(benchmarks):
+    """timm_models as a module."""
     import timm_models
 
-    yield timm_models
-    sys.path.remove(str(ROOT / "benchmarks"))
+    return timm_models
 
 
 @pytest.fixture(scope="module")
-def program(models):
+def program(in_process):
     """peer_accuracy as a module."""
     import peer_accuracy
 
@@ -241,18 +238,21 @@ def test_the_page(contest, models):
     lines = (contest / "peer_accuracy.md").read_text(encoding="utf-8").splitlines()
     found = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in lines if "|" in line}
     config = recipes.load("digits", COMMAND).model
-    builders = {"vitral": ViT, "timm": by_name(models)["timm"].model}
+    builders = {
+        "vitral": ("`digits`", ViT),
+        "timm": ("`digits`, timm", by_name(models)["timm"].model),
+    }
     tops = {}
-    for name, build in builders.items():
+    for name, (title, build) in builders.items():
         last = logged(contest / "runs" / f"{name}-seed0")[-1]
         tops[name] = 100 * last["ema_top1"]
         parameters = sum(p.numel() for p in build(config, 10).parameters())
-        flops = count_flops(config, 10, build=build)
-        expected = [name, f"{parameters:,}", f"{flops / 1e6:.2f}", "0", f"{STEPS * 256:,}"]
-        expected += [f"{tops[name]:.2f}", f"{100 * last['val_top1']:.2f}"]
-        assert found[f"| {name}"][:7] == expected
-    assert found["| timm"][7] == f"{tops['timm'] - tops['vitral']:+.2f}"
-    assert found["| vitral"][7] == ""
+        flops = count_flops(config, 10, training=True, build=build)
+        expected = [title, f"{parameters:,}", f"{flops / 1e6:.2f}", "0", f"{STEPS * 256:,}"]
+        expected += [f"**{tops[name]:.2f}**", f"{100 * last['val_top1']:.2f}"]
+        assert found[f"| {title}"][:7] == expected
+    assert found["| `digits`, timm"][7] == f"{tops['timm'] - tops['vitral']:+.2f}"
+    assert found["| `digits`"][7] == ""
     assert "`timm` differs in the model, what decays." in lines
     assert "timm" in (contest / "peer_accuracy.svg").read_text(encoding="utf-8")
 
@@ -269,6 +269,14 @@ def test_other_settings_are_refused(contest, program, capsys):
     error = capsys.readouterr().err
     assert error.startswith("peer_accuracy: optim.lr:")
     assert error.count("\n") == 1
+
+
+def test_runs_on_other_data_are_refused(contest, program, tmp_path, capsys):
+    out = Path(shutil.copytree(contest, tmp_path / "out"))
+    for state in out.glob("runs/timm-seed0/checkpoints/*/state.json"):
+        state.write_text(json.dumps({**json.loads(state.read_text()), "fingerprint": "another"}))
+    assert program.main(contest_of(out, "--summary")) == 2
+    assert "timm-seed0: expected the data of the other runs of its seed" in capsys.readouterr().err
 
 
 def test_rows_of_the_ledger(contest, program, models, tmp_path):

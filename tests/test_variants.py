@@ -1,9 +1,8 @@
 """benchmarks/variants.py: variants against independent references."""
 
+import errno
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from vitral.model import ViT, count_flops, rotate
 from vitral.training import Interrupted, Parts, checkpoint, train
 from vitral.training.optim import Optimizer
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CONFIG = ViTConfig(
     dim=48, depth=2, num_heads=6, num_kv_heads=2, patch_size=4, image_size=16, num_registers=2,
     qk_norm=True, layer_scale=0.5,
@@ -25,13 +23,11 @@ MODELS = ("learned-positions", "no-positions", "layer-norm")
 
 
 @pytest.fixture(scope="module")
-def variants():
+def variants(benchmarks):
     """The program as a module."""
-    sys.path.insert(0, str(BENCHMARKS))
     import variants
 
-    yield variants
-    sys.path.remove(str(BENCHMARKS))
+    return variants
 
 
 def drawn(build, config=CONFIG):
@@ -258,6 +254,16 @@ def test_muon_resumes_exactly(variants, tmp_path):
     # Weights of vitral's own model are in a weight folder, whoever trained them.
     last = storage.read_tensors(tmp_path / "cut" / "weights" / "last", "model")
     assert torch.equal(last["head.weight"], cut.tensors["model"]["head.weight"])
+
+
+def test_a_full_disk_is_told(variants, capsys):
+    def run():
+        raise OSError(errno.ENOSPC, "No space left on device", "place")
+
+    assert variants.exit_code("variants", run) == 1
+    told = capsys.readouterr().err
+    assert "No space left on device: 'place'; make room and repeat the command" in told
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["muon"], ["adam", "digits"], ["muon", "--out", "x"]])

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitral import hub, recipes, storage
-from vitral.config import PRESETS, Config, UserError, ViTConfig, from_sections
+from vitral.config import PRESETS, Config, DataConfig, UserError, ViTConfig, from_sections
 from vitral.model import ViT
 
 SCHEMA = 2
@@ -123,8 +123,9 @@ def load_settings(
 ) -> Config:
     """`recipes.load`, where a recipe that names no model takes that of the weights in `train.init`.
 
-    What the recipe or the arguments say of the model still holds, such as its image size. A run's
-    `config.yaml` names its model, so that it neither asks the weights nor hangs on them.
+    It also takes the mean and deviation that their images are normalised with. What the recipe or
+    the arguments say of either still holds, such as the image size. A run's `config.yaml` names its
+    model, so that it neither asks the weights nor hangs on them.
 
     Raises:
         UserError: for an unknown recipe, key or value, or weights that are not there.
@@ -132,13 +133,14 @@ def load_settings(
     init, default = recipes.weights_to_fit(source, arguments), None
     if init is not None:
         try:
-            model = load(init).description.config.model
+            begun = load(init).description.config
         except UserError as error:
             raise UserError(
                 f"{error}; --init names the weights to start from, and a run that has begun goes "
                 "on by its config.yaml"
             ) from None
-        default = Config(model=_as_preset(model))
+        data = DataConfig(mean=begun.data.mean, std=begun.data.std)
+        default = Config(model=_as_preset(begun.model), data=data)
     return recipes.load(source, arguments, default=default, program=program, about=about)
 
 

@@ -98,6 +98,9 @@ def test_what_it_takes(other, monkeypatch):
     assert not kernels.can_train_by_onednn(torch.empty(2, **other))
     with torch.autocast("cpu", torch.bfloat16):
         assert not kernels.can_train_by_onednn(torch.empty(2))
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not kernels.can_train_by_onednn(torch.empty(2))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not kernels.can_train_by_onednn(torch.empty(2))
 

@@ -27,9 +27,11 @@ def can_train_by_onednn(x: Tensor) -> bool:
     """Whether `onednn_linear` takes x, and is the quicker: float32, on an AMD processor.
 
     There MKL, which torch gives linear layers to, uses half of the vectors' width. Elsewhere it is
-    not measured.
+    not measured. Not while torch.compile looks, whose own way to oneDNN refuses what learns.
     """
-    exact = x.device.type == "cpu" and product_dtype(x) == x.dtype == torch.float32
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    exact = product_dtype(x) == x.dtype == torch.float32
     return exact and has_onednn() and _is_amd()
 
 

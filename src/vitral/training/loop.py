@@ -558,6 +558,7 @@ class Trainer:
                 resolved=dataclasses.asdict(resolved),
                 workers=self.workers,
                 parts=self.parts.name,
+                held_out=self.dataset.held_out,
                 parameters=parameters,
                 flops_per_image=flops,
                 training_flops_per_image=3 * self.flops[self.config.model.image_size],
