@@ -39,7 +39,8 @@ def commands_in(name):
         line = re.sub(r"^.*(?:slurm\.sh|ray_train\.py \d+) (?=imagenet)", "vitral train ", line)
         line = re.sub(r"^.*own_folder\.py ", "vitral train imagenette128 --data ", line)
         for found in re.findall(r"(?:^\W*|[&|] |-m )vitral ([^$]+)$", line):
-            words = shlex.split(re.sub(r"`.*", "", found.replace("N ", "0 ")), comments=True)
+            found = re.sub(r"\bN\b", "0", re.sub(r"`.*", "", found))
+            words = shlex.split(found, comments=True)
             yield list(takewhile(lambda word: word not in ("|", ">", "&&"), words))
 
 
@@ -54,7 +55,10 @@ def parse(words):
         _, words = cli._take_processes([word for word in words if word != "--dry-run"])
         if words and words[0].endswith(".yaml"):
             words[0] = "digits"  # a file that the reader has
-        cli._load(words, f"vitral {verb}", "")
+        if words[:1] == ["imagenet-finetune"]:
+            recipes.load(words[0], words[1:])  # the command would look at the reader's weights
+        else:
+            cli._load(words, f"vitral {verb}", "")
     elif verb in PLACES:
         places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), words))
         assert len(places) >= PLACES[verb]

@@ -46,7 +46,8 @@ class Linear(nn.Linear):
     ) -> Tensor:
         """With a `scale` (D,), what x * scale would give."""
         weight = self.weight if scale is None else self.weight * scale
-        by_onednn = self.fused and kernels.can_train_by_onednn(x)
+        # In training alone, so that validations give what the same weights give everywhere.
+        by_onednn = self.training and self.fused and kernels.can_train_by_onednn(x)
         return (kernels.onednn_linear if by_onednn else F.linear)(x, weight, self.bias)
 
 

@@ -89,7 +89,8 @@ PEERS: dict[str, Builder] = {
 def contestants(peers: Sequence[str]) -> dict[str, Builder]:
     """vitral, and the named peers if timm is installed; without it vitral alone.
 
-    On a GPU vitral is there twice, with and without kernels of its own.
+    On a GPU vitral is there twice, with and without kernels of its own; on a CPU `--model.kernels`
+    plain measures it without.
 
     Raises:
         UserError: for a peer that is not known.
@@ -97,7 +98,7 @@ def contestants(peers: Sequence[str]) -> dict[str, Builder]:
     for name in peers:
         if name not in PEERS:
             raise UserError(f"peers: expected some of {', '.join(PEERS)}, got {name}")
-    ours = OURS if torch.cuda.is_available() else {"vitral": ViT}  # on a CPU they are alike
+    ours = OURS if torch.cuda.is_available() else {"vitral": ViT}
     return ours | {name: PEERS[name] for name in peers if has_timm()}
 
 
