@@ -92,10 +92,12 @@ def test_the_first_wave_counts_for_nothing():
 
 
 def test_verdicts():
-    assert verdict(0.03) == "input feeds the model (it waits 3% of the time)"
-    starved = verdict(11 / 21)
+    assert verdict(0.03, packed=False) == "input feeds the model (it waits 3% of the time)"
+    starved = verdict(11 / 21, packed=False)
     assert starved.startswith("input starves the model by 2.1x: it waits 52% of the time; ")
     assert "--data.workers" in starved
+    assert "data pack" in starved
+    assert "data pack" not in verdict(11 / 21, packed=True)
 
 
 def test_runs_take_turns(monkeypatch):

@@ -15,7 +15,7 @@ from vitral.config import Config, UserError
 from vitral.data.fetch import describe, resolve_workers
 from vitral.data.loader import Batch, eval_batches, train_batches
 from vitral.data.rates import choose_decoder, verdict
-from vitral.data.records import Dataset, Pixels
+from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import Order, derive_seed
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure, merge
@@ -342,7 +342,8 @@ class Trainer:
         self.rows += 1
         # The first row has the workers' start and compilation in it.
         if self.rows == 2 and not isinstance(self.records, Pixels):
-            self.console.message(verdict(pace["data_wait"]))
+            packed = isinstance(self.records, Packed)
+            self.console.message(verdict(pace["data_wait"], packed=packed))
 
     def _stop_if_diverged(self, worst: float) -> None:
         if worst >= PATIENCE:
