@@ -52,18 +52,16 @@ class _Linears(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
+            return kernels.onednn_product(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *then: object) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(then or ("none", [], "")))
 
 
 class _FeedForward(FeedForward):
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
         expand = self.expand
-        return self.contract(_linear(norm(x), expand.weight, expand.bias, "gelu", [], "tanh"))
+        return self.contract(
+            kernels.onednn_product(norm(x), expand.weight, expand.bias, ("gelu", "tanh"))
+        )
 
 
 class _ViT(ViT):

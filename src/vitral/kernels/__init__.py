@@ -1,7 +1,7 @@
 """What is fast and specific, behind functions that are called as plain ones would be."""
 
 from vitral.kernels.feed_forward import can_fuse, feed_forward
-from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear
+from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear, onednn_product
 from vitral.kernels.norm import EPS, normalise
 from vitral.kernels.rows import put_rows, take_rows
 
@@ -13,6 +13,7 @@ __all__ = [
     "has_onednn",
     "normalise",
     "onednn_linear",
+    "onednn_product",
     "put_rows",
     "take_rows",
 ]

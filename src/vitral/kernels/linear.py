@@ -51,14 +51,21 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def onednn_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, then: tuple[str, str] = ("none", "")
+) -> Tensor:
+    """The same without a gradient, and with a function of each number after it.
+
+    Args:
+        then: the function's name and its form, as oneDNN knows them: ("gelu", "tanh").
+    """
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then[0], [], then[1])
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, weight, bias)
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -73,7 +80,7 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         wanted = ctx.needs_input_grad
         return (
-            _product(gradient, weight.mT) if wanted[0] else None,
-            _product(rows.mT, x.flatten(0, -2).mT) if wanted[1] else None,
+            onednn_product(gradient, weight.mT) if wanted[0] else None,
+            onednn_product(rows.mT, x.flatten(0, -2).mT) if wanted[1] else None,
             rows.sum(0) if wanted[2] else None,
         )
