@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from vitral.bench.peers import has_timm
+from vitral.bench.peers import has_timm, timm_shape
 from vitral.config import OptimConfig, UserError, ViTConfig
 from vitral.training import Parts
 from vitral.training.optim import Optimizer
@@ -36,20 +36,7 @@ def build(name: str, config: ViTConfig, num_classes: int) -> nn.Module:
         raise UserError("timm: expected it installed, got none; pip install timm")
     import timm
 
-    dim, depth, num_heads, _ = config.shape
-    model: Any = timm.create_model(
-        name,
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=num_classes,
-        embed_dim=dim,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=config.mlp_ratio,
-        global_pool={"cls": "token", "mean": "avg"}[config.pooling],
-        proj_drop_rate=config.dropout,
-        drop_path_rate=config.stochastic_depth,
-    )
+    model: Any = timm.create_model(name, **timm_shape(config, num_classes))
     model.set_grad_checkpointing(config.activation_checkpointing)
     return model
 

@@ -56,26 +56,33 @@ def timm_rope_gqa(config: ViTConfig, num_classes: int) -> nn.Module:
 def _timm(name: str, config: ViTConfig, num_classes: int, **others: Any) -> nn.Module:
     import timm
 
-    dim, depth, num_heads, _ = config.shape
     # Not by timm.create_model, which drops the None that turns LayerScale off.
     model: Any = timm.model_entrypoint(name)(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=num_classes,
-        embed_dim=dim,
-        depth=depth,
-        num_heads=num_heads,
-        mlp_ratio=config.mlp_ratio,
-        global_pool={"cls": "token", "mean": "avg"}[config.pooling],
+        **timm_shape(config, num_classes),
         qk_norm=config.qk_norm,
         init_values=config.layer_scale or None,
         qkv_bias=config.qkv_bias,
-        proj_drop_rate=config.dropout,
-        drop_path_rate=config.stochastic_depth,
         **others,
     )
     model.set_grad_checkpointing(config.activation_checkpointing)
     return model
+
+
+def timm_shape(config: ViTConfig, num_classes: int) -> dict[str, Any]:
+    """What timm's models take of sizes, pooling and dropout, in its words."""
+    dim, depth, num_heads, _ = config.shape
+    return {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_classes": num_classes,
+        "embed_dim": dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "global_pool": {"cls": "token", "mean": "avg"}[config.pooling],
+        "proj_drop_rate": config.dropout,
+        "drop_path_rate": config.stochastic_depth,
+    }
 
 
 OURS: dict[str, Builder] = {"vitral": ViT, "vitral-plain": plain}
