@@ -46,7 +46,9 @@ def test_result_and_gradients(shape, biased):
 
 def test_no_gradient_that_nobody_wants(monkeypatch):
     products, product = [], linear.onednn_product
-    monkeypatch.setattr(linear, "onednn_product", lambda *args: products.append(1) or product(*args))
+    monkeypatch.setattr(
+        linear, "onednn_product", lambda *args: products.append(1) or product(*args)
+    )
     x, weight = torch.randn(4, 8), torch.randn(3, 8, requires_grad=True)
     y = kernels.onednn_linear(x, weight, None)
     y.sum().backward()
