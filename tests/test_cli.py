@@ -263,6 +263,7 @@ def test_val_says_that_it_scores_what_was_held_out(image_folder, tmp_path, capsy
     out = tmp_path / "held"
     more = ["--data.hold-out", "--data.val-fraction", "0.2"]
     assert main(folder_settings(image_folder, out, *more)) == 0
+    assert "on 8 held-out training images" in (out / "report.html").read_text()
     shutil.copytree(image_folder / "val", tmp_path / "test")
     monkeypatch.chdir(image_folder.parent)
     told = "training images that were held out"

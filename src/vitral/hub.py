@@ -166,7 +166,7 @@ def _explanation(error: BaseException, name: str, revision: str) -> str:
         # The base of all that fails on the way, whichever package the client asks the network by.
         case errors.HTTPError() | errors.LocalEntryNotFoundError() | ConnectionError():
             reason = _first_line(error.__cause__ or error)
-            return f"{name}: cannot reach {place}: {reason}; try again later"
+            return f"{name}: cannot reach {place}: {reason}; check the network"
         case _:
             return f"{name} is not accepted: {_first_line(error)}"
 

@@ -296,7 +296,7 @@ def hold_out(
     held = _draw_held_out(records, fraction, seed)
     if not held.any():
         got = f"none: {why}, and no class has two images to hold one out"
-        raise mistake(place, "validation images", got, "add val/, a folder for each class")
+        raise mistake(place, "validation images", got, "add images")
     note = (
         f"{why}: {held.sum():,} of {len(held):,} training images ({fraction:.0%} of each class) "
         f"are held out, drawn by seed {seed}"

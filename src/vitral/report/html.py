@@ -94,6 +94,12 @@ class Judged:
         kind = "EMA" if known.default == "ema" else "raw"
         return f"weights/{path.name} ({kind}, step {known.metrics['step']:,.0f})"
 
+    @property
+    def images(self) -> str:
+        """Which images they are about."""
+        held_out = self.predictions.weights.description.config.data.hold_out
+        return "held-out training images" if held_out else "validation images"
+
     @cached_property
     def per_class(self) -> dict[str, list[tuple[str, int, float, float]]]:
         """Tables of classes by title, the best first; above 20 classes their two ends."""

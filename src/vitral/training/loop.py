@@ -579,7 +579,7 @@ class Trainer:
             f"image; {self.total:,} steps of {size} images in micro-batches of "
             f"{resolved.micro_batch}, on {resolved.device} in {resolved.precision}"
             + (how[resolved.device] if resolved.fused else "")
-            + f", {resolved.threads} threads, {self.workers} workers"
+            + f", threads: {resolved.threads}, workers: {self.workers}"
             + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
         )
 
