@@ -304,6 +304,7 @@ FINETUNE = "--train.batch-size 4 --train.threads 1 --train.epochs 1 --optim.warm
 def test_init_takes_weights_with_other_classes(three_classes, run, tmp_path, capsys):
     out = tmp_path / "tuned"
     more = ["--init", str(run), "--model.image-size", "20", "--optim.layer-decay", "0.7"]
+    more += ["--model.rope-grid", "4"]
     assert main(folder_settings(three_classes, out, *more)) == 0
     assert storage.read_tensors(out / "weights" / "last", "model")["head.weight"].shape == (3, 16)
     said = f"begins from the weights in {run}; drawn anew: head.bias, head.weight"
@@ -334,7 +335,7 @@ def test_a_recipe_without_a_model_takes_that_of_the_weights(odd_run, image_folde
     settings = recipes.load(str(out / "config.yaml"))
     recipe = recipes.load("imagenet-finetune").model
     assert settings.model == dataclasses.replace(
-        was, image_size=32, stochastic_depth=recipe.stochastic_depth
+        was, image_size=32, rope_grid=4, stochastic_depth=recipe.stochastic_depth
     )
     assert (settings.data.mean, settings.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     # What the run wrote stands by itself: the weights may go, and the settings are a recipe still.
@@ -354,9 +355,9 @@ def test_the_weights_of_a_preset_are_named_by_it(run, tmp_path):
     description = weights.describe(config, trained.classes, trained.fingerprint, {})
     weights.save(tmp_path / "ti", {"model": ViT(config.model, 2).state_dict()}, description)
     load = partial(weights.load_settings, str(tmp_path / "tune.yaml"))
-    assert load(["--init", str(tmp_path / "ti")]).model == ViTConfig(size="ti")
+    assert load(["--init", str(tmp_path / "ti")]).model == ViTConfig(size="ti", rope_grid=14)
     other = load(["--init", str(tmp_path / "ti"), "--model.size", "b"]).model
-    assert other == ViTConfig(size="b")
+    assert other == ViTConfig(size="b", rope_grid=14)
 
 
 def test_a_recipe_for_tuning_wants_weights(image_folder, mistake, tmp_path, monkeypatch):
@@ -388,6 +389,9 @@ def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, mistake, t
 def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
     mistake([*words, "--model.dim", "32"], "another shape")
+    mistake(
+        [*words, "--model.image-size", "20"], "4 patches a side, got 5; add --model.rope-grid 4"
+    )
 
 
 def many_images(root, count):

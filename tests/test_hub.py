@@ -409,7 +409,9 @@ def test_what_came_before_needs_no_hub(hub, run, monkeypatch, capsys):
     turn_to("http://127.0.0.1:9", monkeypatch)  # where nobody listens
     after = vitral.load("hf-hub:bo/x").model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())
-    refused(capsys, ["val", "hf-hub:bo/y"], "cannot reach http://127.0.0.1:9: ", "check the network")
+    refused(
+        capsys, ["val", "hf-hub:bo/y"], "cannot reach http://127.0.0.1:9: ", "check the network"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert vitral.load("hf-hub:bo/x").model.cls.equal(before["cls"])
     refused(capsys, ["val", "hf-hub:bo/y"], "bo/y: cannot reach", "HF_HUB_OFFLINE")

@@ -26,7 +26,7 @@ VARIANTS = {
     "registers": {"num_registers": 3},
     "mean": {"pooling": "mean", "num_registers": 1},
     "mixed": {"rope": "mixed", "num_registers": 1},
-    "theta": {"rope_theta": 7.0},
+    "theta": {"rope_theta": 7.0, "rope_grid": 3},
     "qk_norm": {"qk_norm": True, "rope": "mixed"},
     "layer_scale": {"layer_scale": 0.1},
     "no_bias": {"qkv_bias": False, "ffn_bias": False},
@@ -78,11 +78,17 @@ def gelu_by_formula(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def phases(rows, columns, prefix, frequencies):
+def middles(count, trained):
+    """Of `count` patches that lie where `trained` do, which are counted from 0."""
+    width = trained / count
+    return [width * i + width / 2 - 0.5 for i in range(count)]
+
+
+def phases(rows, columns, trained, prefix, frequencies):
     """Unit complex numbers (tokens, S/2); `frequencies` are those along x and those along y."""
     fx, fy = frequencies
     angles = [torch.zeros_like(fx)] * prefix
-    angles += [x * fx + y * fy for y in range(rows) for x in range(columns)]
+    angles += [x * fx + y * fy for y in middles(rows, trained) for x in middles(columns, trained)]
     return torch.polar(torch.ones(len(angles), len(fx), dtype=torch.float64), torch.stack(angles))
 
 
@@ -114,7 +120,7 @@ def reference(model, images):
     D, depth, Q, K = config.shape
     S, P = D // Q, config.patch_size
     rows, columns = images.shape[2] // P, images.shape[3] // P
-    prefix = 1 + config.num_registers
+    prefix, trained = 1 + config.num_registers, config.rope_grid or config.image_size // P
 
     def linear(x, name):
         return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0)
@@ -143,7 +149,7 @@ def reference(model, images):
             frequencies = axial_frequencies(S, config.rope_theta)
             if config.rope == "mixed":
                 frequencies = state["rope.mixed"][i, :, shared]
-            phase = phases(rows, columns, prefix, frequencies)
+            phase = phases(rows, columns, trained, prefix, frequencies)
             outputs.append(softmax_attention(turn(q, phase), turn(k, phase), v))
         branch = linear(torch.cat(outputs, dim=-1), f"{name}.attention.projection")
         x = x + branch * state.get(f"{name}.attention_residual.scale", 1)
@@ -250,7 +256,7 @@ def test_rotation_equals_complex_multiplication(rope, grid, num_registers):
             frequencies = axial_frequencies(8, 50.0)
             if module.mixed is not None:
                 frequencies = module.mixed[i, :, head // 3 if head < 6 else head - 6]
-            expected.append(turn(x[:, head], phases(*grid, 1 + num_registers, frequencies)))
+            expected.append(turn(x[:, head], phases(*grid, 4, 1 + num_registers, frequencies)))
         assert relative_error(rotate(x, cosine, sine), torch.stack(expected, dim=1)) < 1e-6
 
 
@@ -281,8 +287,18 @@ def test_prefix_tokens_are_exactly_untouched(rope, dtype):
     for cosine, sine in stir(RoPE2D(tiny(rope=rope, num_registers=3)))(3, 2, CPU):
         turned = rotate(x, cosine, sine)
         assert turned.dtype == dtype
-        assert turned[:, :, :5].equal(x[:, :, :5])  # and the patch in the corner
-        assert not turned[:, :, 5:].equal(x[:, :, 5:])
+        assert turned[:, :, :4].equal(x[:, :, :4])
+        assert not torch.isclose(turned[:, :, 4:], x[:, :, 4:]).all(-1).any()
+
+
+@pytest.mark.parametrize(("count", "grid"), [(1, 1), (4, 5), (14, 14), (7, 14), (42, 14)])
+def test_an_image_of_any_size_lies_at_the_same_positions(count, grid):
+    module = RoPE2D(tiny(rope_grid=grid))
+    positions, finer = module.positions(count, CPU), module.positions(3 * count, CPU)
+    torch.testing.assert_close(finer.view(count, 3).mean(1), positions)  # in the midst of its three
+    assert positions.mean().item() == pytest.approx((grid - 1) / 2)
+    if count == grid:
+        assert positions.tolist() == list(range(grid))
 
 
 def test_mixed_frequencies_start_as_axial_magnitudes_turned_by_head():

@@ -94,6 +94,9 @@ class ViTConfig:
     """Rotary frequencies: fixed along x and y, or learned in mixed directions (Heo et al. 2024)."""
     rope_theta: float = 100.0
     """Base of the rotary frequencies, positions counted in patches."""
+    rope_grid: int | None = None
+    """Patches a side that an image's positions are spread over, whatever its size; None takes those
+    of image_size. Weights tuned at another size keep the grid that they began with."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Dehghani et al. 2023)."""
     layer_scale: float = 0.0
@@ -140,6 +143,13 @@ class ViTConfig:
             f"image_size: expected a multiple of patch_size {self.patch_size}, "
             f"got {self.image_size}; the nearest is {nearest}",
         )
+        if self.rope_grid is not None:
+            _check_positive(rope_grid=self.rope_grid)
+
+    @property
+    def grid(self) -> int:
+        """Patches a side that positions are spread over: rope_grid, or those of image_size."""
+        return self.rope_grid or self.image_size // self.patch_size
 
     @property
     def shape(self) -> Shape:

@@ -33,7 +33,7 @@ def examine() -> str:
     lines = [
         f"python      {platform.python_version()} on {platform.platform()}",
         "packages    " + ", ".join(f"{name} {version(name)}" for name in packages),
-        f"processor   usable cores: {available_cores()}, threads in torch: {torch.get_num_threads()}",
+        f"processor   cores: {available_cores()}, threads in torch: {torch.get_num_threads()}",
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines += _gpu() if device.type == "cuda" else ["GPU         none that torch can use"]

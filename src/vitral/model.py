@@ -101,14 +101,18 @@ class RoPE2D(nn.Module):
     Channel pair (i, i + S/2) of a head at patch (x, y) turns by x * fx[i] + y * fy[i]. Axial: the
     first half of the pairs turns with x alone, the second with y alone, both at frequencies
     theta^(-4j/S). Mixed: fx and fy are learned, per block and per key/value head, as the queries of
-    a group must turn as their key does. Prefix tokens do not turn. Positions are in patches, so the
-    tables follow any grid; nothing but mixed frequencies is in the state dict.
+    a group must turn as their key does. Prefix tokens do not turn.
+
+    Patch i of n in a row or column is at (i + 1/2) * grid / n - 1/2, which for n = grid is i. So an
+    image of any size lies at the positions of one of `image_size` (Fang et al. 2023, EVA-02), and
+    nothing turns by an angle that training has not shown. The tables follow any grid of patches;
+    nothing but mixed frequencies is in the state dict.
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         dim, self.depth, self.num_heads, self.num_kv_heads = config.shape
-        self.theta = config.rope_theta
+        self.theta, self.grid = config.rope_theta, config.grid
         self.head_size = dim // self.num_heads
         self.num_prefix = 1 + config.num_registers
         shape = (self.depth, 2, self.num_kv_heads, self.head_size // 2)
@@ -123,15 +127,19 @@ class RoPE2D(nn.Module):
         rows = [torch.cat([falling, still]), torch.cat([still, falling])]
         return torch.stack(rows)[None, :, None]
 
+    def positions(self, count: int, device: torch.device) -> Tensor:
+        """Those of `count` patches side by side: (count,), float32."""
+        middles = torch.arange(count, device=device, dtype=torch.float32) + 0.5
+        return middles * (self.grid / count) - 0.5
+
     def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Cosine and signed sine of all channels for each block, as `rotate` takes them.
 
         Float32, (1, N, S) or, mixed, (Q + K, N, S).
         """
-        x = torch.arange(columns, device=device, dtype=torch.float32).expand(rows, -1).flatten()
+        x = self.positions(columns, device).expand(rows, -1).flatten()
         # Expanded: torch exports repeat_interleave by a size that varies to a wrong ONNX graph.
-        y = torch.arange(rows, device=device, dtype=torch.float32)[:, None]
-        y = y.expand(-1, columns).flatten()
+        y = self.positions(rows, device)[:, None].expand(-1, columns).flatten()
         frequencies = self.axial(device) if self.mixed is None else self.mixed.float()
         fx, fy = frequencies[:, 0, :, None], frequencies[:, 1, :, None]
         angles = x[:, None] * fx + y[:, None] * fy  # (1 or depth, 1 or K, patches, S/2)

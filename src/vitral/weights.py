@@ -124,7 +124,8 @@ def load_settings(
     """`recipes.load`, where a recipe that names no model takes that of the weights in `train.init`.
 
     It also takes the mean and deviation that their images are normalised with. What the recipe or
-    the arguments say of either still holds, such as the image size. A run's `config.yaml` names its
+    the arguments say of either still holds, such as the image size, over which the weights' grid of
+    rotary positions is spread. A run's `config.yaml` names its
     model, so that it neither asks the weights nor hangs on them.
 
     Raises:
@@ -140,7 +141,8 @@ def load_settings(
                 "on by its config.yaml"
             ) from None
         data = DataConfig(mean=begun.data.mean, std=begun.data.std)
-        default = Config(model=_as_preset(begun.model), data=data)
+        model = dataclasses.replace(_as_preset(begun.model), rope_grid=begun.model.grid)
+        default = Config(model=model, data=data)
     return recipes.load(source, arguments, default=default, program=program, about=about)
 
 
@@ -154,13 +156,19 @@ def _as_preset(model: ViTConfig) -> ViTConfig:
 def start_from(model: ViT, path: str | Path) -> list[str]:
     """Copies weights into `model` and returns the names that keep their own initialisation.
 
-    The head does so where the number of classes differs; image sizes never matter.
+    The head does so where the number of classes differs. Images may be of another size, spread over
+    the same grid of rotary positions.
 
     Raises:
         UserError: if the architectures differ.
     """
-    source = load(path).model.state_dict()
-    own = model.state_dict()
+    given = load(path).model
+    if given.config.grid != model.config.grid:
+        raise UserError(
+            f"init: {path} was trained with rotary positions over {given.config.grid} patches a "
+            f"side, got {model.config.grid}; add --model.rope-grid {given.config.grid}"
+        )
+    source, own = given.state_dict(), model.state_dict()
     if source["head.weight"].shape[0] != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}
     strange = sorted(source.keys() - own.keys())

@@ -58,10 +58,10 @@ def sweep(
 ) -> Iterator[tuple[int, Scores]]:
     """The same set at several image sizes: each size, and what `evaluate` gives at it.
 
-    Rotary positions follow the grid of patches, so any size will do that is whole patches. What is
-    cropped from an image is the same share of its short side at every size; only what it is
-    resized to changes. Models see objects larger in training's random crops than in evaluation's,
-    so the best size is often above that of training (Touvron et al. 2019).
+    An image of any size is spread over the rotary positions of training, so any will do that is
+    whole patches. What is cropped from an image is the same share of its short side at every size;
+    only what it is resized to changes. Models see objects larger in training's random crops than in
+    evaluation's, so the best size is often above that of training (Touvron et al. 2019).
 
     Args:
         resolutions: sides of the images that the model sees, in pixels.
