@@ -389,6 +389,7 @@ def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, mistake, t
 def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
     mistake([*words, "--model.dim", "32"], "another shape")
+    mistake([*words, "--model.patch-size", "8"], "another shape")
     mistake(
         [*words, "--model.image-size", "20"], "4 patches a side, got 5; add --model.rope-grid 4"
     )

@@ -124,9 +124,9 @@ def load_settings(
     """`recipes.load`, where a recipe that names no model takes that of the weights in `train.init`.
 
     It also takes the mean and deviation that their images are normalised with. What the recipe or
-    the arguments say of either still holds, such as the image size, over which the weights' grid of
-    rotary positions is spread. A run's `config.yaml` names its
-    model, so that it neither asks the weights nor hangs on them.
+    the arguments say of either still holds, such as the image size; the grid of rotary positions
+    stays that of the weights. A run's `config.yaml` names its model, so that it neither asks the
+    weights nor hangs on them.
 
     Raises:
         UserError: for an unknown recipe, key or value, or weights that are not there.
@@ -163,11 +163,6 @@ def start_from(model: ViT, path: str | Path) -> list[str]:
         UserError: if the architectures differ.
     """
     given = load(path).model
-    if given.config.grid != model.config.grid:
-        raise UserError(
-            f"init: {path} was trained with rotary positions over {given.config.grid} patches a "
-            f"side, got {model.config.grid}; add --model.rope-grid {given.config.grid}"
-        )
     source, own = given.state_dict(), model.state_dict()
     if source["head.weight"].shape[0] != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}
@@ -180,6 +175,12 @@ def start_from(model: ViT, path: str | Path) -> list[str]:
                 f"init: {names[0]} of {path} has {what} in this model "
                 f"({len(names)} such weights); give the model settings that it was trained with"
             )
+    grid = given.config.grid
+    if model.config.grid != grid:
+        raise UserError(
+            f"init: {path} was trained with rotary positions over {grid} patches a side, "
+            f"got {model.config.grid}; add --model.rope-grid {grid}"
+        )
     model.load_state_dict(source, strict=False)
     return sorted(own.keys() - source.keys())
 
