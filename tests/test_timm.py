@@ -110,6 +110,8 @@ def test_settings_of_a_fine_tuning(place, images):
     assert model.blocks[1].attention_residual.skip == 0.5
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
     assert model(images).shape == (2, 7)
+    features = vitral.load(place).model.forward_features(images)
+    assert model.eval().forward_features(images).equal(features)  # also positions are the weights'
     whole = timm.create_model("vitral", weights=str(place), num_classes=3, drop_rate=1.0)
     assert whole(images).equal(whole.head.bias.expand(2, 3))  # all that the head reads is dropped
     assert whole.eval()(images).equal(vitral.load(place).model(images))

@@ -6,7 +6,8 @@
 
 "vitral" takes trained weights, by path or from the Hugging Face Hub; the others are the size
 presets, untrained, which take the settings of `ViTConfig` by name, or by timm's where it has one.
-Images of any size in whole patches will do; img_size only says which one is meant.
+Images of any size in whole patches will do; img_size says which one is meant, and on which grid a
+new model counts positions.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def vitral(
     loaded = load(weights, which=which)
     description = loaded.description
     count = len(description.classes)
-    config = dataclasses.replace(description.config.model, **_take(settings, RENAMED))
+    trained = description.config.model
+    config = dataclasses.replace(trained, rope_grid=trained.grid, **_take(settings, RENAMED))
     with torch.device("meta"):
         model = TimmViT(config, count, **settings)
     model.load_state_dict(loaded.model.state_dict(), assign=True)
