@@ -136,5 +136,6 @@ def profiling(wanted: bool, directory: Path) -> Iterator[profile | None]:
         profiler.export_chrome_trace(str(directory / "trace.json"))
 
     plan = schedule(wait=2, warmup=3, active=10, repeat=1)
-    with profile(schedule=plan, on_trace_ready=write) as profiler:
+    # There is one cycle; without acc_events torch 2.11 warns that the others would be lost.
+    with profile(schedule=plan, on_trace_ready=write, acc_events=True) as profiler:
         yield profiler
