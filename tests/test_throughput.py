@@ -233,6 +233,8 @@ def test_flops_of_timms_small_vit_are_those_counted_by_hand():
         ("matmul", "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x128>"),
         ("matmul", "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>"),
         ("matmul", "triton_tem_fused_addmm_3"),
+        ("matmul", "_gelu_linear"),
+        ("matmul", "_gelu_backward"),
         ("matmul", "aten::addmm"),
         ("matmul", "aten::mkldnn_convolution"),
         (
@@ -248,6 +250,8 @@ def test_flops_of_timms_small_vit_are_those_counted_by_hand():
         ("optimizer", "aten::linalg_vector_norm"),
         ("elementwise", "triton_per_fused__fused_rms_norm_add_mul_5"),
         ("elementwise", "triton_poi_fused_gelu_gelu_backward_12"),
+        ("elementwise", "triton_per_fused__to_copy_add_div_linalg_vector_norm_mul_pow_rsqrt_0"),
+        ("elementwise", "triton_poi_fused__scaled_dot_product_flash_attention_backward_cat_11"),
         ("elementwise", "void at::native::vectorized_elementwise_kernel<4, AddFunctor<float>>"),
         ("elementwise", "void at::native::reduce_kernel<512, 1, ReduceOp<float, MeanOps<float>>>"),
         ("elementwise", "aten::native_layer_norm_backward"),
