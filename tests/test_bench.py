@@ -61,6 +61,7 @@ def test_a_gpu_that_is_not_there_cannot_be_asked_for(image_folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_of_two_ways_in_the_faster_is_taken(image_folder):
     config = make_config(image_folder)
     records = open_dataset(config.data, 16, 0).train

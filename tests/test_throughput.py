@@ -17,10 +17,12 @@ from vitral.bench.contest import Training
 from vitral.bench.model import NO_TIMM, table
 from vitral.bench.peers import PEERS
 from vitral.bench.profile import Entry, kind_of, summarise
+from vitral.bench.work import describe_device
 from vitral.cli import main
 from vitral.config import Config, UserError, ViTConfig
 from vitral.model import ViT, count_flops, forward_flops
 from vitral.training import parallel
+from vitral.training.resolve import Resolved
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
 TINY = "--device cpu --threads 1 --rounds 2 --seconds 0.001 --recipe digits --batch 2".split()
@@ -88,6 +90,14 @@ def test_a_profile(throughput, tmp_path, capsys):
     assert min(case["shares"][kind] for kind in ("matmul", "attention", "optimizer")) > 0
     assert len(case["top"]) == 15
     assert " aten::addmm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("fused", "whose"), [(True, ", fused kernels"), (False, "")])
+def test_a_table_says_whose_kernels_ran(fused, whose):
+    """The row of vitral is that of torch's kernels where those were faster."""
+    choices = {"processes": 1, "decoder": "cpu", "micro_batch": 2, "fused": fused}
+    resolved = Resolved("cuda", "bf16", compile=True, threads=4, **choices)
+    assert describe_device(resolved) == f"cuda, bf16, compiled{whose}, 4 threads"
 
 
 def test_each_model_is_compiled_once(monkeypatch):
@@ -233,6 +243,8 @@ def test_flops_of_timms_small_vit_are_those_counted_by_hand():
         ("matmul", "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x128>"),
         ("matmul", "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>"),
         ("matmul", "triton_tem_fused_addmm_3"),
+        ("matmul", "_gelu_linear"),
+        ("matmul", "_gelu_backward"),
         ("matmul", "aten::addmm"),
         ("matmul", "aten::mkldnn_convolution"),
         (
@@ -248,6 +260,8 @@ def test_flops_of_timms_small_vit_are_those_counted_by_hand():
         ("optimizer", "aten::linalg_vector_norm"),
         ("elementwise", "triton_per_fused__fused_rms_norm_add_mul_5"),
         ("elementwise", "triton_poi_fused_gelu_gelu_backward_12"),
+        ("elementwise", "triton_per_fused__to_copy_add_div_linalg_vector_norm_mul_pow_rsqrt_0"),
+        ("elementwise", "triton_poi_fused__scaled_dot_product_flash_attention_backward_cat_11"),
         ("elementwise", "void at::native::vectorized_elementwise_kernel<4, AddFunctor<float>>"),
         ("elementwise", "void at::native::reduce_kernel<512, 1, ReduceOp<float, MeanOps<float>>>"),
         ("elementwise", "aten::native_layer_norm_backward"),

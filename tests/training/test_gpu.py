@@ -8,7 +8,10 @@ import torch
 from vitral import recipes, train
 from vitral.training.metrics import read_rows
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("default"),  # torch 2.11's compiler warns of its own code
+]
 
 SETTINGS = """
 --data synthetic --model.dim 64 --model.depth 2 --model.num-heads 2 --model.num-kv-heads 1

@@ -21,6 +21,7 @@ from vitral.bench.peers import Builder
 from vitral.bench.rounds import in_turn, ratios
 from vitral.bench.work import Inference, Training, Work, describe_device
 from vitral.config import Config, UserError
+from vitral.evaluation.evaluate import pick_device
 from vitral.model import forward_flops
 
 Mode = Literal["train", "infer"]
@@ -110,7 +111,8 @@ class Contestant:
         self.flops = passes * forward_flops(shadow, config.model.image_size)
         others = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         torch.manual_seed(config.train.seed)
-        model = build(config.model, num_classes)
+        with pick_device(config.train.device):
+            model = build(config.model, num_classes)
         self.work = WORK[mode](config, num_classes, config.model.image_size, model)
         self.compilations = 0
         first, *_, warm = (self._time(1) for _ in range(WARMUP))

@@ -20,14 +20,16 @@ def largest_batch(config: Config, build: Builder, num_classes: int) -> int:
     Raises:
         UserError: if there is no GPU.
     """
-    if pick_device(config.train.device).type == "cpu":
+    device = pick_device(config.train.device)
+    if device.type == "cpu":
         raise UserError("largest-batch: expected a GPU, whose memory ends at a batch; got a CPU")
 
     def fits(batch: int) -> bool:
         train = dataclasses.replace(config.train, batch_size=batch, micro_batch=batch)
         own = dataclasses.replace(config, train=train)
         try:
-            model = build(config.model, num_classes)
+            with device:  # a CPU takes longer to draw the weights than a GPU for the steps
+                model = build(config.model, num_classes)
             training = Training(own, num_classes, config.model.image_size, model)
             for _ in range(2):  # the first makes the optimiser's state
                 training.step(training.batch)

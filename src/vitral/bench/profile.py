@@ -16,15 +16,18 @@ from vitral.bench.peers import Builder
 from vitral.config import Config
 
 Kind = Literal["attention", "matmul", "optimizer", "copy", "elementwise", "other"]
-# The first that is found in a name counts: attention kernels are built of cutlass, as matrix
-# products are; the optimiser's are templates over elementwise functors.
+# The first that is found in a name counts. Inductor names a kernel after all that it has fused:
+# norms, copies, and the attention that it stands beside. Attention kernels are built of cutlass, as
+# matrix products are; the optimiser's are templates over elementwise functors.
 PATTERNS: tuple[tuple[Kind, str], ...] = (
+    ("elementwise", r"^triton_(?!tem_)"),
+    ("matmul", r"^_gelu_(linear|backward)"),  # vitral's own: kernels/gelu.py
     ("attention", r"attention|flash|fmha|sdpa"),
     ("optimizer", r"adam|multi_tensor_apply|_foreach_|vector_norm|LpNorm"),
     ("matmul", r"gemm|gemv|cutlass|cublas|nvjet|wgmma|splitk|triton_tem_|^aten::(add|b|bad)?mm$"),
     ("matmul", r"^aten::_?(linear|matmul|einsum|convolution|mkldnn|thnn_conv)|conv\dd"),
     ("copy", r"memcpy|memset|copy|CatArray|^aten::(cat|clone|contiguous|stack|zero_|fill_)"),
-    ("elementwise", r"^triton_|elementwise|reduce|norm|softmax|gelu|dropout"),
+    ("elementwise", r"elementwise|reduce|norm|softmax|gelu|dropout"),
     ("elementwise", r"^aten::(add|sub|mul|div|neg|pow|sum|mean|sqrt|rsqrt|sin|cos|where)"),
 )
 STEPS = 5

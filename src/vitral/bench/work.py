@@ -88,8 +88,10 @@ class Inference(Work):
 
 
 def describe_device(resolved: Resolved) -> str:
-    """Device, precision, compilation and threads."""
+    """Device, precision, compilation, whose kernels, and threads."""
     how = "compiled" if resolved.compile else "not compiled"
+    if resolved.fused:
+        how += {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}[resolved.device]
     return f"{resolved.device}, {resolved.precision}, {how}, {resolved.threads} threads"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,8 @@ def fused_is_faster(config: ViTConfig, resolved: Resolved) -> bool:
             fused()
             plain()
             rounds = [(_seconds(fused), _seconds(plain)) for _ in range(ROUNDS)]
-        except Exception:  # a compiler's, of whatever kind: torch's own do the work then
+        except Exception as error:  # a compiler's, of whatever kind
+            warnings.warn(f"torch's kernels do the work, as vitral's fail: {error}", stacklevel=2)
             return False
         finally:
             del x, fused, plain
