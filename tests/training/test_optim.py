@@ -251,7 +251,7 @@ def test_loss_by_formula(kind, dtype):
 @pytest.mark.parametrize("micro_batch", [2, 4, 6])
 def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
     images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
-    targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1)
+    targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1).double()
     results = []
     for size in (12, micro_batch):
         model = tiny().double()
