@@ -134,7 +134,8 @@ def eval_batches(
             images = torch.cat([images, filling])
         images = augment.finish(images, None, config.data.mean, config.data.std)
         first = int(fetched.request.indices[0])
-        return Batch(first // batch_size, first, images, fetched.labels.to(device), [])
+        labels = fetched.labels.to(device, non_blocking=True)
+        return Batch(first // batch_size, first, images, labels, [])
 
     return _beside(fetch_still(records, config, chosen, workers, device, decoder), prepare, device)
 
