@@ -89,6 +89,7 @@ def resolve(
     )
     if gpu and train.micro_batch is None:
         resolved = _with_fitting_batch(resolved, config, model, device)
+        torch.cuda.reset_peak_memory_stats(device)  # what did not fit is none of the run's memory
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
     if reproducible:  # else the sums would hang on a clock
         return resolved
