@@ -146,13 +146,15 @@ def _try_batch(
     micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> None:
     """A forward and backward pass beside as much memory as a run has in use besides."""
-    side = config.model.image_size
+    side = max([side for side, _ in config.train.progressive] or [config.model.image_size])
     images = torch.zeros(micro, CHANNELS, side, side, device=device)
     targets = torch.zeros(micro, model.num_classes, device=device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Moments, EMA and a spare, or a share of them; the next batch, which is augmented meanwhile.
+    # Moments, EMA and a spare, or a share of them; of a reproducible run three levels of gradients
+    # that are still to be added up; the next batch, which is augmented meanwhile.
     parts = resolved.processes if config.train.parallel == "fsdp" else 1
-    besides = 4 * weights // parts + 24 * images.numel()
+    copies = 7 if config.train.reproducible else 4
+    besides = copies * weights // parts + 24 * images.numel()
     ballast = torch.empty(besides, dtype=torch.uint8, device=device)
     with resolved.autocast():
         loss = loss_sum(model(images), targets, config.train.loss)
