@@ -1,9 +1,11 @@
 """What is chosen by measuring, and what is not."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitral import recipes
@@ -42,6 +44,22 @@ def test_the_model_runs_what_was_chosen(model, fused):
     resolved = resolve(recipes.load("digits"), model, CPU)
     compiled(model, dataclasses.replace(resolved, fused=fused))
     assert all(block.ffn.fused is fused for block in model.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+def test_every_size_is_compiled(monkeypatch):
+    """Sides of images or sizes of micro-batches, eleven of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = recipes.load("digits", ["--model.depth", "1"])
+    resolved = Resolved("cpu", "fp32", True, 1, 2, 1, "cpu", False)
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = compiled(build_model(config, 10), resolved)
+        for side in range(2, 13):
+            run(torch.zeros(2, 3, 2 * side, 2 * side))
+    torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] == 11
 
 
 class Made(TorchDispatchMode):

@@ -20,6 +20,7 @@ from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.trial import fused_is_faster
 
+GRAPHS = 64  # that a run may compile at most
 CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
 
 
@@ -116,7 +117,13 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
     """The model as the step calls it."""
     if isinstance(model, ViT):
         model.fuse(resolved.fused)
-    return torch.compile(model, dynamic=False) if resolved.compile else model
+    if not resolved.compile:
+        return model
+    # One for each image size and each size of a micro-batch; at torch's limit of 8 the next would
+    # run as it is, with no more than a line in torch's log.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, GRAPHS)
+    return torch.compile(model, dynamic=False)
 
 
 def _with_fitting_batch(
