@@ -8,7 +8,10 @@ import torch
 from vitral import recipes, train
 from vitral.training.metrics import read_rows
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated"),  # torch 2.11, of itself
+]
 
 SETTINGS = """
 --data synthetic --model.dim 64 --model.depth 2 --model.num-heads 2 --model.num-kv-heads 1
