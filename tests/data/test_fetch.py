@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -244,6 +245,23 @@ def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_
     said = "vitral: /dev/shm: No space left on device; make room and repeat the command\n"
     assert done.stderr.decode() == said
     assert done.returncode == 1
+
+
+class Doubled(Dataset):
+    def __getitem__(self, index):
+        return 2 * index
+
+
+def test_workers_start_beside_threads():
+    """CUDA has some in every process; from Python 3.12 on a fork warns of them."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert list(in_workers(Doubled(), range(3), workers=1)) == [0, 2, 4]
+    finally:
+        end.set()
+        thread.join()
 
 
 class Unsendable(Dataset):

@@ -3,6 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms.v2 import functional as reference
 
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
@@ -139,3 +141,33 @@ def test_evaluation_in_shares_is_the_evaluation(image_folder, processes):
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.targets, b.targets)
+
+
+class Waits(TorchDispatchMode):
+    """Notes copies between devices that wait for what is under way on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        crosses = len({x.device for x in tensors if x.ndim}) > 1
+        if crosses and not (kwargs.get("non_blocking") or args[2:] == (True,)):
+            self.found.append((str(function), *(tuple(x.shape) for x in tensors)))
+        return result
+
+
+@pytest.mark.parametrize("path", ["folder", "digits"])
+def test_no_batch_waits_for_the_device(image_folder, path):
+    config, meta = make_config(image_folder if path == "folder" else path), torch.device("meta")
+    dataset = open_dataset(config.data, 16, 0)
+    many = {"steps": range(4), "total_steps": 4, "micro_batch": 24, "workers": 0}
+    training = train_batches(dataset.train, config, len(dataset.classes), device=meta, **many)
+    for found in (training, eval_batches(dataset.val, config, 5, 0, meta)):
+        next(found)  # pixels go to the device once
+        with Waits() as waits:
+            assert {batch.images.device for batch in found} == {meta}
+        assert waits.found == []

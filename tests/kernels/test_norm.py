@@ -104,3 +104,15 @@ def test_bf16_errs_no_more_than_the_plain_norm_does():
     ]
     for name, mine, theirs in zip(("y", "x", "scale", "weight"), *errors, strict=True):
         assert mine < 1.1 * theirs, name  # the same roundings, in another order
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+def test_compiled_its_gradient_is_the_same_under_autocast():
+    """A compiler traces the backward pass under the forward pass's autocast, as on a GPU."""
+    x, upstream = draw(4, 16, 32).float().requires_grad_(), draw(4, 16, 32).bfloat16()
+    gradients = []
+    for run in (kernels.normalise, torch.compile(kernels.normalise, backend="aot_eager")):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        gradients += torch.autograd.grad(y, x, upstream)
+    assert torch.equal(*gradients)

@@ -22,6 +22,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from vitral import evaluate, recipes, storage
 from vitral.cli import main
@@ -366,6 +368,19 @@ def test_gradients_are_added_as_one_tree(tmp_path, size):
         for rank in range(size):
             assert torch.equal(storage.read_tensors(tmp_path / f"{rank}", "sums")[name], tree)
     assert not torch.equal(tree, reduce(torch.add, gradients))
+
+
+def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
+    """The others keep no memory of it, which on a GPU is dear."""
+
+    def gather(rank):
+        with joined(gpu=False) as world:
+            spread = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)])
+            whole = full({"weight": spread}, world)["weight"]
+        right = rank or whole.tolist() == [0, 1, 2, 3, 4, 5]
+        os._exit(not right or whole.untyped_storage().nbytes() != (24, 0)[rank])
+
+    assert finish(start([["--out", str(tmp_path / "run")]] * 2, gather)) == [0, 0]
 
 
 def stop_at(command, size, step, number, ranks, hook=None):

@@ -1,14 +1,17 @@
 """What is chosen by measuring, and what is not."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitral import recipes
 from vitral.training import resolve as chosen
 from vitral.training.distributed import World
-from vitral.training.resolve import build_model, compiled, resolve
+from vitral.training.resolve import Resolved, _try_batch, build_model, compiled, resolve
 
 CPU = torch.device("cpu")
 
@@ -41,3 +44,47 @@ def test_the_model_runs_what_was_chosen(model, fused):
     resolved = resolve(recipes.load("digits"), model, CPU)
     compiled(model, dataclasses.replace(resolved, fused=fused))
     assert all(block.ffn.fused is fused for block in model.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+def test_every_size_is_compiled(monkeypatch):
+    """Sides of images or sizes of micro-batches, eleven of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = recipes.load("digits", ["--model.depth", "1"])
+    resolved = Resolved("cpu", "fp32", True, 1, 2, 1, "cpu", False)
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = compiled(build_model(config, 10), resolved)
+        for side in range(2, 13):
+            run(torch.zeros(2, 3, 2 * side, 2 * side))
+    torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] == 11
+
+
+class Made(TorchDispatchMode):
+    """Notes the shape and the bytes of what is made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.ballast = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.zeros.default:
+            self.shapes.append(tuple(result.shape))
+        if function is torch.ops.aten.empty.memory_format and result.dtype == torch.uint8:
+            self.ballast = result.nbytes
+        return result
+
+
+@pytest.mark.parametrize(("words", "copies"), [([], 4), (["--train.reproducible"], 7)])
+def test_a_micro_batch_is_tried_at_the_largest_size_beside_all_copies(model, words, copies):
+    """A reproducible run of one process holds gradients of 1, 2 and 4 shards and makes an 8th's."""
+    sizes = "16 0.3 32 0.4 24 0.3"  # of the model: 8
+    config = recipes.load("digits", [*words, "--train.progressive", *sizes.split()])
+    resolved = Resolved("cuda", "fp32", False, 1, 2, 1, "cpu", False)
+    with Made() as made:
+        _try_batch(2, resolved, config, model.to("meta"), torch.device("meta"))
+    assert made.shapes[0] == (2, 3, 32, 32)
+    assert made.ballast == copies * 4 * model.num_parameters + 24 * 2 * 3 * 32 * 32

@@ -120,8 +120,10 @@ def in_workers(
 ) -> Iterator[T]:
     """What `dataset` has for each request, in order, fetched by worker processes."""
     with warnings.catch_warnings():
-        # More workers than cores is what was asked for.
+        # More workers than cores is what was asked for. And CUDA has threads in every process that
+        # uses it, which Python 3.12 warns of: workers use neither.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
         loader = DataLoader(
             dataset,
             batch_size=None,
@@ -277,7 +279,7 @@ def _crop_pixels(
     pixels, labels = records.images.to(device), torch.from_numpy(records.labels)
     for request in requests:
         chosen = torch.from_numpy(request.indices)
-        images = pixels[chosen.to(device)]
+        images = pixels[chosen.to(device, non_blocking=True)]
         sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
         boxes = _boxes(config, sizes, request, slice(None))
         images = crops.resample(images, boxes, request.side, config.data.interpolation)
@@ -318,8 +320,8 @@ def _decode_on_gpu(records: Encoded, config: Config, read: _Read, device: torch.
     request, broken = read.request, []
     labels = torch.from_numpy(records.labels[request.indices])
     contents = read.content.split(read.lengths)
-    images = torch.empty(len(contents), 3, request.side, request.side, dtype=torch.uint8)
-    images = images.to(device)
+    shape = (len(contents), 3, request.side, request.side)
+    images = torch.empty(shape, dtype=torch.uint8, device=device)
     for first in range(0, len(contents), GPU_CHUNK):
         part = slice(first, first + GPU_CHUNK)
         decoded = decode_on_gpu(contents[part], read.plain[part], device)

@@ -40,7 +40,7 @@ class Batch:
     broken: list[tuple[int, str]]
     """Records that could not be decoded, with the reason; others took their place."""
     waited: float = 0.0
-    """Seconds that the host waited for the images to be fetched."""
+    """Seconds that the device had nothing to do, as the images were still to be fetched."""
 
 
 def train_batches(
@@ -134,7 +134,8 @@ def eval_batches(
             images = torch.cat([images, filling])
         images = augment.finish(images, None, config.data.mean, config.data.std)
         first = int(fetched.request.indices[0])
-        return Batch(first // batch_size, first, images, fetched.labels.to(device), [])
+        labels = fetched.labels.to(device, non_blocking=True)
+        return Batch(first // batch_size, first, images, labels, [])
 
     return _beside(fetch_still(records, config, chosen, workers, device, decoder), prepare, device)
 
@@ -159,18 +160,28 @@ def _beside(
 ) -> Iterator[Batch]:
     """Prepares each batch on a side stream of a GPU, while the step before it still runs there."""
     if device.type != "cuda":
-        while (timed := _wait(fetched)) is not None:
-            yield dataclasses.replace(prepare(timed[0]), waited=timed[1])
+        started = time.perf_counter()
+        for item in fetched:
+            waited = time.perf_counter() - started
+            yield dataclasses.replace(prepare(item), waited=waited)
+            started = time.perf_counter()
         return
-    side = torch.cuda.Stream(device)
+    side, before = torch.cuda.Stream(device), None
     side.wait_stream(torch.cuda.current_stream(device))
     while True:
-        with torch.cuda.stream(side):
-            timed = _wait(fetched)
-            if timed is None:
-                return
-            batch = dataclasses.replace(prepare(timed[0]), waited=timed[1])
         main = torch.cuda.current_stream(device)
+        done = torch.cuda.Event(enable_timing=True)
+        done.record(main)
+        if before is not None:
+            # Else a quick host would prepare several batches, whose memory nobody reckoned with.
+            before.synchronize()
+        with torch.cuda.stream(side):
+            item = next(fetched, None)
+            if item is None:
+                return
+            waited = _idle_since(done, main)
+            batch = dataclasses.replace(prepare(item), waited=waited)
+        before = done
         main.wait_stream(side)
         # Else the allocator would hand the memory out again while the step still reads it.
         batch.images.record_stream(main)
@@ -178,8 +189,11 @@ def _beside(
         yield batch
 
 
-def _wait(fetched: Iterator[Fetched]) -> tuple[Fetched, float] | None:
-    """The next that is fetched, and the seconds that it was waited for; None after the last."""
-    started = time.perf_counter()
-    item = next(fetched, None)
-    return None if item is None else (item, time.perf_counter() - started)
+def _idle_since(done: torch.cuda.Event, stream: torch.cuda.Stream) -> float:
+    """Seconds that a stream has had nothing to do for; `done` was the last that it was given."""
+    if not done.query():
+        return 0.0
+    now = torch.cuda.Event(enable_timing=True)
+    now.record(stream)
+    now.synchronize()
+    return done.elapsed_time(now) / 1e3

@@ -193,7 +193,9 @@ def full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     whole = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor().cpu() if world.main else tensor.full_tensor()[:0]
+            tensor = tensor.full_tensor()
+            # Not a view of nothing, which would keep the whole on every other GPU.
+            tensor = tensor.cpu() if world.main else tensor.new_empty(0)
         whole[name] = tensor
     return whole
 

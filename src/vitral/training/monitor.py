@@ -18,7 +18,9 @@ from vitral.training.resolve import Resolved
 
 # Dense bf16 rates in FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "B200": 2250e12,
@@ -119,9 +121,11 @@ def memory_gb(device: str) -> float:
 
 
 def peak_flops() -> float | None:
-    """The bf16 rate of the GPU, if there is a known one."""
+    """The bf16 rate of the GPU, if there is a known one: not of a part of a GPU."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     words = f" {name.replace('-', ' ')} "
+    if " MIG " in words:
+        return None
     return next((rate for key, rate in PEAK_FLOPS.items() if f" {key} " in words), None)
 
 

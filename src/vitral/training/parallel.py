@@ -75,7 +75,7 @@ class InFixedOrder:
         self.forward = compiled(model, resolved)
         self.shard = train.batch_size // SHARDS
         self.sums: list[tuple[int, list[Tensor]]] = []
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device=self.parameters[0].device)
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
         """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""
@@ -83,7 +83,7 @@ class InFixedOrder:
             loss = loss_sum(self.forward(batch.images), batch.targets, self.train.loss)
             loss = loss / self.train.batch_size
         loss.backward()
-        self.loss = self.loss.to(loss.device) + loss.detach()
+        self.loss = self.loss + loss.detach()
         if (batch.first + len(batch.images)) % self.shard == 0:
             self._end_shard()
         return loss.detach()
@@ -94,7 +94,7 @@ class InFixedOrder:
             assert parameter.grad is not None
             leaves.append(parameter.grad)
             parameter.grad = None
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros_like(self.loss)
         self.sums.append((1, leaves))
         while len(self.sums) > 1 and self.sums[-1][0] == self.sums[-2][0]:
             (count, left), (_, right) = self.sums[-2:]

@@ -20,6 +20,7 @@ from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.trial import fused_is_faster
 
+GRAPHS = 64  # that a run may compile at most
 CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
 
 
@@ -89,6 +90,7 @@ def resolve(
     )
     if gpu and train.micro_batch is None:
         resolved = _with_fitting_batch(resolved, config, model, device)
+        torch.cuda.reset_peak_memory_stats(device)  # what did not fit is none of the run's memory
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
     if reproducible:  # else the sums would hang on a clock
         return resolved
@@ -115,7 +117,13 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
     """The model as the step calls it."""
     if isinstance(model, ViT):
         model.fuse(resolved.fused)
-    return torch.compile(model, dynamic=False) if resolved.compile else model
+    if not resolved.compile:
+        return model
+    # One for each image size and each size of a micro-batch; at torch's limit of 8 the next would
+    # run as it is, with no more than a line in torch's log.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, GRAPHS)
+    return torch.compile(model, dynamic=False)
 
 
 def _with_fitting_batch(
@@ -145,13 +153,15 @@ def _try_batch(
     micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> None:
     """A forward and backward pass beside as much memory as a run has in use besides."""
-    side = config.model.image_size
+    side = max([side for side, _ in config.train.progressive] or [config.model.image_size])
     images = torch.zeros(micro, CHANNELS, side, side, device=device)
     targets = torch.zeros(micro, model.num_classes, device=device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Moments, EMA and a spare, or a share of them; the next batch, which is augmented meanwhile.
+    # Moments, EMA and a spare, or a share of them; of a reproducible run three levels of gradients
+    # that are still to be added up; the next batch, which is augmented meanwhile.
     parts = resolved.processes if config.train.parallel == "fsdp" else 1
-    besides = 4 * weights // parts + 24 * images.numel()
+    copies = 7 if config.train.reproducible else 4
+    besides = copies * weights // parts + 24 * images.numel()
     ballast = torch.empty(besides, dtype=torch.uint8, device=device)
     with resolved.autocast():
         loss = loss_sum(model(images), targets, config.train.loss)
