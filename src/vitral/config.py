@@ -343,7 +343,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or float32; auto takes bf16 on a GPU that has it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile the model; auto does so on a GPU."""
+    """torch.compile the model; auto does so on a GPU, where there is a C compiler."""
     deterministic: bool = False
     """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
     reproducible: bool = False

@@ -12,6 +12,7 @@ from vitral import recipes
 from vitral.training import resolve as chosen
 from vitral.training.distributed import World
 from vitral.training.resolve import Resolved, _try_batch, build_model, compiled, resolve
+from vitral.training.trial import can_compile
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,19 @@ def test_the_model_runs_what_was_chosen(model, fused):
     resolved = resolve(recipes.load("digits"), model, CPU)
     compiled(model, dataclasses.replace(resolved, fused=fused))
     assert all(block.ffn.fused is fused for block in model.blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")  # torch 2.11, of itself
+@pytest.mark.parametrize("compilers", [("g++",), ("/no/compiler",)])
+def test_without_a_compiler_nothing_is_compiled(compilers, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.cxx": compilers}):
+        if compilers == ("g++",):
+            assert can_compile.__wrapped__(CPU)
+        else:
+            with pytest.warns(UserWarning, match="not compiled, .*install a C compiler"):
+                assert not can_compile.__wrapped__(CPU)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself

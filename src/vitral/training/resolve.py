@@ -18,7 +18,7 @@ from vitral.data.sampling import derive_seed
 from vitral.model import CHANNELS, ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
-from vitral.training.trial import fused_is_faster
+from vitral.training.trial import can_compile, fused_is_faster
 
 GRAPHS = 64  # that a run may compile at most
 CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
@@ -74,7 +74,9 @@ def resolve(
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
-    compiled = gpu if train.compile == "auto" else train.compile == "always"
+    compiled = train.compile == "always"
+    if train.compile == "auto" and gpu:
+        compiled = all(world.gather(can_compile(device)))
     reproducible = train.reproducible
     share = train.batch_size // (SHARDS if reproducible else world.size)
     threads = 1 if reproducible else max(1, min(16, available_cores() // world.local_size))

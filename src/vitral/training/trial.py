@@ -1,4 +1,4 @@
-"""Whether this device runs vitral's own kernels faster than torch's, found by trying both."""
+"""What this machine can do, found by trying: compile, and run vitral's own kernels faster."""
 
 from __future__ import annotations
 
@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from vitral.training.resolve import Resolved
 
 ROUNDS, STEPS = 5, 10
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile builds a kernel for a device, which takes a C compiler on this machine.
+
+    Where it does not, a warning says why.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # a compiler's, of whatever kind
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"training is not compiled, and slower, as torch.compile fails: {reason}; install a C "
+            "compiler and Python's headers",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 @functools.cache
