@@ -32,6 +32,7 @@ measure() { # NAME ARGUMENTS...: a contest, with its JSON
 # These files alone, as others may need what the machine lacks; and its software may warn.
 mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests | sort)
 part tests python -m pytest -m gpu -q -W default --durations=5 "${files[@]}"
+part blocks python benchmarks/blocks.py "$out/blocks.json"
 measure train_s --sizes s --batch 512
 measure train_b --sizes b --batch 256
 measure infer_b --sizes b --batch 512 --mode infer --peers timm timm-rope

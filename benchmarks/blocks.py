@@ -1,0 +1,135 @@
+"""The two products of `kernels/gelu.py`, in several blockings, beside torch's own, on one GPU.
+
+    python benchmarks/blocks.py OUT.json
+
+for the feed-forward networks of ViT-S, B and L at 224 pixels: milliseconds (median), TFLOP/s, and
+the largest distance from what torch computes, which is rounding. The fastest blocking belongs at
+the top of that file. In Triton's interpreter (TRITON_INTERPRET=1) it only tries one small shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.testing import do_bench
+
+from vitral.kernels import gelu
+
+SHAPES = {"s": (512 * 197, 384), "b": (256 * 197, 768), "l": (128 * 197, 1024)}  # tokens, width
+BLOCKINGS = (  # rows, columns and depth of a block, warps, stages
+    (128, 128, 64, 4, 3),
+    (128, 128, 64, 4, 4),
+    (128, 128, 64, 8, 3),
+    (128, 128, 64, 8, 4),
+    (128, 256, 64, 8, 3),
+    (128, 256, 64, 8, 4),
+    (256, 128, 64, 8, 3),
+    (128, 128, 32, 4, 4),
+    (64, 256, 64, 4, 3),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path, help="a JSON file")
+    out: Path = parser.parse_args(arguments).out
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (torch.cuda.is_available() or interpreted):
+        print("blocks: expected a GPU, got none", file=sys.stderr)
+        return 2
+    rows = []
+    for name, shape in ({"tiny": (130, 64)} if interpreted else SHAPES).items():
+        for found in measured(*shape):
+            rows.append({"shape": name, **found})
+            print(
+                ", ".join(
+                    f"{key} {value:.4g}" if isinstance(value, float) else value
+                    for key, value in found.items()
+                )
+            )
+            out.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def measured(tokens: int, dim: int) -> Iterator[dict[str, Any]]:
+    """A row for torch, then for each blocking that runs."""
+    gpu = torch.cuda.is_available()
+    like: Any = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {"dtype": torch.float16}
+    x, gradient = torch.randn(tokens, dim, **like), torch.randn(tokens, dim, **like)
+    expand = torch.randn(4 * dim, dim, **like) / dim**0.5
+    contract = torch.randn(dim, 4 * dim, **like) / (4 * dim) ** 0.5
+    bias = torch.randn(4 * dim, **like)
+    before = F.linear(x, expand, bias)
+    torch_forward = compiled(lambda: F.gelu(F.linear(x, expand, bias), approximate="tanh"))
+    torch_backward = compiled(lambda: plain_backward(gradient @ contract, before))
+    flops = 2 * tokens * dim * 4 * dim
+    yield row("torch, compiled", flops, torch_forward, torch_backward, (0.0, 0.0))
+
+    def forward() -> Tensor:
+        return gelu.gelu_linear(x, expand, bias)[1]
+
+    def backward() -> tuple[Tensor, Tensor]:
+        return gelu.gelu_backward(gradient, contract, before)
+
+    for blocking in BLOCKINGS:
+        gelu.BLOCK_M, gelu.BLOCK_N, gelu.BLOCK_K, gelu.WARPS, gelu.STAGES = blocking
+        try:
+            off = distance(forward(), torch_forward()), distance(backward()[0], torch_backward()[0])
+            yield row(str(blocking), flops, forward, backward, off)
+        except Exception as error:  # a compiler's, of whatever kind, as for too large a block
+            print(blocking, type(error).__name__, str(error).partition("\n")[0])
+
+
+def plain_backward(gradient: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU's derivative times a gradient (M, N), and the sums over its rows, (N,), float32."""
+    result = torch.ops.aten.gelu_backward(gradient, before, approximate="tanh")
+    return result, result.float().sum(0)
+
+
+def compiled(run: Callable[[], Any]) -> Callable[[], Any]:
+    """What a GPU is given; the interpreter's small shapes are not worth it."""
+    return torch.compile(run, dynamic=False) if torch.cuda.is_available() else run
+
+
+def row(
+    name: str,
+    flops: float,
+    forward: Callable[[], Any],
+    backward: Callable[[], Any],
+    off: tuple[float, float],
+) -> dict[str, Any]:
+    """Times of both passes, and how far off they are."""
+    times = milliseconds(forward), milliseconds(backward)
+    found: dict[str, Any] = {"name": name}
+    for which, ms, error in zip(("forward", "backward"), times, off, strict=True):
+        found |= {f"{which} ms": ms, f"{which} TFLOP/s": flops / ms / 1e9, f"{which} off": error}
+    return found
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest of the differences."""
+    return (a.float() - b.float()).abs().max().item()
+
+
+def milliseconds(run: Callable[[], Any]) -> float:
+    """The median of many runs on a GPU; of one in the interpreter, which tells nothing."""
+    if torch.cuda.is_available():
+        return cast(float, do_bench(run, return_mode="median"))
+    started = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
