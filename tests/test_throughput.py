@@ -100,6 +100,7 @@ def test_a_table_says_whose_kernels_ran(fused, whose):
     assert describe_device(resolved) == f"cuda, bf16, compiled{whose}, 4 threads"
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
 def test_each_model_is_compiled_once(monkeypatch):
     """By all of dynamo, with a backend behind it that takes seconds instead of minutes."""
 

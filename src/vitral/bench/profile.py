@@ -67,7 +67,7 @@ def breakdown(
     for _ in range(3):
         work.step(work.batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with profile(activities=activities) as profiler:
+    with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(STEPS):
             work.step(work.batch)
         if gpu:

@@ -149,9 +149,9 @@ def _watched(batches: Iterator[T]) -> Iterator[T]:
     try:
         yield from batches
     except RuntimeError as error:
-        full = os.strerror(errno.ENOSPC)
-        if "shared memory" in str(error) and full in str(error):
-            raise OSError(errno.ENOSPC, full, "/dev/shm") from None
+        # Not by the reason that it gives, which torch 2.11 has wrong.
+        if "unable to allocate shared memory" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
         raise
 
 
