@@ -55,7 +55,7 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def gpu_decodes(data: bytes) -> bool:
-    """Whether the GPU's decoder gives what `decode` does: a JPEG in colour or grey, upright."""
+    """Whether the GPU's decoder gives what `decode` does: a whole, upright JPEG, grey or YCbCr."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = Image.open(io.BytesIO(data), formats=["JPEG"])
@@ -63,7 +63,9 @@ def gpu_decodes(data: bytes) -> bool:
     except Exception:
         return False
     W, H = header.size
-    return header.mode in ("RGB", "L") and upright and W * H <= MAX_PIXELS
+    usual = header.mode == "L" or (header.mode == "RGB" and header.info.get("adobe_transform") != 0)
+    ends = b"\xff\xd9" in data[-64:]  # `decode` refuses what is cut short
+    return usual and ends and upright and W * H <= MAX_PIXELS
 
 
 def decode_on_gpu(
