@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every speed that needs a GPU, into one folder, in the order of what it tells most; about half an hour
-# of an H100, by estimate.
+# Every figure of speed that needs a GPU, and the tests that need one, into one folder, in the order
+# of what tells most; about half an hour of an H100, by estimate.
 #   benchmarks/gpu.sh OUT [IMAGES]
 # IMAGES is an image folder or archive of JPEGs, and adds the rates of whole training from it. CIFAR10
 # names a folder with its images, for the loss curves; without it they are of synthetic ones. Each

@@ -10,6 +10,9 @@ from PIL import Image
 torch.set_num_threads(1)  # forked children could otherwise wait for threads they did not inherit
 # For deterministic runs. torch reads it at a GPU's first matrix product, whichever test that is in.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# The first backward pass decides whether autograd has threads, beside which no child may be forked:
+# after the compiler is imported it has.
+torch.zeros(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+from torch.torch_version import TorchVersion
+
+triton = pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "blocks.py"
 
@@ -17,14 +21,19 @@ def run(out, interpret):
     return subprocess.run(words, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.skipif(
+    TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4",
+    reason="Triton's interpreter does not know this NumPy",
+)
 def test_every_blocking_computes_the_same(tmp_path):
     done = run(tmp_path / "blocks.json", "1")
     assert done.returncode == 0, done.stderr
     first, *rows = json.loads((tmp_path / "blocks.json").read_text())
     assert first["name"] == "torch, compiled"
-    assert len({row["name"] for row in rows}) == len(rows) == 9
+    assert len({row["name"] for row in rows}) == len(rows) > 5
     for row in rows:
         assert row["shape"] == "tiny"
+        assert "failed" not in row
         for direction in ("forward", "backward"):
             assert 0 < row[f"{direction} off"] < 0.005  # float16 is rounded by both
             rate = 2 * 130 * 64 * 256 / row[f"{direction} ms"] / 1e9

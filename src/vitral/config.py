@@ -93,7 +93,7 @@ class ViTConfig:
     rope: Literal["axial", "mixed"] = "axial"
     """Rotary frequencies: fixed along x and y, or learned in mixed directions (Heo et al. 2024)."""
     rope_theta: float = 100.0
-    """Base of the rotary frequencies, positions counted in patches."""
+    """Base of the rotary frequencies, positions counted in the patches of rope_grid."""
     rope_grid: int | None = None
     """Patches a side that an image's positions are spread over, whatever its size; None takes those
     of image_size. Weights tuned at another size keep the grid that they began with."""

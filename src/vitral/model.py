@@ -104,9 +104,9 @@ class RoPE2D(nn.Module):
     a group must turn as their key does. Prefix tokens do not turn.
 
     Patch i of n in a row or column is at (i + 1/2) * grid / n - 1/2, which for n = grid is i. So an
-    image of any size lies at the positions of one of `image_size` (Fang et al. 2023, EVA-02), and
-    nothing turns by an angle that training has not shown. The tables follow any grid of patches;
-    nothing but mixed frequencies is in the state dict.
+    image of any size spans what one of `image_size` does (after Fang et al. 2023, EVA-02), and no
+    patch lies more than half a patch beyond what training has shown. The tables follow any grid of
+    patches; nothing but mixed frequencies is in the state dict.
     """
 
     def __init__(self, config: ViTConfig) -> None:

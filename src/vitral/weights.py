@@ -160,7 +160,7 @@ def start_from(model: ViT, path: str | Path) -> list[str]:
     the same grid of rotary positions.
 
     Raises:
-        UserError: if the architectures differ.
+        UserError: if the architectures differ, or the grids of rotary positions.
     """
     given = load(path).model
     source, own = given.state_dict(), model.state_dict()

@@ -63,7 +63,10 @@ def gpu_decodes(data: bytes) -> bool:
     except Exception:
         return False
     W, H = header.size
-    usual = header.mode == "L" or (header.mode == "RGB" and header.info.get("adobe_transform") != 0)
+    # Colours that are RGB in the file, too, by Adobe's mark or by the names of the channels.
+    names = [name for name, *_ in getattr(header, "layer", ())]
+    rgb = header.info.get("adobe_transform") == 0 or names == [*b"RGB"]
+    usual = header.mode == "L" or (header.mode == "RGB" and not rgb)
     ends = b"\xff\xd9" in data[-64:]  # `decode` refuses what is cut short
     return usual and ends and upright and W * H <= MAX_PIXELS
 

@@ -121,7 +121,7 @@ def in_workers(
     """What `dataset` has for each request, in order, fetched by worker processes."""
     with warnings.catch_warnings():
         # More workers than cores is what was asked for. And CUDA has threads in every process that
-        # uses it, which Python 3.12 warns of: workers use neither.
+        # uses it, which Python 3.12 warns of: workers use no CUDA.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
         loader = DataLoader(

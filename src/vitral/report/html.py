@@ -96,7 +96,7 @@ class Judged:
 
     @property
     def images(self) -> str:
-        """Which images they are about."""
+        """What was predicted, in words."""
         held_out = self.predictions.weights.description.config.data.hold_out
         return "held-out training images" if held_out else "validation images"
 

@@ -42,6 +42,7 @@ from vitral.training.parallel import Averaged, InFixedOrder, gathered
 from vitral.training.parts import Parts
 from vitral.training.resolve import Resolved, build_model, prepare_device, resolve
 from vitral.training.run import RunFolder, Signals
+from vitral.training.trial import can_compile
 
 PATIENCE = 10  # non-finite updates in a row that stop a run
 TOLD = 10  # broken images that are named at once
@@ -214,6 +215,11 @@ class Trainer:
             raise UserError(
                 f"train.device: the run in {self.run.path} began on {began.device}, not "
                 f"{device.type}; resume it there, or start another run with --out"
+            )
+        if began.compile and not all(world.gather(can_compile(device))):
+            raise UserError(
+                f"train.compile: the run in {self.run.path} is compiled, which fails on this "
+                "machine; resume it where it does not, or start another run with --out"
             )
         if config.train.reproducible:  # else the micro-batch would hang on free memory
             return dataclasses.replace(began, processes=world.size)
@@ -578,6 +584,7 @@ class Trainer:
             f"{parameters / 1e6:.2f} M parameters, {flops / 1e9:.3f} GFLOPs an "
             f"image; {self.total:,} steps of {size} images in micro-batches of "
             f"{resolved.micro_batch}, on {resolved.device} in {resolved.precision}"
+            + (", compiled" if resolved.compile else "")
             + (how[resolved.device] if resolved.fused else "")
             + f", threads: {resolved.threads}, workers: {self.workers}"
             + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")

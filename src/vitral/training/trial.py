@@ -23,17 +23,13 @@ ROUNDS, STEPS = 5, 10
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile builds a kernel for a device, which takes a C compiler on this machine.
-
-    Where it does not, a warning says why.
-    """
+    """Whether torch.compile builds a kernel for a device; where it does not, a warning says why."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # a compiler's, of whatever kind
-        reason = str(error).strip().partition("\n")[0]
         warnings.warn(
-            f"training is not compiled, and slower, as torch.compile fails: {reason}; install a C "
-            "compiler and Python's headers",
+            f"training is not compiled, and slower, as torch.compile fails: {_reason(error)}; what "
+            "it mostly lacks are a C compiler and Python's headers",
             stacklevel=2,
         )
         return False
@@ -65,13 +61,19 @@ def fused_is_faster(config: ViTConfig, resolved: Resolved) -> bool:
             plain()
             rounds = [(_seconds(fused), _seconds(plain)) for _ in range(ROUNDS)]
         except Exception as error:  # a compiler's, of whatever kind
-            warnings.warn(f"torch's kernels do the work, as vitral's fail: {error}", stacklevel=2)
+            told = f"torch's kernels do the work, as vitral's fail: {_reason(error)}"
+            warnings.warn(told, stacklevel=2)
             return False
         finally:
             del x, fused, plain
             torch.cuda.empty_cache()
     ours, theirs = map(statistics.median, zip(*rounds, strict=True))
     return ours < theirs
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a compiler's error, which may have dozens."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _passes(config: ViTConfig, x: torch.Tensor, compiled: bool, fused: bool) -> Callable[[], None]:
