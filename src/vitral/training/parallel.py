@@ -17,7 +17,7 @@ from vitral.data.loader import Batch
 from vitral.model import ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
-from vitral.training.resolve import Resolved, compiled
+from vitral.training.resolve import Resolved, allow_graphs, compiled
 
 
 class Averaged:
@@ -144,8 +144,7 @@ def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
     """
     model.fuse(resolved.fused)
     # Each block's code is compiled for its own stochastic depth, and for each image size.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 4 * len(model.blocks))
+    allow_graphs(4 * len(model.blocks))
     mesh = init_device_mesh(resolved.device, (world.size,))
     policy = MixedPrecisionPolicy()
     if resolved.precision == "bf16":

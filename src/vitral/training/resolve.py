@@ -121,11 +121,17 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
         model.fuse(resolved.fused)
     if not resolved.compile:
         return model
-    # One for each image size and each size of a micro-batch; at torch's limit of 8 the next would
-    # run as it is, with no more than a line in torch's log.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, GRAPHS)
+    allow_graphs(GRAPHS)  # one for each image size and each size of a micro-batch
     return torch.compile(model, dynamic=False)
+
+
+def allow_graphs(count: int) -> None:
+    """Lets torch compile a function so often, at least.
+
+    At its own limit of 8 the next would run as it is, with no more than a line in torch's log.
+    """
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, count)
 
 
 def _with_fitting_batch(
