@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from vitral.config import OptimConfig, ViTConfig
 from vitral.model import ViT
@@ -252,6 +253,10 @@ def test_loss_by_formula(kind, dtype):
 def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
     images = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double()
     targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    if kind == "bce" and TorchVersion(torch.__version__) < "2.14":
+        # The loss is in float32, and rounded there by where in the batch an image stands.
+        close = {"rtol": 1e-5, "atol": 1e-6}
     results = []
     for size in (12, micro_batch):
         model = tiny().double()
@@ -262,5 +267,4 @@ def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
         norm, _ = optimizer.step(1e-2, torch.tensor(1.0))
         results.append([norm, *gradients, *model.parameters()])
     for one, sum_of_parts in zip(*results, strict=True):
-        # The model computes in float64, the loss in float32.
-        torch.testing.assert_close(sum_of_parts, one, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sum_of_parts, one, **close)
