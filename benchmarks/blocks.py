@@ -82,6 +82,7 @@ def measured(tokens: int, dim: int) -> Iterator[dict[str, Any]]:
     torch_backward = compiled(plain_backward)
     flops = 2 * tokens * dim * 4 * dim
     yield row("torch, compiled", flops, torch_forward, torch_backward, (0.0, 0.0))
+    after, result = torch_forward(), torch_backward()[0]
 
     def forward() -> Tensor:
         return gelu.gelu_linear(x, expand, bias)[1]
@@ -92,7 +93,7 @@ def measured(tokens: int, dim: int) -> Iterator[dict[str, Any]]:
     for blocking in BLOCKINGS:
         gelu.BLOCK_M, gelu.BLOCK_N, gelu.BLOCK_K, gelu.WARPS, gelu.STAGES = blocking
         try:
-            off = distance(forward(), torch_forward()), distance(backward()[0], torch_backward()[0])
+            off = distance(forward(), after), distance(backward()[0], result)
             yield row(str(blocking), flops, forward, backward, off)
         except Exception as error:  # a compiler's, of whatever kind, as for too large a block
             reason = str(error).partition("\n")[0]
