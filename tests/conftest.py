@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.torch_version import TorchVersion
 
 torch.set_num_threads(1)  # forked children could otherwise wait for threads they did not inherit
 # For deterministic runs. torch reads it at a GPU's first matrix product, whichever test that is in.
@@ -37,6 +38,14 @@ def benchmarks():
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Triton's, whose kernels run on a CPU with TRITON_INTERPRET=1."""
+    triton = pytest.importorskip("triton")
+    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(np.__version__) >= "2.4":
+        pytest.skip("Triton's interpreter does not know this NumPy")
 
 
 @pytest.fixture(scope="module")

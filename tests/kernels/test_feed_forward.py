@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
-from torch.torch_version import TorchVersion
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 # Interpreted, kernels take no bf16 products, so half precision is float16 here.
 INTERPRETED = """
@@ -83,8 +81,6 @@ CASES = [(130, 64, 128, True), (60, 8, 24, True), (160, 72, 160, False)]
 
 
 def interpreted(*words):
-    if TorchVersion(triton.__version__) < "3.7" and TorchVersion(numpy.__version__) >= "2.4":
-        pytest.skip("Triton's interpreter does not know this NumPy")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -93,7 +89,7 @@ def interpreted(*words):
 
 
 @pytest.fixture(scope="module")
-def errors():
+def errors(interpreter):
     """Relative errors of ours and of torch's operations, by case and dtype."""
     found = iter(json.loads(interpreted(INTERPRETED, json.dumps(CASES))))
     return {(case, kind): next(found) for case in CASES for kind in ("float32", "float16")}
@@ -111,12 +107,13 @@ def test_half_precision_errs_no_more_than_the_plain_way_does(errors, case):
         assert mine < 1.1 * theirs
 
 
-def test_the_layer_with_them_is_the_layer_without():
+def test_the_layer_with_them_is_the_layer_without(interpreter):
     interpreted(LAYER)
 
 
 def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
     """To its tensor cores, and into what memory two programs of a multiprocessor can share."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
