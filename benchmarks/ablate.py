@@ -57,6 +57,7 @@ STUDIES = {
         RECIPE,
         Variant("no-qk-norm", "without QK-norm", "--model.no-qk-norm"),
         Variant("no-layer-scale", "without LayerScale", "--model.layer-scale 0"),
+        Variant("layer-scale", "LayerScale 1e-4", "--model.layer-scale 1e-4"),
         Variant("no-registers", "without registers", "--model.num-registers 0"),
         Variant("mean-pooling", "mean pooling", "--model.pooling mean"),
     ),

@@ -184,7 +184,7 @@ def test_a_failing_run_takes_no_other_along(ablate, copied, capfd):
     words = [str(copied), "--only", "parts", *NORM[1:], "--", *TINY.split()]
     assert ablate.main(words) == 1
     out, err = capfd.readouterr()
-    assert re.search(r"\[2/3\] .*mean-pooling-seed0\n\[3/3\] .*layer-norm-seed0\n", out)
+    assert re.search(r"\[3/4\] .*mean-pooling-seed0\n\[4/4\] .*layer-norm-seed0\n", out)
     assert "failed: mean-pooling-seed0; the same command tries again" in err
     assert "Traceback" not in err
 
