@@ -63,7 +63,8 @@ class TimmGroups(Optimizer):
         self.adamw.param_groups.clear()
         never = model.no_weight_decay()
         for group in param_groups_weight_decay(model, config.weight_decay, True, never):
-            self.adamw.add_param_group({**group, "lr_factor": 1.0})
+            members = [p for p in group["params"] if p not in self.muon.state]
+            self.adamw.add_param_group({**group, "params": members, "lr_factor": 1.0})
 
 
 def own_settings(optim: OptimConfig, batch_size: int) -> OptimConfig:

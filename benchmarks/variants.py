@@ -1,4 +1,4 @@
-"""Models and an optimiser that vitral does not ship, to compare its own with in its own loop.
+"""Models that vitral does not ship, to compare its own with in its own loop.
 
     python benchmarks/variants.py VARIANT RECIPE [--section.key value ...]
 
@@ -8,7 +8,6 @@ log, and the same command goes on with a run that was cut off. VARIANT is one of
     learned-positions   a learned table of positions instead of RoPE (Dosovitskiy et al. 2020)
     no-positions        none at all
     layer-norm          LayerNorm instead of RMSNorm
-    muon                Muon for the blocks' matrices instead of AdamW (Jordan et al. 2024)
     timm, timm-rope     timm's Vision Transformers instead of vitral's (timm_models.py)
 
 All models but timm's cost as many FLOPs as vitral's and start from the same weights at the same
@@ -27,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitral.config import OptimConfig, UserError, ViTConfig
+from vitral.config import UserError, ViTConfig
 from vitral.model import PatchEmbedding, RoPE2D, ViT
 from vitral.training import Interrupted, Parts, train
-from vitral.training.optim import Optimizer
 
 
 class Unturned(RoPE2D):
@@ -111,46 +109,12 @@ def _centre(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x - x.mean(-1, keepdim=True), *others)
 
 
-class Muon(Optimizer):
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else.
-
-    Their updates are scaled to those of AdamW, so that its learning rate and decay serve both (Liu
-    et al. 2025). Queries, keys and values are one matrix, as they are in the model. Clipping and
-    skipping are those of vitral's optimiser, but the skipping waits for the device at each step.
-    For one process, or DDP.
-    """
-
-    def __init__(self, model: ViT, config: OptimConfig) -> None:
-        super().__init__(model, config)
-        matrices = {m.weight for m in model.blocks.modules() if isinstance(m, nn.Linear)}
-        groups = []
-        for group in self.adamw.param_groups:
-            same = {key: group[key] for key in ("weight_decay", "lr_factor")}
-            groups.append({"params": [p for p in group["params"] if p in matrices], **same})
-            group["params"] = [p for p in group["params"] if p not in matrices]
-        groups = [group for group in groups if group["params"]]
-        self.muon = torch.optim.Muon(groups, lr=config.lr, adjust_lr_fn="match_rms_adamw")
-        # No parameter is in both: so what saves and loads the state of one does for both.
-        self.muon.state = self.adamw.state
-
-    def step(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clips the gradients and steps, then clears them; returns what `Optimizer.step` does."""
-        norm, skipped = super().step(lr, loss)  # clips all, and leaves these gradients there
-        for group in self.muon.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        if not skipped:  # torch's Muon knows no `found_inf`
-            self.muon.step()
-        self.muon.zero_grad(set_to_none=True)
-        return norm, skipped
-
-
 PARTS = {
     parts.name: parts
     for parts in (
         Parts(name="learned-positions", model=LearnedPositions),
         Parts(name="no-positions", model=WithoutPositions),
         Parts(name="layer-norm", model=WithLayerNorm),
-        Parts(name="muon", optimizer=Muon),
         *timm_models.PARTS,
     )
 }

@@ -118,9 +118,10 @@ def test_what_decays(models, name, others):
     assert found[0.0] == biases | {f"{layer}.weight" for layer in NORMS} | others
 
 
-def test_a_step_decays_as_said(models):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_decays_as_said(models, optimizer):
     """A step without gradients multiplies matrices by 1 - lr * decay, and leaves the rest."""
-    config = recipes.load("digits", ["--model.depth", "1"])
+    config = recipes.load("digits", ["--model.depth", "1", "--optim.name", optimizer])
     model = by_name(models)["timm"].model(config.model, 10)
     before = {name: p.detach().clone() for name, p in named(model)}
     optimizer = models.TimmGroups(model, dataclasses.replace(config.optim, weight_decay=0.5))

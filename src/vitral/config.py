@@ -278,12 +278,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon (Jordan et al. 2024) for the matrices of the blocks and AdamW for the rest."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running mean and of the running square of the gradient."""
+    """Decay of AdamW's running mean and running square of the gradient."""
     eps: float = 1e-8
     """Term added to AdamW's denominator."""
     weight_decay: float = 0.05

@@ -23,15 +23,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from vitral import evaluate, recipes, storage
 from vitral.cli import main
-from vitral.config import Config
+from vitral.config import Config, OptimConfig, ViTConfig
 from vitral.data import loader
+from vitral.model import ViT
 from vitral.training import loop
-from vitral.training.distributed import SHARDS, full, joined
+from vitral.training.distributed import SHARDS, full, joined, spread_like
 from vitral.training.metrics import CLOCK, read_rows
+from vitral.training.optim import Optimizer
 from vitral.training.parallel import InFixedOrder
 from vitral.training.resolve import Resolved, build_model, resolve
 
@@ -381,6 +384,41 @@ def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
         os._exit(not right or whole.untyped_storage().nbytes() != (24, 0)[rank])
 
     assert finish(start([["--out", str(tmp_path / "run")]] * 2, gather)) == [0, 0]
+
+
+@pytest.mark.parametrize("size", [2, 3])  # three: parts of unequal height
+def test_muon_of_a_model_that_is_spread(tmp_path, size):
+    """Bit for bit as of one that is whole: each process has the whole of each update."""
+    config = OptimConfig(name="muon", weight_decay=0.1)
+    model_config = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=8)
+
+    def trained(world):
+        torch.manual_seed(0)
+        model = ViT(model_config, 3)
+        if world is not None:
+            for block in model.blocks:
+                fully_shard(block, mesh=init_device_mesh("cpu", (world.size,)))
+        optimizer = Optimizer(model, config)
+        draw = torch.Generator().manual_seed(1)
+        for skipped in (0.0, 1.0, 0.0):
+            for parameter in optimizer.named.values():
+                gradient = torch.randn(parameter.shape, generator=draw)
+                parameter.grad = spread_like(gradient, parameter)
+            optimizer.muon.step(0.1, torch.tensor(skipped))
+        return model, optimizer
+
+    whole = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
+
+    def step(rank):
+        with joined(gpu=False) as world:
+            model, optimizer = trained(world)
+            state = full(optimizer.state(), world)
+            parts = full(dict(model.named_parameters()), world)
+        right = rank or all(torch.equal(parts[name], whole[name]) for name in whole)
+        momentum = state["blocks.0.ffn.expand.weight.momentum"]
+        os._exit(not right or momentum.numel() != (0 if rank else 64 * 16))
+
+    assert finish(start([["--out", str(tmp_path / "run")]] * size, step)) == [0] * size
 
 
 def stop_at(command, size, step, number, ranks, hook=None):

@@ -136,21 +136,23 @@ def test_steps_equal_adamw_by_formula(clip_norm):
         torch.testing.assert_close(parameter, expected[name], rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("place", ["cls", "blocks.1.ffn.expand.weight"])
 @pytest.mark.parametrize("good_before", [0, 2])
 @pytest.mark.parametrize(
     ("gradient", "loss"),
     [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (1.0, NAN), (1.0, INF), (NAN, NAN)],
 )
-def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before):
+def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before, place, name):
     model, other = tiny(), tiny()
-    optimizer, undisturbed = (Optimizer(m, OptimConfig()) for m in (model, other))
+    optimizer, undisturbed = (Optimizer(m, OptimConfig(name=name)) for m in (model, other))
     for step in range(good_before):
         for m, o in ((model, optimizer), (other, undisturbed)):
             fill_gradients(m, step)
             o.step(1e-2, torch.tensor(1.0))
     before = bits(model, optimizer)
     fill_gradients(model, 99)
-    model.cls.grad[3] = gradient
+    optimizer.named[place].grad.view(-1)[3] = gradient
     norm, skipped = optimizer.step(1e-2, torch.tensor(loss))
     assert skipped.item() == 1
     assert norm.isfinite() == math.isfinite(gradient)
@@ -163,15 +165,22 @@ def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before):
     assert_equal(bits(model, optimizer), bits(other, undisturbed))
 
 
-def test_state_continues_to_the_bit():
-    config = OptimConfig(layer_decay=0.7)
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("adamw", {"step", "exp_avg", "exp_avg_sq"}),
+        ("muon", {"step", "exp_avg", "exp_avg_sq", "momentum"}),
+    ],
+)
+def test_state_continues_to_the_bit(name, kept):
+    config = OptimConfig(name=name, layer_decay=0.7)
     model = tiny()
     optimizer = Optimizer(model, config)
     for step in range(3):
         fill_gradients(model, step)
         optimizer.step(1e-2, torch.tensor(1.0))
     state = {name: value.clone() for name, value in optimizer.state().items()}
-    assert {name.rpartition(".")[2] for name in state} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {key.rpartition(".")[2] for key in state} == kept
     again = tiny()
     again.load_state_dict(model.state_dict())
     resumed = Optimizer(again, config)

@@ -139,6 +139,16 @@ def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_pa
     assert digests(tmp_path / "run") == whole
 
 
+def test_muon_goes_on_exactly(image_folder, tmp_path, whole):
+    whole_run, cut = (
+        make_config(image_folder, tmp_path / name, optim__name="muon") for name in ("whole", "cut")
+    )
+    assert finish(whole_run) == 0
+    assert signal_at(cut, 11, signal.SIGKILL) == -signal.SIGKILL
+    assert finish(cut) == 0
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole") != whole
+
+
 def damages(file):
     data = file.read_bytes()
 

@@ -1,4 +1,4 @@
-"""AdamW, its parameter groups and schedule, the loss, and the moving average of weights."""
+"""AdamW or Muon, parameter groups, schedule, the loss, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from vitral.config import OptimConfig
 from vitral.model import ViT
 from vitral.training.distributed import spread_like
+from vitral.training.muon import Alike, Muon
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Schedule:
         return self.optim.lr * (self.optim.final_lr + (1 - self.optim.final_lr) * cosine)
 
 
-def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of equal weight decay and equal factor `lr_factor` on the learning rate.
 
     Decay is for the matrices of linear layers alone: not for biases, norms, tokens, LayerScale or
@@ -62,13 +63,34 @@ def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, object]]
     ]
 
 
+def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[Alike]:
+    """Takes the matrices of the blocks out of parameter groups, those of one shape together."""
+    matrices = {id(m.weight) for m in model.blocks.modules() if isinstance(m, nn.Linear)}
+    alike: list[Alike] = []
+    for group in groups:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if id(parameter) in matrices:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+        group["params"] = [p for p in group["params"] if id(p) not in matrices]
+        known = group["weight_decay"], group["lr_factor"]
+        alike += [Alike(members, *known) for members in shapes.values()]
+    return alike
+
+
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2017), clipping by global norm, skipping non-finite steps."""
+    """AdamW (Loshchilov and Hutter 2017), clipping by global norm, skipping non-finite steps.
+
+    Where `config.name` is "muon", the matrices of the blocks are updated by Muon, which has their
+    gradients clipped with all others by one norm.
+    """
 
     def __init__(self, model: ViT, config: OptimConfig) -> None:
         self.config = config
         self.named = dict(model.named_parameters())
         groups = parameter_groups(model, config)
+        self.muon = Muon(take_matrices(model, groups) if config.name == "muon" else [])
+        groups = [group for group in groups if group["params"]]
         # The fused form reads `found_inf` on the device: a bad step is skipped without a
         # synchronisation.
         self.adamw = torch.optim.AdamW(
@@ -93,15 +115,20 @@ class Optimizer:
             group["lr"] = lr * group["lr_factor"]
         self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.muon.step(lr, skipped)
+        for parameter in parameters:
+            parameter.grad = None
         return norm, skipped
 
     def state(self) -> dict[str, Tensor]:
-        """The running means by parameter name: NAME.step, NAME.exp_avg and NAME.exp_avg_sq."""
+        """The running means by parameter name.
+
+        AdamW's are NAME.step, NAME.exp_avg and NAME.exp_avg_sq, Muon's NAME.momentum.
+        """
         return {
             f"{name}.{key}": value
             for name, parameter in self.named.items()
-            for key, value in self.adamw.state[parameter].items()
+            for key, value in self._state_of(parameter).items()
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -109,7 +136,10 @@ class Optimizer:
         for name, value in tensors.items():
             name, _, key = name.rpartition(".")
             parameter = self.named[name]
-            self.adamw.state[parameter][key] = spread_like(value, parameter)
+            self._state_of(parameter)[key] = spread_like(value, parameter)
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return self.muon.state.get(parameter) or self.adamw.state[parameter]
 
 
 def loss_sum(logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"]) -> Tensor:

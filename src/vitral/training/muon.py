@@ -1,0 +1,105 @@
+"""Muon: momentum whose matrices are made orthogonal before they are a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from vitral.training.distributed import spread_like
+
+MOMENTUM = 0.95
+# Of the quintic p(s) = a s + b s^3 + c s^5 that five times over takes singular values of 0 to 1 to
+# some 0.7 to 1.2 (Jordan et al. 2024).
+ROUNDS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
+RMS = 0.2  # that of AdamW's updates, roughly: so its rate and decay serve both (Liu et al. 2025)
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Matrices of one shape, one decay and one factor on the learning rate."""
+
+    members: list[nn.Parameter]
+    weight_decay: float
+    lr_factor: float
+
+
+class Muon:
+    """Muon (Jordan et al. 2024) with Nesterov's momentum and decoupled weight decay.
+
+    The singular values of a matrix's update are all about 1, so that it moves in all directions
+    alike, not just in the few that its gradients mostly have. Matrices of one shape are made
+    orthogonal together, in bf16. Of a model that is spread over processes (FSDP) each process
+    gathers the updates, one shape after the other, and makes all of them orthogonal.
+    """
+
+    def __init__(self, alike: Sequence[Alike]) -> None:
+        self.alike = alike
+        members = (p for group in alike for p in group.members)
+        self.state = {p: {"momentum": torch.zeros_like(p)} for p in members}
+
+    @torch.no_grad()
+    def step(self, lr: float, skipped: Tensor) -> None:
+        """Updates the matrices by their gradients, or by nothing where `skipped` is 1.0.
+
+        Args:
+            lr: learning rate.
+            skipped: 0.0 or 1.0, on the device, which is not waited for.
+        """
+        for group in self.alike:
+            parameters = [_local(p) for p in group.members]
+            rate = lr * group.lr_factor
+            updates = torch.where(skipped == 1, 0, self._updates(group.members, skipped))
+            torch._foreach_mul_(parameters, 1 - rate * group.weight_decay * (1 - skipped))
+            torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
+
+    def _updates(self, members: list[nn.Parameter], skipped: Tensor) -> Tensor:
+        """Moves the momenta of matrices, and stacks their updates: (matrices, rows here, columns).
+
+        The updates of a step that is skipped are whatever comes of it.
+        """
+        momenta = [_local(self.state[p]["momentum"]) for p in members]
+        gradients = torch.stack([_local(p.grad) for p in members if p.grad is not None])
+        momentum = torch.stack(momenta)
+        moved = momentum.lerp(gradients, 1 - MOMENTUM)
+        moved = torch.where(skipped == 1, momentum, moved)
+        torch._foreach_copy_(momenta, moved.unbind())
+        ahead = gradients.lerp_(moved, MOMENTUM)
+        like = members[0]
+        if not isinstance(like, DTensor):
+            return _scaled(ahead)
+        shape = len(members), *like.shape
+        stride = torch.empty(shape, device="meta").stride()
+        assert like.placements == (Shard(0),)
+        mesh, rows = like.device_mesh, (Shard(1),)
+        whole = DTensor.from_local(ahead, mesh, rows, shape=torch.Size(shape), stride=stride)
+        return _local(spread_like(_scaled(whole.full_tensor()), whole))
+
+
+def _scaled(matrices: Tensor) -> Tensor:
+    return RMS * max(matrices.shape[1:]) ** 0.5 * orthogonal(matrices)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About U V^T of matrices U S V^T, (n, rows, columns), by Newton and Schulz's iteration.
+
+    In bf16, as in torch's Muon, whatever the device.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so no singular value is above 1
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What of a tensor lies in this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,109 @@
+"""Muon against torch's own, against singular vectors, and beside AdamW."""
+
+import pytest
+import torch
+from torch import nn
+
+from vitral.config import OptimConfig, ViTConfig
+from vitral.model import ViT
+from vitral.training.muon import orthogonal
+from vitral.training.optim import Optimizer, parameter_groups
+
+CONFIG = ViTConfig(
+    dim=24, depth=3, num_heads=6, num_kv_heads=2, patch_size=4, image_size=16, layer_scale=0.1
+)
+OPTIM = {"weight_decay": 0.1, "layer_decay": 0.5}
+
+
+def drawn(**optim):
+    """A model and its optimiser."""
+    torch.manual_seed(0)
+    model = ViT(CONFIG, 3)
+    return model, Optimizer(model, OptimConfig(**{**OPTIM, **optim}))
+
+
+def fill_gradients(model, seed, scale=1.0):
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = scale * torch.randn(parameter.shape, generator=draw)
+
+
+def matrices(model):
+    """The blocks' own: of queries, keys and values; of the projection; two of the network."""
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name.startswith("blocks.") and isinstance(module, nn.Linear)
+    }
+
+
+def test_steps_are_those_of_torchs_muon():
+    model, optimizer = drawn(name="muon", clip_norm=0.0)
+    torch.manual_seed(0)
+    known = ViT(CONFIG, 3)
+    names = {id(p): name for name, p in known.named_parameters()}
+    groups = parameter_groups(known, OptimConfig(**OPTIM))
+    for group in groups:
+        group["params"] = [p for p in group["params"] if names[id(p)] in matrices(known)]
+    groups = [group for group in groups if group["params"]]
+    reference = torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw")
+    for step, lr in enumerate((0.01, 0.03, 0.02)):
+        fill_gradients(model, step)
+        fill_gradients(known, step)
+        for group in reference.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        optimizer.step(lr, torch.tensor(1.0))
+        reference.step()
+    parameters, expected = (dict(m.named_parameters()) for m in (model, known))
+    for name in matrices(model):
+        torch.testing.assert_close(parameters[name], expected[name], rtol=1e-5, atol=1e-6)
+        momentum = optimizer.state()[f"{name}.momentum"]
+        kept = reference.state[expected[name]]["momentum_buffer"]
+        torch.testing.assert_close(momentum, kept, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24), (1, 5)])
+def test_orthogonal_against_singular_vectors(shape):
+    torch.manual_seed(0)
+    found = torch.randn(3, *shape) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
+    for matrix, update in zip(found.double(), orthogonal(found).double(), strict=True):
+        U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        expected = values / values.norm()
+        for _ in range(5):
+            expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+        torch.testing.assert_close(update, U * expected @ Vh, rtol=0, atol=0.03)  # bf16
+        assert (expected[values > values.max() / 20] > 0.65).all()  # and none is above
+        assert expected.max() < 1.25
+    assert orthogonal(torch.zeros(1, *shape)).count_nonzero() == 0
+
+
+def test_the_rest_is_adamws():
+    """Clipped by one norm over all gradients."""
+    (model, optimizer), (own, other) = drawn(name="muon"), drawn()
+    for m in (model, own):
+        fill_gradients(m, 0)
+    norm, skipped = optimizer.step(0.01, torch.tensor(1.0))
+    expected, _ = other.step(0.01, torch.tensor(1.0))
+    assert norm == expected > 1
+    assert skipped == 0
+    known, state, parts = dict(own.named_parameters()), other.state(), optimizer.state()
+    assert len(matrices(model)) == 3 * 4
+    for name, parameter in model.named_parameters():
+        by_muon = name in matrices(model)
+        assert torch.equal(parameter, known[name]) != by_muon, name
+        assert parameter.grad is None
+        if by_muon:
+            # After one step both have a share of the clipped gradient: 5% and 10%.
+            half = state.pop(f"{name}.exp_avg") / 2
+            torch.testing.assert_close(parts.pop(f"{name}.momentum"), half)
+    assert all(torch.equal(value, state[key]) for key, value in parts.items())
+
+
+def test_the_device_is_not_waited_for():
+    """On the meta device, where no value can be read, a whole step can be taken."""
+    with torch.device("meta"):
+        model = ViT(CONFIG, 3)
+        optimizer = Optimizer(model, OptimConfig(name="muon"))
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.muon.step(0.1, torch.zeros(()))
