@@ -1,6 +1,7 @@
 """The card of pushed weights: what the Hub reads of it, and what people do."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import ModelCardData
 
 from vitral import weights
-from vitral.config import Config, DataConfig, TrainConfig, ViTConfig
+from vitral.config import Config, DataConfig, OptimConfig, TrainConfig, ViTConfig
 from vitral.data.imagenet import wnids
 from vitral.inference.card import card
 from vitral.model import ViT
@@ -173,6 +174,14 @@ def test_where_it_began(make):
     assert "base_model" not in front(local)
     assert "began from `./older`" in section(local, "Training")
     assert "began from random weights" in card(make(), "anna/x")
+
+
+@pytest.mark.parametrize(("name", "called"), [("adamw", "AdamW"), ("muon", "Muon")])
+def test_what_trained_it(make, name, called):
+    known = make()
+    config = replace(known.description.config, optim=OptimConfig(name=name, lr=3e-3))
+    text = card(replace(known, description=replace(known.description, config=config)), "anna/x")
+    assert f"7 epochs of batches of 1024, {called} with a peak learning rate of 0.003" in text
 
 
 def test_limits_name_every_size_trained_at(make):

@@ -51,7 +51,7 @@ class Work(ABC):
 
 
 class Training(Work):
-    """The step that training takes: both passes, clipping, AdamW, gradients cleared."""
+    """The step that training takes: both passes, clipping, the optimiser, gradients cleared."""
 
     def __init__(
         self, config: Config, num_classes: int, side: int, model: nn.Module | None = None

@@ -246,9 +246,10 @@ Trained on {source.title}{link}; fingerprint `{description.fingerprint}`.
 def _training(config: Config, name: str) -> str:
     train, known = config.train, config.data.path in KNOWN
     start = f"began from `{printable(train.init)}`" if train.init else "began from random weights"
+    optimizer = {"adamw": "AdamW", "muon": "Muon"}[config.optim.name]
     return f"""## Training
 
-{train.epochs} epochs of batches of {train.batch_size}, AdamW with a peak learning rate of \
+{train.epochs} epochs of batches of {train.batch_size}, {optimizer} with a peak learning rate of \
 {config.optim.lr:g} and a cosine schedule, seed {train.seed}; it {start}. All settings are in \
 `config.yaml`, which repeats it:
 
