@@ -62,7 +62,11 @@ STUDIES = {
         Variant("mean-pooling", "mean pooling", "--model.pooling mean"),
     ),
     "norm": (RECIPE, Variant("layer-norm", "LayerNorm", parts="layer-norm")),
-    "optimizer": (RECIPE, Variant("muon", "Muon", "--optim.name muon")),
+    "optimizer": (
+        RECIPE,
+        Variant("muon", "Muon", "--optim.name muon"),
+        Variant("adamw", "AdamW", "--optim.name adamw"),
+    ),
     "rate": (
         RECIPE,
         Variant("lr5e-4", "rate 5e-4", "--optim.lr 5e-4"),
