@@ -10,9 +10,9 @@ differs is the model (timm_models.py says how: timm's own parts and initialisati
 it:
 
 * `vitral`: the recipe as it is.
-* `timm`, `timm-rope`: timm's plain and rotary ViT with the recipe's AdamW, clipping included, but
-  timm's choice of what decays. The recipe's rate was chosen for vitral's model.
-* `timm-own`, `timm-rope-own`: the same models with the rate, betas, decay and unclipped gradients
+* `timm`, `timm-rope`: timm's plain and rotary ViT with the recipe's optimiser, clipping included,
+  but timm's choice of what decays. The recipe's rate was chosen for vitral's model.
+* `timm-own`, `timm-rope-own`: the same models with AdamW at the rate, betas and decay, unclipped,
   that timm's ViT was made known with (DeiT). Read the better of the two.
 
 So this asks what the model and the optimiser's settings give, all else equal; it is no run of

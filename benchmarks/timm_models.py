@@ -78,6 +78,7 @@ def own_settings(optim: OptimConfig, batch_size: int) -> OptimConfig:
     """
     return dataclasses.replace(
         optim,
+        name="adamw",
         lr=1e-3 * math.sqrt(batch_size / 1024),
         betas=(0.9, 0.999),
         eps=1e-8,

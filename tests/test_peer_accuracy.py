@@ -142,8 +142,9 @@ def test_no_decay_from_layer_to_layer(models):
 
 @pytest.mark.parametrize(("batch", "rate"), [(1024, 1e-3), (256, 5e-4), (64, 2.5e-4), (4096, 2e-3)])
 def test_own_settings(models, batch, rate):
-    was = recipes.load("digits").optim
+    was = recipes.load("digits", ["--optim.name", "muon"]).optim
     own = models.own_settings(was, batch)
+    assert own.name == "adamw"
     assert own.lr == pytest.approx(rate)
     assert (own.betas, own.weight_decay, own.clip_norm) == ((0.9, 0.999), 0.05, 0)
     assert (own.warmup_epochs, own.final_lr) == (was.warmup_epochs, was.final_lr)
