@@ -21,9 +21,11 @@ SETTINGS = """
 """
 
 
-def test_deterministic_run_resumes_exactly(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_deterministic_run_resumes_exactly(tmp_path, optimizer):
     """Two halves, by a checkpoint in the middle, equal the whole."""
     words = [*SETTINGS.split(), "--train.deterministic", "--train.checkpoint-steps", "7"]
+    words += ["--optim.name", optimizer]
     whole = train("digits", *words, "--out", str(tmp_path / "whole"))
     half = train("digits", *words, "--out", str(tmp_path / "half"))
     for checkpoint in sorted((half / "checkpoints").iterdir())[1:]:
