@@ -165,11 +165,12 @@ def test_settings_without_mathematics_may_change(image_folder, run, capsys):
     assert "this run is finished" in out
 
 
-def test_other_data_is_refused(image_folder, run, mistake, tmp_path):
+def test_other_data_is_refused(image_folder, three_classes, run, mistake, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     (folder / "train" / "dark" / "00.jpg").unlink()
     mistake(folder_settings(folder, run), "not the set")
+    mistake(folder_settings(three_classes, run), "not the set")
 
 
 def test_run_folder_tells_its_story(run):

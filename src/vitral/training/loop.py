@@ -155,12 +155,13 @@ class Trainer:
         self.records, self.val_records = dataset.train, dataset.val
         self.workers = resolve_workers(config.data, self.records, world.local_size)
         self._plan_steps()
+        if checkpoint is not None:
+            self._refuse_others(checkpoint)
         prepare_device(config, device)
         self.model = model.to(device)
         self.resolved = self._resolve(checkpoint)
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
-            self._refuse_other_parts(checkpoint)
             self.model.load_state_dict(checkpoint.tensors["model"])
         passes = InFixedOrder if config.train.reproducible else Averaged
         self.passes = passes(self.model, config.train, self.resolved, world)
@@ -496,11 +497,6 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        if state["fingerprint"] != self.dataset.fingerprint:
-            raise UserError(
-                f"data: {self.config.data.path} is not the set that the run in {self.run.path} "
-                "began with; give that one, or start another run with --out"
-            )
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state(checkpoint.tensors["ema"])
@@ -510,7 +506,13 @@ class Trainer:
         self.metrics, self.broken = state["metrics"], dict(state["broken"])
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
 
-    def _refuse_other_parts(self, checkpoint: Checkpoint) -> None:
+    def _refuse_others(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError for other data than the run began with, or other parts."""
+        if checkpoint.state["fingerprint"] != self.dataset.fingerprint:
+            raise UserError(
+                f"data: {self.config.data.path} is not the set that the run in {self.run.path} "
+                "began with; give that one, or start another run with --out"
+            )
         began, now = checkpoint.state.get("parts", ""), self.parts.name
         if began != now:
             raise UserError(
