@@ -84,7 +84,7 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
             )
         state = storage.read_tensors(directory, which)
     except storage.CorruptError as error:
-        mend = "copy the folder anew or train again"
+        mend = "copy it anew, or repeat its `vitral train`, which mends it from a checkpoint"
         if str(path).startswith(hub.PREFIX):
             mend = "remove it from the cache with `hf cache` and try again, or tell its owner"
         raise UserError(f"weights: {error}; {mend}") from None

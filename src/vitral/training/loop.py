@@ -24,6 +24,7 @@ from vitral.model import ViT, count_flops
 from vitral.report import curves, pictures
 from vitral.report.gather import Predictions, read_rows, read_run
 from vitral.report.html import write_report
+from vitral.storage import CorruptError
 from vitral.training import checkpoint as checkpoints
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
@@ -117,6 +118,8 @@ def _open(run: RunFolder, world: World, warnings: list[str]) -> Checkpoint | Non
             f"out: no checkpoint in {folder} can be used: {warnings[0]}; restore one, or "
             "start another run with --out"
         )
+    if checkpoint is None:
+        run.refuse_lost_checkpoints()
     return checkpoint
 
 
@@ -232,6 +235,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the last step; at a signal writes a checkpoint and raises Interrupted."""
+        self._mend_weights()
         if self.step == self.total == self.evaluated:
             self.console.message(f"this run is finished: {self._results()}")
             return
@@ -440,22 +444,55 @@ class Trainer:
         best = top1 > self.best["top1"]
         if self.world.main:
             scores[kind].write_tables(self.run.path)
-            if self.parts.describable:
-                self._write_weights(states, ["last", "best"] if best else ["last"])
         if best:
             self.best = {"step": self.step, "top1": top1}
+            # Before the weights: where there are any, there was a checkpoint.
             self._save_checkpoint()
+        if self.world.main and self.parts.describable:
+            names = ["last", "best"] if best else ["last"]
+            self._write_weights(states, names, self.metrics)
         if self.shown is None or self.shown[0] != self.best["step"]:
             self.shown = (self.step, scores[kind])
 
-    def _write_weights(self, states: dict[str, dict[str, Tensor]], names: list[str]) -> None:
-        description = weights.describe(
-            self.config, self.dataset.classes, self.dataset.fingerprint, self.metrics
-        )
+    def _write_weights(
+        self, states: dict[str, dict[str, Tensor]], names: list[str], metrics: dict[str, float]
+    ) -> None:
         folder = self.run.path / "weights"
         folder.mkdir(exist_ok=True)
         for name in names:
-            weights.save(folder / name, states, description)
+            weights.save(folder / name, states, self._describe(metrics))
+
+    def _describe(self, metrics: dict[str, float]) -> weights.Description:
+        dataset = self.dataset
+        return weights.describe(self.config, dataset.classes, dataset.fingerprint, metrics)
+
+    def _mend_weights(self) -> None:
+        """Writes weights again that are damaged, older than their checkpoint, or of moved data."""
+        if not self.world.main or not self.parts.describable:
+            return
+        steps = {"best": int(self.best["step"])} if self.evaluated else {}
+        if self.evaluated == self.step > 0:  # else the next validation writes them
+            steps["last"] = self.step
+        place = self._describe({}).config.data.path
+        for name, step in steps.items():
+            try:
+                known = weights.load(self.run.path / "weights" / name).description
+            except UserError:
+                known = None
+            found = known.metrics["step"] if known else -1
+            # Those of a later step come again, as that step does.
+            if found < step or (known and found == step and known.config.data.path != place):
+                self._write_weights_again(name, step)
+
+    def _write_weights_again(self, name: str, step: int) -> None:
+        try:
+            found = checkpoints.read(self.run.path / "checkpoints", step)
+        except CorruptError as error:
+            self.console.message(f"weights/{name} cannot be written again: {error}")
+            return
+        states = {kind: found.tensors[kind] for kind in found.tensors if kind != "optimizer"}
+        self._write_weights(states, [name], found.state["metrics"])
+        self.console.message(f"weights/{name} written again from the checkpoint of step {step}")
 
     def _checkpoint_is_late(self) -> bool:
         return time.monotonic() - self.last_checkpoint > 60 * self.config.train.checkpoint_minutes
