@@ -230,17 +230,31 @@ def test_val_at_several_sizes(run, capsys, tmp_path):
     assert [line.split(",")[0] for line in table[1:]] == ["8", "16", "24"]
 
 
-def test_val_counts_only_what_training_held_out(image_folder, tmp_path, capsys):
-    folder, out = tmp_path / "images", tmp_path / "out"
+def test_val_counts_only_what_training_held_out(image_folder, mistake, tmp_path, capsys):
+    """By whatever path: what it is tells that it is the set trained on."""
+    folder, out = tmp_path / "images", tmp_path / "run"
     shutil.copytree(image_folder / "train", folder)
     assert main(folder_settings(folder, out)) == 0
     last = read_rows(out / "metrics.jsonl")[-1]
-    for words in ([], ["--data", f"{folder}/"]):
+    shutil.copytree(folder, tmp_path / "copied")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "dark" / "00.jpg").unlink()
+    val = ["val", str(out / "weights" / "last"), "--which", "model"]
+
+    def held_out(words):
         capsys.readouterr()
-        assert main(["val", str(out / "weights" / "last"), "--which", "model", *words]) == 0
+        assert main([*val, *words]) == 0
         said = capsys.readouterr().out
-        assert "4 images, 2 classes" in said
-        assert f"loss {last['val_loss']:.4f}" in said
+        assert ("held out" in said) == ("4 images" in said) == (f"{last['val_loss']:.4f}" in said)
+        return "4 images, 2 classes" in said
+
+    assert held_out([])
+    assert held_out(["--data", f"{folder}/"])
+    assert held_out(["--data", str(tmp_path / "copied")])
+    assert not held_out(["--data", str(tmp_path / "other")])
+    folder.rename(tmp_path / "renamed")
+    assert held_out(["--data", str(tmp_path / "renamed")])
+    mistake(val, f"data: {folder}, which the weights were trained on, is not there; give --data")
 
 
 def test_val_refuses_other_classes(image_folder, run, mistake, tmp_path):
@@ -267,8 +281,10 @@ def test_val_says_that_it_scores_what_was_held_out(image_folder, tmp_path, capsy
     assert "on 8 held-out training images" in (out / "report.html").read_text()
     shutil.copytree(image_folder / "val", tmp_path / "test")
     monkeypatch.chdir(image_folder.parent)
+    shutil.copytree(image_folder, tmp_path / "copied")
     told = "training images that were held out"
-    for data, held_out in ((None, True), (image_folder.name, True), (tmp_path / "test", False)):
+    own, others = (None, image_folder.name, tmp_path / "copied"), (tmp_path / "test",)
+    for data, held_out in (*((place, True) for place in own), *((p, False) for p in others)):
         capsys.readouterr()
         assert main(["val", str(out), *(["--data", str(data)] if data else [])]) == 0
         about, counts = capsys.readouterr().out.splitlines()[:2]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from vitral.config import Config, UserError
 
 if TYPE_CHECKING:
+    from vitral.data.records import Dataset
     from vitral.weights import Weights
 
 T = TypeVar("T")
@@ -334,23 +335,22 @@ def _val(words: list[str]) -> int:
 
     path, rest = _positional(words, "WEIGHTS", "vitral val")
     options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
-    from vitral.evaluation import evaluate, is_own_set, summarise
+    from vitral.evaluation import evaluate, open_set, summarise
     from vitral.weights import load
 
     weights = load(path, which=options.which)
     kind, trained_on = weights.description.default, weights.description.config.data.path
     place = options.suite or options.data or trained_on
-    if options.suite is None and weights.description.config.data.hold_out:
-        held_out = is_own_set(weights.description, options.data)
-        place += ", training images that were held out" if held_out else ""
+    dataset = None if options.suite else open_set(weights.description, options.data)
+    place += ", training images that were held out" if dataset and dataset.held_out else ""
     about = f"{weights.path} ({options.which or kind}) on {place}"
-    if options.suite is not None or options.resolutions:
-        return _val_table(weights, options, about)
+    if dataset is None or options.resolutions:
+        return _val_table(weights, dataset, options, about)
     if options.out is not None:
         _writable(options.out)
     scores = evaluate(
         weights,
-        options.data,
+        dataset,
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,
@@ -362,7 +362,7 @@ def _val(words: list[str]) -> int:
     return 0
 
 
-def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
+def _val_table(weights: Weights, dataset: Dataset | None, options: ValOptions, about: str) -> int:
     """Several sets, or sizes: a row of a table each."""
     from vitral.evaluation import evaluate_suite, find_suite, sweep
     from vitral.evaluation.table import show, write_rows
@@ -386,7 +386,7 @@ def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
         found = sweep(
             weights,
             sides,
-            options.data,
+            dataset,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
