@@ -437,12 +437,17 @@ def test_broken_image_is_replaced_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_broken_image_of_few_stops_the_run_and_is_named(image_folder, tmp_path, capsys, split):
     """One of 40 to train on is more than a run puts up with; in validation none is."""
-    folder = tmp_path / "images"
+    folder, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(image_folder, folder)
     bad = folder / split / "dark" / "03.jpg"
     bad.write_bytes(b"no image")
-    assert main(folder_settings(folder, tmp_path / "out")) == 2
+    words = folder_settings(folder, out, "--train.log-every", "1")
+    assert main(words) == 2
     assert str(bad) in capsys.readouterr().err
+    if split == "val":  # before the first step, so that the run is of the set as it is mended
+        assert not read_rows(out / "metrics.jsonl")
+        bad.unlink()
+        assert main(words) == 0
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, capsys):

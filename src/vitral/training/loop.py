@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -258,6 +259,7 @@ class Trainer:
             profiling(self.config.train.profile and self.world.main, self.run.path) as profiler,
         ):
             try:
+                self._look_at_validation(signals)
                 self._validate_if_due(signals)  # a signal may have come in the middle of it
                 while self.step < self.total:
                     self._update(batches)
@@ -406,33 +408,43 @@ class Trainer:
     def _measure(self, signals: Signals) -> Scores:
         self.model.eval()
 
-        def until_signal(batches: Iterable[Batch]) -> Iterator[Batch]:
-            for batch in batches:
-                # Alone it may end at once; of many, all go on to the next step.
-                if signals.received and self.world.size == 1:
-                    raise Interrupted(signals.received)
-                yield batch
-
         def forward(images: Tensor) -> Tensor:
             with self.resolved.autocast():
                 return self.passes.forward(images)
 
-        size = min(EVAL_BATCH, len(self.val_records))
-        share = (self.world.rank, self.world.size)
+        with gathered(self.model):
+            part = self.world.together(
+                lambda: measure(forward, self._val_batches(signals), self.dataset.classes)
+            )
+        return merge(self.world.gather(part))
+
+    def _val_batches(self, signals: Signals) -> Iterator[Batch]:
+        """This process's part of the validation images, until a signal comes."""
         batches = eval_batches(
             self.val_records,
             self.config,
-            size,
+            min(EVAL_BATCH, len(self.val_records)),
             self.workers,
             self.device,
-            share,
+            (self.world.rank, self.world.size),
             self.resolved.decoder,
         )
-        with gathered(self.model):
-            part = self.world.together(
-                lambda: measure(forward, until_signal(batches), self.dataset.classes)
-            )
-        return merge(self.world.gather(part))
+        for batch in batches:
+            # Alone it may end at once; of many, all go on to the next step.
+            if signals.received and self.world.size == 1:
+                raise Interrupted(signals.received)
+            yield batch
+
+    def _look_at_validation(self, signals: Signals) -> None:
+        """Decodes the validation images before the first step.
+
+        One that is broken would else end the run at its first validation, hours later.
+        """
+        if self.step > 0 or isinstance(self.val_records, Packed | Pixels):
+            return
+        self.console.message(f"decodes the {len(self.val_records):,} validation images once")
+        self.world.together(lambda: collections.deque(self._val_batches(signals), maxlen=0))
+        self.clock.start_row()
 
     def _keep_weights(self, scores: dict[str, Scores]) -> None:
         """Writes weights/last, weights/best if these are, and the tables of the better kind."""
