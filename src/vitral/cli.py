@@ -335,12 +335,13 @@ def _val(words: list[str]) -> int:
 
     path, rest = _positional(words, "WEIGHTS", "vitral val")
     options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
-    from vitral.evaluation import evaluate, open_set, summarise
+    from vitral.evaluation import at_sizes, evaluate, open_set, summarise
     from vitral.weights import load
 
     weights = load(path, which=options.which)
     kind, trained_on = weights.description.default, weights.description.config.data.path
     place = options.suite or options.data or trained_on
+    at_sizes(weights.description, options.resolutions or ())  # before the data are opened
     dataset = None if options.suite else open_set(weights.description, options.data)
     place += ", training images that were held out" if dataset and dataset.held_out else ""
     about = f"{weights.path} ({options.which or kind}) on {place}"

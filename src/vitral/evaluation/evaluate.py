@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vitral.config import Config, UserError
+from vitral.config import Config, UserError, ViTConfig
 from vitral.data.fetch import resolve_workers
 from vitral.data.loader import eval_batches
 from vitral.data.records import Dataset, Records, hold_out
@@ -74,11 +74,7 @@ def sweep(
             and where `evaluate` raises it.
     """
     weights = prepare(weights, which, device)
-    model = weights.description.config.model
-    try:
-        models = [dataclasses.replace(model, image_size=side) for side in resolutions]
-    except UserError as error:
-        raise UserError(f"resolutions: {str(error).removeprefix('image_size: ')}") from None
+    models = at_sizes(weights.description, resolutions)
     records, config = _open(weights.description, data, workers)
     configs = [dataclasses.replace(config, model=model) for model in models]
     classes = weights.description.classes
@@ -86,6 +82,15 @@ def sweep(
         (config.model.image_size, score(weights, records, classes, config, batch_size))
         for config in configs
     )
+
+
+def at_sizes(description: Description, resolutions: Sequence[int]) -> list[ViTConfig]:
+    """The model for images of other sizes; raises UserError for one that is not whole patches."""
+    model = description.config.model
+    try:
+        return [dataclasses.replace(model, image_size=side) for side in resolutions]
+    except UserError as error:
+        raise UserError(f"resolutions: {str(error).removeprefix('image_size: ')}") from None
 
 
 def prepare(weights: Weights | str | Path, which: Which | None, device: str) -> Weights:
