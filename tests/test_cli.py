@@ -405,7 +405,8 @@ def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, mistake, t
 
 def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
-    mistake([*words, "--model.dim", "32"], "another shape")
+    told = f"give the settings of that run, `vitral train {run}/config.yaml --init {run}`"
+    mistake([*words, "--model.dim", "32"], "another shape", told, "imagenet-finetune")
     mistake([*words, "--model.patch-size", "8"], "another shape")
     mistake(
         [*words, "--model.image-size", "20"], "4 patches a side, got 5; add --model.rope-grid 4"
@@ -466,6 +467,28 @@ def test_dry_run_only_plans(image_folder, tmp_path, capsys):
     for word in ("parameters", "FLOPs", "steps       10 of 8", "time", "patch_size: 4"):
         assert word in out
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_refuses_what_the_run_would(
+    image_folder, three_classes, run, mistake, tmp_path, capsys
+):
+    words = [*folder_settings(image_folder, tmp_path / "out", "--init", str(run)), "--dry-run"]
+    assert main(words) == 0
+    assert f"begins from the weights in {run}; drawn anew: none" in capsys.readouterr().out
+    mistake([*words, "--model.dim", "32"], "another shape")
+    mistake([*folder_settings(image_folder, run, "--optim.lr", "0.5"), "--dry-run"], "optim.lr")
+    mistake([*folder_settings(three_classes, run), "--dry-run"], "not the set")
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    words = [*folder_settings(image_folder, tmp_path / "bare"), "--dry-run"]
+    mistake(words, "checkpoints are gone")
+
+
+def test_init_by_the_settings_of_its_run(three_classes, run, tmp_path):
+    """As the refusal of another model says."""
+    out = tmp_path / "out"
+    words = ["train", str(run / "config.yaml"), "--init", str(run)]
+    assert main([*words, "--data", str(three_classes), "--out", str(out)]) == 0
+    assert "drawn anew: head.bias, head.weight" in (out / "train.log").read_text()
 
 
 def test_profile_writes_a_trace(image_folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -91,6 +92,26 @@ def train(recipe: str | Config = "digits", *arguments: str, parts: Parts = OWN) 
     return run.path
 
 
+def rehearse(config: Config) -> tuple[list[str], Dataset, ViT]:
+    """Notes, data and model that `train` would begin with; nothing is written.
+
+    Raises:
+        UserError: where `train` does before its first step, but for what it finds in the tensors of
+            checkpoints, in images, or of the machine.
+    """
+    run = RunFolder(Path(config.train.out or ""))
+    folder = run.path / "checkpoints"
+    begun = checkpoints.steps(folder)
+    if not begun:
+        run.refuse_lost_checkpoints()
+    notes, dataset, model = _prepare(config, run, World(), OWN)
+    with contextlib.suppress(CorruptError):
+        for step in begun:
+            state = checkpoints.read_state(folder, step)
+            _refuse_other_data(config, run, dataset, state["fingerprint"])
+    return notes, dataset, model
+
+
 def _prepare(
     config: Config, run: RunFolder, world: World, parts: Parts
 ) -> tuple[list[str], Dataset, ViT]:
@@ -122,6 +143,14 @@ def _open(run: RunFolder, world: World, warnings: list[str]) -> Checkpoint | Non
     if checkpoint is None:
         run.refuse_lost_checkpoints()
     return checkpoint
+
+
+def _refuse_other_data(config: Config, run: RunFolder, dataset: Dataset, began: str) -> None:
+    if dataset.fingerprint != began:
+        raise UserError(
+            f"data: {config.data.path} is not the set that the run in {run.path} began with; "
+            "give that one, or start another run with --out"
+        )
 
 
 def _from_main(checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
@@ -557,11 +586,8 @@ class Trainer:
 
     def _refuse_others(self, checkpoint: Checkpoint) -> None:
         """Raises UserError for other data than the run began with, or other parts."""
-        if checkpoint.state["fingerprint"] != self.dataset.fingerprint:
-            raise UserError(
-                f"data: {self.config.data.path} is not the set that the run in {self.run.path} "
-                "began with; give that one, or start another run with --out"
-            )
+        began = checkpoint.state["fingerprint"]
+        _refuse_other_data(self.config, self.run, self.dataset, began)
         began, now = checkpoint.state.get("parts", ""), self.parts.name
         if began != now:
             raise UserError(
