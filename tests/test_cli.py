@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitral import recipes, storage, weights
+from vitral import cli, recipes, storage, weights
 from vitral.cli import main
 from vitral.config import UserError, ViTConfig
 from vitral.model import ViT
@@ -522,6 +523,38 @@ def test_doctor_and_recipes(capsys):
 def test_the_model_is_measured(capsys):
     assert main(["bench", "model", "digits", *TINY, "--train.batch-size", "4"]) == 0
     assert " images/s" in capsys.readouterr().out
+
+
+HALF_IMPORTED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except BaseException:
+    raise ImportError("half of it")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_ctrl_c_in_an_import_ends_at_once(tmp_path, monkeypatch):
+    """Where what is imported makes another exception of it."""
+    (tmp_path / "half_imported.py").write_text(HALF_IMPORTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "_doctor", lambda _: importlib.import_module("half_imported"))
+    child = os.fork()
+    if not child:
+        try:
+            main(["doctor"])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_ctrl_c_elsewhere_is_an_exception(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "_doctor", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["doctor"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 HELP = """

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vitral.config import Config, UserError
@@ -219,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 0, 2 for a user's mistake, 1 for a full disk, or a signal's.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if plain and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return _dispatch(words)
     except UserError as error:
@@ -239,6 +245,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"vitral: {place}{error.strerror}; make room and repeat the command", file=sys.stderr)
         return 1
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Ctrl-C: in the middle of an import at once, as torch's turn the exception into others."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _dispatch(words: list[str]) -> int:
