@@ -443,7 +443,7 @@ def test_a_broken_image_of_few_stops_the_run_and_is_named(image_folder, tmp_path
     shutil.copytree(image_folder, folder)
     bad = folder / split / "dark" / "03.jpg"
     bad.write_bytes(b"no image")
-    words = folder_settings(folder, out, "--train.log-every", "1")
+    words = folder_settings(folder, out, "--train.log-every", "1", "--data.workers", "0")
     assert main(words) == 2
     assert str(bad) in capsys.readouterr().err
     if split == "val":  # before the first step, so that the run is of the set as it is mended
