@@ -270,25 +270,13 @@ class Trainer:
             self.console.message(f"this run is finished: {self._results()}")
             return
         self._announce()
-        batches = train_batches(
-            self.records,
-            self.config,
-            len(self.dataset.classes),
-            steps=range(self.step, self.total),
-            total_steps=self.total,
-            micro_batch=self.resolved.micro_batch,
-            workers=self.workers,
-            device=self.device,
-            share=(self.world.rank, self.world.size),
-            parts=SHARDS // self.world.size if self.config.train.reproducible else 1,
-            decoder=self.resolved.decoder,
-        )
         with (
             Signals(self.world) as signals,
             profiling(self.config.train.profile and self.world.main, self.run.path) as profiler,
         ):
             try:
                 self._look_at_validation(signals)
+                batches = self._train_batches()  # whose workers start at once
                 self._validate_if_due(signals)  # a signal may have come in the middle of it
                 while self.step < self.total:
                     self._update(batches)
@@ -314,6 +302,21 @@ class Trainer:
         self._draw()
         self._write_report()
         self.console.message(f"finished: {self._results()}; all of it is in {self.run.path}")
+
+    def _train_batches(self) -> Iterator[Batch]:
+        return train_batches(
+            self.records,
+            self.config,
+            len(self.dataset.classes),
+            steps=range(self.step, self.total),
+            total_steps=self.total,
+            micro_batch=self.resolved.micro_batch,
+            workers=self.workers,
+            device=self.device,
+            share=(self.world.rank, self.world.size),
+            parts=SHARDS // self.world.size if self.config.train.reproducible else 1,
+            decoder=self.resolved.decoder,
+        )
 
     def close(self) -> None:
         """Flushes the logs."""
