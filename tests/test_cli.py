@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitral import recipes, storage, weights
+from vitral import cli, recipes, storage, weights
 from vitral.cli import main
 from vitral.config import UserError, ViTConfig
 from vitral.model import ViT
@@ -165,11 +166,12 @@ def test_settings_without_mathematics_may_change(image_folder, run, capsys):
     assert "this run is finished" in out
 
 
-def test_other_data_is_refused(image_folder, run, mistake, tmp_path):
+def test_other_data_is_refused(image_folder, three_classes, run, mistake, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     (folder / "train" / "dark" / "00.jpg").unlink()
     mistake(folder_settings(folder, run), "not the set")
+    mistake(folder_settings(three_classes, run), "not the set")
 
 
 def test_run_folder_tells_its_story(run):
@@ -229,17 +231,31 @@ def test_val_at_several_sizes(run, capsys, tmp_path):
     assert [line.split(",")[0] for line in table[1:]] == ["8", "16", "24"]
 
 
-def test_val_counts_only_what_training_held_out(image_folder, tmp_path, capsys):
-    folder, out = tmp_path / "images", tmp_path / "out"
+def test_val_counts_only_what_training_held_out(image_folder, mistake, tmp_path, capsys):
+    """By whatever path: what it is tells that it is the set trained on."""
+    folder, out = tmp_path / "images", tmp_path / "run"
     shutil.copytree(image_folder / "train", folder)
     assert main(folder_settings(folder, out)) == 0
     last = read_rows(out / "metrics.jsonl")[-1]
-    for words in ([], ["--data", f"{folder}/"]):
+    shutil.copytree(folder, tmp_path / "copied")
+    shutil.copytree(folder, tmp_path / "other")
+    (tmp_path / "other" / "dark" / "00.jpg").unlink()
+    val = ["val", str(out / "weights" / "last"), "--which", "model"]
+
+    def held_out(words):
         capsys.readouterr()
-        assert main(["val", str(out / "weights" / "last"), "--which", "model", *words]) == 0
+        assert main([*val, *words]) == 0
         said = capsys.readouterr().out
-        assert "4 images, 2 classes" in said
-        assert f"loss {last['val_loss']:.4f}" in said
+        assert ("held out" in said) == ("4 images" in said) == (f"{last['val_loss']:.4f}" in said)
+        return "4 images, 2 classes" in said
+
+    assert held_out([])
+    assert held_out(["--data", f"{folder}/"])
+    assert held_out(["--data", str(tmp_path / "copied")])
+    assert not held_out(["--data", str(tmp_path / "other")])
+    folder.rename(tmp_path / "renamed")
+    assert held_out(["--data", str(tmp_path / "renamed")])
+    mistake(val, f"data: {folder}, which the weights were trained on, is not there; give --data")
 
 
 def test_val_refuses_other_classes(image_folder, run, mistake, tmp_path):
@@ -266,8 +282,10 @@ def test_val_says_that_it_scores_what_was_held_out(image_folder, tmp_path, capsy
     assert "on 8 held-out training images" in (out / "report.html").read_text()
     shutil.copytree(image_folder / "val", tmp_path / "test")
     monkeypatch.chdir(image_folder.parent)
+    shutil.copytree(image_folder, tmp_path / "copied")
     told = "training images that were held out"
-    for data, held_out in ((None, True), (image_folder.name, True), (tmp_path / "test", False)):
+    own, others = (None, image_folder.name, tmp_path / "copied"), (tmp_path / "test",)
+    for data, held_out in (*((place, True) for place in own), *((p, False) for p in others)):
         capsys.readouterr()
         assert main(["val", str(out), *(["--data", str(data)] if data else [])]) == 0
         about, counts = capsys.readouterr().out.splitlines()[:2]
@@ -388,7 +406,8 @@ def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, mistake, t
 
 def test_init_with_another_architecture(image_folder, run, mistake, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
-    mistake([*words, "--model.dim", "32"], "another shape")
+    told = f"give the settings of that run, `vitral train {run}/config.yaml --init {run}`"
+    mistake([*words, "--model.dim", "32"], "another shape", told, "imagenet-finetune")
     mistake([*words, "--model.patch-size", "8"], "another shape")
     mistake(
         [*words, "--model.image-size", "20"], "4 patches a side, got 5; add --model.rope-grid 4"
@@ -420,12 +439,17 @@ def test_broken_image_is_replaced_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_broken_image_of_few_stops_the_run_and_is_named(image_folder, tmp_path, capsys, split):
     """One of 40 to train on is more than a run puts up with; in validation none is."""
-    folder = tmp_path / "images"
+    folder, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(image_folder, folder)
     bad = folder / split / "dark" / "03.jpg"
     bad.write_bytes(b"no image")
-    assert main(folder_settings(folder, tmp_path / "out")) == 2
+    words = folder_settings(folder, out, "--train.log-every", "1", "--data.workers", "0")
+    assert main(words) == 2
     assert str(bad) in capsys.readouterr().err
+    if split == "val":  # before the first step, so that the run is of the set as it is mended
+        assert not read_rows(out / "metrics.jsonl")
+        bad.unlink()
+        assert main(words) == 0
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, capsys):
@@ -444,6 +468,28 @@ def test_dry_run_only_plans(image_folder, tmp_path, capsys):
     for word in ("parameters", "FLOPs", "steps       10 of 8", "time", "patch_size: 4"):
         assert word in out
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_refuses_what_the_run_would(
+    image_folder, three_classes, run, mistake, tmp_path, capsys
+):
+    words = [*folder_settings(image_folder, tmp_path / "out", "--init", str(run)), "--dry-run"]
+    assert main(words) == 0
+    assert f"begins from the weights in {run}; drawn anew: none" in capsys.readouterr().out
+    mistake([*words, "--model.dim", "32"], "another shape")
+    mistake([*folder_settings(image_folder, run, "--optim.lr", "0.5"), "--dry-run"], "optim.lr")
+    mistake([*folder_settings(three_classes, run), "--dry-run"], "not the set")
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    words = [*folder_settings(image_folder, tmp_path / "bare"), "--dry-run"]
+    mistake(words, "checkpoints are gone")
+
+
+def test_init_by_the_settings_of_its_run(three_classes, run, tmp_path):
+    """As the refusal of another model says."""
+    out = tmp_path / "out"
+    words = ["train", str(run / "config.yaml"), "--init", str(run)]
+    assert main([*words, "--data", str(three_classes), "--out", str(out)]) == 0
+    assert "drawn anew: head.bias, head.weight" in (out / "train.log").read_text()
 
 
 def test_profile_writes_a_trace(image_folder, tmp_path):
@@ -477,6 +523,38 @@ def test_doctor_and_recipes(capsys):
 def test_the_model_is_measured(capsys):
     assert main(["bench", "model", "digits", *TINY, "--train.batch-size", "4"]) == 0
     assert " images/s" in capsys.readouterr().out
+
+
+HALF_IMPORTED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+except BaseException:
+    raise ImportError("half of it")
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_ctrl_c_in_an_import_ends_at_once(tmp_path, monkeypatch):
+    """Where what is imported makes another exception of it."""
+    (tmp_path / "half_imported.py").write_text(HALF_IMPORTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(cli, "_doctor", lambda _: importlib.import_module("half_imported"))
+    child = os.fork()
+    if not child:
+        try:
+            main(["doctor"])
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+def test_ctrl_c_elsewhere_is_an_exception(monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli, "_doctor", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["doctor"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 HELP = """

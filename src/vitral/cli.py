@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from vitral.config import Config, UserError
 
 if TYPE_CHECKING:
+    from vitral.data.records import Dataset
     from vitral.weights import Weights
 
 T = TypeVar("T")
@@ -218,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 0, 2 for a user's mistake, 1 for a full disk, or a signal's.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if plain and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         return _dispatch(words)
     except UserError as error:
@@ -238,6 +245,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         place = f"{error.filename}: " if error.filename else ""
         print(f"vitral: {place}{error.strerror}; make room and repeat the command", file=sys.stderr)
         return 1
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Ctrl-C: in the middle of an import at once, as torch's turn the exception into others."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _dispatch(words: list[str]) -> int:
@@ -334,23 +353,23 @@ def _val(words: list[str]) -> int:
 
     path, rest = _positional(words, "WEIGHTS", "vitral val")
     options = recipes.parse(rest, ValOptions(), program="vitral val WEIGHTS")
-    from vitral.evaluation import evaluate, is_own_set, summarise
+    from vitral.evaluation import at_sizes, evaluate, open_set, summarise
     from vitral.weights import load
 
     weights = load(path, which=options.which)
     kind, trained_on = weights.description.default, weights.description.config.data.path
     place = options.suite or options.data or trained_on
-    if options.suite is None and weights.description.config.data.hold_out:
-        held_out = is_own_set(weights.description, options.data)
-        place += ", training images that were held out" if held_out else ""
+    at_sizes(weights.description, options.resolutions or ())  # before the data are opened
+    dataset = None if options.suite else open_set(weights.description, options.data)
+    place += ", training images that were held out" if dataset and dataset.held_out else ""
     about = f"{weights.path} ({options.which or kind}) on {place}"
-    if options.suite is not None or options.resolutions:
-        return _val_table(weights, options, about)
+    if dataset is None or options.resolutions:
+        return _val_table(weights, dataset, options, about)
     if options.out is not None:
         _writable(options.out)
     scores = evaluate(
         weights,
-        options.data,
+        dataset,
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,
@@ -362,7 +381,7 @@ def _val(words: list[str]) -> int:
     return 0
 
 
-def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
+def _val_table(weights: Weights, dataset: Dataset | None, options: ValOptions, about: str) -> int:
     """Several sets, or sizes: a row of a table each."""
     from vitral.evaluation import evaluate_suite, find_suite, sweep
     from vitral.evaluation.table import show, write_rows
@@ -386,7 +405,7 @@ def _val_table(weights: Weights, options: ValOptions, about: str) -> int:
         found = sweep(
             weights,
             sides,
-            options.data,
+            dataset,
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,

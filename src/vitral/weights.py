@@ -84,7 +84,7 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
             )
         state = storage.read_tensors(directory, which)
     except storage.CorruptError as error:
-        mend = "copy the folder anew or train again"
+        mend = "copy it anew, or repeat its `vitral train`, which mends it from a checkpoint"
         if str(path).startswith(hub.PREFIX):
             mend = "remove it from the cache with `hf cache` and try again, or tell its owner"
         raise UserError(f"weights: {error}; {mend}") from None
@@ -173,7 +173,7 @@ def start_from(model: ViT, path: str | Path) -> list[str]:
         if names:
             raise UserError(
                 f"init: {names[0]} of {path} has {what} in this model "
-                f"({len(names)} such weights); give the model settings that it was trained with"
+                f"({len(names)} such weights); {_fitting(path)}"
             )
     grid = given.config.grid
     if model.config.grid != grid:
@@ -183,6 +183,15 @@ def start_from(model: ViT, path: str | Path) -> list[str]:
         )
     model.load_state_dict(source, strict=False)
     return sorted(own.keys() - source.keys())
+
+
+def _fitting(path: str | Path) -> str:
+    """How to have a model that the weights fit."""
+    recipe = "the recipe imagenet-finetune takes its model from the weights"
+    settings = Path(path) / "config.yaml"
+    if not settings.is_file():
+        return f"give the model settings that it was trained with; {recipe}"
+    return f"give the settings of that run, `vitral train {settings} --init {path}`; {recipe}"
 
 
 def describe(

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as the run that was not."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vitral import recipes, storage
+from vitral import recipes, storage, weights
 from vitral.config import UserError
 from vitral.training import Interrupted, checkpoint, train
 from vitral.training.checkpoint import Checkpoint
@@ -249,6 +250,88 @@ def test_run_without_a_usable_checkpoint_is_left_alone(image_folder, half_done, 
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used"):
         train(make_config(image_folder, out))
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def finished(image_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert finish(make_config(image_folder, out)) == 0
+    return out
+
+
+@pytest.mark.parametrize("kept", ["weights", "metrics.jsonl"])
+def test_run_whose_checkpoints_were_removed_is_left_alone(image_folder, finished, tmp_path, kept):
+    """Either tells it from one that was killed before its first checkpoint, which has rows, too."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints")
+    for name in {"weights", "metrics.jsonl"} - {kept}:
+        shutil.rmtree(out / name) if name == "weights" else (out / name).unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    if kept == "metrics.jsonl":  # one validation alone may be killed before its checkpoint
+        assert sum("val_top1" in row for row in read_rows(out / kept)) > 1
+    with pytest.raises(UserError, match=rf"checkpoints are gone.*--out {out}-2"):
+        train(make_config(image_folder, out))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def killed_before(monkeypatch, module, name, config):
+    """Trains until a function is called, and is killed then."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert finish(config) == -signal.SIGKILL
+
+
+def test_run_killed_at_its_first_validation_begins_anew(image_folder, tmp_path, whole, monkeypatch):
+    config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
+    killed_before(monkeypatch, checkpoint, "save", config)
+    assert "val_top1" in read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    killed_before(monkeypatch, weights, "save", config)
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    assert finish(config) == 0
+    assert digests(tmp_path / "run") == whole
+
+
+def test_weights_are_written_again_from_their_checkpoints(image_folder, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = make_config(image_folder, out)
+    before = digests(out)
+    known = [weights.load(out / "weights" / name).description for name in ("best", "last")]
+    shutil.rmtree(out / "weights" / "last")
+    damages(out / "weights" / "best" / "ema.safetensors")["flipped"]()
+    assert finish(config) == 0
+    assert digests(out) == before
+    for name, was in zip(("best", "last"), known, strict=True):
+        now = weights.load(out / "weights" / name).description
+        assert now == dataclasses.replace(was, config=now.config)
+    log = (out / "train.log").read_text()
+    assert "weights/best written again" in log
+    assert "weights/last written again" in log
+    assert finish(config) == 0
+    assert (out / "train.log").read_text().count("written again") == 2
+
+
+def test_weights_of_a_step_without_a_checkpoint_are_told_of(image_folder, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    best = min((out / "checkpoints").iterdir())
+    assert int(best.name.removeprefix("step_")) < STEPS
+    shutil.rmtree(best)
+    shutil.rmtree(out / "weights" / "best")
+    assert finish(make_config(image_folder, out)) == 0
+    assert f"weights/best cannot be written again: {best}" in (out / "train.log").read_text()
+
+
+def test_weights_name_the_data_where_they_are_now(image_folder, finished, tmp_path):
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished, out)
+    shutil.copytree(image_folder, moved)
+    for name in ("best", "last"):
+        assert weights.load(out / "weights" / name).description.config.data.path != str(moved)
+    assert finish(make_config(moved, out)) == 0
+    for name in ("best", "last"):
+        assert weights.load(out / "weights" / name).description.config.data.path == str(moved)
 
 
 def test_init_counts_until_there_is_a_checkpoint(image_folder, tmp_path, whole):

@@ -18,15 +18,20 @@ from vitral.data.sampling import Order
 from vitral.data.sources import open_dataset
 from vitral.model import count_flops
 from vitral.report.gather import duration
+from vitral.training.loop import rehearse
 
 
 def plan(config: Config) -> str:
-    """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`)."""
-    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`).
+
+    Raises:
+        UserError: as `rehearse`.
+    """
+    notes, dataset, model = rehearse(config)
     assert dataset.train is not None
     train, classes = config.train, len(dataset.classes)
     steps = Order(train.seed, len(dataset.train), train.batch_size).end_of_epoch(train.epochs)
-    training = Training(config, classes, config.model.image_size)
+    training = Training(config, classes, config.model.image_size, model)
     seconds = steps * train.batch_size / training.rate(itertools.repeat(training.batch))
     seconds *= _mean_work(config, classes)
     micro = -(-train.batch_size // training.resolved.micro_batch)
@@ -34,6 +39,7 @@ def plan(config: Config) -> str:
         recipes.dump(config),
         *describe_size(config, training.model, classes),
         f"data        {_describe(dataset)}",
+        *(f"note        {note}" for note in notes if note not in dataset.notes),
         f"steps       {steps:,} of {train.batch_size} images, {micro} micro-batches each",
         f"time        about {duration(seconds)} for the steps on "
         f"{training.device.type}, if the input keeps up",

@@ -1,18 +1,19 @@
 """Exact accuracy over every image once, per class, and calibration."""
 
-from vitral.evaluation.evaluate import evaluate, is_own_set, sweep
+from vitral.evaluation.evaluate import at_sizes, evaluate, open_set, sweep
 from vitral.evaluation.scores import Scores, measure, merge, summarise
 from vitral.evaluation.suite import evaluate_suite
 from vitral.evaluation.testsets import find_suite
 
 __all__ = [
     "Scores",
+    "at_sizes",
     "evaluate",
     "evaluate_suite",
     "find_suite",
-    "is_own_set",
     "measure",
     "merge",
+    "open_set",
     "summarise",
     "sweep",
 ]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from vitral.config import Config, UserError
+from vitral.config import Config, UserError, ViTConfig
 from vitral.data.fetch import resolve_workers
 from vitral.data.loader import eval_batches
-from vitral.data.records import Records
-from vitral.data.sources import open_dataset
+from vitral.data.records import Dataset, Records, hold_out
+from vitral.data.sources import KNOWN_SETS, open_dataset
 from vitral.evaluation.scores import Scores, measure
 from vitral.weights import Description, Weights, Which, load
 
@@ -21,7 +22,7 @@ EVAL_BATCH = 256  # images of a forward pass
 
 def evaluate(
     weights: Weights | str | Path,
-    data: str | None = None,
+    data: str | Dataset | None = None,
     *,
     which: Which | None = None,
     batch_size: int = EVAL_BATCH,
@@ -32,7 +33,8 @@ def evaluate(
 
     Args:
         weights: loaded weights, or a weight or run folder.
-        data: an image folder or a known set; None takes the set that the weights were trained on.
+        data: an image folder, a known set, or what `open_set` gave; None takes the set that the
+            weights were trained on.
         which: "model" or "ema"; None takes the one that the weights name.
         batch_size: images of a forward pass.
         workers: decoding processes; None takes the cores but one.
@@ -42,14 +44,14 @@ def evaluate(
         UserError: for weights or data that cannot be read, or whose classes differ.
     """
     weights = prepare(weights, which, device)
-    records, config = _open(weights, data, workers)
+    records, config = _open(weights.description, data, workers)
     return score(weights, records, weights.description.classes, config, batch_size)
 
 
 def sweep(
     weights: Weights | str | Path,
     resolutions: Sequence[int],
-    data: str | None = None,
+    data: str | Dataset | None = None,
     *,
     which: Which | None = None,
     batch_size: int = EVAL_BATCH,
@@ -72,18 +74,23 @@ def sweep(
             and where `evaluate` raises it.
     """
     weights = prepare(weights, which, device)
-    model = weights.description.config.model
-    try:
-        models = [dataclasses.replace(model, image_size=side) for side in resolutions]
-    except UserError as error:
-        raise UserError(f"resolutions: {str(error).removeprefix('image_size: ')}") from None
-    records, config = _open(weights, data, workers)
+    models = at_sizes(weights.description, resolutions)
+    records, config = _open(weights.description, data, workers)
     configs = [dataclasses.replace(config, model=model) for model in models]
     classes = weights.description.classes
     return (
         (config.model.image_size, score(weights, records, classes, config, batch_size))
         for config in configs
     )
+
+
+def at_sizes(description: Description, resolutions: Sequence[int]) -> list[ViTConfig]:
+    """The model for images of other sizes; raises UserError for one that is not whole patches."""
+    model = description.config.model
+    try:
+        return [dataclasses.replace(model, image_size=side) for side in resolutions]
+    except UserError as error:
+        raise UserError(f"resolutions: {str(error).removeprefix('image_size: ')}") from None
 
 
 def prepare(weights: Weights | str | Path, which: Which | None, device: str) -> Weights:
@@ -125,26 +132,63 @@ def score(
     return measure(lambda images: weights.model(images)[:, columns], batches, tuple(classes))
 
 
-def _open(weights: Weights, data: str | None, workers: int | None) -> tuple[Records, Config]:
-    """The validation images to evaluate on, and the settings to read them with."""
-    description = weights.description
-    trained_on = description.config.data.path
-    settings = dataclasses.replace(
-        description.config.data, path=data or trained_on, workers=workers
-    )
+def open_set(description: Description, data: str | None) -> Dataset:
+    """The set to evaluate on, None for the one trained on, by whatever path.
+
+    Of that one only those images are to validate on that training held out; of another without a
+    validation split all.
+
+    Raises:
+        UserError: for data that cannot be read, or whose classes are not those of the weights.
+    """
+    settings = dataclasses.replace(description.config.data, path=data_path(description, data))
     config = dataclasses.replace(description.config, data=settings)
-    # What training held out alone counts of its set; of another all counts.
-    own = is_own_set(description, data)
-    dataset = open_dataset(settings, config.model.image_size, config.train.seed, train=own)
-    _refuse_other_classes(description.classes, dataset.classes, config)
-    assert dataset.val is not None
-    return dataset.val, config
-
-
-def is_own_set(description: Description, data: str | None) -> bool:
-    """Whether `data`, None for the set trained on, is that set, which is opened as training did."""
+    side, seed = config.model.image_size, config.train.seed
     trained_on = Path(description.config.data.path)
-    return data is None or Path(data).expanduser().resolve() == trained_on.resolve()
+    if data is None or Path(data).expanduser().resolve() == trained_on.resolve():
+        dataset = open_dataset(config.data, side, seed)
+    else:
+        dataset = open_dataset(config.data, side, seed, train=False)
+        dataset = _as_trained_on(dataset, description, config) or dataset
+    _refuse_other_classes(description.classes, dataset.classes, config)
+    return dataset
+
+
+def data_path(description: Description, data: str | None) -> str:
+    """Path or name of the data, None for the set trained on; raises UserError if that is gone."""
+    trained_on = description.config.data.path
+    if data is None and trained_on not in KNOWN_SETS and not Path(trained_on).expanduser().exists():
+        raise UserError(
+            f"data: {trained_on}, which the weights were trained on, is not there; "
+            "give --data PATH where it is now"
+        )
+    return data or trained_on
+
+
+def _as_trained_on(dataset: Dataset, description: Description, config: Config) -> Dataset | None:
+    """The set that was opened to validate on, as training divided it; None for another."""
+    if dataset.held_out:
+        return None  # in any case
+    with contextlib.suppress(UserError):  # what cannot be divided was not trained on
+        if config.data.hold_out:
+            divided = open_dataset(config.data, config.model.image_size, config.train.seed)
+        else:  # not read once more: where all of it was opened, training opened no more
+            whole = dataclasses.replace(dataset, train=dataset.val, val=None)
+            divided = hold_out(
+                whole, config.data.path, config.data.val_fraction, config.train.seed, ""
+            )
+        return divided if divided.fingerprint == description.fingerprint else None
+    return None
+
+
+def _open(
+    description: Description, data: str | Dataset | None, workers: int | None
+) -> tuple[Records, Config]:
+    """The validation images to evaluate on, and the settings to read them with."""
+    dataset = data if isinstance(data, Dataset) else open_set(description, data)
+    assert dataset.val is not None
+    settings = dataclasses.replace(description.config.data, workers=workers)
+    return dataset.val, dataclasses.replace(description.config, data=settings)
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ from vitral.data.loader import eval_batches
 from vitral.data.records import Records
 from vitral.data.sources import open_dataset
 from vitral.evaluation import Scores, measure
-from vitral.evaluation.evaluate import EVAL_BATCH, pick_device
+from vitral.evaluation.evaluate import EVAL_BATCH, data_path, pick_device
 from vitral.weights import Weights
 
 Row = dict[str, float]
@@ -120,9 +120,7 @@ def evaluate_best(run: Run, data: str | None = None) -> Predictions:
     device = pick_device("auto")
     found = weights.load(run.path, device=str(device))
     known = found.description
-    settings = dataclasses.replace(
-        known.config.data, path=data or known.config.data.path, workers=None
-    )
+    settings = dataclasses.replace(known.config.data, path=data_path(known, data), workers=None)
     config = dataclasses.replace(known.config, data=settings)
     dataset = open_dataset(settings, config.model.image_size, config.train.seed)
     if dataset.fingerprint != known.fingerprint:

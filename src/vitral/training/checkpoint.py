@@ -50,21 +50,30 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     for aside in folder.glob(".step_*.old"):
         storage.recover(folder / aside.name[1:-4])
     for step in sorted(steps(folder), reverse=True):
-        directory = folder / f"step_{step:07d}"
         try:
-            storage.verify(directory)
-            state = storage.read_json(directory, "state.json")
-            if state.get("schema") != SCHEMA:
-                raise storage.CorruptError(
-                    f"{directory}: schema {state.get('schema')}, not {SCHEMA}"
-                )
-            names = [path.stem for path in sorted(directory.glob("*.safetensors"))]
-            tensors = {name: storage.read_tensors(directory, name) for name in names}
+            return read(folder, step)
         except storage.CorruptError as error:
             warn(f"checkpoint of step {step} passed over: {error}")
-            continue
-        return Checkpoint(step, tensors, state)
     return None
+
+
+def read(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, verified; raises CorruptError if it is not whole, or not there."""
+    directory = folder / f"step_{step:07d}"
+    storage.verify(directory)
+    state = read_state(folder, step)
+    names = [path.stem for path in sorted(directory.glob("*.safetensors"))]
+    tensors = {name: storage.read_tensors(directory, name) for name in names}
+    return Checkpoint(step, tensors, state)
+
+
+def read_state(folder: Path, step: int) -> dict[str, Any]:
+    """The plain values of the checkpoint of a step; raises CorruptError."""
+    directory = folder / f"step_{step:07d}"
+    state = storage.read_json(directory, "state.json")
+    if state.get("schema") != SCHEMA:
+        raise storage.CorruptError(f"{directory}: schema {state.get('schema')}, not {SCHEMA}")
+    return state
 
 
 def steps(folder: Path) -> list[int]:

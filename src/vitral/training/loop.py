@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from vitral.model import ViT, count_flops
 from vitral.report import curves, pictures
 from vitral.report.gather import Predictions, read_rows, read_run
 from vitral.report.html import write_report
+from vitral.storage import CorruptError
 from vitral.training import checkpoint as checkpoints
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
@@ -89,6 +92,26 @@ def train(recipe: str | Config = "digits", *arguments: str, parts: Parts = OWN) 
     return run.path
 
 
+def rehearse(config: Config) -> tuple[list[str], Dataset, ViT]:
+    """Notes, data and model that `train` would begin with; nothing is written.
+
+    Raises:
+        UserError: where `train` does before its first step, but for what it finds in the tensors of
+            checkpoints, in images, or of the machine.
+    """
+    run = RunFolder(Path(config.train.out or ""))
+    folder = run.path / "checkpoints"
+    begun = checkpoints.steps(folder)
+    if not begun:
+        run.refuse_lost_checkpoints()
+    notes, dataset, model = _prepare(config, run, World(), OWN)
+    with contextlib.suppress(CorruptError):
+        for step in begun:
+            state = checkpoints.read_state(folder, step)
+            _refuse_other_data(config, run, dataset, state["fingerprint"])
+    return notes, dataset, model
+
+
 def _prepare(
     config: Config, run: RunFolder, world: World, parts: Parts
 ) -> tuple[list[str], Dataset, ViT]:
@@ -117,7 +140,17 @@ def _open(run: RunFolder, world: World, warnings: list[str]) -> Checkpoint | Non
             f"out: no checkpoint in {folder} can be used: {warnings[0]}; restore one, or "
             "start another run with --out"
         )
+    if checkpoint is None:
+        run.refuse_lost_checkpoints()
     return checkpoint
+
+
+def _refuse_other_data(config: Config, run: RunFolder, dataset: Dataset, began: str) -> None:
+    if dataset.fingerprint != began:
+        raise UserError(
+            f"data: {config.data.path} is not the set that the run in {run.path} began with; "
+            "give that one, or start another run with --out"
+        )
 
 
 def _from_main(checkpoint: Checkpoint | None, world: World) -> Checkpoint | None:
@@ -155,12 +188,13 @@ class Trainer:
         self.records, self.val_records = dataset.train, dataset.val
         self.workers = resolve_workers(config.data, self.records, world.local_size)
         self._plan_steps()
+        if checkpoint is not None:
+            self._refuse_others(checkpoint)
         prepare_device(config, device)
         self.model = model.to(device)
         self.resolved = self._resolve(checkpoint)
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
-            self._refuse_other_parts(checkpoint)
             self.model.load_state_dict(checkpoint.tensors["model"])
         passes = InFixedOrder if config.train.reproducible else Averaged
         self.passes = passes(self.model, config.train, self.resolved, world)
@@ -231,28 +265,18 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the last step; at a signal writes a checkpoint and raises Interrupted."""
+        self._mend_weights()
         if self.step == self.total == self.evaluated:
             self.console.message(f"this run is finished: {self._results()}")
             return
         self._announce()
-        batches = train_batches(
-            self.records,
-            self.config,
-            len(self.dataset.classes),
-            steps=range(self.step, self.total),
-            total_steps=self.total,
-            micro_batch=self.resolved.micro_batch,
-            workers=self.workers,
-            device=self.device,
-            share=(self.world.rank, self.world.size),
-            parts=SHARDS // self.world.size if self.config.train.reproducible else 1,
-            decoder=self.resolved.decoder,
-        )
         with (
             Signals(self.world) as signals,
             profiling(self.config.train.profile and self.world.main, self.run.path) as profiler,
         ):
             try:
+                self._look_at_validation(signals)
+                batches = self._train_batches()  # whose workers start at once
                 self._validate_if_due(signals)  # a signal may have come in the middle of it
                 while self.step < self.total:
                     self._update(batches)
@@ -278,6 +302,21 @@ class Trainer:
         self._draw()
         self._write_report()
         self.console.message(f"finished: {self._results()}; all of it is in {self.run.path}")
+
+    def _train_batches(self) -> Iterator[Batch]:
+        return train_batches(
+            self.records,
+            self.config,
+            len(self.dataset.classes),
+            steps=range(self.step, self.total),
+            total_steps=self.total,
+            micro_batch=self.resolved.micro_batch,
+            workers=self.workers,
+            device=self.device,
+            share=(self.world.rank, self.world.size),
+            parts=SHARDS // self.world.size if self.config.train.reproducible else 1,
+            decoder=self.resolved.decoder,
+        )
 
     def close(self) -> None:
         """Flushes the logs."""
@@ -401,33 +440,43 @@ class Trainer:
     def _measure(self, signals: Signals) -> Scores:
         self.model.eval()
 
-        def until_signal(batches: Iterable[Batch]) -> Iterator[Batch]:
-            for batch in batches:
-                # Alone it may end at once; of many, all go on to the next step.
-                if signals.received and self.world.size == 1:
-                    raise Interrupted(signals.received)
-                yield batch
-
         def forward(images: Tensor) -> Tensor:
             with self.resolved.autocast():
                 return self.passes.forward(images)
 
-        size = min(EVAL_BATCH, len(self.val_records))
-        share = (self.world.rank, self.world.size)
+        with gathered(self.model):
+            part = self.world.together(
+                lambda: measure(forward, self._val_batches(signals), self.dataset.classes)
+            )
+        return merge(self.world.gather(part))
+
+    def _val_batches(self, signals: Signals) -> Iterator[Batch]:
+        """This process's part of the validation images, until a signal comes."""
         batches = eval_batches(
             self.val_records,
             self.config,
-            size,
+            min(EVAL_BATCH, len(self.val_records)),
             self.workers,
             self.device,
-            share,
+            (self.world.rank, self.world.size),
             self.resolved.decoder,
         )
-        with gathered(self.model):
-            part = self.world.together(
-                lambda: measure(forward, until_signal(batches), self.dataset.classes)
-            )
-        return merge(self.world.gather(part))
+        for batch in batches:
+            # Alone it may end at once; of many, all go on to the next step.
+            if signals.received and self.world.size == 1:
+                raise Interrupted(signals.received)
+            yield batch
+
+    def _look_at_validation(self, signals: Signals) -> None:
+        """Decodes the validation images before the first step.
+
+        One that is broken would else end the run at its first validation, hours later.
+        """
+        if self.step > 0 or isinstance(self.val_records, Packed | Pixels):
+            return
+        self.console.message(f"decodes the {len(self.val_records):,} validation images once")
+        self.world.together(lambda: collections.deque(self._val_batches(signals), maxlen=0))
+        self.clock.start_row()
 
     def _keep_weights(self, scores: dict[str, Scores]) -> None:
         """Writes weights/last, weights/best if these are, and the tables of the better kind."""
@@ -439,22 +488,55 @@ class Trainer:
         best = top1 > self.best["top1"]
         if self.world.main:
             scores[kind].write_tables(self.run.path)
-            if self.parts.describable:
-                self._write_weights(states, ["last", "best"] if best else ["last"])
         if best:
             self.best = {"step": self.step, "top1": top1}
+            # Before the weights: where there are any, there was a checkpoint.
             self._save_checkpoint()
+        if self.world.main and self.parts.describable:
+            names = ["last", "best"] if best else ["last"]
+            self._write_weights(states, names, self.metrics)
         if self.shown is None or self.shown[0] != self.best["step"]:
             self.shown = (self.step, scores[kind])
 
-    def _write_weights(self, states: dict[str, dict[str, Tensor]], names: list[str]) -> None:
-        description = weights.describe(
-            self.config, self.dataset.classes, self.dataset.fingerprint, self.metrics
-        )
+    def _write_weights(
+        self, states: dict[str, dict[str, Tensor]], names: list[str], metrics: dict[str, float]
+    ) -> None:
         folder = self.run.path / "weights"
         folder.mkdir(exist_ok=True)
         for name in names:
-            weights.save(folder / name, states, description)
+            weights.save(folder / name, states, self._describe(metrics))
+
+    def _describe(self, metrics: dict[str, float]) -> weights.Description:
+        dataset = self.dataset
+        return weights.describe(self.config, dataset.classes, dataset.fingerprint, metrics)
+
+    def _mend_weights(self) -> None:
+        """Writes weights again that are damaged, older than their checkpoint, or of moved data."""
+        if not self.world.main or not self.parts.describable:
+            return
+        steps = {"best": int(self.best["step"])} if self.evaluated else {}
+        if self.evaluated == self.step > 0:  # else the next validation writes them
+            steps["last"] = self.step
+        place = self._describe({}).config.data.path
+        for name, step in steps.items():
+            try:
+                known = weights.load(self.run.path / "weights" / name).description
+            except UserError:
+                known = None
+            found = known.metrics["step"] if known else -1
+            # Those of a later step come again, as that step does.
+            if found < step or (known and found == step and known.config.data.path != place):
+                self._write_weights_again(name, step)
+
+    def _write_weights_again(self, name: str, step: int) -> None:
+        try:
+            found = checkpoints.read(self.run.path / "checkpoints", step)
+        except CorruptError as error:
+            self.console.message(f"weights/{name} cannot be written again: {error}")
+            return
+        states = {kind: found.tensors[kind] for kind in found.tensors if kind != "optimizer"}
+        self._write_weights(states, [name], found.state["metrics"])
+        self.console.message(f"weights/{name} written again from the checkpoint of step {step}")
 
     def _checkpoint_is_late(self) -> bool:
         return time.monotonic() - self.last_checkpoint > 60 * self.config.train.checkpoint_minutes
@@ -496,11 +578,6 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        if state["fingerprint"] != self.dataset.fingerprint:
-            raise UserError(
-                f"data: {self.config.data.path} is not the set that the run in {self.run.path} "
-                "began with; give that one, or start another run with --out"
-            )
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state(checkpoint.tensors["ema"])
@@ -510,7 +587,10 @@ class Trainer:
         self.metrics, self.broken = state["metrics"], dict(state["broken"])
         self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
 
-    def _refuse_other_parts(self, checkpoint: Checkpoint) -> None:
+    def _refuse_others(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError for other data than the run began with, or other parts."""
+        began = checkpoint.state["fingerprint"]
+        _refuse_other_data(self.config, self.run, self.dataset, began)
         began, now = checkpoint.state.get("parts", ""), self.parts.name
         if began != now:
             raise UserError(

@@ -17,6 +17,7 @@ import torch
 
 from vitral import recipes
 from vitral.config import CHANGEABLE, Config, UserError, flatten
+from vitral.report.gather import read_rows
 from vitral.storage import replacing
 from vitral.training.distributed import World
 
@@ -82,6 +83,19 @@ class RunFolder:
                     f"resume it with its own settings, or start another: --out {self._free_name()}"
                 )
         return [f"{name}: {was[name]} becomes {now[name]}" for name in changed]
+
+    def refuse_lost_checkpoints(self) -> None:
+        """Raises UserError if the run that is there, without a checkpoint now, has had one.
+
+        The first validation writes one, before any weights and any further row of the log.
+        """
+        rows = read_rows(self.path / "metrics.jsonl")
+        validated = any("val_top1" in row for row in rows[:-1])
+        if validated or (self.path / "weights").is_dir():
+            raise UserError(
+                f"out: the run in {self.path} cannot go on, as its checkpoints are gone; any "
+                f"weights there stay of use; start another run: --out {self._free_name()}"
+            )
 
     def open(self) -> None:
         """Makes the folder and takes its lock.
