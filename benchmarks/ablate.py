@@ -65,12 +65,12 @@ STUDIES = {
     "optimizer": (
         RECIPE,
         Variant("muon", "Muon", "--optim.name muon"),
-        Variant("adamw", "AdamW", "--optim.name adamw"),
+        Variant("adamw", "AdamW, rate 1e-3", "--optim.name adamw --optim.lr 1e-3"),
     ),
     "rate": (
         RECIPE,
-        Variant("lr5e-4", "rate 5e-4", "--optim.lr 5e-4"),
-        Variant("lr2e-3", "rate 2e-3", "--optim.lr 2e-3"),
+        Variant("lr1e-3", "rate 1e-3", "--optim.lr 1e-3"),
+        Variant("lr4e-3", "rate 4e-3", "--optim.lr 4e-3"),
         Variant("beta95", "second beta 0.95", "--optim.betas 0.9 0.95"),
     ),
     # By fewer FLOPs; the shares are those of the steps.
