@@ -19,6 +19,9 @@ from PIL import Image
 from vitral import cli, recipes, storage, weights
 from vitral.cli import main
 from vitral.config import UserError, ViTConfig
+from vitral.data.loader import eval_batches
+from vitral.data.sources import open_dataset
+from vitral.evaluation import evaluate
 from vitral.model import ViT
 from vitral.training.metrics import read_rows
 
@@ -264,6 +267,31 @@ def test_val_refuses_other_classes(image_folder, run, mistake, tmp_path):
     for split in ("train", "val"):
         (folder / split / "light").rename(folder / split / "lit")
     mistake(["val", run, "--data", folder], "class 1 is 'lit', not 'light'")
+
+
+def test_val_scores_some_of_the_classes_and_says_so(three_classes, tmp_path, capsys):
+    out, some = tmp_path / "three", tmp_path / "some"
+    assert main(folder_settings(three_classes, out)) == 0
+    shutil.copytree(three_classes / "val", some, ignore=lambda _, names: {"light"} & {*names})
+    capsys.readouterr()
+    for more, line in (([], "12 images, 2 classes"), (["--resolutions", "16"], "resolution")):
+        assert main(["val", str(out), "--data", str(some), *more]) == 0
+        _, told, counts = capsys.readouterr().out.splitlines()[:3]
+        assert told.startswith("scored on 2 of the 3 classes that the weights know")
+        assert counts.startswith(line)
+    assert main(["val", str(out)]) == 0
+    assert "scored on" not in capsys.readouterr().out
+    scores, whole = (evaluate(out, str(place)) for place in (some, three_classes))
+    assert scores.classes == ("dark", "white")
+    found = weights.load(out)
+    data = dataclasses.replace(found.description.config.data, path=str(some))
+    records = open_dataset(data, 16, 0, train=False).val
+    (batch,) = eval_batches(records, found.description.config, 12, 0, torch.device("cpu"))
+    with torch.no_grad():
+        shares = found.model(batch.images)[:, [0, 2]].double().softmax(1)
+    assert scores.confidence == pytest.approx(shares.amax(1).numpy(), abs=1e-5)
+    assert scores.loss == pytest.approx(-shares.log()[range(12), scores.labels].mean().item())
+    assert scores.loss < whole.loss
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])

@@ -363,6 +363,10 @@ def _val(words: list[str]) -> int:
     dataset = None if options.suite else open_set(weights.description, options.data)
     place += ", training images that were held out" if dataset and dataset.held_out else ""
     about = f"{weights.path} ({options.which or kind}) on {place}"
+    known = weights.description.classes
+    if dataset and len(dataset.classes) < len(known):
+        some = f"{len(dataset.classes):,} of the {len(known):,} classes"
+        about += f"\nscored on {some} that the weights know, as if they knew no other"
     if dataset is None or options.resolutions:
         return _val_table(weights, dataset, options, about)
     if options.out is not None:
