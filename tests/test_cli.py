@@ -446,6 +446,29 @@ def test_dry_run_only_plans(image_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("data", ["--data {}", "--data={}", "--data.path {}"])
+def test_without_a_recipe_the_words_choose_it(image_folder, tmp_path, capsys, data):
+    """Also where what else they say does not fit the other: digits are eight pixels wide."""
+    words = ["train", *data.format(image_folder).split(), "--out", str(tmp_path / "out")]
+    assert main([*words, "--model.patch-size", "16", "--dry-run"]) == 0
+    assert "image_size: 128" in capsys.readouterr().out
+    assert main(["train", "--data", "digits", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "image_size: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["train --data {}", "data preview {}", "bench data {}"])
+def test_help_has_the_values_of_the_recipe_that_the_data_takes(words, capsys):
+    shown = []
+    for name in ("digits", "pictures"):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words.format(name).split(), "--help"])
+        (size,) = re.findall(r"default: (\d+)", capsys.readouterr().out.partition("image-size")[2])[
+            :1
+        ]
+        shown.append(size)
+    assert shown == ["8", "128"]
+
+
 def test_profile_writes_a_trace(image_folder, tmp_path):
     more = ["--train.profile", "--train.epochs", "4"]
     assert main(folder_settings(image_folder, tmp_path / "out", *more)) == 0

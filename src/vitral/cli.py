@@ -285,10 +285,9 @@ def _load(words: list[str], program: str, about: str) -> Config:
         from vitral.weights import load_settings
 
         return load_settings(words[0], words[1:], program=program, about=about)
-    config = recipes.load("digits", words, program=program, about=about)
-    if config.data.path == "digits":
-        return config
-    return recipes.load("imagenette128", words, program=program, about=about)
+    # Told by the words alone, as the other settings may fit one of the two recipes only.
+    name = "digits" if recipes.given("--data.path", words) in (None, "digits") else "imagenette128"
+    return recipes.load(name, words, program=program, about=about)
 
 
 def _train(words: list[str]) -> int:
@@ -646,7 +645,7 @@ def _positional(words: list[str], name: str, program: str) -> tuple[str, list[st
 
 def _with_data(path: str, words: list[str]) -> list[str]:
     """[RECIPE] and settings, with the path that stood before them as --data."""
-    if words == ["--help"]:
+    if not path:  # help is asked for in its place
         return words
     where = 1 if words and not words[0].startswith("-") else 0
     return [*words[:where], "--data", path, *words[where:]]
