@@ -79,7 +79,10 @@ def test_train_and_val(tmp_path):
     assert decode(dataset.val.read(0)).shape == (3, 6, 8)
 
 
-@pytest.mark.parametrize("val", ["val", "VAL", "validation", "Validation", "test", "Test"])
+VALS = ["val", "VAL", "validation", "Validation", "valid", "Valid", "VALID", "dev", "test", "Test"]
+
+
+@pytest.mark.parametrize("val", VALS)
 def test_names_of_splits(tmp_path, val):
     put_split(tmp_path, "Train")
     put_split(tmp_path, val)
@@ -89,10 +92,11 @@ def test_names_of_splits(tmp_path, val):
     assert [val in note for note in dataset.notes] == ([True] if val.lower() == "test" else [])
 
 
-def test_val_is_preferred_to_validation_and_test(tmp_path):
-    for split in ("train", "test", "validation", "val"):
+def test_the_test_set_is_validated_on_only_where_there_is_no_other(tmp_path):
+    splits = ("val", "validation", "valid", "dev", "test")
+    for split in ("train", *splits):
         put_split(tmp_path, split)
-    for split in ("val", "validation", "test"):
+    for split in splits:
         assert paths(opened(tmp_path).val)[0].startswith(f"{split}/")
         shutil.rmtree(tmp_path / split)
 

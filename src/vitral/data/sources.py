@@ -1,7 +1,7 @@
 """Where images come from: tables of records with random access, from folders and known sets.
 
-A folder is `train/` and `val/` (or `validation/`, `test/`), or class folders alone, of which a part
-is held out. A known set is asked for by name; a folder of the same name as `./name`.
+A folder is `train/` and `val/` (or another name in VALIDATION), or class folders alone, of which a
+part is held out. A known set is asked for by name; a folder of the same name as `./name`.
 """
 
 from __future__ import annotations
