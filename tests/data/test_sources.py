@@ -378,6 +378,30 @@ def test_a_validation_split_alone(tmp_path):
     assert "expected train/ beside val/" in refusal(tmp_path)
 
 
+def test_splits_by_other_names_are_not_learned_as_classes(tmp_path):
+    for split in ("training", "testing", "evaluation"):
+        put_split(tmp_path, split)
+    message = refusal(tmp_path)
+    assert "got evaluation, testing, training, which hold the same folders cat, dog; " in message
+    assert "rename them to train/ and val/" in message
+    assert len(opened(tmp_path, train=False).val) == 18  # where nothing is learned of them
+    (tmp_path / "train").mkdir()
+    for split in ("training", "testing", "evaluation"):
+        (tmp_path / split).rename(tmp_path / "train" / split)
+    assert opened(tmp_path).classes == ("evaluation", "testing", "training")
+
+
+@pytest.mark.parametrize("more", ["training/cat.png", "training/eel/1.png", "dusk/1.png"])
+def test_classes_may_hold_folders_of_one_name(tmp_path, more):
+    for name in ("training", "testing"):
+        put_split(tmp_path, name)
+    put(tmp_path, more)
+    assert {"training", "testing"} <= {*opened(tmp_path).classes}
+    shutil.rmtree(tmp_path)
+    put(tmp_path, *(f"{name}/images/{i}.png" for name in ("cat", "dog") for i in range(2)))
+    assert opened(tmp_path).classes == ("cat", "dog")
+
+
 def test_classes_that_differ(tmp_path):
     put_split(tmp_path, "train", 1, [f"c{i}" for i in range(9)])
     put_split(tmp_path, "val", 1, ["c0", "c1", "c2", "c3", "x"])

@@ -95,6 +95,8 @@ def _open_folder(root: Path, config: DataConfig, seed: int, train: bool) -> Data
         found = _scan(root, training or "")
         if not train and training is None:
             return combine(root, None, found, config, seed)
+        if training is None:
+            _refuse_unnamed_splits(root)
         return combine(root, found, None, config, seed)
     held_out = _scan(root, val)
     if train and training is None:
@@ -144,6 +146,20 @@ def _scan(root: Path, split: str) -> Split:
     paths, sizes = zip(*(image for images in found for image in images), strict=True)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in found])
     return tuple(map(printable, names)), Files(root, np.array(paths), np.array(sizes), labels)
+
+
+def _refuse_unnamed_splits(root: Path) -> None:
+    """Splits by other names would be learned as classes: `training` as against `testing`."""
+    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    first: list[str] = []
+    for name in names:
+        inside = sorted(entry.name for entry in _entries(root / name) if entry.is_dir())
+        first = first or inside
+        if len(inside) < 2 or inside != first or _holds_images(root / name):
+            return
+    got = f"{some(names)}, which hold the same folders {some(first)}"
+    mend = "if they are splits, rename them to train/ and val/; if classes, move them into train/"
+    raise mistake(root, "train/ and val/, or a folder for each class", got, mend)
 
 
 def _class_folders(base: Path, split: str) -> list[str]:
