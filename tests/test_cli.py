@@ -80,6 +80,7 @@ def mistake(capsys, tmp_path):
         ("recipes digit", ["did you mean digits"]),
         ("data chekc .", ["did you mean check"]),
         ("bench data", ["expected PATH first"]),
+        ("data preview digits --out", ["out: expected a name that ends in .jpg or .png, got noth"]),
     ],
 )
 def test_mistakes_are_one_line(words, fragments, mistake, tmp_path):
@@ -478,10 +479,12 @@ def test_profile_writes_a_trace(image_folder, tmp_path):
 
 
 def test_preview_and_check(image_folder, tmp_path, capsys):
-    picture = tmp_path / "preview.png"
-    assert main(["data", "preview", str(image_folder), "digits", "--out", str(picture)]) == 0
-    with Image.open(picture) as drawn:
-        assert drawn.size[0] > 500
+    for number, out in enumerate((["--out", "{}"], ["--out={}"])):
+        picture = tmp_path / f"{number}.png"
+        out = [word.format(picture) for word in out]
+        assert main(["data", "preview", str(image_folder), "digits", *out]) == 0
+        with Image.open(picture) as drawn:
+            assert drawn.size[0] > 500
     assert main(["data", "check", str(image_folder), "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "dark" in out

@@ -317,14 +317,22 @@ def _train(words: list[str]) -> int:
 
 def _take_processes(words: list[str]) -> tuple[int | None, list[str]]:
     """The value of --gpus, and the words without it."""
+    value, rest = _take("--gpus", words)
+    if value is None:
+        return None, rest
+    if not value.isdecimal():
+        raise UserError(f"gpus: expected a number of processes, got {value or 'nothing'}")
+    return int(value), rest
+
+
+def _take(option: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, as the next word or behind '=', and the words without the two."""
     for where, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name == "--gpus":
+        if name == option:
             end = where + 1 if equals else where + 2
             value = value if equals else "".join(words[where + 1 : end])
-            if not value.isdecimal():
-                raise UserError(f"gpus: expected a number of processes, got {value or 'nothing'}")
-            return int(value), words[:where] + words[end:]
+            return value, words[:where] + words[end:]
     return None, words
 
 
@@ -564,15 +572,12 @@ def _pack(words: list[str]) -> int:
 
 def _preview(words: list[str]) -> int:
     path, rest = _positional(words, "PATH", "vitral data preview")
-    out = "preview.jpg"
-    if "--out" in rest[:-1]:
-        where = rest.index("--out")
-        out = rest[where + 1]
-        del rest[where : where + 2]
+    given, rest = _take("--out", rest)
+    out = "preview.jpg" if given is None else given
     about = "Writes preview.jpg, or --out FILE."
     config = _load(_with_data(path, rest), "vitral data preview PATH", about)
     if Path(out).suffix.lower() not in (".jpg", ".jpeg", ".png"):
-        raise UserError(f"out: expected a name that ends in .jpg or .png, got {out}")
+        raise UserError(f"out: expected a name that ends in .jpg or .png, got {out or 'nothing'}")
     from vitral.report.pictures import preview
 
     _writable(str(Path(out).parent))
