@@ -146,7 +146,8 @@ def test_tables_say_the_default_the_choices_and_how_to_turn_off(tables):
     model, val = tables.table("model"), tables.table("ValOptions")
     assert "| `--model.patch-size` | integer | `16` | Side of a square patch, in pixels. |" in model
     assert (
-        "| `--model.no-ffn-bias` | switch | `on` | Biases in the feed-forward network. |" in model
+        "| `--model.ffn-bias` (off: `--model.no-ffn-bias`) | switch | `on` | "
+        "Biases in the feed-forward network. |" in model
     )
     assert "| `--which` | `model`, `ema` | `None` | Raw or averaged weights; None takes" in val
     title, facts = tables.header("digits")
