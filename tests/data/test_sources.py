@@ -102,14 +102,14 @@ def test_the_test_set_is_validated_on_only_where_there_is_no_other(tmp_path):
 
 
 def test_what_counts_as_an_image(tmp_path):
-    kinds = ("jpg", "JPEG", "png", "WebP", "bmp", "gif", "TIF", "tiff", "avif")
+    kinds = ("jpg", "JPEG", "png", "WebP", "bmp", "gif", "TIF", "tiff", "avif", "jpe", "JFIF")
     good = [f"a/{i}.{kind}" for i, kind in enumerate(kinds)]
     put(tmp_path, *good, "a/deep/er/x.png", "b/x.y.png", "b/y.png")
     put(tmp_path, "a/.hidden.png", "a/.git/x.png", "a/__MACOSX/x.png", ".cache/x.png")
     put(tmp_path, "__MACOSX/a/x.png", "a/x.txt", "a/png", "stray.png")
     dataset = opened(tmp_path, train=False)
     assert dataset.classes == ("a", "b")
-    assert paths(dataset.val) == [*good, "a/deep/er/x.png", "b/x.y.png", "b/y.png"]
+    assert paths(dataset.val) == [*sorted(good), "a/deep/er/x.png", "b/x.y.png", "b/y.png"]
 
 
 def test_links_are_followed_but_not_round_in_circles(tmp_path):
@@ -341,7 +341,9 @@ def test_no_images_at_all(tmp_path, folders):
 def test_folders_without_images_tell_what_images_are(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert "(.jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff, .avif)" in refusal(tmp_path)
+    assert "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif)" in refusal(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

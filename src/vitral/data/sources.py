@@ -11,7 +11,8 @@ import difflib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -36,7 +37,9 @@ from vitral.data.records import (
 )
 
 KNOWN_SETS = ("digits", "synthetic", "cifar10", "cifar100", "imagenette")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
 
 
 def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool = True) -> Dataset:
@@ -177,14 +180,27 @@ def _class_folders(base: Path, split: str) -> list[str]:
 
 def walk_images(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
     """Path below the root, and size, of each image in a class folder and the folders in it."""
+    for path, entry in _walk(folder, prefix):
+        if _is_image(entry.name):
+            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+
+
+def count_others(root: Path, used: Iterable[bytes]) -> Counter[str]:
+    """How many files below `root` are not among those `used`, paths from it, by their endings."""
+    known = {*used}
+    others = (entry.name for path, entry in _walk(root, b"") if path[1:] not in known)
+    return Counter(Path(name).suffix.lower() or "none" for name in others)
+
+
+def _walk(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, os.DirEntry[str]]]:
     for entry in _entries(folder):
         path = prefix + b"/" + os.fsencode(entry.name)
         if entry.is_dir():
             around = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
             if not around:  # such a link would be walked forty times over
-                yield from walk_images(folder / entry.name, path)
-        elif _is_image(entry.name):
-            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+                yield from _walk(folder / entry.name, path)
+        else:
+            yield path, entry
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
