@@ -513,7 +513,14 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("words", ["--help", "train --help", "val --help", "recipes --help"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"{verb} --help" for verb in ("train", "val", "recipes", "data", "doctor")),
+        "bench -h",
+        "-h",
+    ],
+)
 def test_help_needs_no_torch(words):
     command = [sys.executable, "-u", "-c", HELP, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -269,10 +270,19 @@ def _choose(what: str, words: list[str], verbs: dict[str, Callable[[list[str]], 
     from vitral.recipes import nearest
 
     got = words[0] if words else "nothing"
+    if got in ("-h", "--help"):
+        return _explain_use(what)
     if got not in verbs:
         near = nearest(got, list(verbs))
         raise UserError(f"{what}: expected one of {', '.join(verbs)}, got {got}{near}")
     return verbs[got](words[1:])
+
+
+def _explain_use(verb: str) -> int:
+    """Prints what the overview says of a command."""
+    found = re.findall(rf"^  (vitral {verb}\b.*\n(?: {{15}}.*\n)*)", HELP, re.MULTILINE)
+    print("usage: " + "       ".join(found), end="")
+    return 0
 
 
 def _load(words: list[str], program: str, about: str) -> Config:
@@ -527,8 +537,8 @@ def _recipes(words: list[str]) -> int:
     from vitral import recipes
 
     if words and words[0] in ("-h", "--help"):
-        print("usage: vitral recipes [NAME]")
-    elif words:
+        return _explain_use("recipes")
+    if words:
         print(recipes.text(words[0]), end="")
     else:
         for name in recipes.names():
@@ -618,6 +628,8 @@ def _bench(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        return _explain_use("doctor")
     if words:
         raise UserError(f"doctor: expected no arguments, got {' '.join(words)}")
     from vitral.doctor import examine
