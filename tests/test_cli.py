@@ -1,5 +1,6 @@
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import re
@@ -489,6 +490,19 @@ def test_preview_and_check(image_folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "dark" in out
     assert "40" in out
+
+
+def test_what_the_terminal_cannot_show_is_escaped(image_folder, tmp_path, monkeypatch):
+    for name in ("dark", "light"):
+        (tmp_path / f"{name[0]}ö").symlink_to(image_folder / "train" / name)
+    shown = {}
+    for name in ("stdout", "stderr"):
+        shown[name] = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+        monkeypatch.setattr(sys, name, shown[name])
+    assert main(["data", "check", str(tmp_path), "--workers", "0"]) == 0
+    assert main(["data", "check", "ärger"]) == 2
+    assert rb"rarest first: d\xf6 18, l\xf6 18" in shown["stdout"].buffer.getvalue()
+    assert rb"\xe4rger: expected an image folder" in shown["stderr"].buffer.getvalue()
 
 
 def test_doctor_and_recipes(capsys):
