@@ -72,6 +72,11 @@ def mistake(capsys, tmp_path):
         ("train digits --data /no/such/folder", ["/no/such/folder"]),
         ("train digits --data cifra10", ["did you mean cifar10"]),
         ("train digits --init /no/weights", ["/no/weights"]),
+        (
+            "train digits --resume",
+            ["--resume: no such setting; without it the same command goes on"],
+        ),
+        ("recipes digits cifar10 -x", ["expected one NAME, got cifar10 -x after digits"]),
         ("train nothing.yaml", ["nothing.yaml", "No such file"]),
         ("train digits --train.device cuda", ["GPU"]),
         ("val", ["WEIGHTS"]),
@@ -137,6 +142,10 @@ def test_mistakes_in_folders(image_folder, mistake, tmp_path):
 def test_folder_that_cannot_be_written(image_folder, mistake, tmp_path):
     (tmp_path / "file").write_text("")
     mistake(folder_settings(image_folder, tmp_path / "file" / "run"), "cannot write")
+
+
+def test_a_run_folder_is_no_recipe_but_holds_one(run, mistake):
+    mistake(["train", run], f"did you mean {run / 'config.yaml'}?")
 
 
 def test_two_runs_in_one_folder(image_folder, run, mistake, tmp_path):

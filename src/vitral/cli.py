@@ -305,6 +305,8 @@ def _load(words: list[str], program: str, about: str) -> Config:
 
 
 def _train(words: list[str]) -> int:
+    if "--resume" in words:  # as others have it; the nearest setting would be --train.seed
+        raise UserError("--resume: no such setting; without it the same command goes on with a run")
     dry = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     processes, words = _take_processes(words)
@@ -543,6 +545,10 @@ def _recipes(words: list[str]) -> int:
     if words and words[0] in ("-h", "--help"):
         return _explain_use("recipes")
     if words:
+        if words[1:]:
+            raise UserError(
+                f"recipes: expected one NAME, got {' '.join(words[1:])} after {words[0]}"
+            )
         print(recipes.text(words[0]), end="")
     else:
         for name in recipes.names():

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,15 @@ def test_pixel_sets_need_no_decoding(name, side, count):
 def test_what_is_held_out_is_told(root):
     (root / "val").rename(root.parent / f"{root.name}-val")
     assert "held out, drawn by seed 0" in format_report(checked(root))
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_a_validation_split_may_be_alone(root, name):
+    shutil.rmtree(root / "train")
+    (root / "val").rename(root / name)
+    report = checked(root)
+    assert {split: counts.tolist() for split, counts in report.counts.items()} == {"val": [1, 3]}
+    assert "val: 4 images" in format_report(report)
 
 
 def test_structural_mistakes_are_the_users(root):

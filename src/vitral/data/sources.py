@@ -93,7 +93,7 @@ def _open_path(root: Path, config: DataConfig, seed: int, train: bool) -> Datase
 
 def _open_folder(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     _require_folder(root, config.path)
-    training, val = _find_splits(root)
+    training, val = find_splits(root)
     if val is None:
         found = _scan(root, training or "")
         if not train and training is None:
@@ -122,8 +122,12 @@ def _require_folder(root: Path, asked: str) -> None:
     raise mistake(root, "an image folder", "nothing of that name", mend)
 
 
-def _find_splits(root: Path) -> tuple[str | None, str | None]:
-    """Names of the training and the validation folder; None twice where root holds classes."""
+def find_splits(root: Path) -> tuple[str | None, str | None]:
+    """Names of the training and the validation folder; None twice where root holds classes.
+
+    Raises:
+        OSError: it is no folder, or one that cannot be read.
+    """
     folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
     named = [folders[name] for name in ("train", *VALIDATION) if name in folders]
     # A class may be called train, as one of CIFAR-100 is.

@@ -51,8 +51,10 @@ def text(name: str) -> str:
         UserError: for a name that is none, with the nearest one.
     """
     if name not in names():
+        settings = Path(name, "config.yaml")  # of a run folder
+        near = f"; did you mean {settings}?" if settings.is_file() else nearest(name, names())
         raise UserError(
-            f"recipe: none is called {name!r}{nearest(name, names())}; "
+            f"recipe: none is called {name!r}{near}; "
             "`vitral recipes` lists them; a file's name ends in .yaml"
         )
     return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
