@@ -200,6 +200,8 @@ def test_five_names():
     assert vitral.__all__ == ["ViT", "ViTConfig", "evaluate", "load", "train"]
     for name in vitral.__all__:
         assert getattr(vitral, name).__doc__
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert vitral.__version__ == told["version"]
     with pytest.raises(AttributeError, match="no attribute 'vit'"):
         vitral.vit  # noqa: B018
 
