@@ -473,10 +473,9 @@ def test_help_has_the_values_of_the_recipe_that_the_data_takes(words, capsys):
     for name in ("digits", "pictures"):
         with pytest.raises(SystemExit, match="0"):
             main([*words.format(name).split(), "--help"])
-        (size,) = re.findall(r"default: (\d+)", capsys.readouterr().out.partition("image-size")[2])[
-            :1
-        ]
-        shown.append(size)
+        shown.append(
+            re.search(r"image-size.*?default: (\d+)", capsys.readouterr().out, re.DOTALL)[1]
+        )
     assert shown == ["8", "128"]
 
 
