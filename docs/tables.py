@@ -64,10 +64,11 @@ def _options(settings: type, prefix: str) -> str:
     for field in dataclasses.fields(settings):
         kind, default = kinds[field.name], field.default
         word = field.name.replace("_", "-")
-        # What turns a setting that is on off is its negation.
-        flag = f"--{prefix}no-{word}" if default is True else f"--{prefix}{word}"
+        flag = f"`--{prefix}{word}`"
+        if default is True:  # the only thing to do with it is to turn it off
+            flag += f" (off: `--{prefix}no-{word}`)"
         meaning = meanings[field.name].replace("<", "&lt;")
-        lines.append(f"| `{flag}` | {_value(kind)} | `{_shown(default)}` | {meaning} |")
+        lines.append(f"| {flag} | {_value(kind)} | `{_shown(default)}` | {meaning} |")
     return "\n".join(lines)
 
 

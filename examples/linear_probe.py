@@ -17,6 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import vitral
+from vitral.config import UserError
 from vitral.inference import Classifier
 
 
@@ -26,7 +27,12 @@ def embedded(classifier: Classifier, split: Path) -> tuple[NDArray[np.float32], 
     vectors = classifier.embed(paths)
     good = ~np.isnan(vectors).any(1)
     print(f"{split}: {len(paths):,} files, {good.sum():,} of them images")
-    return vectors[good], [path.parent.name for path, ok in zip(paths, good, strict=True) if ok]
+    classes = [path.parent.name for path, ok in zip(paths, good, strict=True) if ok]
+    if len(set(classes)) < 2:
+        raise SystemExit(
+            f"{split}: expected images in two folders or more, a folder for each class"
+        )
+    return vectors[good], classes
 
 
 def main(weights: str, folder: str) -> None:
@@ -39,4 +45,7 @@ def main(weights: str, folder: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(str(error)) from None

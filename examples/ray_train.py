@@ -44,4 +44,6 @@ def main(workers: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or not sys.argv[1].isdecimal():
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

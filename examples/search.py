@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 import vitral
+from vitral.config import UserError
 from vitral.inference import Classifier, find_images
 
 INDEX, SHEET = Path("search.npz"), Path("nearest.jpg")
@@ -65,6 +66,8 @@ def main(weights: str, folder: str, query: str) -> None:
         raise SystemExit(f"{query}: {classifier.predict(query)[0].error}")
     found = find_images([folder])
     paths = [path for path in found if Path(path).exists() and not Path(path).samefile(query)]
+    if not paths:
+        raise SystemExit(f"{folder}: expected a folder with photos beside the query, got none")
     vectors = indexed(classifier, paths)
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted)
     cosines = vectors @ wanted / lengths  # NaN, and sorted last, for what cannot be read
@@ -78,4 +81,7 @@ def main(weights: str, folder: str, query: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 4:
         raise SystemExit(__doc__)
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(str(error)) from None

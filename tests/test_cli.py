@@ -1,6 +1,7 @@
 import dataclasses
 import fcntl
 import importlib
+import io
 import json
 import os
 import re
@@ -19,6 +20,9 @@ from PIL import Image
 from vitral import cli, recipes, storage, weights
 from vitral.cli import main
 from vitral.config import UserError, ViTConfig
+from vitral.data.loader import eval_batches
+from vitral.data.sources import open_dataset
+from vitral.evaluation import evaluate
 from vitral.model import ViT
 from vitral.training.metrics import read_rows
 
@@ -72,6 +76,11 @@ def mistake(capsys, tmp_path):
         ("train digits --data /no/such/folder", ["/no/such/folder"]),
         ("train digits --data cifra10", ["did you mean cifar10"]),
         ("train digits --init /no/weights", ["/no/weights"]),
+        (
+            "train digits --resume",
+            ["--resume: no such setting; without it the same command goes on"],
+        ),
+        ("recipes digits cifar10 -x", ["expected one NAME, got cifar10 -x after digits"]),
         ("train nothing.yaml", ["nothing.yaml", "No such file"]),
         ("train digits --train.device cuda", ["GPU"]),
         ("val", ["WEIGHTS"]),
@@ -81,6 +90,7 @@ def mistake(capsys, tmp_path):
         ("recipes digit", ["did you mean digits"]),
         ("data chekc .", ["did you mean check"]),
         ("bench data", ["expected PATH first"]),
+        ("data preview digits --out", ["out: expected a name that ends in .jpg or .png, got noth"]),
     ],
 )
 def test_mistakes_are_one_line(words, fragments, mistake, tmp_path):
@@ -136,6 +146,10 @@ def test_mistakes_in_folders(image_folder, mistake, tmp_path):
 def test_folder_that_cannot_be_written(image_folder, mistake, tmp_path):
     (tmp_path / "file").write_text("")
     mistake(folder_settings(image_folder, tmp_path / "file" / "run"), "cannot write")
+
+
+def test_a_run_folder_is_no_recipe_but_holds_one(run, mistake):
+    mistake(["train", run], f"did you mean {run / 'config.yaml'}?")
 
 
 def test_two_runs_in_one_folder(image_folder, run, mistake, tmp_path):
@@ -264,6 +278,31 @@ def test_val_refuses_other_classes(image_folder, run, mistake, tmp_path):
     for split in ("train", "val"):
         (folder / split / "light").rename(folder / split / "lit")
     mistake(["val", run, "--data", folder], "class 1 is 'lit', not 'light'")
+
+
+def test_val_scores_some_of_the_classes_and_says_so(three_classes, tmp_path, capsys):
+    out, some = tmp_path / "three", tmp_path / "some"
+    assert main(folder_settings(three_classes, out)) == 0
+    shutil.copytree(three_classes / "val", some, ignore=lambda _, names: {"light"} & {*names})
+    capsys.readouterr()
+    for more, line in (([], "12 images, 2 classes"), (["--resolutions", "16"], "resolution")):
+        assert main(["val", str(out), "--data", str(some), *more]) == 0
+        _, told, counts = capsys.readouterr().out.splitlines()[:3]
+        assert told.startswith("scored on 2 of the 3 classes that the weights know")
+        assert counts.startswith(line)
+    assert main(["val", str(out)]) == 0
+    assert "scored on" not in capsys.readouterr().out
+    scores, whole = (evaluate(out, str(place)) for place in (some, three_classes))
+    assert scores.classes == ("dark", "white")
+    found = weights.load(out)
+    data = dataclasses.replace(found.description.config.data, path=str(some))
+    records = open_dataset(data, 16, 0, train=False).val
+    (batch,) = eval_batches(records, found.description.config, 12, 0, torch.device("cpu"))
+    with torch.no_grad():
+        shares = found.model(batch.images)[:, [0, 2]].double().softmax(1)
+    assert scores.confidence == pytest.approx(shares.amax(1).numpy(), abs=1e-5)
+    assert scores.loss == pytest.approx(-shares.log()[range(12), scores.labels].mean().item())
+    assert scores.loss < whole.loss
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
@@ -492,6 +531,28 @@ def test_init_by_the_settings_of_its_run(three_classes, run, tmp_path):
     assert "drawn anew: head.bias, head.weight" in (out / "train.log").read_text()
 
 
+@pytest.mark.parametrize("data", ["--data {}", "--data={}", "--data.path {}"])
+def test_without_a_recipe_the_words_choose_it(image_folder, tmp_path, capsys, data):
+    """Also where what else they say does not fit the other: digits are eight pixels wide."""
+    words = ["train", *data.format(image_folder).split(), "--out", str(tmp_path / "out")]
+    assert main([*words, "--model.patch-size", "16", "--dry-run"]) == 0
+    assert "image_size: 128" in capsys.readouterr().out
+    assert main(["train", "--data", "digits", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "image_size: 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["train --data {}", "data preview {}", "bench data {}"])
+def test_help_has_the_values_of_the_recipe_that_the_data_takes(words, capsys):
+    shown = []
+    for name in ("digits", "pictures"):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words.format(name).split(), "--help"])
+        shown.append(
+            re.search(r"image-size.*?default: (\d+)", capsys.readouterr().out, re.DOTALL)[1]
+        )
+    assert shown == ["8", "128"]
+
+
 def test_profile_writes_a_trace(image_folder, tmp_path):
     more = ["--train.profile", "--train.epochs", "4"]
     assert main(folder_settings(image_folder, tmp_path / "out", *more)) == 0
@@ -501,14 +562,29 @@ def test_profile_writes_a_trace(image_folder, tmp_path):
 
 
 def test_preview_and_check(image_folder, tmp_path, capsys):
-    picture = tmp_path / "preview.png"
-    assert main(["data", "preview", str(image_folder), "digits", "--out", str(picture)]) == 0
-    with Image.open(picture) as drawn:
-        assert drawn.size[0] > 500
+    for number, out in enumerate((["--out", "{}"], ["--out={}"])):
+        picture = tmp_path / f"{number}.png"
+        out = [word.format(picture) for word in out]
+        assert main(["data", "preview", str(image_folder), "digits", *out]) == 0
+        with Image.open(picture) as drawn:
+            assert drawn.size[0] > 500
     assert main(["data", "check", str(image_folder), "--workers", "0"]) == 0
     out = capsys.readouterr().out
     assert "dark" in out
     assert "40" in out
+
+
+def test_what_the_terminal_cannot_show_is_escaped(image_folder, tmp_path, monkeypatch):
+    for name in ("dark", "light"):
+        (tmp_path / f"{name[0]}ö").symlink_to(image_folder / "train" / name)
+    shown = {}
+    for name in ("stdout", "stderr"):
+        shown[name] = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+        monkeypatch.setattr(sys, name, shown[name])
+    assert main(["data", "check", str(tmp_path), "--workers", "0"]) == 0
+    assert main(["data", "check", "ärger"]) == 2
+    assert rb"rarest first: d\xf6 18, l\xf6 18" in shown["stdout"].buffer.getvalue()
+    assert rb"\xe4rger: expected an image folder" in shown["stderr"].buffer.getvalue()
 
 
 def test_doctor_and_recipes(capsys):
@@ -565,7 +641,14 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("words", ["--help", "train --help", "val --help", "recipes --help"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"{verb} --help" for verb in ("train", "val", "recipes", "data", "doctor")),
+        "bench -h",
+        "-h",
+    ],
+)
 def test_help_needs_no_torch(words):
     command = [sys.executable, "-u", "-c", HELP, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

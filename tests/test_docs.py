@@ -146,7 +146,8 @@ def test_tables_say_the_default_the_choices_and_how_to_turn_off(tables):
     model, val = tables.table("model"), tables.table("ValOptions")
     assert "| `--model.patch-size` | integer | `16` | Side of a square patch, in pixels. |" in model
     assert (
-        "| `--model.no-ffn-bias` | switch | `on` | Biases in the feed-forward network. |" in model
+        "| `--model.ffn-bias` (off: `--model.no-ffn-bias`) | switch | `on` | "
+        "Biases in the feed-forward network. |" in model
     )
     assert "| `--which` | `model`, `ema` | `None` | Raw or averaged weights; None takes" in val
     title, facts = tables.header("digits")
@@ -199,6 +200,8 @@ def test_five_names():
     assert vitral.__all__ == ["ViT", "ViTConfig", "evaluate", "load", "train"]
     for name in vitral.__all__:
         assert getattr(vitral, name).__doc__
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert vitral.__version__ == told["version"]
     with pytest.raises(AttributeError, match="no attribute 'vit'"):
         vitral.vit  # noqa: B018
 

@@ -20,13 +20,18 @@ ROOT = Path(__file__).parent.parent
 PATIENCE = 90.0  # seconds, after which a process hangs
 
 
-def run(name, *words, cwd):
-    """Runs a program of examples/ and returns what it printed."""
-    done = subprocess.run(
+def begin(name, *words, cwd):
+    """Runs a program of examples/."""
+    return subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "examples" / name), *map(str, words)],
         cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
+
+
+def run(name, *words, cwd):
+    """Runs a program of examples/ and returns what it printed."""
+    done = begin(name, *words, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -42,17 +47,38 @@ def untrained(tmp_path_factory):
     return place
 
 
-def test_own_folder_is_learned_measured_and_predicted(image_folder, tmp_path):
+@pytest.mark.parametrize("split", ["", "train"])
+def test_own_folder_is_learned_measured_and_predicted(image_folder, tmp_path, split):
+    """Also one of class folders alone, of which a part is held out."""
+    folder = image_folder / split
     small = "--model.dim 32 --model.depth 1 --model.num-heads 2 --model.num-kv-heads 1"
     words = f"{small} --augment.policy none --augment.mixup 0 --augment.cutmix 0"
     words += " --model.image-size 32 --train.micro-batch 8 --train.threads 1"
     words += " --train.epochs 4 --optim.warmup-epochs 1 --train.batch-size 8 --train.ema-decay 0"
-    printed = run("own_folder.py", image_folder, *words.split(), cwd=tmp_path)
-    pattern = r"^top-1 ([\d.]+)% of 12 images\n(.*): dark [\d.]+%$"
-    ((top1, photo),) = re.findall(pattern, printed, re.MULTILINE)
+    printed = run("own_folder.py", folder, *words.split(), cwd=tmp_path)
+    pattern = r"^top-1 ([\d.]+)% of (\d+) images\n(.*): light [\d.]+%$"
+    ((top1, count, photo),) = re.findall(pattern, printed, re.MULTILINE)
     assert float(top1) > 90
-    assert photo == str(image_folder / "val" / "dark" / "00.jpg")
+    assert count == ("4" if split else "12")
+    assert photo == max(map(str, folder.rglob("*.jpg")))
     assert (tmp_path / "runs" / "own" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("own_folder.py --help", "python examples/own_folder.py FOLDER"),
+        ("own_folder.py SET --train.epoch 3", "--train.epoch: no such setting"),
+        ("linear_probe.py WEIGHTS SET/train", "train/train: expected images in two folders"),
+        ("search.py WEIGHTS none SET/val/dark/00.jpg", "none: expected a folder with photos"),
+    ],
+)
+def test_mistakes_have_no_traceback(image_folder, untrained, tmp_path, words, told):
+    words = words.replace("SET", str(image_folder)).replace("WEIGHTS", str(untrained))
+    done = begin(*words.split(), cwd=tmp_path)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_linear_probe_tells_classes_apart(image_folder, untrained, tmp_path):

@@ -8,12 +8,14 @@ import timm
 import timm.data
 import torch
 from timm.models import list_models
+from timm.optim import create_optimizer_v2
 
 import vitral
 import vitral.timm
 from vitral import weights
-from vitral.config import Config, DataConfig, UserError, ViTConfig
+from vitral.config import Config, DataConfig, OptimConfig, UserError, ViTConfig
 from vitral.model import ViT
+from vitral.training.optim import parameter_groups
 
 SHAPE = {"dim": 16, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "patch_size": 4}
 CLASSES = ("dark", "light", "neither")
@@ -122,6 +124,8 @@ def test_settings_of_a_fine_tuning(place, images):
     [
         ({"in_chans": 1}, UserError, "in_chans: expected 3, got 1"),
         ({"global_pool": "max"}, UserError, "global_pool: expected one of"),
+        ({"weights": None}, UserError, "weights: expected a run or weight folder"),
+        ({"img_size": (160, 96)}, UserError, r"img_size: expected a side, .*got \(160, 96\)"),
         ({"img_size": 30}, UserError, "image_size: expected a multiple of patch_size 4"),
         ({"which": "emma"}, UserError, "holds no emma weights"),
         ({"dim": 32}, TypeError, "dim"),
@@ -130,7 +134,43 @@ def test_settings_of_a_fine_tuning(place, images):
 )
 def test_settings_that_do_not_fit(place, settings, error, message):
     with pytest.raises(error, match=message):
-        timm.create_model("vitral", weights=str(place), **settings)
+        timm.create_model("vitral", **{"weights": str(place), **settings})
+
+
+def test_a_size_may_be_given_twice(place):
+    settings = {"weights": str(place), "img_size": (32, 32)}
+    assert timm.create_model("vitral", **settings).config.image_size == 32
+    model = timm.create_model(PRESETS[0], img_size=[32, 32], dim=16, num_heads=1, num_kv_heads=1)
+    assert model.config.image_size == 32
+
+
+def test_timm_groups_parameters_as_vitral_does():
+    settings = {**SHAPE, "num_registers": 2, "rope": "mixed", "layer_scale": 0.1, "qk_norm": True}
+    model = timm.create_model(PRESETS[0], **settings, num_classes=3)
+    made = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    ours = parameter_groups(model, OptimConfig(weight_decay=0.1, layer_decay=0.5))
+
+    def of_each(groups, factor):
+        return {id(p): (g["weight_decay"], g[factor]) for g in groups for p in g["params"]}
+
+    assert of_each(made.param_groups, "lr_scale") == of_each(ours, "lr_factor")
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(place, images):
+    model = timm.create_model("vitral", weights=str(place))
+
+    def step(enable):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = model(images).square().sum()
+        loss.backward()
+        return len(saved), [parameter.grad.clone() for parameter in model.parameters()]
+
+    (kept, plain), (fewer, again) = step(False), step(True)
+    assert fewer < kept / 2
+    assert all(map(torch.equal, plain, again))
 
 
 def test_presets_are_in_the_registry():

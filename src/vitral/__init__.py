@@ -2,6 +2,7 @@
 
 Five names: `ViT` and `ViTConfig` make a model, `train` trains one, `load` loads its weights, which
 predict, and `evaluate` measures them. torch is imported when a name that needs it is touched.
+`__version__` says which vitral this is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("vitral")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"vitral.{_HOMES[name]}"), name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -260,6 +262,9 @@ def _interrupt(_: int, frame: FrameType | None) -> None:
 
 
 def _dispatch(words: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):  # names are anybody's, the encoding is the terminal's
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -288,10 +293,19 @@ def _choose(what: str, words: list[str], verbs: dict[str, Callable[[list[str]], 
     from vitral.recipes import nearest
 
     got = words[0] if words else "nothing"
+    if got in ("-h", "--help"):
+        return _explain_use(what)
     if got not in verbs:
         near = nearest(got, list(verbs))
         raise UserError(f"{what}: expected one of {', '.join(verbs)}, got {got}{near}")
     return verbs[got](words[1:])
+
+
+def _explain_use(verb: str) -> int:
+    """Prints what the overview says of a command."""
+    found = re.findall(rf"^  (vitral {verb}\b.*\n(?: {{15}}.*\n)*)", HELP, re.MULTILINE)
+    print("usage: " + "       ".join(found), end="")
+    return 0
 
 
 def _load(words: list[str], program: str, about: str) -> Config:
@@ -304,13 +318,14 @@ def _load(words: list[str], program: str, about: str) -> Config:
         from vitral.weights import load_settings
 
         return load_settings(words[0], words[1:], program=program, about=about)
-    config = recipes.load("digits", words, program=program, about=about)
-    if config.data.path == "digits":
-        return config
-    return recipes.load("imagenette128", words, program=program, about=about)
+    # Told by the words alone, as the other settings may fit one of the two recipes only.
+    name = "digits" if recipes.given("--data.path", words) in (None, "digits") else "imagenette128"
+    return recipes.load(name, words, program=program, about=about)
 
 
 def _train(words: list[str]) -> int:
+    if "--resume" in words:  # as others have it; the nearest setting would be --train.seed
+        raise UserError("--resume: no such setting; without it the same command goes on with a run")
     dry = "--dry-run" in words
     words = [word for word in words if word != "--dry-run"]
     processes, words = _take_processes(words)
@@ -337,14 +352,22 @@ def _train(words: list[str]) -> int:
 
 def _take_processes(words: list[str]) -> tuple[int | None, list[str]]:
     """The value of --gpus, and the words without it."""
+    value, rest = _take("--gpus", words)
+    if value is None:
+        return None, rest
+    if not value.isdecimal():
+        raise UserError(f"gpus: expected a number of processes, got {value or 'nothing'}")
+    return int(value), rest
+
+
+def _take(option: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, as the next word or behind '=', and the words without the two."""
     for where, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if name == "--gpus":
+        if name == option:
             end = where + 1 if equals else where + 2
             value = value if equals else "".join(words[where + 1 : end])
-            if not value.isdecimal():
-                raise UserError(f"gpus: expected a number of processes, got {value or 'nothing'}")
-            return int(value), words[:where] + words[end:]
+            return value, words[:where] + words[end:]
     return None, words
 
 
@@ -363,6 +386,10 @@ def _val(words: list[str]) -> int:
     dataset = None if options.suite else open_set(weights.description, options.data)
     place += ", training images that were held out" if dataset and dataset.held_out else ""
     about = f"{weights.path} ({options.which or kind}) on {place}"
+    known = weights.description.classes
+    if dataset and len(dataset.classes) < len(known):
+        some = f"{len(dataset.classes):,} of the {len(known):,} classes"
+        about += f"\nscored on {some} that the weights know, as if they knew no other"
     if dataset is None or options.resolutions:
         return _val_table(weights, dataset, options, about)
     if options.out is not None:
@@ -539,8 +566,12 @@ def _recipes(words: list[str]) -> int:
     from vitral import recipes
 
     if words and words[0] in ("-h", "--help"):
-        print("usage: vitral recipes [NAME]")
-    elif words:
+        return _explain_use("recipes")
+    if words:
+        if words[1:]:
+            raise UserError(
+                f"recipes: expected one NAME, got {' '.join(words[1:])} after {words[0]}"
+            )
         print(recipes.text(words[0]), end="")
     else:
         for name in recipes.names():
@@ -584,15 +615,12 @@ def _pack(words: list[str]) -> int:
 
 def _preview(words: list[str]) -> int:
     path, rest = _positional(words, "PATH", "vitral data preview")
-    out = "preview.jpg"
-    if "--out" in rest[:-1]:
-        where = rest.index("--out")
-        out = rest[where + 1]
-        del rest[where : where + 2]
+    given, rest = _take("--out", rest)
+    out = "preview.jpg" if given is None else given
     about = "Writes preview.jpg, or --out FILE."
     config = _load(_with_data(path, rest), "vitral data preview PATH", about)
     if Path(out).suffix.lower() not in (".jpg", ".jpeg", ".png"):
-        raise UserError(f"out: expected a name that ends in .jpg or .png, got {out}")
+        raise UserError(f"out: expected a name that ends in .jpg or .png, got {out or 'nothing'}")
     from vitral.report.pictures import preview
 
     _writable(str(Path(out).parent))
@@ -633,6 +661,8 @@ def _bench(words: list[str]) -> int:
 
 
 def _doctor(words: list[str]) -> int:
+    if words and words[0] in ("-h", "--help"):
+        return _explain_use("doctor")
     if words:
         raise UserError(f"doctor: expected no arguments, got {' '.join(words)}")
     from vitral.doctor import examine
@@ -665,7 +695,7 @@ def _positional(words: list[str], name: str, program: str) -> tuple[str, list[st
 
 def _with_data(path: str, words: list[str]) -> list[str]:
     """[RECIPE] and settings, with the path that stood before them as --data."""
-    if words == ["--help"]:
+    if not path:  # help is asked for in its place
         return words
     where = 1 if words and not words[0].startswith("-") else 0
     return [*words[:where], "--data", path, *words[where:]]

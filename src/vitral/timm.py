@@ -96,6 +96,20 @@ class TimmViT(ViT):
             nn.init.zeros_(parameter)
         self.head = head
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether each block is computed again in the backward pass, which saves memory."""
+        self.config = dataclasses.replace(self.config, activation_checkpointing=enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters to leave out of weight decay: all but the matrices of linear layers."""
+        matrices = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
+        return {name for name, p in self.named_parameters() if id(p) not in matrices}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers for timm's layer decay, as vitral's: what matches none goes with the head."""
+        stem = r"^(?:cls|registers|patch_embedding|rope)\b"
+        return {"stem": stem, "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of tokens (B, N, D), or what the head would read, (B, D)."""
         if self.global_pool:
@@ -113,7 +127,7 @@ def vitral(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: Any = None,
     *,
-    weights: str,
+    weights: str | None = None,
     which: Which | None = None,
     num_classes: int | None = None,
     **settings: Any,
@@ -133,6 +147,11 @@ def vitral(
     Raises:
         UserError: as `vitral.load` does, and for settings that do not fit.
     """
+    if weights is None:
+        raise UserError(
+            "weights: expected a run or weight folder or hf-hub:owner/name, got none; "
+            "give timm.create_model('vitral', weights=...)"
+        )
     loaded = load(weights, which=which)
     description = loaded.description
     count = len(description.classes)
@@ -174,7 +193,16 @@ def _preset(size: str, name: str) -> Callable[..., TimmViT]:
 
 def _take(settings: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Removes the settings that `names` has, and returns them by their names there."""
-    return {names[key]: settings.pop(key) for key in names.keys() & settings.keys()}
+    taken = {names[key]: settings.pop(key) for key in names.keys() & settings.keys()}
+    size = taken.get("image_size")
+    if isinstance(size, tuple | list):  # timm takes height and width, too
+        if len({*size}) != 1:
+            raise UserError(
+                f"img_size: expected a side, or twice the same, got {size}; "
+                "images of other sizes in whole patches will do whatever it is"
+            )
+        taken["image_size"] = size[0]
+    return taken
 
 
 def _cfg(

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -86,6 +87,19 @@ def test_the_text(root):
     assert len(text.splitlines()) == 13
 
 
+def test_files_that_are_not_used_are_counted_by_ending(root):
+    for name in ("train/cat/a.HEIC", "train/cat/deep/b.heic", "val/dog/notes", "labels.csv"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    (root / "test/cat").mkdir(parents=True)
+    (root / "train/cat/1.png").rename(root / "test/cat/1.png")  # beside val/ it is left alone
+    (root / "train/cat/.DS_Store").touch()
+    report = checked(root)
+    assert report.others == {".heic": 2, "none": 1, ".csv": 1, ".png": 1}
+    line = "files that are not used: 5, by ending .heic 2, "
+    assert line in format_report(report)
+
+
 def test_of_many_classes_the_rarest_and_the_most_frequent_are_shown(root):
     counts = np.random.default_rng(0).permutation(np.arange(1, 1001))
     names = tuple(f"class{n}" for n in counts)
@@ -119,6 +133,15 @@ def test_pixel_sets_need_no_decoding(name, side, count):
 def test_what_is_held_out_is_told(root):
     (root / "val").rename(root.parent / f"{root.name}-val")
     assert "held out, drawn by seed 0" in format_report(checked(root))
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_a_validation_split_may_be_alone(root, name):
+    shutil.rmtree(root / "train")
+    (root / "val").rename(root / name)
+    report = checked(root)
+    assert {split: counts.tolist() for split, counts in report.counts.items()} == {"val": [1, 3]}
+    assert "val: 4 images" in format_report(report)
 
 
 def test_structural_mistakes_are_the_users(root):

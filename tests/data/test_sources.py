@@ -79,7 +79,10 @@ def test_train_and_val(tmp_path):
     assert decode(dataset.val.read(0)).shape == (3, 6, 8)
 
 
-@pytest.mark.parametrize("val", ["val", "VAL", "validation", "Validation", "test", "Test"])
+VALS = ["val", "VAL", "validation", "Validation", "valid", "Valid", "VALID", "dev", "test", "Test"]
+
+
+@pytest.mark.parametrize("val", VALS)
 def test_names_of_splits(tmp_path, val):
     put_split(tmp_path, "Train")
     put_split(tmp_path, val)
@@ -89,23 +92,24 @@ def test_names_of_splits(tmp_path, val):
     assert [val in note for note in dataset.notes] == ([True] if val.lower() == "test" else [])
 
 
-def test_val_is_preferred_to_validation_and_test(tmp_path):
-    for split in ("train", "test", "validation", "val"):
+def test_the_test_set_is_validated_on_only_where_there_is_no_other(tmp_path):
+    splits = ("val", "validation", "valid", "dev", "test")
+    for split in ("train", *splits):
         put_split(tmp_path, split)
-    for split in ("val", "validation", "test"):
+    for split in splits:
         assert paths(opened(tmp_path).val)[0].startswith(f"{split}/")
         shutil.rmtree(tmp_path / split)
 
 
 def test_what_counts_as_an_image(tmp_path):
-    kinds = ("jpg", "JPEG", "png", "WebP", "bmp", "gif", "TIF", "tiff", "avif")
+    kinds = ("jpg", "JPEG", "png", "WebP", "bmp", "gif", "TIF", "tiff", "avif", "jpe", "JFIF")
     good = [f"a/{i}.{kind}" for i, kind in enumerate(kinds)]
     put(tmp_path, *good, "a/deep/er/x.png", "b/x.y.png", "b/y.png")
     put(tmp_path, "a/.hidden.png", "a/.git/x.png", "a/__MACOSX/x.png", ".cache/x.png")
     put(tmp_path, "__MACOSX/a/x.png", "a/x.txt", "a/png", "stray.png")
     dataset = opened(tmp_path, train=False)
     assert dataset.classes == ("a", "b")
-    assert paths(dataset.val) == [*good, "a/deep/er/x.png", "b/x.y.png", "b/y.png"]
+    assert paths(dataset.val) == [*sorted(good), "a/deep/er/x.png", "b/x.y.png", "b/y.png"]
 
 
 def test_links_are_followed_but_not_round_in_circles(tmp_path):
@@ -337,7 +341,9 @@ def test_no_images_at_all(tmp_path, folders):
 def test_folders_without_images_tell_what_images_are(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert "(.jpg, .jpeg, .png, .webp, .bmp, .gif, .tif, .tiff, .avif)" in refusal(tmp_path)
+    assert "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif)" in refusal(
+        tmp_path
+    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -372,6 +378,30 @@ def test_a_flat_train(tmp_path, split):
 def test_a_validation_split_alone(tmp_path):
     put_split(tmp_path, "val")
     assert "expected train/ beside val/" in refusal(tmp_path)
+
+
+def test_splits_by_other_names_are_not_learned_as_classes(tmp_path):
+    for split in ("training", "testing", "evaluation"):
+        put_split(tmp_path, split)
+    message = refusal(tmp_path)
+    assert "got evaluation, testing, training, which hold the same folders cat, dog; " in message
+    assert "rename them to train/ and val/" in message
+    assert len(opened(tmp_path, train=False).val) == 18  # where nothing is learned of them
+    (tmp_path / "train").mkdir()
+    for split in ("training", "testing", "evaluation"):
+        (tmp_path / split).rename(tmp_path / "train" / split)
+    assert opened(tmp_path).classes == ("evaluation", "testing", "training")
+
+
+@pytest.mark.parametrize("more", ["training/cat.png", "training/eel/1.png", "dusk/1.png"])
+def test_classes_may_hold_folders_of_one_name(tmp_path, more):
+    for name in ("training", "testing"):
+        put_split(tmp_path, name)
+    put(tmp_path, more)
+    assert {"training", "testing"} <= {*opened(tmp_path).classes}
+    shutil.rmtree(tmp_path)
+    put(tmp_path, *(f"{name}/images/{i}.png" for name in ("cat", "dog") for i in range(2)))
+    assert opened(tmp_path).classes == ("cat", "dog")
 
 
 def test_classes_that_differ(tmp_path):

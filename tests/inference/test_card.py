@@ -110,6 +110,13 @@ def test_what_it_is(make):
     assert "87.5% of the short side, resized to 24 by 24 pixels (bilinear, antialiased)" in text
 
 
+def test_how_it_is_installed(make):
+    """From the source: no index has a package of this name that is this one."""
+    told = section(card(make("digits"), "anna/x", None), "How to use it")
+    assert re.findall(r"pip install '([^']*)'", told) == [".[hub]", ".[hub,timm]"]
+    assert told.count("checkout of vitral's source") == 1
+
+
 def test_results_name_the_default(make):
     both = section(card(make(metrics={**MEASURED, **AVERAGED}), "anna/x"), "Results")
     raw, averaged = re.findall(r"^\| `.+", both, re.MULTILINE)

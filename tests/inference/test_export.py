@@ -5,13 +5,17 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 
+import vitral
 from vitral import storage, weights
 from vitral.cli import main
 from vitral.config import Config, DataConfig, ViTConfig
+from vitral.data.imagenet import human_name
 from vitral.data.loader import eval_batches
 from vitral.data.sources import open_dataset
 from vitral.inference import export as exporting
@@ -147,6 +151,25 @@ def test_command(run, capsys, monkeypatch, tmp_path):
     assert said.err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["mine.pt2"]
     assert json.loads(open_exported(Path("mine.pt2"))[1])["weights"] == "ema"
+
+
+def test_the_program_of_the_page_predicts_as_the_command_does(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    draw = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    photo = Image.fromarray(draw).resize((61, 42))
+    exif = photo.getexif()
+    exif[0x112] = 6  # lies on its side
+    photo.save("photo.jpg", quality=95, exif=exif)
+    assert main(["export", str(run), "--out", "digits.onnx", "--images", "0"]) == 0
+    capsys.readouterr()
+    text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(program, {})
+    printed = [line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines()]
+    (expected,) = vitral.load(run).predict("photo.jpg")
+    assert [name for name, _ in printed] == [human_name(n) or n for n in expected.names]
+    shares = [float(share.rstrip("%")) / 100 for _, share in printed]
+    assert shares == pytest.approx(expected.probabilities, abs=0.005)
 
 
 def test_weights_of_the_hub_are_called_by_their_name(tmp_path, monkeypatch):

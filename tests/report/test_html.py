@@ -255,6 +255,15 @@ def test_round_axes_hold_their_values(low, high):
     assert 0 <= axis.place(low) <= axis.place(high) <= 100
 
 
+@pytest.mark.parametrize("low", [0.0, 2.3, 60.0, 99.97, 100.0])
+@pytest.mark.parametrize("high", [0.0, 2.3, 60.0, 99.97, 100.0])
+def test_no_axis_of_percentages_leaves_0_to_100(low, high):
+    low, high = sorted((low, high))
+    axis = Axis.rounded(low, high, 0, 100)
+    assert 0 <= axis.low <= low + 1e-9
+    assert high - 1e-9 <= axis.high <= 100 + 1e-9
+
+
 def test_charts_leave_out_what_is_not_finite():
     svg = str(Chart("Loss", "", (Line("a", [(1, 2.0), (2, float("nan")), (3, 1.0)]),)).svg)
     assert "nan" not in svg

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from vitral.config import DataConfig
 from vitral.data import packed
 from vitral.data.decode import DecodeError, decode
 from vitral.data.fetch import in_workers
-from vitral.data.records import Encoded, Packed, Pixels
+from vitral.data.records import Dataset as Images
+from vitral.data.records import Encoded, Files, Packed, Pixels
 from vitral.data.sampling import Integers
-from vitral.data.sources import open_dataset
+from vitral.data.sources import count_others, find_splits, open_dataset
 
 FEW_CLASSES = 30
 BATCH = 64  # files that a worker looks at in one go
@@ -40,6 +42,8 @@ class Report:
     """Bytes of each file, or of each image of a pixel set. Shape (images,)."""
     rate: float | None
     """Images decoded per second of a core's own time; None where nothing needs decoding."""
+    others: Mapping[str, int]
+    """Files of an image folder that are not used, in number by ending."""
 
 
 def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Report:
@@ -53,12 +57,15 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     Raises:
         UserError: the set cannot be opened.
     """
-    dataset = open_dataset(config, image_size, seed)
     root = Path(config.path).expanduser()
+    # One alone is what `vitral val` takes.
+    held_out_alone = root.is_dir() and find_splits(root)[0] is None and find_splits(root)[1]
+    dataset = open_dataset(config, image_size, seed, train=not held_out_alone)
     damaged = packed.verify(root) if packed.found(root) else []
     counts, broken, sides, sizes, seconds = {}, [], [], [], []
     for split, records in (("train", dataset.train), ("val", dataset.val)):
-        assert records is not None
+        if records is None:
+            continue
         counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
         if isinstance(records, Packed | Pixels):
             sides += [records.images.shape[:1:-1]] * len(records)
@@ -74,7 +81,14 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     broken += [(place, reason) for place, _, reason in (d.partition(": ") for d in damaged)]
     rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
     found = np.array(sides, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
-    return Report(dataset.name, dataset.classes, dataset.notes, counts, tuple(broken), *found, rate)
+    about = dataset.name, dataset.classes, dataset.notes
+    return Report(*about, counts, tuple(broken), *found, rate, _others(dataset))
+
+
+def _others(dataset: Images) -> Counter[str]:
+    tables = [table for table in (dataset.train, dataset.val) if isinstance(table, Files)]
+    used = (name for table in tables for name in table.names.tolist())
+    return count_others(tables[0].root, used) if tables else Counter()
 
 
 def _look_at_all(records: Encoded, workers: int) -> Iterator[Look]:
@@ -121,6 +135,10 @@ def format_report(report: Report) -> str:
     lines += [f"size: {_spread(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
     if report.rate is not None:
         lines += [f"decoding: {report.rate:,.0f} images per second and core"]
+    if report.others:
+        kinds = (f"{ending} {n:,}" for ending, n in Counter(report.others).most_common())
+        total = sum(report.others.values())
+        lines += [f"files that are not used: {total:,}, by ending {', '.join(kinds)}"]
     lines += [f"broken files: {len(report.broken)}"]
     return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
 

@@ -26,7 +26,7 @@ from vitral.data.sampling import Integers, hashed
 
 Names = NDArray[np.bytes_]
 OPEN = 64  # archives that a process keeps open
-VALIDATION = ("val", "validation", "test")
+VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first that is there is taken
 
 
 Stamp = tuple[int, int]
@@ -264,7 +264,7 @@ def combine(
     name = printable(root.resolve().name)
     if val is None:
         assert training is not None
-        why = f"{name} has no val/, validation/ or test/"
+        why = f"{name} has no validation split"
         return hold_out(Dataset(name, *training, None), root, config.val_fraction, seed, why)
     classes, held_out = val
     if training is None:

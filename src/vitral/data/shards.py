@@ -71,7 +71,7 @@ def _find_splits(root: Path) -> dict[str, list[Path]]:
         told = [word for word in words if word in ("train", *VALIDATION)]
         splits[told[-1] if told else ""].append(path)
     if "" in splits and len(splits) > 1:
-        expected = "train, val, validation or test in the name of each shard"
+        expected = f"train, {', '.join(VALIDATION[:-1])} or test in the name of each shard"
         raise mistake(root, expected, splits[""][0].name, "rename or move it")
     return splits
 

@@ -1,7 +1,7 @@
 """Where images come from: tables of records with random access, from folders and known sets.
 
-A folder is `train/` and `val/` (or `validation/`, `test/`), or class folders alone, of which a part
-is held out. A known set is asked for by name; a folder of the same name as `./name`.
+A folder is `train/` and `val/` (or another name in VALIDATION), or class folders alone, of which a
+part is held out. A known set is asked for by name; a folder of the same name as `./name`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import difflib
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
@@ -36,7 +37,9 @@ from vitral.data.records import (
 )
 
 KNOWN_SETS = ("digits", "synthetic", "cifar10", "cifar100", "imagenette")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
 
 
 def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool = True) -> Dataset:
@@ -90,11 +93,13 @@ def _open_path(root: Path, config: DataConfig, seed: int, train: bool) -> Datase
 
 def _open_folder(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     _require_folder(root, config.path)
-    training, val = _find_splits(root)
+    training, val = find_splits(root)
     if val is None:
         found = _scan(root, training or "")
         if not train and training is None:
             return combine(root, None, found, config, seed)
+        if training is None:
+            _refuse_unnamed_splits(root)
         return combine(root, found, None, config, seed)
     held_out = _scan(root, val)
     if train and training is None:
@@ -117,8 +122,12 @@ def _require_folder(root: Path, asked: str) -> None:
     raise mistake(root, "an image folder", "nothing of that name", mend)
 
 
-def _find_splits(root: Path) -> tuple[str | None, str | None]:
-    """Names of the training and the validation folder; None twice where root holds classes."""
+def find_splits(root: Path) -> tuple[str | None, str | None]:
+    """Names of the training and the validation folder; None twice where root holds classes.
+
+    Raises:
+        OSError: it is no folder, or one that cannot be read.
+    """
     folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
     named = [folders[name] for name in ("train", *VALIDATION) if name in folders]
     # A class may be called train, as one of CIFAR-100 is.
@@ -146,6 +155,20 @@ def _scan(root: Path, split: str) -> Split:
     return tuple(map(printable, names)), Files(root, np.array(paths), np.array(sizes), labels)
 
 
+def _refuse_unnamed_splits(root: Path) -> None:
+    """Splits by other names would be learned as classes: `training` as against `testing`."""
+    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    first: list[str] = []
+    for name in names:
+        inside = sorted(entry.name for entry in _entries(root / name) if entry.is_dir())
+        first = first or inside
+        if len(inside) < 2 or inside != first or _holds_images(root / name):
+            return
+    got = f"{some(names)}, which hold the same folders {some(first)}"
+    mend = "if they are splits, rename them to train/ and val/; if classes, move them into train/"
+    raise mistake(root, "train/ and val/, or a folder for each class", got, mend)
+
+
 def _class_folders(base: Path, split: str) -> list[str]:
     """Names of the class folders, in order of their bytes."""
     names = sorted((entry.name for entry in _entries(base) if entry.is_dir()), key=os.fsencode)
@@ -161,14 +184,27 @@ def _class_folders(base: Path, split: str) -> list[str]:
 
 def walk_images(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
     """Path below the root, and size, of each image in a class folder and the folders in it."""
+    for path, entry in _walk(folder, prefix):
+        if _is_image(entry.name):
+            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+
+
+def count_others(root: Path, used: Iterable[bytes]) -> Counter[str]:
+    """How many files below `root` are not among those `used`, paths from it, by their endings."""
+    known = {*used}
+    others = (entry.name for path, entry in _walk(root, b"") if path[1:] not in known)
+    return Counter(Path(name).suffix.lower() or "none" for name in others)
+
+
+def _walk(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, os.DirEntry[str]]]:
     for entry in _entries(folder):
         path = prefix + b"/" + os.fsencode(entry.name)
         if entry.is_dir():
             around = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
             if not around:  # such a link would be walked forty times over
-                yield from walk_images(folder / entry.name, path)
-        elif _is_image(entry.name):
-            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+                yield from _walk(folder / entry.name, path)
+        else:
+            yield path, entry
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

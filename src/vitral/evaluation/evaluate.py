@@ -31,6 +31,9 @@ def evaluate(
 ) -> Scores:
     """Top-1, top-5, per-class accuracy and calibration over every validation image once.
 
+    Where the set has but some of the classes that the weights know, the others' logits are left out
+    and `Scores.classes` are those of the set.
+
     Args:
         weights: loaded weights, or a weight or run folder.
         data: an image folder, a known set, or what `open_set` gave; None takes the set that the
@@ -41,11 +44,11 @@ def evaluate(
         device: "cpu", "cuda", or "auto" for the GPU if there is one.
 
     Raises:
-        UserError: for weights or data that cannot be read, or whose classes differ.
+        UserError: for weights or data that cannot be read, or a class that the weights do not know.
     """
     weights = prepare(weights, which, device)
-    records, config = _open(weights.description, data, workers)
-    return score(weights, records, weights.description.classes, config, batch_size)
+    dataset, config = _open(weights.description, data, workers)
+    return score(weights, _to_validate(dataset), dataset.classes, config, batch_size)
 
 
 def sweep(
@@ -75,9 +78,9 @@ def sweep(
     """
     weights = prepare(weights, which, device)
     models = at_sizes(weights.description, resolutions)
-    records, config = _open(weights.description, data, workers)
+    dataset, config = _open(weights.description, data, workers)
+    records, classes = _to_validate(dataset), dataset.classes
     configs = [dataclasses.replace(config, model=model) for model in models]
-    classes = weights.description.classes
     return (
         (config.model.image_size, score(weights, records, classes, config, batch_size))
         for config in configs
@@ -139,7 +142,7 @@ def open_set(description: Description, data: str | None) -> Dataset:
     validation split all.
 
     Raises:
-        UserError: for data that cannot be read, or whose classes are not those of the weights.
+        UserError: for data that cannot be read, or a class that the weights do not know.
     """
     settings = dataclasses.replace(description.config.data, path=data_path(description, data))
     config = dataclasses.replace(description.config, data=settings)
@@ -183,12 +186,16 @@ def _as_trained_on(dataset: Dataset, description: Description, config: Config) -
 
 def _open(
     description: Description, data: str | Dataset | None, workers: int | None
-) -> tuple[Records, Config]:
-    """The validation images to evaluate on, and the settings to read them with."""
+) -> tuple[Dataset, Config]:
+    """The set to evaluate on, and the settings to read it with."""
     dataset = data if isinstance(data, Dataset) else open_set(description, data)
-    assert dataset.val is not None
     settings = dataclasses.replace(description.config.data, workers=workers)
-    return dataset.val, dataclasses.replace(description.config, data=settings)
+    return dataset, dataclasses.replace(description.config, data=settings)
+
+
+def _to_validate(dataset: Dataset) -> Records:
+    assert dataset.val is not None
+    return dataset.val
 
 
 def pick_device(name: str) -> torch.device:
@@ -205,7 +212,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _refuse_other_classes(ours: tuple[str, ...], theirs: tuple[str, ...], config: Config) -> None:
-    if ours == theirs:
+    if ours == theirs or {*theirs} < {*ours}:  # by name: what is none of ours is refused
         return
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
     first = ", ".join(f"class {i} is {b!r}, not {a!r}" for i, a, b in pairs[:3])

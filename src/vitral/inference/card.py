@@ -197,8 +197,9 @@ def _preprocessing(data: DataConfig, side: int) -> str:
 def _use(name: str) -> str:
     return f"""## How to use it
 
+`pip install '.[hub]'` in a checkout of vitral's source installs it. Then:
+
 ```sh
-pip install 'vitral[hub]'
 vitral predict {hub.PREFIX}{name} photo.jpg
 ```
 
@@ -210,7 +211,7 @@ prediction = weights.predict("photo.jpg")[0]
 print(prediction.names[0], prediction.probabilities[0])
 ```
 
-With timm, after `pip install 'vitral[timm]'`:
+With timm, after `pip install '.[hub,timm]'` there:
 
 ```python
 import timm

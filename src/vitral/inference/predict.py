@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Literal, TextIO, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -82,8 +82,8 @@ class Classifier(weights.Weights):
             workers: decoding processes for files; None takes the cores but one.
 
         Raises:
-            UserError: for a setting or an array that cannot be used. An image that cannot be read
-                gets a Prediction that says why.
+            UserError: for a setting, an array or another object that cannot be used. An image that
+                cannot be read gets a Prediction that says why.
         """
         how = {"resolution": resolution, "batch_size": batch_size, "workers": workers}
         return list(predictions(self, _listed(images), top, **how))
@@ -105,7 +105,7 @@ class Classifier(weights.Weights):
             (n, D), float32. The row of an image that cannot be read is NaN; `predict` says why.
 
         Raises:
-            UserError: for a setting or an array that cannot be used.
+            UserError: for a setting, an array or another object that cannot be used.
         """
         many = _listed(images)
         model = for_inference(self.model)
@@ -203,9 +203,16 @@ def _prediction(names: Sequence[str], seen: _Seen[_Ranked], image: Picture) -> P
     return Prediction(path=path, classes=likely, names=chosen, probabilities=shares)
 
 
-def _listed(images: Picture | Sequence[Picture]) -> list[Picture]:
-    single = isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor)
-    return [images] if single else list(images)
+def _listed(images: Any) -> list[Picture]:
+    kinds = str | os.PathLike | Image.Image | np.ndarray | Tensor
+    single = isinstance(images, kinds | bytes) or not isinstance(images, Iterable)
+    many: list[Any] = [images] if single else list(images)
+    for image in many:
+        if not isinstance(image, kinds):
+            raise UserError(
+                f"images: expected paths, PIL images, arrays or tensors, got {type(image).__name__}"
+            )
+    return many
 
 
 def _at_least(bound: int, **settings: int) -> None:

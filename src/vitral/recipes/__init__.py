@@ -51,8 +51,10 @@ def text(name: str) -> str:
         UserError: for a name that is none, with the nearest one.
     """
     if name not in names():
+        settings = Path(name, "config.yaml")  # of a run folder
+        near = f"; did you mean {settings}?" if settings.is_file() else nearest(name, names())
         raise UserError(
-            f"recipe: none is called {name!r}{nearest(name, names())}; "
+            f"recipe: none is called {name!r}{near}; "
             "`vitral recipes` lists them; a file's name ends in .yaml"
         )
     return (resources.files(__name__) / f"{name}.yaml").read_text(encoding="utf-8")
@@ -109,12 +111,18 @@ def weights_to_fit(source: str, arguments: Sequence[str] = ()) -> str | None:
     if named or not {"-h", "--help"}.isdisjoint(arguments):
         return None
     # Not parsed, as the other settings may fit the weights' model alone.
-    found = "None"
-    for word, value in pairwise([*tokens, *_expand(arguments), ""]):
+    found = given("--train.init", [*tokens, *arguments])
+    return None if found == "None" else found
+
+
+def given(setting: str, arguments: Sequence[str]) -> str | None:
+    """What arguments that are not parsed yet give for a setting at last; None where nothing."""
+    found = None
+    for word, value in pairwise([*_expand(arguments), ""]):
         name, equals, own = word.partition("=")
-        if name == "--train.init":
+        if name == setting:
             found = own if equals else value
-    return None if found in ("None", "") or found.startswith("--") else found
+    return None if not found or found.startswith("--") else found
 
 
 def dump(config: Config) -> str:

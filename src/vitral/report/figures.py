@@ -88,8 +88,10 @@ class Axis:
 
     @classmethod
     def rounded(cls, low: float, high: float, begin: float, end: float) -> Axis:
-        """From the last round value before `low` to the first behind `high`."""
-        ticks = _round_values(low, high if high > low else low + (abs(low) or 1.0))
+        """From the last round value before `low` to the first behind `high`; one alone from 0."""
+        if low == high:  # what is above it there may not be, as of 100%
+            low, high = min(low, 0.0), max(high, 0.0) or float(not low)
+        ticks = _round_values(low, high)
         return cls(ticks[0], ticks[-1], ticks, begin, end)
 
     def place(self, value: float) -> float:
