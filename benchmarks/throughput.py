@@ -9,7 +9,8 @@ All models stand in one process and take turns, each round beginning with anothe
 same for all and the one that `vitral train` takes: both passes, soft-target cross-entropy,
 gradients clipped to norm 1, fused AdamW, gradients cleared; bf16 autocast and compiled on a GPU,
 float32 and not compiled on a CPU. Who the models are: src/vitral/bench/peers.py.
-`--recipe` takes architecture, options and batch of a recipe, for timm's models as well.
+`--recipe` takes architecture, options and batch of a recipe, for timm's models as well; the
+optimiser is AdamW for all.
 
 A GPU is timed by CUDA events, a CPU by the clock and by processor time; ratios on a CPU are of
 processor time. Where several threads share their cores with other work, OMP_WAIT_POLICY=PASSIVE
@@ -108,7 +109,10 @@ def configs(options: argparse.Namespace) -> Iterator[Config]:
     """The settings of each case."""
     gpu = options.device != "cpu" and torch.cuda.is_available()
     for name in [options.recipe] if options.recipe else options.sizes:
-        config = recipes.load(name) if options.recipe else of_size(name, options.image_size)
+        if options.recipe:
+            config = recipes.load(name, ["--optim.name", "adamw"])  # as the sizes have
+        else:
+            config = of_size(name, options.image_size)
         own = config.train.batch_size if options.recipe else 256 if gpu else 8
         for batch in options.batch or [own]:
             train = dataclasses.replace(
