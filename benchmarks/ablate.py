@@ -174,6 +174,7 @@ def write_summary(options: argparse.Namespace) -> None:
         for study, variants in STUDIES.items()
         if variants[0].finished(out)
     }
+    found = {study: compared for study, compared in found.items() if len(compared) > 1} or found
     if not found:
         raise UserError(
             f"{out}: expected finished runs of a study and of what it compares, got none"
