@@ -620,6 +620,8 @@ def test_ctrl_c_in_an_import_ends_at_once(tmp_path, monkeypatch):
     child = os.fork()
     if not child:
         try:
+            # What runs in the background is born deaf to it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             main(["doctor"])
         finally:
             os._exit(1)
@@ -627,10 +629,13 @@ def test_ctrl_c_in_an_import_ends_at_once(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_elsewhere_is_an_exception(monkeypatch):
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(cli, "_doctor", lambda _: os.kill(os.getpid(), signal.SIGINT))
-    assert main(["doctor"]) == 130
-    assert signal.getsignal(signal.SIGINT) is before
+    try:
+        assert main(["doctor"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 HELP = """
