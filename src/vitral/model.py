@@ -51,6 +51,11 @@ class Linear(nn.Linear):
         return (kernels.onednn_linear if by_onednn else F.linear)(x, weight, self.bias)
 
 
+def matrices(module: nn.Module) -> set[Tensor]:
+    """The weights of its linear layers, which alone decay."""
+    return {m.weight for m in module.modules() if isinstance(m, nn.Linear)}
+
+
 class PatchEmbedding(nn.Module):
     """Cuts images into square patches, flattens them and projects each linearly.
 

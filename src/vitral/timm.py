@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitral.config import DataConfig, UserError, ViTConfig
-from vitral.model import CHANNELS, ViT
+from vitral.model import CHANNELS, ViT, matrices
 from vitral.weights import Which, load
 
 try:
@@ -102,8 +102,8 @@ class TimmViT(ViT):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters to leave out of weight decay: all but the matrices of linear layers."""
-        matrices = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)}
-        return {name for name, p in self.named_parameters() if id(p) not in matrices}
+        decayed = matrices(self)
+        return {name for name, p in self.named_parameters() if p not in decayed}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Layers for timm's layer decay, as vitral's: what matches none goes with the head."""

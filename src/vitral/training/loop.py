@@ -501,10 +501,10 @@ class Trainer:
     def _write_weights(
         self, states: dict[str, dict[str, Tensor]], names: list[str], metrics: dict[str, float]
     ) -> None:
-        folder = self.run.path / "weights"
+        folder, description = self.run.path / "weights", self._describe(metrics)
         folder.mkdir(exist_ok=True)
         for name in names:
-            weights.save(folder / name, states, self._describe(metrics))
+            weights.save(folder / name, states, description)
 
     def _describe(self, metrics: dict[str, float]) -> weights.Description:
         dataset = self.dataset

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vitral.config import OptimConfig
-from vitral.model import ViT
+from vitral.model import ViT, matrices
 from vitral.training.distributed import spread_like
 from vitral.training.muon import Alike, Muon
 
@@ -47,15 +47,14 @@ def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
     rotary frequencies. A parameter k blocks below the head has the factor layer_decay^k: the head
     and the last norm 1, the last block layer_decay, the embedding layer_decay^(depth + 1).
     """
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    depth = len(model.blocks)
+    decayed, depth = matrices(model), len(model.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("blocks."):
             below = depth - int(name.split(".")[1])
         else:
             below = 0 if name.startswith(("norm.", "head.")) else depth + 1
-        decay = config.weight_decay if id(parameter) in matrices else 0.0
+        decay = config.weight_decay if parameter in decayed else 0.0
         groups.setdefault((decay, config.layer_decay**below), []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr_factor": factor}
@@ -65,14 +64,14 @@ def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
 
 def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[Alike]:
     """Takes the matrices of the blocks out of parameter groups, those of one shape together."""
-    matrices = {id(m.weight) for m in model.blocks.modules() if isinstance(m, nn.Linear)}
+    taken = matrices(model.blocks)
     alike: list[Alike] = []
     for group in groups:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            if id(parameter) in matrices:
+            if parameter in taken:
                 shapes.setdefault(parameter.shape, []).append(parameter)
-        group["params"] = [p for p in group["params"] if id(p) not in matrices]
+        group["params"] = [p for p in group["params"] if p not in taken]
         known = group["weight_decay"], group["lr_factor"]
         alike += [Alike(members, *known) for members in shapes.values()]
     return alike
