@@ -25,7 +25,8 @@ from ledger import ROOT
 from ledger_figures import figure
 from variants import exit_code
 
-from vitral.config import UserError, flatten
+from vitral.config import flatten
+from vitral.errors import UserError
 
 RECIPE = Variant("recipe", "the recipe")
 

@@ -27,14 +27,15 @@ import torch
 from ledger import Row, held_out, quoted, summarise
 from variants import PARTS
 
-from vitral.config import Config, DataConfig, UserError
+from vitral.config import Config, DataConfig
+from vitral.data.formats import open_dataset
 from vitral.data.sampling import Order
-from vitral.data.sources import open_dataset
+from vitral.errors import UserError
 from vitral.model import forward_flops
-from vitral.report.gather import Run, read_run
+from vitral.rundir import Run, RunDir, read_run
 from vitral.storage import replacing
 from vitral.training import Interrupted, Parts
-from vitral.training.run import RunFolder
+from vitral.training.resume import check_settings
 from vitral.weights import load_settings
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -129,7 +130,7 @@ class Experiment:
             config = dataclasses.replace(config, train=train)
             words += ["--train.eval-every", str(train.eval_every)]
         try:
-            RunFolder(path).refuse_other_settings(config)
+            check_settings(RunDir(path), config)
         except UserError as error:
             told = str(error).partition(";")[0]
             raise UserError(f"{told}; give what it began with, or another OUT") from None

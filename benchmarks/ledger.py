@@ -27,10 +27,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitral.config import CHANGEABLE, Config, UserError, ViTConfig, flatten
+from vitral.config import CHANGEABLE, Config, ViTConfig, flatten
+from vitral.errors import UserError
 
 if TYPE_CHECKING:
-    from vitral.report.gather import Run
+    from vitral.rundir import Run
 
 Row = dict[str, Any]
 
@@ -125,7 +126,7 @@ def summarise(
     Raises:
         UserError: for an unfinished run, or runs that differ in more than their seed.
     """
-    from vitral.report.gather import read_run
+    from vitral.rundir import read_run
 
     found = [read_run(path) for path in runs]
     for run in found:
@@ -337,9 +338,9 @@ def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
 @cache
 def known_recipes() -> dict[str, Config]:
     """The recipes that come with vitral, read once for all rows."""
-    from vitral import recipes
+    from vitral import settings
 
-    return {name: recipes.load(name) for name in recipes.names()}
+    return {name: settings.load(name) for name in settings.recipes()}
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from ledger import Row, read, spread
 from ledger_figures import figure
 
-from vitral.config import UserError
+from vitral.errors import UserError
 from vitral.storage import replacing
 
 PAGES = {"docs/results.md": "", "README.md": "docs/"}  # and the way from each to docs

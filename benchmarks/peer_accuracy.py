@@ -41,9 +41,10 @@ from ledger_figures import figure
 from timm_models import NAMES, own_settings
 from variants import exit_code
 
-from vitral import recipes
+from vitral import settings
 from vitral.bench.peers import has_timm
-from vitral.config import Config, UserError, flatten
+from vitral.config import Config, flatten
+from vitral.errors import UserError
 
 STUDY = "control"
 OURS = Variant("vitral", "vitral")
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
     if options.summary:
         write_summary(options, name)
         return 0
-    config = recipes.load(recipe, words)
+    config = settings.load(recipe, words)
     refuse(config)
     contestants = [OURS, *(peer(name, config) for name in dict.fromkeys(options.peers))]
     experiment = Experiment(options.out, recipe, tuple(words), curves=True)

@@ -31,8 +31,8 @@ from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTen
 
 from vitral.bench.rounds import in_turn, ratios
 from vitral.config import Config, DataConfig, ViTConfig
-from vitral.data.fetch import available_cores
 from vitral.inference.predict import predictions
+from vitral.machine import available_cores
 from vitral.model import ViT
 from vitral.weights import Weights, describe
 

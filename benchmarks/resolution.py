@@ -9,7 +9,7 @@ is interpolated. What follows `--` goes to every run. Scores are those of the la
 validation images, of the averaged weights (EMA); the same share of an image's short side is cropped
 at every size. Imagenette's photographs, whose short side has 160 pixels, are enlarged for greater
 sizes. The same command goes on where it was cut off. After each run OUT/resolution.md and
-OUT/resolution.svg are written anew; a run's own scores lie in its resolutions.csv.
+OUT/resolution.svg are written anew; a run's own scores lie in its image_sizes.csv.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from matplotlib.figure import Figure
 from variants import PARTS, exit_code
 
 from vitral import weights
-from vitral.config import UserError
+from vitral.errors import UserError
 from vitral.evaluation import sweep
 from vitral.evaluation.table import Row, write_rows
-from vitral.report.gather import read_run
+from vitral.rundir import read_run
 from vitral.storage import replacing
 from vitral.training import checkpoint
 from vitral.weights import Weights
@@ -47,7 +47,7 @@ VARIANTS = (
     Variant("learned", "learned positions", parts="learned-positions"),
 )
 SIZES = (96, 112, 128, 160, 192, 224, 256)
-TABLE = "resolutions.csv"
+TABLE = "image_sizes.csv"
 Curve = dict[int, dict[int, float]]  # top-1 in per cent by image size and seed
 
 

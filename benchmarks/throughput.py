@@ -36,15 +36,16 @@ from typing import Any, cast
 
 import torch
 
-from vitral import recipes
+from vitral import settings
 from vitral.bench import rounds
 from vitral.bench.contest import Mode, compare, num_classes
 from vitral.bench.memory import largest_batch
 from vitral.bench.model import NO_TIMM, table
 from vitral.bench.peers import PEERS, Builder, contestants, has_timm
 from vitral.bench.profile import breakdown, profile_table
-from vitral.config import PRESETS, Config, DataConfig, TrainConfig, UserError, ViTConfig
-from vitral.data.fetch import available_cores
+from vitral.config import PRESETS, Config, DataConfig, TrainConfig, ViTConfig
+from vitral.errors import UserError
+from vitral.machine import available_cores
 from vitral.storage import replacing
 
 Document = dict[str, Any]
@@ -110,7 +111,7 @@ def configs(options: argparse.Namespace) -> Iterator[Config]:
     gpu = options.device != "cpu" and torch.cuda.is_available()
     for name in [options.recipe] if options.recipe else options.sizes:
         if options.recipe:
-            config = recipes.load(name, ["--optim.name", "adamw"])  # as the sizes have
+            config = settings.load(name, ["--optim.name", "adamw"])  # as the sizes have
         else:
             config = of_size(name, options.image_size)
         own = config.train.batch_size if options.recipe else 256 if gpu else 8

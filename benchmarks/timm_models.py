@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from vitral.bench.peers import has_timm, timm_shape
-from vitral.config import OptimConfig, UserError, ViTConfig
+from vitral.config import OptimConfig, ViTConfig
+from vitral.errors import UserError
 from vitral.training import Parts
 from vitral.training.optim import Optimizer
 

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitral.config import UserError, ViTConfig
+from vitral.config import ViTConfig
+from vitral.errors import UserError
 from vitral.model import PatchEmbedding, RoPE2D, ViT
 from vitral.training import Interrupted, Parts, train
 
@@ -98,7 +99,7 @@ class WithLayerNorm(ViT):
         super().__init__(config, num_classes)
         normed: list[Any] = [self.norm]
         for block in self.blocks:
-            normed += [block.attention, block.ffn]
+            normed += [block.attention_norm, block.ffn_norm]
         for module in normed:
             module.register_forward_pre_hook(_centre)
 

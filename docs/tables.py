@@ -1,36 +1,32 @@
 """Writes the tables of options, settings and recipes into the pages: `python docs/tables.py`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a dataclass of vitral.cli,
-a section of the settings, `presets` or `recipes`. The tests compare the pages with what comes out.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a command with options such as
+`vitral val`, a section of the settings, `presets` or `recipes`. The tests compare the pages with
+the result.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
+import importlib
 import re
 import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal
 
-from vitral import cli, config, recipes
+from vitral import cli, config, settings
+from vitral.settings import SHORTCUTS, Field, shown
 
 PAGES = Path(__file__).parent
-SECTIONS = {
-    "model": config.ViTConfig,
-    "data": config.DataConfig,
-    "augment": config.AugmentConfig,
-    "optim": config.OptimConfig,
-    "train": config.TrainConfig,
-}
-WORDS = {int: "integer", float: "number", str: "text", bool: "switch"}
-HEADER = ("command", "data", "hardware", "hours", "result")  # what a recipe says of itself
+SECTIONS = tuple(field.name for field in dataclasses.fields(config.Config))
+VALUES = {int: "integer", float: "number", str: "text", bool: "switch"}
+HEADER = ("command", "data", "hardware", "hours", "result")  # the facts in a recipe's header
 
 
 def main() -> None:
-    """Writes every page whose tables are not what the code says."""
+    """Writes every page whose tables differ from the code."""
     for page in sorted(PAGES.glob("*.md")):
         was = page.read_text(encoding="utf-8")
         if (now := filled(was)) != was:
@@ -39,9 +35,9 @@ def main() -> None:
 
 
 def filled(text: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables generated again."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)",
         lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}",
         text,
         flags=re.DOTALL,
@@ -54,61 +50,57 @@ def table(name: str) -> str:
         return _presets()
     if name == "recipes":
         return _recipes()
-    section = SECTIONS.get(name)
-    return _options(section or getattr(cli, name), f"{name}." if section else "")
+    if name.startswith("vitral "):
+        return _rows(_command(name.removeprefix("vitral ")))
+    return _rows(f for f in settings.fields(config.Config()) if f.path.startswith(f"{name}."))
 
 
-def _options(settings: type, prefix: str) -> str:
-    meanings, kinds = _meanings(settings), typing.get_type_hints(settings)
+def commands() -> list[str]:
+    """The commands that have options besides the settings, such as `vitral val`."""
+    return [f"vitral {name}" for name in cli.COMMANDS if hasattr(_module(name), "Options")]
+
+
+def _module(command: str) -> Any:
+    return importlib.import_module(f"vitral.cli.{cli.COMMANDS[command]}")
+
+
+def _command(name: str) -> Iterator[Field]:
+    """The options of a command; those of `vitral train` start with the settings with shortcuts."""
+    if name == "train":
+        found = {field.path: field for field in settings.fields(config.Config())}
+        yield from (found[path] for path in SHORTCUTS)
+    yield from settings.fields(_module(name).Options())
+
+
+def _rows(fields: Iterable[Field]) -> str:
     lines = ["| option | value | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(settings):
-        kind, default = kinds[field.name], field.default
-        word = field.name.replace("_", "-")
-        flag = f"`--{prefix}{word}`"
-        if default is True:  # the only thing to do with it is to turn it off
-            flag += f" (off: `--{prefix}no-{word}`)"
-        meaning = meanings[field.name].replace("<", "&lt;")
-        lines.append(f"| {flag} | {_value(kind)} | `{_shown(default)}` | {meaning} |")
+    for path, kind, value, doc in fields:
+        word = path.replace("_", "-")
+        option = f"`--{word}`"
+        if path in SHORTCUTS:
+            option = f"`--{SHORTCUTS[path]}` or {option}"
+        if value is True:  # the only use of the option is to turn it off
+            section, dot, key = word.rpartition(".")
+            option += f" (off: `--{section}{dot}no-{key}`)"
+        meaning = doc.replace("<", "&lt;")
+        lines.append(f"| {option} | {_value(kind)} | `{shown(value)}` | {meaning} |")
     return "\n".join(lines)
 
 
-def _meanings(settings: type) -> dict[str, str]:
-    """The docstring under each field."""
-    (body,) = ast.parse(inspect.getsource(settings)).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for before, after in zip(body.body, body.body[1:], strict=False):
-        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        if isinstance(before, ast.AnnAssign) and is_text:
-            assert isinstance(before.target, ast.Name)
-            found[before.target.id] = " ".join(str(after.value.value).split())
-    return found
-
-
 def _value(kind: Any) -> str:
-    """What a setting of a type takes, in words."""
-    if typing.get_origin(kind) is Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
-    if typing.get_origin(kind) in (UnionType, typing.Union):
-        (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
+    """What an option of a type takes, in words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in args)
+    if origin in (UnionType, typing.Union):
+        (kind,) = (arg for arg in args if arg is not type(None))
         return _value(kind)
-    if typing.get_origin(kind) is tuple:
-        parts = typing.get_args(kind)
-        if parts[-1] is Ellipsis:
-            return (
-                "pairs of a size and a share" if parts[0] not in WORDS else f"{_value(parts[0])}s"
-            )
-        counted = {2: "two", 3: "three"}[len(parts)]
-        return f"{counted} {_value(parts[0])}s"
-    return WORDS[kind]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple):
-        return " ".join(map(_shown, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if origin is tuple:
+        if args[-1] is not Ellipsis:
+            count = {2: "two", 3: "three"}[len(args)]
+            return f"{count} {_value(args[0])}s"
+        return f"{_value(args[0])}s" if args[0] in VALUES else "pairs of a size and a share"
+    return VALUES[kind]
 
 
 def _presets() -> str:
@@ -119,7 +111,7 @@ def _presets() -> str:
 
 def _recipes() -> str:
     lines = ["| recipe | hardware | hours | result |", "|---|---|---|---|"]
-    for name in recipes.names():
+    for name in settings.recipes():
         title, facts = header(name)
         cells = (f"`{name}`<br>{title}", *(facts[key] for key in HEADER[2:]))
         lines.append(f"| {' | '.join(cells)} |")
@@ -127,8 +119,8 @@ def _recipes() -> str:
 
 
 def header(name: str) -> tuple[str, dict[str, str]]:
-    """What a recipe is for, and the facts that its header states."""
-    comment = recipes.text(name).split("\n\n")[0].replace("\n#              ", " ")
+    """The title of a recipe, and the facts that its header states."""
+    comment = settings.recipe_text(name).split("\n\n")[0].replace("\n#              ", " ")
     comment = comment.replace("docs/results.md", "[results](results.md)")
     lines = [line.lstrip("# ") for line in comment.splitlines()]
     facts = (line.split(maxsplit=1) for line in lines if line.startswith(HEADER))

@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import vitral
-from vitral.config import UserError
+from vitral.errors import UserError
 from vitral.inference import Classifier
 
 

@@ -1,16 +1,16 @@
 """Trains on a folder of your own, measures the result and predicts a photo:
 
-    python examples/own_folder.py FOLDER --train.epochs 100
+    python examples/own_folder.py FOLDER --epochs 100
 
 FOLDER has train/ and val/, and in each a folder for every class; without val/ a part of train/ is
-held out. What follows are settings, as `vitral train` takes them. The run lies in runs/own; the
-same command goes on with one that stopped.
+held out. The options are those of `vitral train`. The run is in runs/own; the same command resumes
+one that stopped.
 """
 
 import sys
 
 import vitral
-from vitral.config import UserError
+from vitral.errors import UserError
 from vitral.inference import find_images
 
 

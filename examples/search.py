@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
 import vitral
-from vitral.config import UserError
+from vitral.errors import UserError
 from vitral.inference import Classifier, find_images
 
 INDEX, SHEET = Path("search.npz"), Path("nearest.jpg")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from vitral import recipes
-from vitral.config import UserError
+from vitral import settings
+from vitral.errors import UserError
 from vitral.model import count_flops
 
 TINY = "--model.dim 24 --model.depth 1 --model.num-heads 6 --model.num-kv-heads 2"
@@ -72,9 +72,9 @@ def cells(out, study):
 
 
 def test_runs_are_those_of_the_recipe_on_held_out_images(whole):
-    expected = recipes.load("digits", TINY.split())
+    expected = settings.load("digits", TINY.split())
     for name in ("recipe-seed0", "layer-norm-seed0"):
-        config = recipes.load(str(whole / "runs" / name / "config.yaml"))
+        config = settings.load(str(whole / "runs" / name / "config.yaml"))
         assert config.data.hold_out
         assert config.train.eval_every == 5
         assert (config.model, config.augment, config.optim) == (
@@ -89,7 +89,7 @@ def test_runs_are_those_of_the_recipe_on_held_out_images(whole):
 
 def test_the_table_says_what_the_log_says(whole):
     base, other = (last(whole / "runs" / f"{n}-seed0") for n in ("recipe", "layer-norm"))
-    config = recipes.load("digits", TINY.split()).model
+    config = settings.load("digits", TINY.split()).model
     flops = f"{count_flops(config, 10) / 1e6:.2f}"
     expected = [flops, "0", f"{STEPS * 64:,}"]
     top1 = [[f"**{100 * r['ema_top1']:.2f}**", f"{100 * r['val_top1']:.2f}"] for r in (base, other)]
@@ -144,11 +144,11 @@ def test_cut_off_and_gone_on_with_it_is_the_same(ablate, benchmarks, whole, tmp_
     told, _ = program.communicate(timeout=60)
     assert program.returncode == 130, told
     assert "Traceback" not in told
-    (step,) = re.findall(r"stopped at step (\d+); the same command goes on", told)
+    (step,) = re.findall(r"stopped at step (\d+); repeat the command to resume", told)
     assert 0 < int(step) < STEPS
     assert not (out / "runs" / "layer-norm-seed0").exists()
     assert ablate.main(words[2:]) == 0
-    assert f"goes on from step {step}" in capfd.readouterr().out
+    assert f"resumes from step {step}" in capfd.readouterr().out
     minutes = r" [0-9.]+ \|\n"  # the last cell
     ours, theirs = (re.sub(minutes, "\n", (o / "ablation.md").read_text()) for o in (out, whole))
     assert ours == theirs
@@ -196,7 +196,7 @@ def test_heads_cost_the_same(ablate, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     names = [f"kv{count}-seed{seed}" for seed in (3, 1) for count in (6, 3, 2, 1)]
     assert [line.split()[0] for line in lines] == names
-    config = recipes.load("digits", [*TINY.split(), "--model.num-kv-heads", "6"]).model
+    config = settings.load("digits", [*TINY.split(), "--model.num-kv-heads", "6"]).model
     expected = count_flops(config, 10)
     assert {line.split("parameters")[1].split()[0] for line in lines} == {f"{expected / 1e6:.2f}"}
     assert all(f"{STEPS} steps" in line and line.endswith("to do") for line in lines)
@@ -260,7 +260,7 @@ def test_images_that_grow_cost_less(ablate, whole, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "out")
     words = [str(out), "--only", "growing", "--recipe", "digits", "--seeds", "0"]
     assert ablate.main([*words, "--", *TINY.split()]) == 0
-    config = recipes.load("digits", TINY.split()).model
+    config = settings.load("digits", TINY.split()).model
     small = -(-STEPS // 5)
     costs = small * count_flops(config, 10, 4) + (STEPS - small) * count_flops(config, 10)
     assert cells(out, "growing")[1][2] == f"{costs / STEPS / 1e6:.2f}"
@@ -277,7 +277,7 @@ def test_rows_for_the_ledger(ablate, copied, tmp_path):
     assert ablate.main(words, root) == 0
     rows = {path.stem: json.loads(path.read_text()) for path in root.glob("docs/results/*.json")}
     assert set(rows) == {"norm-recipe", "norm-layer-norm"}
-    flops = 3 * count_flops(recipes.load("digits", TINY.split()).model, 10) * STEPS * 64
+    flops = 3 * count_flops(settings.load("digits", TINY.split()).model, 10) * STEPS * 64
     for name, row in rows.items():
         variant = name.removeprefix("norm-")
         assert (row["study"], row["commit"]) == ("norm", "abc")

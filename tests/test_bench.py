@@ -10,10 +10,11 @@ import torch
 from vitral.bench import rounds
 from vitral.bench.data import REFERENCE
 from vitral.cli import main
-from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, UserError, ViTConfig
-from vitral.data.rates import choose_decoder, images_per_second, measure_rate, verdict
+from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
+from vitral.data.formats import open_dataset
 from vitral.data.records import Packed
-from vitral.data.sources import open_dataset
+from vitral.data.tools.rates import choose_decoder, images_per_second, measure_rate, verdict
+from vitral.errors import UserError
 
 CPU = torch.device("cpu")
 TINY = "--model.dim 16 --model.depth 1 --model.num-heads 2 --model.num-kv-heads 1".split()

@@ -13,11 +13,11 @@ from vitral.config import (
     DataConfig,
     OptimConfig,
     TrainConfig,
-    UserError,
     ViTConfig,
     flatten,
     from_sections,
 )
+from vitral.errors import UserError
 
 SECTIONS = [ViTConfig, DataConfig, AugmentConfig, OptimConfig, TrainConfig]
 NAN = float("nan")

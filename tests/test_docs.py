@@ -213,10 +213,10 @@ def test_first_screen_of_the_readme_has_the_two_commands():
 
 
 def test_recipes_state_command_hardware_hours_and_result():
-    from vitral import recipes
+    from vitral import settings
 
-    for name in recipes.names():
-        header = recipes.text(name).split("\n\n")[0]
+    for name in settings.recipes():
+        header = settings.recipe_text(name).split("\n\n")[0]
         for word in ("command", "data", "hardware", "hours", "result"):
             assert re.search(rf"^#   {word} +\S", header, re.MULTILINE), (name, word)
         assert re.search(rf"^#   command +vitral train( {name})?( |$)", header, re.MULTILINE), name
@@ -249,15 +249,15 @@ PROTOTYPE = {"s": 10_399, "b": 3_955, "l": 1_268}  # images/s at 224 px, as the 
 
 def test_what_imagenet_takes_is_what_vitral_counts():
     """Each row of the table of sizes and work in docs/imagenet.md, computed anew."""
-    from vitral import recipes
+    from vitral import settings
     from vitral.model import ViT, count_flops
 
     page = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(imagenet-[^`]+)`.*? \| ([\d,]+) \| (\d+) \| (.*) \|$", page, re.M)
-    assert {row[0] for row in rows} == {n for n in recipes.names() if n.startswith("imagenet-")}
+    assert {row[0] for row in rows} == {n for n in settings.recipes() if n.startswith("imagenet-")}
     for name, parameters, epochs, rest in rows:
         more = ["--model.size", "b"] if name == "imagenet-finetune" else []
-        config = recipes.load(name, more)
+        config = settings.load(name, more)
         with torch.device("meta"):
             assert f"{sum(p.numel() for p in ViT(config.model, 1000).parameters()):,}" == parameters
         assert config.train.epochs == int(epochs)

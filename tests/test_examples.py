@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vitral import cli, recipes, storage
-from vitral.config import UserError
-from vitral.training.metrics import read_rows
+from vitral import cli, settings, storage
+from vitral.errors import UserError
+from vitral.rundir import read_rows
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 90.0  # seconds, after which a process hangs
@@ -56,17 +56,17 @@ def parse(words):
         if words and words[0].endswith(".yaml"):
             words[0] = "digits"  # a file that the reader has
         if words[:1] == ["imagenet-finetune"]:
-            recipes.load(words[0], words[1:])  # the command would look at the reader's weights
+            settings.load(words[0], words[1:])  # the command would look at the reader's weights
         else:
             cli._load(words, f"vitral {verb}", "")
     elif verb in PLACES:
         places = list(takewhile(lambda word: word == "-" or not word.startswith("-"), words))
         assert len(places) >= PLACES[verb]
         options = getattr(cli, f"{verb.split()[-1].capitalize()}Options")
-        recipes.parse(words[len(places) :], options(), program=f"vitral {verb}")
+        settings.parse(words[len(places) :], options(), program=f"vitral {verb}")
     elif verb == "recipes":
         assert len(words) <= 1
-        assert all(recipes.text(word) for word in words)
+        assert all(settings.recipe_text(word) for word in words)
     else:
         assert (verb, words) in (("doctor", []), ("--help", []))
 
@@ -94,7 +94,7 @@ def test_yaml_on_the_pages_is_a_recipe(name, tmp_path):
     blocks = r"^```yaml.*?\n(.*?)^```"
     for text in re.findall(blocks, (ROOT / name).read_text(), re.MULTILINE | re.DOTALL):
         (tmp_path / "mine.yaml").write_text(text)
-        recipes.load(str(tmp_path / "mine.yaml"))
+        settings.load(str(tmp_path / "mine.yaml"))
 
 
 def test_walk_on_an_own_folder(tmp_path, monkeypatch, capsys):

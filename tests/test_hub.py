@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import constants
 
 import vitral
-from vitral import recipes, storage, weights
+from vitral import settings, storage, weights
 from vitral.cli import main
 from vitral.config import Config, DataConfig, TrainConfig, ViTConfig
 from vitral.model import ViT
@@ -298,7 +298,7 @@ def refused(capsys, words, *fragments, code=2):
 
 
 def test_what_is_pushed_is_loaded_again(hub, run, capsys):
-    assert push(run, "--licence", "Apache-2.0") == 0
+    assert push(run, "--license", "Apache-2.0") == 0
     assert capsys.readouterr().out == f"{hub.address}/anna/shades\n"
     repository = hub.repositories["anna/shades"]
     assert not repository.private
@@ -332,13 +332,15 @@ def test_nothing_tells_where_it_was_trained(hub, run):
 def test_the_settings_that_are_pushed_are_a_recipe(hub, run, tmp_path):
     assert push(run) == 0
     (tmp_path / "config.yaml").write_bytes(hub.repositories["anna/shades"].files["config.yaml"])
-    said = recipes.load(str(tmp_path / "config.yaml"), ["--data", "x", "--out", "y", "--init", "z"])
-    own = recipes.load(recipe(run, tmp_path), ["--data", "x", "--out", "y", "--init", "z"])
+    said = settings.load(
+        str(tmp_path / "config.yaml"), ["--data", "x", "--out", "y", "--init", "z"]
+    )
+    own = settings.load(recipe(run, tmp_path), ["--data", "x", "--out", "y", "--init", "z"])
     assert said == own
 
 
 def recipe(run, tmp_path):
-    (tmp_path / "own.yaml").write_text(recipes.dump(weights.load(run).description.config))
+    (tmp_path / "own.yaml").write_text(settings.dump(weights.load(run).description.config))
     return str(tmp_path / "own.yaml")
 
 
@@ -397,7 +399,7 @@ def test_a_revision_is_a_tag_or_a_commit(hub, run, tmp_path, capsys):
 def test_training_starts_from_the_hub(hub, run):
     hub.repositories["bo/x"] = Repository(files_of(run / "weights" / "best"))
     model = ViT(SHAPE, 5)
-    assert weights.start_from(model, "hf-hub:bo/x") == ["head.bias", "head.weight"]
+    assert weights.initialize(model, "hf-hub:bo/x") == ["head.bias", "head.weight"]
     assert model.cls.equal(weights.load(run).model.cls)
 
 
@@ -418,7 +420,7 @@ def test_what_came_before_needs_no_hub(hub, run, monkeypatch, capsys):
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["ema.safetensors", "config.json", "manifest.json"])
 def test_files_that_were_tampered_with_are_refused(hub, run, capsys, name):
     held = files_of(run / "weights" / "best")
     held[name] = held[name][:-9] + bytes([held[name][-9] ^ 1]) + held[name][-8:]
@@ -491,8 +493,8 @@ def test_a_path_never_asks_the_network(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "there").mkdir(parents=True)
     expected = (
-        "runs/digts: no such folder",
-        "if it is on the Hugging Face Hub, say hf-hub:runs/digts",
+        "runs/digts: no such directory",
+        "if it is on the Hugging Face Hub, give hf-hub:runs/digts",
     )
     refused(capsys, ["predict", "runs/digts", "photo.jpg"], *expected)
     refused(capsys, ["val", "anna/x@v1"], "say hf-hub:anna/x@v1")
@@ -538,7 +540,7 @@ def test_pushing_without_leave(hub, run, monkeypatch, capsys):
 
 
 def test_a_card_that_the_hub_refuses_leaves_nothing(hub, run, capsys):
-    words = ["push", run, "anna/x", "--licence", "Mine"]
+    words = ["push", run, "anna/x", "--license", "Mine"]
     refused(capsys, words, 'not accepted: "license" must be one of [mit, apache-2.0]\n')
     assert hub.repositories == {}
 
@@ -571,7 +573,7 @@ def test_corrupt_weights_are_not_pushed(hub, run, tmp_path, capsys):
 
 def test_dry_run_asks_nobody(hub, run, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
-    assert push(run, "--dry-run", "--licence", "MIT") == 0
+    assert push(run, "--dry-run", "--license", "MIT") == 0
     out = capsys.readouterr().out
     assert out.startswith("---\nlibrary_name: vitral\n")
     assert "`mit`" in out

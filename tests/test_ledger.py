@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vitral import recipes, train
-from vitral.config import UserError
+from vitral import settings, train
+from vitral.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = "--model.dim 16 --model.depth 1 --train.epochs 2 --optim.warmup-epochs 0 --train.threads 1"
@@ -127,14 +127,14 @@ def test_the_command_repeats_the_settings(ledger, runs):
     assert row["title"] == "`digits`"
     words[words.index("N")] = "1"
     more = ["--train.log-every", "10", "--train.eval-every", "1"]
-    was = recipes.load(str(runs[0] / "config.yaml"))
-    assert recipes.load(recipe, [*words, *more, "--out", was.train.out]) == was
+    was = settings.load(str(runs[0] / "config.yaml"))
+    assert settings.load(recipe, [*words, *more, "--out", was.train.out]) == was
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", settings.recipes())
 def test_the_recipe_of_a_command_is_the_one_that_was_taken(ledger, name):
     words = ["--data", "/home/someone/pictures", "--optim.lr", "0.7", "--train.init", "/x/run"]
-    found, changes = ledger.nearest_recipe(recipes.load(name, words))
+    found, changes = ledger.nearest_recipe(settings.load(name, words))
     assert found == name
     command = ledger.train_command(found, changes)
     assert "--data.path path/to/pictures" in command
@@ -309,7 +309,7 @@ def test_mistakes_of_the_command(ledger, runs, checkout, capsys):
     run = str(runs[0])
     refused("ledger: name: expected letters, digits and hyphens, got 'a/b'", "add", "a/b", run)
     refused("ledger: study: expected letters", "add", "a", run, "--study", "two words")
-    refused("expected a run folder", "add", "a", str(checkout / "nowhere"))
+    refused("expected a run directory", "add", "a", str(checkout / "nowhere"))
     assert not (checkout / "docs" / "results").exists()
     assert ledger.main(["add", "a", run, "--study", "patches", "--commit", "c"], checkout) == 0
     refused(r"docs/results.md: expected a line <!-- ledger: patches -->", "draw")

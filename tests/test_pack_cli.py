@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from vitral.cli import main
-from vitral.data import packing
-from vitral.data.packed import verify
+from vitral.data.formats.packed import verify
+from vitral.data.tools import packing
 
 KINDS = pytest.mark.parametrize("form", [(), ("--jpeg",)], ids=["pixels", "jpegs"])
 
@@ -38,10 +38,10 @@ def test_what_is_held_out_is_told(image_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "expected SRC first, got --workers"),
-        ("SRC", "expected DST first, got"),
+        ("", "expected SRC, DST"),
+        ("SRC", "expected DST"),
         ("SRC DST --size 0", "size: expected 1 or more, got 0"),
-        ("SRC DST --sise 3", "--sise: no such setting; did you mean --size"),
+        ("SRC DST --sise 3", "--sise: no such option; did you mean --size"),
         ("SRC SRC", "an empty folder, or none, got something else"),
         ("SRC FILE/pack", "expected to write there, got Not a directory"),
         ("/no/such DST", "/no/such"),

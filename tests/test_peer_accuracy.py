@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitral import recipes, train
-from vitral.config import UserError, ViTConfig
+from vitral import settings, train
+from vitral.config import ViTConfig
+from vitral.errors import UserError
 from vitral.model import ViT, count_flops
 from vitral.training import Interrupted, Parts, checkpoint
 
@@ -111,7 +112,7 @@ NORMS = {"norm1", "norm2", "norm"}
     [("timm", {"cls_token", "pos_embed"}), ("timm-rope", {"cls_token", "gamma_1", "gamma_2"})],
 )
 def test_what_decays(models, name, others):
-    config = recipes.load("digits", ["--model.depth", "2", "--optim.weight-decay", "0.3"])
+    config = settings.load("digits", ["--model.depth", "2", "--optim.weight-decay", "0.3"])
     found = groups(models, name, config)
     assert found[0.3] == {f"{layer}.weight" for layer in DECAYED}
     biases = {f"{layer}.bias" for layer in DECAYED | NORMS}
@@ -121,7 +122,7 @@ def test_what_decays(models, name, others):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_decays_as_said(models, optimizer):
     """A step without gradients multiplies matrices by 1 - lr * decay, and leaves the rest."""
-    config = recipes.load("digits", ["--model.depth", "1", "--optim.name", optimizer])
+    config = settings.load("digits", ["--model.depth", "1", "--optim.name", optimizer])
     model = by_name(models)["timm"].model(config.model, 10)
     before = {name: p.detach().clone() for name, p in named(model)}
     optimizer = models.TimmGroups(model, dataclasses.replace(config.optim, weight_decay=0.5))
@@ -135,14 +136,14 @@ def test_a_step_decays_as_said(models, optimizer):
 
 
 def test_no_decay_from_layer_to_layer(models):
-    config = recipes.load("digits", ["--optim.layer-decay", "0.7"])
+    config = settings.load("digits", ["--optim.layer-decay", "0.7"])
     with pytest.raises(UserError, match="layer_decay: expected 1"):
         models.TimmGroups(by_name(models)["timm"].model(config.model, 10), config.optim)
 
 
 @pytest.mark.parametrize(("batch", "rate"), [(1024, 1e-3), (256, 5e-4), (64, 2.5e-4), (4096, 2e-3)])
 def test_own_settings(models, batch, rate):
-    was = recipes.load("digits", ["--optim.name", "muon"]).optim
+    was = settings.load("digits", ["--optim.name", "muon"]).optim
     own = models.own_settings(was, batch)
     assert own.name == "adamw"
     assert own.lr == pytest.approx(rate)
@@ -239,7 +240,7 @@ def test_the_page(contest, models):
     """Its figures are those of the logs, and of the models themselves."""
     lines = (contest / "peer_accuracy.md").read_text(encoding="utf-8").splitlines()
     found = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in lines if "|" in line}
-    config = recipes.load("digits", COMMAND).model
+    config = settings.load("digits", COMMAND).model
     builders = {
         "vitral": ("`digits`", ViT),
         "timm": ("`digits`, timm", by_name(models)["timm"].model),
@@ -286,7 +287,7 @@ def test_rows_of_the_ledger(contest, program, models, tmp_path):
     folder = tmp_path / "docs" / "results"
     rows = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
     assert rows.keys() == {"digits-vitral", "digits-timm"}
-    row, config = rows["digits-timm"], recipes.load("digits", COMMAND).model
+    row, config = rows["digits-timm"], settings.load("digits", COMMAND).model
     forward = count_flops(config, 10, training=True, build=by_name(models)["timm"].model)
     assert row["runs"][0]["flops"] == pytest.approx(3 * forward * STEPS * 256)
     assert row["study"] == "control"

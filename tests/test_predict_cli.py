@@ -17,6 +17,7 @@ from vitral.cli import main
 from vitral.config import Config, ViTConfig
 from vitral.inference import load
 from vitral.model import ViT
+from vitral.weights.description import SCHEMA
 
 CLASSES = ("n01440764", "n02123045", "dark")  # two of ImageNet's, and one that is none
 NAMES = {"n01440764": "n01440764 tench", "n02123045": "n02123045 tabby", "dark": "dark"}
@@ -121,7 +122,7 @@ def test_all_broken(directory, photos, tmp_path, capsys):
 def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
     shares = []
     for side in ("16", "20"):
-        words = (photos / "a.jpg", "--json", "--resolution", side, "--out", tmp_path / side)
+        words = (photos / "a.jpg", "--json", "--image-size", side, "--out", tmp_path / side)
         assert predict(directory, *words) == 0
         row = json.loads((tmp_path / side).read_text())
         shares.append([found["probability"] for found in row["predictions"]])
@@ -132,20 +133,19 @@ def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "expected WEIGHTS first, got --workers"),
-        ("DIR", "expected PATH after WEIGHTS, got none"),
-        ("DIR IMAGES --tpo 3", "--tpo: no such setting; did you mean --top"),
+        ("", "expected WEIGHTS, PATH"),
+        ("DIR", "expected PATH"),
+        ("DIR IMAGES --tpo 3", "--tpo: no such option; did you mean --top"),
         ("DIR IMAGES --top 0", "top: expected 1 or more, got 0"),
-        ("DIR IMAGES --resolution 15", "got 15; the nearest is 16"),
+        ("DIR IMAGES --image-size 15", "got 15; the nearest is 16"),
         ("DIR IMAGES --which ema", "holds no ema weights"),
         ("DIR IMAGES --json --csv", "expected one of the two, got both"),
-        ("DIR IMAGES --json a.jpg", "a.jpg"),
         ("DIR EMPTY", "expected images (.jpg, "),
         ("DIR *.nothing", "*.nothing: expected images"),
-        ("/no/such IMAGES", "/no/such: no such folder"),
-        ("PICKLE IMAGES", "it holds no weights; expected a folder with config.json"),
+        ("/no/such IMAGES", "/no/such: no such directory"),
+        ("PICKLE IMAGES", "it holds no weights; expected a directory with config.json"),
         ("TAMPERED IMAGES", "model.safetensors: its content is not what was written"),
-        ("NEWER IMAGES", f"expected schema {weights.SCHEMA}, got {weights.SCHEMA + 1}"),
+        ("NEWER IMAGES", f"expected schema {SCHEMA}, got {SCHEMA + 1}"),
         ("DIR IMAGES --out EMPTY", "expected a file to write, got"),
         ("DIR IMAGES --out /dev/null", "expected a file to write, got /dev/null"),
         ("DIR IMAGES --out PICKLE/x.csv", "cannot write"),
@@ -162,7 +162,7 @@ def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, messa
     (places["TAMPERED"] / "model.safetensors").write_bytes(data)
     document = storage.read_json(directory, "config.json")
     tensors = {"model": storage.read_tensors(directory, "model")}
-    storage.write(places["NEWER"], tensors, {"config": {**document, "schema": weights.SCHEMA + 1}})
+    storage.write(places["NEWER"], tensors, {"config": {**document, "schema": SCHEMA + 1}})
     places |= {"DIR": directory, "IMAGES": photos}
     before = sorted(tmp_path.rglob("*"))
     for name, place in places.items():
@@ -178,17 +178,17 @@ def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, messa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d, t: d["classes"].pop(), "head.bias: config.json asks for float32 ("),
-        (lambda d, t: d["config"]["model"].update(depth=9), "config.json asks for"),
+        (lambda d, t: d["classes"].pop(), "head.bias: expected float32 ("),
+        (lambda d, t: d["config"]["model"].update(depth=9), "by config.json, got none"),
         (
             lambda d, t: t.update(more=torch.zeros(2)),
-            "more: config.json asks for none, got float32",
+            "more: expected none by config.json, got float32",
         ),
         (
             lambda d, t: t.update(cls=t["cls"].half()),
-            "cls: config.json asks for float32 (16,), got",
+            "cls: expected float32 (16,) by config.json, got",
         ),
-        (lambda d, t: d.update(config=[1]), "config.json is not this vitral's"),
+        (lambda d, t: d.update(config=[1]), "config.json is not of this version"),
         (lambda d, t: d.update(default="other"), "default is 'other'"),
     ],
 )
@@ -260,4 +260,4 @@ def test_what_cannot_be_written_is_told_in_a_line(directory, image_folder, capsy
     """/proc is said to be writable for root, and is not."""
     assert main(["predict", str(directory), str(image_folder), "--out", "/proc/found.csv"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"vitral: out: cannot write /proc: .+; give another folder\n", error)
+    assert re.fullmatch(r"vitral: out: cannot write /proc: .+; give another directory\n", error)

@@ -70,10 +70,10 @@ def test_at_the_trained_size_it_is_what_training_logged(resolution, whole, name)
 def test_other_sizes_are_what_val_says(resolution, whole, tmp_path):
     """And the model sees another grid: scores differ."""
     run = whole / "runs" / "mixed-seed0"
-    words = ["--resolutions", "24", "48", "--which", "ema", "--out", str(tmp_path)]
+    words = ["--image-sizes", "24", "48", "--which", "ema", "--out", str(tmp_path)]
     assert vitral(["val", str(run / "weights" / "last"), *words]) == 0
-    said = (tmp_path / "resolutions.csv").read_text().splitlines()[1:]
-    lines = (run / "resolutions.csv").read_text().splitlines()
+    said = (tmp_path / "image_sizes.csv").read_text().splitlines()[1:]
+    lines = (run / "image_sizes.csv").read_text().splitlines()
     assert [lines[1], lines[3]] == said
     tops = {row.top1 for name in NAMES for row in resolution.scores(whole / f"runs/{name}-seed0")}
     assert len(tops) > 3
@@ -91,10 +91,10 @@ def test_what_is_there_is_not_done_again(resolution, whole, copied):
     """A size more is scored alone, a table that was lost anew; runs are left as they are."""
     lost, kept = (copied / "runs" / f"{name}-seed0" for name in ("learned", "axial"))
     before = (lost / "train.log").read_bytes()
-    (lost / "resolutions.csv").unlink()
-    marked = (kept / "resolutions.csv").read_text().splitlines()
+    (lost / "image_sizes.csv").unlink()
+    marked = (kept / "image_sizes.csv").read_text().splitlines()
     marked[1] = "24,512,10,0.125,0.5,0.1"
-    (kept / "resolutions.csv").write_text("\n".join(marked) + "\n")
+    (kept / "image_sizes.csv").write_text("\n".join(marked) + "\n")
     more = [*DATA, "--sizes", "24", "32", "40", "48", "--", *TINY.split()]
     assert resolution.main([str(copied), *more]) == 0
     assert (lost / "train.log").read_bytes() == before
@@ -113,8 +113,8 @@ def test_the_table_by_hand(resolution, copied):
         run = first.with_name(f"axial-seed{seed}")
         if seed:
             shutil.copytree(first, run)
-        line = f"resolution,images,classes,top1,top5,ece\n48,512,10,{top1},1,0.1\n"
-        (run / "resolutions.csv").write_text(line)
+        line = f"image size,images,classes,top1,top5,ece\n48,512,10,{top1},1,0.1\n"
+        (run / "image_sizes.csv").write_text(line)
     assert resolution.main([str(copied), "--summary"]) == 0
     found = table(copied)
     expected = f"50.00 ± {statistics.stdev([30, 40, 80]):.2f}"
@@ -122,7 +122,7 @@ def test_the_table_by_hand(resolution, copied):
         "positions": "axial RoPE", "seeds": "0, 1, 2", "24 px": "", "32 px": "", "48 px": expected,
     }  # fmt: skip
     line = line.replace("\n48", "\n32")  # a size that one seed alone is tested at is no mean
-    (run / "resolutions.csv").write_text(line + f"48,512,10,{top1},1,0.1\n")
+    (run / "image_sizes.csv").write_text(line + f"48,512,10,{top1},1,0.1\n")
     assert resolution.main([str(copied), "--summary"]) == 0
     assert table(copied) == found
     text = " ".join(ElementTree.parse(copied / "resolution.svg").getroot().itertext())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitral import recipes
+from vitral import settings
 from vitral.bench import contest, memory, rounds
 from vitral.bench.contest import Training
 from vitral.bench.model import NO_TIMM, table
@@ -19,10 +19,11 @@ from vitral.bench.peers import PEERS
 from vitral.bench.profile import Entry, kind_of, summarise
 from vitral.bench.work import describe_device
 from vitral.cli import main
-from vitral.config import Config, UserError, ViTConfig
+from vitral.config import Config, ViTConfig
+from vitral.errors import UserError
 from vitral.model import ViT, count_flops, forward_flops
 from vitral.training import parallel
-from vitral.training.resolve import Resolved
+from vitral.training.resolved import Resolved
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "throughput.py"
 TINY = "--device cpu --threads 1 --rounds 2 --seconds 0.001 --recipe digits --batch 2".split()
@@ -112,7 +113,7 @@ def test_each_model_is_compiled_once(monkeypatch):
         return ViT(dataclasses.replace(config, depth=2), num_classes)
 
     monkeypatch.setattr(parallel, "compiled", compiled)
-    config = recipes.load("digits", "--train.batch-size 2 --train.compile always".split())
+    config = settings.load("digits", "--train.batch-size 2 --train.compile always".split())
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
     case = contest.compare(config, "train", {"one": ViT, "two": deeper}, 3)
     assert [row["compilations"] for row in case["contestants"]] == [1, 1]
@@ -204,7 +205,7 @@ def shapes(module: nn.Module):
 @pytest.mark.parametrize("recipe", ["digits", "cifar10", "imagenette128"])
 @pytest.mark.parametrize("peer", list(PEERS))
 def test_peers_have_the_shape_of_a_recipe(recipe, peer):
-    config = recipes.load(recipe).model
+    config = settings.load(recipe).model
     with torch.device("meta"):
         model = PEERS[peer](config, 10)
         assert model(torch.zeros(2, 3, config.image_size, config.image_size)).shape == (2, 10)
@@ -307,7 +308,7 @@ def test_the_largest_batch_is_found_to_an_eighth(most):
 
 def test_noise_gives_gradients():
     """Even targets would be what the head starts with, and give rounding errors for gradients."""
-    training = Training(recipes.load("digits", ["--train.batch-size", "2"]), 10, 8)
+    training = Training(settings.load("digits", ["--train.batch-size", "2"]), 10, 8)
     training.passes.accumulate(training.batch, last=True)
     assert training.model.head.weight.grad.norm() > 1e-2
 
@@ -316,6 +317,6 @@ def test_a_batch_too_large_is_the_users_to_mend(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 
-    config = recipes.load("digits", ["--train.batch-size", "4"])
+    config = settings.load("digits", ["--train.batch-size", "4"])
     with pytest.raises(UserError, match="train with 4 images of 8 pixels does not fit"):
         contest.compare(config, "train", {"vitral": full}, 1)

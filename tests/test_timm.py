@@ -13,7 +13,8 @@ from timm.optim import create_optimizer_v2
 import vitral
 import vitral.timm
 from vitral import weights
-from vitral.config import Config, DataConfig, OptimConfig, UserError, ViTConfig
+from vitral.config import Config, DataConfig, OptimConfig, ViTConfig
+from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.training.optim import parameter_groups
 

@@ -1,8 +1,8 @@
-"""Every knob of vitral on one page.
+"""Every setting: frozen, keyword-only dataclasses, validated when they are constructed.
 
-Five frozen sections (model, data, augment, optim, train) make a `Config`. A recipe is a YAML file
-of the same words; the command line speaks them as `--section.key value`. Nothing heavy is imported
-here, so that `--help` is quick, and nothing is mutated: what is checked is checked on construction.
+Five sections (model, data, augment, optim, train) make a `Config`. A recipe is a YAML file of the
+same names; on the command line they are `--section.key value`. The settings are in one file because
+each page of it is a table that users read together. Nothing heavy is imported, so `--help` is fast.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-
-class UserError(Exception):
-    """A mistake its maker can mend: one line with what, where, expected, got and the mend."""
-
-    shared = False  # whether all processes of a training raise it, of which the main one says it
+from vitral.errors import UserError
 
 
 class Shape(NamedTuple):

@@ -16,8 +16,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchcodec.decoders import decode_image
 
-from vitral.data.fetch import available_cores
-from vitral.training.monitor import peak_flops
+from vitral.machine import available_cores, num_gpus, peak_flops, pick_device
 
 KERNELS = (
     SDPBackend.FLASH_ATTENTION,
@@ -35,7 +34,7 @@ def examine() -> str:
         "packages    " + ", ".join(f"{name} {version(name)}" for name in packages),
         f"processor   cores: {available_cores()}, threads in torch: {torch.get_num_threads()}",
     ]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     lines += _gpu() if device.type == "cuda" else ["GPU         none that torch can use"]
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -47,7 +46,7 @@ def examine() -> str:
 
 def _gpu() -> list[str]:
     lines = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(num_gpus()):
         facts = torch.cuda.get_device_properties(index)
         lines.append(f"GPU {index}       {facts.name}, {facts.total_memory / 1e9:.0f} GB")
     bf16 = "yes" if torch.cuda.is_bf16_supported() else "no: training runs in float32"

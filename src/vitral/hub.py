@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitral.config import UserError
+from vitral.errors import UserError
+from vitral.storage import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -42,7 +43,7 @@ def download(name: str) -> Path:
     """
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     check_name(repository)
-    api = _client()
+    api = client()
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
         return Path(
@@ -56,13 +57,13 @@ def download(name: str) -> Path:
 
     with _explained(repository, revision):
         # First the file that only weights have, lest gigabytes come of what has none.
-        folder = fetch(revision or None, ["manifest.json"])
-        if (folder / "manifest.json").exists():
+        folder = fetch(revision or None, [MANIFEST])
+        if (folder / MANIFEST).exists():
             # By commit, as which the cache calls the folder, so that all files are of one.
             return fetch(folder.name, ["config.json", "*.safetensors"])
     raise UserError(
         f"hub: {repository} holds no weights of vitral; "
-        "expected what `vitral push` writes, with a manifest.json"
+        f"expected what `vitral push` writes, with a {MANIFEST}"
     )
 
 
@@ -80,7 +81,7 @@ def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
             not accept the card.
     """
     check_name(name)
-    api = _client()
+    api = client()
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, get_token
 
     if get_token() is None:
@@ -109,7 +110,8 @@ def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
     return str(address)
 
 
-def _client() -> HfApi:
+def client() -> HfApi:
+    """The Hub's client. Raises UserError if its package is not installed."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The Vision Transformer, whole, to be read from top to bottom.
+"""The Vision Transformer, in one file because a model is read from top to bottom.
 
 Dosovitskiy et al. 2020, "An image is worth 16x16 words", with pre-normalisation by RMSNorm, rotary
 positions in two dimensions and grouped-query attention.
@@ -23,17 +23,31 @@ Initialisation:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitral import kernels
-from vitral.config import UserError, ViTConfig
+from vitral.config import ViTConfig
+from vitral.errors import UserError
 
 CHANNELS = 3
+
+
+class Normed(NamedTuple):
+    """The result of a norm in front of a linear layer: tokens * scale, not yet multiplied.
+
+    The layer multiplies its weights by the scale, which are fewer than the tokens. The gradient of
+    the scale then comes from that of the weights, without a sum over all tokens.
+    """
+
+    tokens: Tensor
+    """x / sqrt(mean(x^2) + 1e-6), (B, N, D)."""
+    scale: Tensor
+    """(D,)."""
 
 
 class Linear(nn.Linear):
@@ -42,11 +56,11 @@ class Linear(nn.Linear):
     fused = False  # until training turns it on: see ViT.fuse
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, scale: Tensor | None = None
+        self, x: Tensor | Normed
     ) -> Tensor:
-        """With a `scale` (D,), what x * scale would give."""
-        weight = self.weight if scale is None else self.weight * scale
-        # In training alone, so that validations give what the same weights give everywhere.
+        """Takes tokens, or a norm's result, whose scale is multiplied into the weights."""
+        x, weight = (x.tokens, self.weight * x.scale) if isinstance(x, Normed) else (x, self.weight)
+        # Only in training, so that a validation gives what the same weights give everywhere.
         by_onednn = self.training and self.fused and kernels.can_train_by_onednn(x)
         return (kernels.onednn_linear if by_onednn else F.linear)(x, weight, self.bias)
 
@@ -91,13 +105,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(exact, self.scale.shape, self.scale, eps=kernels.EPS).to(x.dtype)
 
 
-def norm_linear(norm: RMSNorm, linear: Linear, x: Tensor) -> Tensor:
-    """linear(norm(x)), tokens (B, N, D) to (B, N, width).
+class PreNorm(RMSNorm):
+    """An RMSNorm in front of a linear layer, which applies the scale."""
 
-    The scale goes into the weights, of which there are few, instead of the tokens: so its gradient
-    comes out of the weights' too, without a sum over all tokens.
-    """
-    return linear(kernels.normalise(x), norm.scale)
+    def forward(self, x: Tensor) -> Normed:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Normed(kernels.normalise(x), self.scale)
 
 
 class RoPE2D(nn.Module):
@@ -174,8 +186,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 class GroupedQueryAttention(nn.Module):
     """Self-attention in which Q / K query heads share one key and value (Ainslie et al. 2023).
 
-    `forward` takes tokens (B, N, D), the norm before it and the block's rotary tables, and gives
-    (B, N, D).
+    `forward` takes normed tokens (B, N, D) and the block's rotary tables, and returns (B, N, D).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -188,17 +199,15 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, norm: RMSNorm, cosine: Tensor, sine: Tensor) -> Tensor:
-        attended = self.attend(*self.heads(x, norm, cosine, sine))
-        return self.projection(attended.transpose(1, 2).reshape(x.shape))
+    def forward(self, x: Normed, cosine: Tensor, sine: Tensor) -> Tensor:
+        attended = self.attend(*self.heads(x, cosine, sine))
+        return self.projection(attended.transpose(1, 2).reshape(x.tokens.shape))
 
-    def heads(
-        self, x: Tensor, norm: RMSNorm, cosine: Tensor, sine: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, Q, N, S) and keys (B, K, N, S), both turned, and values (B, K, N, S)."""
-        B, N, _ = x.shape
+    def heads(self, x: Normed, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, Q, N, S) and keys (B, K, N, S), and values (B, K, N, S)."""
+        B, N, _ = x.tokens.shape
         Q, K = self.num_heads, self.num_kv_heads
-        heads = norm_linear(norm, self.qkv, x).view(B, N, -1, self.head_size)
+        heads = self.qkv(x).view(B, N, -1, self.head_size)
         q, k, v = heads.split([Q, K, K], dim=2)  # (B, N, Q or K, S)
         # Turned while a token's heads lie together, as in the product before: a compiler then joins
         # their gradients without float32 copies. Of axial tables, one for all heads, both parts are
@@ -223,7 +232,7 @@ class GroupedQueryAttention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GELU in its tanh form, which fused kernels speak, linear.
 
-    `forward` takes tokens (B, N, D) and the norm before it, and gives (B, N, D).
+    `forward` takes normed tokens (B, N, D) and returns (B, N, D).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -234,20 +243,20 @@ class FeedForward(nn.Module):
         self.contract = Linear(hidden, dim, bias=config.ffn_bias)
         self.fused = False  # until training has tried it: see ViT.fuse
 
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        if self.fused and kernels.can_fuse(x):
-            x, weight = kernels.normalise(x), self.expand.weight * norm.scale
-            last = self.contract.weight, self.contract.bias
-            return kernels.feed_forward(x, weight, self.expand.bias, *last)
-        return self.contract(F.gelu(norm_linear(norm, self.expand, x), approximate="tanh"))
+    def forward(self, x: Normed) -> Tensor:
+        if self.fused and kernels.can_fuse(x.tokens):
+            weight, last = self.expand.weight * x.scale, (self.contract.weight, self.contract.bias)
+            return kernels.feed_forward(x.tokens, weight, self.expand.bias, *last)
+        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
 
 
 class Residual(nn.Module):
-    """x + drop(branch(x)), tokens (B, N, D) to (B, N, D): dropout, LayerScale, stochastic depth.
+    """drop(branch(x)) for tokens (B, N, D): dropout, LayerScale, stochastic depth.
 
-    Stochastic depth skips the branch for a share of the images, drawn anew each time, and scales
-    the others up. A small share is drawn image by image. A large one is B times the share, rounded,
-    but at least one image is kept; and what is skipped is not computed (Oquab et al. 2023).
+    Stochastic depth skips the branch for a random share of the images and scales the others up. A
+    small share is drawn per image. A large share is B times the share, rounded, with at least one
+    image kept; the skipped images are not computed (Oquab et al. 2023), so `forward` takes the
+    branch as a function.
     """
 
     # Below it, gathering the others moves more bytes of a GPU's than it spares it work.
@@ -262,15 +271,15 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if not (self.training and self.skip):
-            return x + self.drop(branch(x))
+            return self.drop(branch(x))
         B = len(x)
         if self.skip < self.WORTHWHILE:
             keep = torch.empty(B, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.skip)
-            return x + self.drop(branch(x)) * (keep / (1 - self.skip))
+            return self.drop(branch(x)) * (keep / (1 - self.skip))
         kept = max(1, B - round(self.skip * B))
         order = torch.randperm(B, device=x.device)
         added = self.drop(branch(kernels.take_rows(x, order, kept))) * (B / kept)
-        return x + kernels.put_rows(added, order)
+        return kernels.put_rows(added, order)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout and LayerScale; shapes stay."""
@@ -283,19 +292,17 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, config: ViTConfig, skip: float) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.shape.dim)
+        self.attention_norm = PreNorm(config.shape.dim)
         self.attention = GroupedQueryAttention(config)
         self.attention_residual = Residual(config, skip)
-        self.ffn_norm = RMSNorm(config.shape.dim)
+        self.ffn_norm = PreNorm(config.shape.dim)
         self.ffn = FeedForward(config)
         self.ffn_residual = Residual(config, skip)
 
     def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        def attention(x: Tensor) -> Tensor:
-            return self.attention(x, self.attention_norm, cosine, sine)
-
-        x = self.attention_residual(x, attention)
-        return self.ffn_residual(x, lambda x: self.ffn(x, self.ffn_norm))
+        attention, ffn, rope = self.attention, self.ffn, (cosine, sine)
+        x = x + self.attention_residual(x, lambda x: attention(self.attention_norm(x), *rope))
+        return x + self.ffn_residual(x, lambda x: ffn(self.ffn_norm(x)))
 
 
 class ViT(nn.Module):
@@ -399,13 +406,16 @@ class ViT(nn.Module):
         return x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
 
     def fuse(self, fused: bool) -> None:
-        """Has the parts run vitral's own kernels, where there are some, or not.
+        """Turns vitral's own kernels on or off, on a device that has some.
 
-        With `kernels` plain they never do.
+        With `kernels` plain they stay off.
         """
+        fused = fused and self.config.kernels == "auto"
         for module in self.modules():
-            if isinstance(module, Linear | FeedForward):
-                module.fused = fused and self.config.kernels == "auto"
+            if isinstance(module, Linear):
+                module.fused = fused
+            elif isinstance(module, FeedForward):
+                module.fused = fused and kernels.has_feed_forward(self.cls.device)
 
     @property
     def num_parameters(self) -> int:
@@ -436,6 +446,8 @@ def forward_flops(model: nn.Module, image_size: int) -> float:
 
     Of a model in training they are the mean of a batch of 1,024.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     images, counter = 1024 if model.training else 1, FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(images, CHANNELS, image_size, image_size, device="meta"))

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitral.config import DataConfig, UserError, ViTConfig
+from vitral.config import DataConfig, ViTConfig
+from vitral.errors import UserError
 from vitral.model import CHANNELS, ViT, matrices
 from vitral.weights import Which, load
 

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, UserError, ViTConfig
+from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
+from vitral.data.formats import open_dataset
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.loader import train_batches
 from vitral.data.records import OPEN, Spans
-from vitral.data.sources import open_dataset
+from vitral.errors import UserError
 
 WNIDS = ("n01440764", "n02012849", "n03126707", "n07753592")
 NUMBER = {"n01440764": 7, "n02012849": 2, "n03126707": 9, "n07753592": 0}  # as shards have them

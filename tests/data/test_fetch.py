@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from vitral.config import AugmentConfig, Config, DataConfig
 from vitral.data.decode import gpu_decodes
 from vitral.data.fetch import GPU_CHUNK, Request, fetch, in_workers
+from vitral.data.formats import open_dataset
 from vitral.data.records import Packed
-from vitral.data.sources import open_dataset
 
 CPU = torch.device("cpu")
 SIDE = 16
@@ -207,7 +207,7 @@ import numpy as np
 import torch
 from vitral.config import Config, DataConfig
 from vitral.data.fetch import Request, fetch
-from vitral.data.sources import open_dataset
+from vitral.data.formats import open_dataset
 
 def run():
     config = Config(data=DataConfig(path=sys.argv[1]))

@@ -9,8 +9,8 @@ from torchvision.transforms.v2 import functional as reference
 
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
 from vitral.data.decode import decode
+from vitral.data.formats import open_dataset
 from vitral.data.loader import STILL, eval_batches, train_batches
-from vitral.data.sources import open_dataset
 
 EVERYTHING = AugmentConfig(
     policy="trivialaugment", brightness=0.4, erasing=0.5, mixup=0.8, cutmix=1.0, rotation=5.0

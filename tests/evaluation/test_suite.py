@@ -19,8 +19,9 @@ from PIL import Image
 
 from vitral import weights as saved
 from vitral.cli import main
-from vitral.config import Config, DataConfig, UserError, ViTConfig
+from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.imagenet import validation_labels, wnids
+from vitral.errors import UserError
 from vitral.evaluation import evaluate, evaluate_suite, find_suite, sweep
 from vitral.evaluation.table import Row, write_rows
 from vitral.model import ViT
@@ -335,7 +336,7 @@ def test_a_number_that_no_image_of_validation_has(world, tmp_path):
 
 
 @pytest.fixture
-def mistake(capsys, tmp_path):
+def data_error(capsys, tmp_path):
     def expect(words, *fragments):
         assert main(["val", *map(str, words)]) == 2
         text = capsys.readouterr().err
@@ -347,26 +348,26 @@ def mistake(capsys, tmp_path):
     return expect
 
 
-def test_mistakes(world, tmp_path, mistake):
+def test_mistakes(world, tmp_path, data_error):
     ours, out = world.weights.path, ["--out", tmp_path / "out"]
     empty = tmp_path / "empty"
     (empty / "imagenet-a").mkdir(parents=True)
     looked_for = ["imagenet-a", "imagenet-r", "real.json", "sketch", "top-images-format-val"]
-    mistake([ours, "--suite", empty, *out], str(empty), *looked_for)
-    mistake([ours, "--suite", tmp_path / "none", *out], "nothing of that name")
-    mistake([ours, "--suite", world.root, "--data", "digits", *out], "suite, data")
-    mistake([ours, "--suite", world.root, "--resolutions", "8", *out], "suite, resolutions")
-    mistake([ours, "--resolutions", "8", "10", *out], "resolutions", "10", "nearest is 8")
-    mistake([ours, "--resolutions", "eight", *out], "resolutions", "'eight'")
+    data_error([ours, "--suite", empty, *out], str(empty), *looked_for)
+    data_error([ours, "--suite", tmp_path / "none", *out], "nothing of that name")
+    data_error([ours, "--suite", world.root, "--data", "digits", *out], "suite, data")
+    data_error([ours, "--suite", world.root, "--image-sizes", "8", *out], "suite, image-sizes")
+    data_error([ours, "--image-sizes", "8", "10", *out], "image-sizes", "10", "nearest is 8")
+    data_error([ours, "--image-sizes", "eight", *out], "image-sizes", "'eight'")
 
     digits = make_weights(tmp_path / "digits", tuple("0123456789")).path
-    mistake([digits, "--suite", world.root, *out], "wnid", "got 0, 1, 2 and 7 more")
+    data_error([digits, "--suite", world.root, *out], "wnid", "got 0, 1, 2 and 7 more")
     far = make_weights(tmp_path / "far", ("n01440764", "own")).path
-    mistake([far, "--suite", world.root / "imagenet-a", *out], "two or more of the 2 classes")
+    data_error([far, "--suite", world.root / "imagenet-a", *out], "two or more of the 2 classes")
 
     for folder in ("imagenet-a", "copy/imagenet-a"):
         shutil.copytree(world.root / "sketch", tmp_path / "twice" / folder)
-    mistake([ours, "--suite", tmp_path / "twice", *out], "one place of ImageNet-A", "copy")
+    data_error([ours, "--suite", tmp_path / "twice", *out], "one place of ImageNet-A", "copy")
 
 
 @pytest.mark.parametrize(
@@ -380,10 +381,10 @@ def test_mistakes(world, tmp_path, mistake):
         (json.dumps([[True]] + [[1]] * 49_999), "[True] for image 1"),
     ],
 )
-def test_other_files_than_reals(world, tmp_path, mistake, content, fragment):
+def test_other_files_than_reals(world, tmp_path, data_error, content, fragment):
     shutil.copytree(world.root / "val", tmp_path / "val")
     (tmp_path / "real.json").write_text(content)
-    mistake([world.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
+    data_error([world.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
 
 
 def test_command_writes_what_it_prints(world, tmp_path, capsys):

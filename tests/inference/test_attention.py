@@ -47,11 +47,11 @@ def test_weights_recombine_to_the_output_of_each_layer(options, dtype):
     images = torch.randn(2, 3, 16, 12, dtype=dtype)
     logits, weights = attention_weights(model, images)
     assert len(weights) == 3
-    for block, shares, ((x, norm, _, _), output) in zip(model.blocks, weights, seen, strict=True):
+    for block, shares, ((x, _, _), output) in zip(model.blocks, weights, seen, strict=True):
         layer = block.attention
-        assert shares.shape == (2, 4, x.shape[1], x.shape[1])
+        assert shares.shape == (2, 4, x.tokens.shape[1], x.tokens.shape[1])
         torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
-        values = layer.qkv(norm(x)).split(layer.head_size, dim=-1)[-layer.num_kv_heads :]
+        values = layer.qkv(x).split(layer.head_size, dim=-1)[-layer.num_kv_heads :]
         group = 4 // layer.num_kv_heads
         mixed = [shares[:, head] @ values[head // group] for head in range(4)]
         again = layer.projection(torch.cat(mixed, dim=-1))

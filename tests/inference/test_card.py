@@ -198,7 +198,7 @@ def test_limits_name_every_size_trained_at(make):
     assert "its 2 classes alone" in limits
 
 
-def test_without_a_licence_none_is_claimed(make):
+def test_without_a_license_none_is_claimed(make):
     text = card(make(), "anna/x")
     assert "license" not in front(text)
     assert section(text, "Licence").startswith("None is stated")

@@ -9,8 +9,9 @@ from PIL import Image
 
 from vitral import weights
 from vitral.cli import main
-from vitral.config import Config, DataConfig, UserError, ViTConfig
+from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.augment import finish
+from vitral.errors import UserError
 from vitral.inference.explain import explain
 from vitral.model import ViT
 
@@ -85,7 +86,7 @@ def test_what_is_shown_is_of_the_layer_and_patch_asked_for(loaded):
     assert found.heads.shape == (2, 2, 4, 4)
     # In multiples of even attention, over the patches and the CLS token: 17 in all at most.
     assert (found.heads.sum((2, 3)) < 17).all()
-    larger = explain(loaded, image, resolution=24)
+    larger = explain(loaded, image, image_size=24)
     assert larger.rollout.shape == (6, 6)
     assert larger.pixels.shape == (24, 24, 3)
 
@@ -97,7 +98,7 @@ def test_what_is_shown_is_of_the_layer_and_patch_asked_for(loaded):
         ({"layer": -1}, "layer: expected 0 to 1, got -1"),
         ({"patch": (0, 4)}, "patch: expected a row and a column, each 0 to 3, got 0 4"),
         ({"patch": (-1, 0)}, "got -1 0"),
-        ({"resolution": 18}, "multiple of the patch size 4, got 18"),
+        ({"image_size": 18}, "multiple of the patch size 4, got 18"),
     ],
 )
 def test_settings_that_the_model_does_not_have(loaded, options, fragment):
@@ -135,8 +136,8 @@ def test_the_command_draws_and_lists_what_it_cannot_read(directory, photo, tmp_p
     ("words", "code", "fragment"),
     [
         ("WEIGHTS broken.jpg", 1, "broken.jpg: not an image"),
-        ("WEIGHTS", 2, "expected PATH after WEIGHTS"),
-        ("nowhere broken.jpg", 2, "nowhere: no such folder"),
+        ("WEIGHTS", 2, "expected PATH"),
+        ("nowhere broken.jpg", 2, "nowhere: no such directory"),
         ("WEIGHTS PHOTO --patch 4 0", 2, "patch: expected"),
         ("WEIGHTS PHOTO --out broken.jpg/x", 2, "out: cannot write"),
         ("WEIGHTS PHOTO --wich ema", 2, "did you mean --which"),

@@ -15,9 +15,9 @@ import vitral
 from vitral import storage, weights
 from vitral.cli import main
 from vitral.config import Config, DataConfig, ViTConfig
+from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import eval_batches
-from vitral.data.sources import open_dataset
 from vitral.inference import export as exporting
 from vitral.inference.export import Agreement, export
 from vitral.model import ViT

@@ -11,9 +11,10 @@ from PIL import Image
 
 import vitral
 from vitral import weights
-from vitral.config import Config, DataConfig, UserError, ViTConfig
+from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.crops import eval_crop
 from vitral.data.decode import decode
+from vitral.errors import UserError
 from vitral.inference import Classifier, find_images, load
 from vitral.model import ViT
 
@@ -85,7 +86,7 @@ def test_equals_evaluation(directory, folder, files):
 def test_equals_one_image_at_a_time_at_any_resolution(directory, files, side, tokens):
     classifier, seen = load(directory), []
     hook = classifier.model.norm.register_forward_hook(lambda *io: seen.append(io[2].shape[1]))
-    found = classifier.predict(files, top=7, resolution=side)
+    found = classifier.predict(files, top=7, image_size=side)
     hook.remove()
     assert set(seen) == {tokens}
     for prediction in found:
@@ -115,7 +116,7 @@ def test_embeds_what_the_head_reads(directory, files, pooling, side, workers):
     model = ViT(dataclasses.replace(MODEL, pooling=pooling), len(CLASSES)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.5)
     classifier = Classifier(model, known.description, known.path)
-    vectors = classifier.embed(files, resolution=side, workers=workers, batch_size=5)
+    vectors = classifier.embed(files, image_size=side, workers=workers, batch_size=5)
     assert (vectors.shape, vectors.dtype) == ((len(files), 16), np.float32)
     data = known.description.config.data
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
@@ -128,7 +129,7 @@ def test_embeds_what_the_head_reads(directory, files, pooling, side, workers):
             expected = tokens[0] if pooling == "cls" else tokens[1:].mean(0)
             np.testing.assert_allclose(vector, expected, atol=1e-4)
     shares = model.head(torch.from_numpy(vectors)).softmax(1).amax(1)
-    found = classifier.predict(files, top=1, resolution=side)
+    found = classifier.predict(files, top=1, image_size=side)
     np.testing.assert_allclose([p.probabilities[0] for p in found], shares.detach(), atol=1e-5)
 
 
@@ -208,8 +209,8 @@ def test_broken_images_are_listed_and_never_replaced(directory, files, tmp_path,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resolution": 18}, "multiple of the patch size 4, got 18; the nearest is 16"),
-        ({"resolution": 0}, "got 0; the nearest is 4"),
+        ({"image_size": 18}, "multiple of the patch size 4, got 18; the nearest is 16"),
+        ({"image_size": 0}, "got 0; the nearest is 4"),
         ({"top": 0}, "top: expected 1 or more, got 0"),
         ({"batch_size": 0}, "batch_size: expected 1 or more"),
         ({"workers": -1}, "workers: expected 0 or more, got -1"),

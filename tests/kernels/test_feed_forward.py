@@ -58,19 +58,19 @@ from torch import nn
 from vitral import kernels
 from vitral.config import ViTConfig
 from vitral.kernels import gelu
-from vitral.model import FeedForward, RMSNorm
+from vitral.model import FeedForward, PreNorm
 
 gelu.wrap_triton = lambda kernel: kernel  # which torch 2.11 does not do when they are interpreted
 
 kernels.can_fuse = lambda x: True
 for bias in (True, False):
     layer = FeedForward(ViTConfig(dim=24, num_heads=2, num_kv_heads=1, ffn_bias=bias))
-    norm, x = RMSNorm(24), torch.randn(2, 5, 24)
+    norm, x = PreNorm(24), torch.randn(2, 5, 24)
     for parameter in (norm.scale, *layer.parameters()):
         nn.init.normal_(parameter)
     found = []
     for layer.fused in (True, False):
-        y = layer(x, norm)
+        y = layer(norm(x))
         found.append([y, *torch.autograd.grad(y.square().sum(), [norm.scale, *layer.parameters()])])
     assert not found[0][0].equal(found[1][0])
     for ours, theirs in zip(*found):

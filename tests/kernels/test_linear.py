@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitral import kernels, recipes
+from vitral import kernels, settings
 from vitral.kernels import linear
 from vitral.model import ViT
-from vitral.training.resolve import resolve
+from vitral.training.resolved import resolve
 
 pytestmark = pytest.mark.skipif(not kernels.has_onednn(), reason="torch has no oneDNN here")
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def amd(monkeypatch):
-    monkeypatch.setattr(linear, "_is_amd", lambda: True)
+    monkeypatch.setattr(linear, "is_amd", lambda: True)
 
 
 def gradients(function, x, weight, bias, gradient):
@@ -79,7 +79,7 @@ def test_a_second_derivative_is_refused():
 )
 def test_when_training_uses_it(monkeypatch, words, used):
     """It is in use where the choice says so, and counted: a ViT of one block has six layers."""
-    config = recipes.load("digits", ["--model.depth", "1", *words])
+    config = settings.load("digits", ["--model.depth", "1", *words])
     model = ViT(config.model, 10)
     resolved = resolve(config, model, CPU)
     assert resolved.fused is used
@@ -108,7 +108,7 @@ def test_what_it_takes(other, monkeypatch):
 
 
 def test_other_makers_keep_torchs_own(monkeypatch):
-    monkeypatch.setattr(linear, "_is_amd", lambda: False)
+    monkeypatch.setattr(linear, "is_amd", lambda: False)
     assert not kernels.can_train_by_onednn(torch.empty(2))
 
 
@@ -116,7 +116,7 @@ def test_other_makers_keep_torchs_own(monkeypatch):
 def test_the_model_gives_what_it_gave():
     torch.manual_seed(0)
     words = "--model.dim 48 --model.depth 2 --model.stochastic-depth 0".split()
-    config = recipes.load("cifar10", words).model
+    config = settings.load("cifar10", words).model
     model = ViT(config, 10)
     torch.nn.init.normal_(model.head.weight)
     images = torch.randn(4, 3, 32, 32)

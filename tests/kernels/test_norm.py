@@ -1,11 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vitral import kernels
-from vitral.model import Linear, norm_linear
+from vitral.model import Linear, Normed
 
 
 def by_formula(x):
@@ -89,7 +87,7 @@ def test_bf16_errs_no_more_than_the_plain_norm_does():
         linear = Linear(32, 40, bias=False)
         del linear.weight
         linear.weight = weight
-        return norm_linear(SimpleNamespace(scale=scale), linear, x)
+        return linear(Normed(kernels.normalise(x), scale))
 
     def plain(x, scale, weight):
         return F.linear(F.rms_norm(x, (32,), scale, eps=1e-6), weight)

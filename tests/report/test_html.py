@@ -21,9 +21,10 @@ from vitral.data.records import Packed, Pixels
 from vitral.evaluation import Scores
 from vitral.inference.attention import attention_weights
 from vitral.report.figures import Axis, Chart, Line, reliability, thin
-from vitral.report.gather import Predictions, read_rows, read_run
 from vitral.report.html import write_report
+from vitral.report.predictions import Predictions
 from vitral.report.thumbnails import attended, data_uri, thumbnail
+from vitral.rundir import read_rows, read_run
 
 TINY = "--model.dim 16 --model.depth 2 --train.epochs 4 --optim.warmup-epochs 0 --train.threads 1"
 TINY += " --train.log-every 5 --train.eval-every 2 --train.ema-decay 0.9"
@@ -407,7 +408,7 @@ def test_a_corrupt_line_ends_the_log_and_is_named(run, tmp_path, line):
         "\n".join([*lines[:4], line, *lines[5:]]) + "\n", "latin-1"
     )
     page = write(folder, tmp_path / "page.html", None)
-    assert f"metrics.jsonl: line 5 of {len(lines)} is no row" in page.words[None]
+    assert f"metrics.jsonl: line 5 of {len(lines)} is not a row" in page.words[None]
     images = json.loads(lines[3])["images"]
     assert f"Images seen {images:,}" in page.words["summary"]
 
@@ -439,9 +440,9 @@ def test_several_runs_are_compared(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
-        (["/nowhere"], ["/nowhere", "no folder"]),
+        (["/nowhere"], ["/nowhere", "no directory"]),
         (["{here}"], ["one without", "config.yaml"]),
-        (["{run}", "--out", "{here}"], ["got the folder"]),
+        (["{run}", "--out", "{here}"], ["got the directory"]),
         (["{run}", "{run}", "--data", "digits"], ["several runs"]),
         (["{run}", "--dat", "digits"], ["--dat", "--data"]),
         ([], ["expected RUN"]),
@@ -482,7 +483,7 @@ def test_an_image_that_is_gone_is_left_out(run, image_folder, tmp_path):
     settings = f"{TINY} --train.epochs 1 --model.image-size 16 --model.patch-size 4 --data"
     given = [*settings.split(), str(tmp_path / "set"), "--train.batch-size", "8"]
     folder = train("digits", *given, "--out", str(tmp_path / "run"))
-    from vitral.report.gather import evaluate_best
+    from vitral.report.predictions import evaluate_best
 
     predictions = evaluate_best(read_run(folder))
     (tmp_path / "set/val/dark/00.jpg").unlink()

@@ -26,17 +26,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vitral import evaluate, recipes, storage
+from vitral import evaluate, settings, storage
 from vitral.cli import main
 from vitral.config import Config, OptimConfig, ViTConfig
 from vitral.data import loader
 from vitral.model import ViT
-from vitral.training import loop
+from vitral.training import loop, validation
 from vitral.training.distributed import SHARDS, full, joined, spread_like
 from vitral.training.metrics import CLOCK, read_rows
 from vitral.training.optim import Optimizer
 from vitral.training.parallel import InFixedOrder
-from vitral.training.resolve import Resolved, build_model, resolve
+from vitral.training.resolved import Resolved, build_model, resolve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -245,7 +245,7 @@ def samples(file, first=0, last=STEPS):
 )
 def test_every_image_is_validated_once(pictures, tmp_path, monkeypatch, size, batch, parallel):
     """All figures equal those of one process, bit by bit."""
-    monkeypatch.setattr(loop, "EVAL_BATCH", batch)
+    monkeypatch.setattr(validation, "EVAL_BATCH", batch)
     more = {"train__parallel": parallel, "train__epochs": 4, "train__micro_batch": 8}
     out = run(words(pictures, tmp_path / "run", **more), size)
     (row,) = (row for row in read_rows(out / "metrics.jsonl") if "val_loss" in row)
@@ -337,7 +337,7 @@ def test_reproducible_to_the_last_bit(pictures, tmp_path, reproduced, size):
 
 def test_reproducible_is_one_thread():
     """torchrun gives each process one, where a plain run takes all cores."""
-    config = recipes.load("digits", ["--train.reproducible"])
+    config = settings.load("digits", ["--train.reproducible"])
     model = build_model(config, 10)
     assert resolve(config, model, torch.device("cpu")).threads == 1
 
@@ -490,14 +490,14 @@ def test_signal_to_one_ends_all(pictures, tmp_path, number, rank, parallel):
 
 def test_checkpoint_of_the_clock_is_written_once(pictures, tmp_path):
     def hook(_):
-        update = loop.Trainer._update
+        update = loop.Trainer._step
 
         def an_hour_passes(self, batches):
             update(self, batches)
-            if self.step == 4:
+            if self.progress.step == 4:
                 self.last_checkpoint -= 3600
 
-        loop.Trainer._update = an_hour_passes
+        loop.Trainer._step = an_hour_passes
 
     more = {"train__checkpoint_minutes": 30, "train__checkpoint_steps": 1000}
     out = run(words(pictures, tmp_path / "run", **more), 2, hook)
@@ -540,7 +540,7 @@ def test_size_of_images_changes_across_a_kill(pictures, tmp_path):
 
 
 @pytest.fixture
-def mistake():
+def data_error():
     """Runs commands that must fail in all processes, and one of them says why, in one line."""
 
     def expect(commands, *fragments, hook=None):
@@ -573,12 +573,12 @@ def contents(folder):
         (2, {"data": "/no/such/folder"}, ["vitral: data: /no/such/folder"]),
     ],
 )
-def test_settings_that_processes_cannot_use(pictures, tmp_path, mistake, size, more, fragments):
-    assert mistake([words(pictures, tmp_path / "run", **more)] * size, *fragments)
+def test_settings_that_processes_cannot_use(pictures, tmp_path, data_error, size, more, fragments):
+    assert data_error([words(pictures, tmp_path / "run", **more)] * size, *fragments)
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_differs_between_processes(pictures, tmp_path, mistake):
+def test_data_that_differs_between_processes(pictures, tmp_path, data_error):
     out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(pictures, other)
     (other / "train" / "class0" / "00.jpg").unlink()
@@ -586,7 +586,7 @@ def test_data_that_differs_between_processes(pictures, tmp_path, mistake):
         "/no/such/folder": ["process 1: ", "/no/such/folder"],
         other: ["not the same for all processes"],
     }.items():
-        assert mistake([words(pictures, out), words(data, out)], *fragments)
+        assert data_error([words(pictures, out), words(data, out)], *fragments)
         assert not out.exists()
 
 
@@ -598,29 +598,31 @@ def begun(pictures, tmp_path):
     return command
 
 
-def test_run_folders_that_processes_cannot_use(pictures, begun, mistake):
+def test_run_folders_that_processes_cannot_use(pictures, begun, data_error):
     out = folder_of(begun)
     with (out / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        assert mistake([begun] * 2, "another run is live", str(out))
-    assert mistake([words(pictures, out, optim__lr=0.5)] * 2, "optim.lr", "0.5", f"--out {out}-2")
+        assert data_error([begun] * 2, "another process is training", str(out))
+    assert data_error(
+        [words(pictures, out, optim__lr=0.5)] * 2, "optim.lr", "0.5", f"--out {out}-2"
+    )
     for manifest in out.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    assert mistake([begun] * 2, "no checkpoint in", "can be used")
+    assert data_error([begun] * 2, "no checkpoint in", "can be used")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("split", "who"), [("train", ""), ("val", "process 1: ")])
 def test_broken_image_that_one_process_meets(
-    pictures, tmp_path, monkeypatch, mistake, split, who, parallel
+    pictures, tmp_path, monkeypatch, data_error, split, who, parallel
 ):
-    monkeypatch.setattr(loop, "EVAL_BATCH", 4)
+    monkeypatch.setattr(validation, "EVAL_BATCH", 4)
     folder = tmp_path / "images"
     shutil.copytree(pictures, folder)
     bad = folder / split / "class5" / "06.jpg"
     bad.write_bytes(b"no image")
     more = {"train__parallel": parallel, "train__epochs": 2, "train__batch_size": 12}
-    mistake([words(folder, tmp_path / "run", **more)] * 2, f"vitral: {who}data:", str(bad))
+    data_error([words(folder, tmp_path / "run", **more)] * 2, f"vitral: {who}data:", str(bad))
     assert not (tmp_path / "run" / "weights").exists()
 
 
@@ -657,10 +659,10 @@ def test_step_that_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_
     assert after[0] != after[1] != after[2] == after[3] == after[4]
 
 
-def test_ten_steps_that_are_not_finite_in_one_process_stop_all(pictures, tmp_path, mistake):
-    mistake(
+def test_ten_steps_that_are_not_finite_in_one_process_stop_all(pictures, tmp_path, data_error):
+    data_error(
         [words(pictures, tmp_path / "run")] * 2,
-        "10 updates in a row were not finite",
+        "10 consecutive updates before step",
         hook=poison(range(2, 20)),
     )
     tensors = storage.read_tensors(newest(tmp_path / "run"), "model")
@@ -674,7 +676,7 @@ def test_ten_steps_that_are_not_finite_in_one_process_stop_all(pictures, tmp_pat
         ("3", REPRODUCIBLE, ["train.reproducible"]),
         ("2", {"data": "/no/such/folder"}, ["/no/such/folder"]),
         ("0", {}, ["gpus: expected 1 or more, got 0"]),
-        ("two", {}, ["gpus: expected a number", "two"]),
+        ("two", {}, ["gpus: expected an integer", "two"]),
     ],
 )
 def test_launcher_refuses_first(pictures, tmp_path, capsys, gpus, more, fragments):
@@ -734,5 +736,5 @@ def test_torchrun_recovers_from_a_killed_process(pictures, tmp_path, pair):
     (second,) = (number for number, rank in processes_of(out).items() if rank == 1)
     os.kill(second, signal.SIGKILL)
     assert parent.wait(PATIENCE) == 0
-    assert "goes on from step" in (out / "train.log").read_text()
+    assert "resumes from step" in (out / "train.log").read_text()
     assert digests(out) == pair

@@ -1,40 +1,30 @@
-"""The energy counter against a library with NVML's functions, made on the spot."""
+"""The energy meter, with a driver that counts as NVML does."""
 
-import shutil
-import subprocess
+import itertools
 
+import pynvml
 import pytest
 
 from vitral.training import energy
 from vitral.training.monitor import Clock
-from vitral.training.resolve import Resolved
+from vitral.training.resolved import Resolved
 
-# NVML's signatures: 0 for success; millijoules since the driver was loaded.
-NVML = """
-#include <string.h>
-static int opened, calls;
-int nvmlInit_v2(void) { opened = 1; return 0; }
-int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) {
-    if (!opened || strcmp(uuid, "GPU-12-ab")) return 6;
-    *device = &calls;
-    return 0;
-}
-int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *energy) {
-    if (device != &calls) return 2;
-    *energy = 5000000000000ULL + 3600000ULL * 1000 * calls++;  /* a kWh a call; above 32 bits */
-    return 0;
-}
-"""
+KWH = 3_600_000_000  # millijoules
 
 
 @pytest.fixture
-def nvml(tmp_path, monkeypatch):
-    if shutil.which("cc") is None:
-        pytest.skip("no compiler")
-    (tmp_path / "nvml.c").write_text(NVML)
-    library = tmp_path / "libnvidia-ml.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "nvml.c"], check=True)
-    monkeypatch.setattr(energy, "LIBRARY", str(library))
+def nvml(monkeypatch):
+    """A driver that counts a kWh between two calls, from a count above 32 bits."""
+    counts = itertools.count(5_000_000_000_000, KWH)
+
+    def handle(uuid):
+        if uuid != "GPU-12-ab":
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return "handle"
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: next(counts))
 
 
 def test_energy_is_counted_from_the_start(nvml):
@@ -44,7 +34,7 @@ def test_energy_is_counted_from_the_start(nvml):
 
 def test_without_a_counter_there_is_none(nvml, monkeypatch):
     assert energy.meter_of("GPU-other")() is None
-    monkeypatch.setattr(energy, "LIBRARY", "no such library")
+    monkeypatch.undo()  # the real library, which finds no such GPU
     assert energy.meter_of("GPU-12-ab")() is None
     assert energy.energy_meter("cpu")() is None
 

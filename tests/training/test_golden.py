@@ -9,7 +9,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from vitral import train
-from vitral.training.metrics import read_rows
+from vitral.rundir import read_rows
 
 SETTINGS = """
 --model.dim 32 --model.depth 2 --model.num-heads 4 --model.num-kv-heads 2 --model.num-registers 1

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from vitral import recipes, train
-from vitral.training.metrics import read_rows
+from vitral import settings, train
+from vitral.rundir import read_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,9 +47,9 @@ def test_bf16_and_compile_follow_float32(tmp_path):
 
 
 def test_micro_batch_is_cut_until_it_fits():
-    from vitral.training.resolve import build_model, resolve
+    from vitral.training.resolved import build_model, resolve
 
-    config = recipes.load("imagenet-b16-300ep", ["--train.compile", "never"])
+    config = settings.load("imagenet-b16-300ep", ["--train.compile", "never"])
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, batch_size=1 << 16)
     )

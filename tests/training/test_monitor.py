@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vitral.training.monitor import peak_flops
+from vitral.machine import peak_flops
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def matrices(model):
 
 
 def test_steps_are_those_of_torchs_muon():
+    """Up to rounding: torch orthogonalizes in bf16, vitral on a CPU in float32."""
     model, optimizer = drawn(name="muon", clip_norm=0.0)
     torch.manual_seed(0)
     known = ViT(CONFIG, 3)
@@ -56,7 +57,7 @@ def test_steps_are_those_of_torchs_muon():
         reference.step()
     parameters, expected = (dict(m.named_parameters()) for m in (model, known))
     for name in matrices(model):
-        torch.testing.assert_close(parameters[name], expected[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(parameters[name], expected[name], rtol=0, atol=5e-4)
         momentum = optimizer.state()[f"{name}.momentum"]
         kept = reference.state[expected[name]]["momentum_buffer"]
         torch.testing.assert_close(momentum, kept, rtol=1e-5, atol=1e-7)
@@ -71,7 +72,7 @@ def test_orthogonal_against_singular_vectors(shape):
         expected = values / values.norm()
         for _ in range(5):
             expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
-        torch.testing.assert_close(update, U * expected @ Vh, rtol=0, atol=0.03)  # bf16
+        torch.testing.assert_close(update, U * expected @ Vh, rtol=0, atol=1e-4)
         assert (expected[values > values.max() / 20] > 0.65).all()  # and none is above
         assert expected.max() < 1.25
     assert orthogonal(torch.zeros(1, *shape)).count_nonzero() == 0

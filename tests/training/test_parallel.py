@@ -10,7 +10,7 @@ from vitral.data.loader import Batch
 from vitral.model import ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.parallel import Averaged, InFixedOrder
-from vitral.training.resolve import Resolved
+from vitral.training.resolved import Resolved
 
 
 class Crossings(TorchDispatchMode):

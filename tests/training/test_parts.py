@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from vitral import recipes, storage
-from vitral.config import UserError
+from vitral import settings, storage
 from vitral.data.augment import finish
-from vitral.data.sources import open_dataset
-from vitral.report.gather import read_run
+from vitral.data.formats import open_dataset
+from vitral.errors import UserError
+from vitral.rundir import read_run
 from vitral.training import Interrupted, Parts, checkpoint, train
 from vitral.training.optim import Optimizer
 
@@ -85,7 +85,7 @@ def test_its_work_is_counted(whole):
 def test_no_weights_pretend_to_be_a_vit(whole):
     assert not (whole / "weights").exists()
     page = (whole / "report.html").read_text(encoding="utf-8")
-    assert "another than vitral&#39;s: pixels" in page or "another than vitral's: pixels" in page
+    assert "not vitral&#39;s: pixels" in page or "not vitral's: pixels" in page
 
 
 def test_it_resumes_exactly(whole, tmp_path):
@@ -111,7 +111,7 @@ def test_own_model_with_another_optimizer_keeps_its_weights(tmp_path):
 
     small = "--model.dim 16 --model.depth 1 --train.epochs 1".split()
     run(tmp_path / "half", Parts(name="halved", optimizer=Halved), *small)
-    lr = recipes.load("digits").optim.lr / 2
+    lr = settings.load("digits").optim.lr / 2
     run(tmp_path / "plain", Parts(), *small, "--optim.lr", str(lr))
     half, plain = (
         storage.read_tensors(tmp_path / name / "weights" / "last", "model")

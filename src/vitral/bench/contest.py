@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor.utils import fresh_cache
 
+from vitral import compat
 from vitral.bench import rounds
 from vitral.bench.peers import Builder
 from vitral.bench.rounds import in_turn, ratios
 from vitral.bench.work import Inference, Training, Work, describe_device
-from vitral.config import Config, UserError
-from vitral.evaluation.evaluate import pick_device
+from vitral.config import Config
+from vitral.errors import UserError
+from vitral.machine import has_gpu, pick_device
 from vitral.model import forward_flops
 
 Mode = Literal["train", "infer"]
@@ -59,7 +59,7 @@ def compare(
         config = dataclasses.replace(config, train=train)
         matmul = matmul_rate(resolved.device, resolved.precision)
         # Compilation is timed as it is the first time, not as read from the disk.
-        with fresh_cache():
+        with compat.fresh_compile_cache():
             racers = {n: Contestant(config, classes, mode, b) for n, b in builders.items()}
             times = in_turn({name: racer.round for name, racer in racers.items()}, count)
     except torch.OutOfMemoryError:
@@ -109,7 +109,7 @@ class Contestant:
             shadow = build(config.model, num_classes).train(mode == "train")
         passes = 3 if mode == "train" else 1
         self.flops = passes * forward_flops(shadow, config.model.image_size)
-        others = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        others = torch.cuda.memory_allocated() if has_gpu() else 0
         torch.manual_seed(config.train.seed)
         with pick_device(config.train.device):
             model = build(config.model, num_classes)
@@ -131,9 +131,9 @@ class Contestant:
         return self._time(self.steps)
 
     def _time(self, steps: int) -> Times:
-        graphs = counters["stats"]["unique_graphs"]
+        graphs = compat.num_compiled_graphs()
         times = time_steps(self.work, steps)
-        self.compilations += counters["stats"]["unique_graphs"] - graphs
+        self.compilations += compat.num_compiled_graphs() - graphs
         return times
 
 

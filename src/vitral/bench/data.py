@@ -16,23 +16,18 @@ from torchvision.transforms import v2
 
 from vitral.bench import rounds
 from vitral.bench.rounds import rates_in_turn, table
-from vitral.config import Config, UserError
+from vitral.config import Config
 from vitral.data import augment, crops
 from vitral.data.decode import DecodeError, decode
-from vitral.data.fetch import available_cores, in_workers, resolve_workers
-from vitral.data.rates import (
-    BATCH,
-    ENDLESS,
-    decoders,
-    images_per_second,
-    measure_rate,
-)
+from vitral.data.fetch import in_workers, resolve_workers
+from vitral.data.formats import open_dataset
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers, Order
-from vitral.data.sources import open_dataset
-from vitral.evaluation.evaluate import pick_device
+from vitral.data.tools.rates import BATCH, ENDLESS, decoders, images_per_second, measure_rate
+from vitral.errors import UserError
+from vitral.machine import available_cores, pick_device
 from vitral.model import CHANNELS
-from vitral.training.resolve import prepare_device
+from vitral.training.resolved import prepare_device
 
 SAMPLE = 512  # encoded images that are read over and over
 REFERENCE = "torchvision's reference transforms"

@@ -10,8 +10,9 @@ import torch
 
 from vitral.bench.peers import Builder
 from vitral.bench.work import Training
-from vitral.config import Config, UserError
-from vitral.evaluation.evaluate import pick_device
+from vitral.config import Config
+from vitral.errors import UserError
+from vitral.machine import pick_device
 
 
 def largest_batch(config: Config, build: Builder, num_classes: int) -> int:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import nn
 
-from vitral.config import UserError, ViTConfig
+from vitral.config import ViTConfig
+from vitral.errors import UserError
+from vitral.machine import has_gpu
 from vitral.model import ViT
 
 Builder = Callable[[ViTConfig, int], nn.Module]  # architecture and number of classes to a model
@@ -105,7 +106,7 @@ def contestants(peers: Sequence[str]) -> dict[str, Builder]:
     for name in peers:
         if name not in PEERS:
             raise UserError(f"peers: expected some of {', '.join(PEERS)}, got {name}")
-    ours = OURS if torch.cuda.is_available() else {"vitral": ViT}
+    ours = OURS if has_gpu() else {"vitral": ViT}
     return ours | {name: PEERS[name] for name in peers if has_timm()}
 
 

@@ -6,37 +6,44 @@ import itertools
 import statistics
 from pathlib import Path
 
-from vitral import recipes
+from vitral import settings
 from vitral.bench import rounds
 from vitral.bench.rounds import rates_in_turn, ratios, table
 from vitral.bench.work import Training, describe_device, describe_size
 from vitral.config import Config
-from vitral.data.fetch import available_cores, resolve_workers
-from vitral.data.rates import choose_decoder, endless_batches
+from vitral.data.fetch import resolve_workers
+from vitral.data.formats import open_dataset
 from vitral.data.records import Dataset
 from vitral.data.sampling import Order
-from vitral.data.sources import open_dataset
+from vitral.data.tools.rates import choose_decoder, endless_batches
+from vitral.machine import available_cores
 from vitral.model import count_flops
-from vitral.report.gather import duration
-from vitral.training.loop import rehearse
+from vitral.rundir import RunDir, duration
+from vitral.training import resume
+from vitral.training.distributed import World
+from vitral.training.loop import prepare
 
 
 def plan(config: Config) -> str:
     """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`).
 
     Raises:
-        UserError: as `rehearse`.
+        UserError: where `train` would raise it before its first step, apart from errors in images,
+            in the tensors of checkpoints, or of the machine.
     """
-    notes, dataset, model = rehearse(config)
+    run = RunDir(config.train.out or "")
+    notes, dataset, model = prepare(config, run, World())
     assert dataset.train is not None
+    resume.check_unstarted(config, run, dataset)
     train, classes = config.train, len(dataset.classes)
     steps = Order(train.seed, len(dataset.train), train.batch_size).end_of_epoch(train.epochs)
     training = Training(config, classes, config.model.image_size, model)
-    seconds = steps * train.batch_size / training.rate(itertools.repeat(training.batch))
-    seconds *= _mean_work(config, classes)
+    per_image, per_step = training.estimate()
+    per_image *= _mean_work(config, classes)
+    seconds = steps * (train.batch_size * per_image + per_step)
     micro = -(-train.batch_size // training.resolved.micro_batch)
     lines = [
-        recipes.dump(config),
+        settings.dump(config),
         *describe_size(config, training.model, classes),
         f"data        {_describe(dataset)}",
         *(f"note        {note}" for note in notes if note not in dataset.notes),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -11,13 +13,15 @@ from torch import nn
 
 from vitral.config import Config
 from vitral.data.loader import Batch
-from vitral.data.rates import images_per_second
-from vitral.evaluation.evaluate import pick_device
+from vitral.data.tools.rates import images_per_second, synchronize
+from vitral.machine import pick_device
 from vitral.model import CHANNELS, ViT, count_flops
 from vitral.training.distributed import World
 from vitral.training.optim import Optimizer
 from vitral.training.parallel import Averaged
-from vitral.training.resolve import Resolved, build_model, compiled, prepare_device, resolve
+from vitral.training.resolved import Resolved, build_model, compiled, prepare_device, resolve
+
+SAMPLE = 2  # images that a CPU is timed with
 
 
 class Work(ABC):
@@ -64,6 +68,24 @@ class Training(Work):
         loss = self.passes.accumulate(batch, last=True)
         self.optimizer.step(self.config.optim.lr, loss)
         return len(batch.images)
+
+    def estimate(self) -> tuple[float, float]:
+        """Seconds of both passes per image, and of an optimizer step, from very few images."""
+        batch = self.batch
+        if self.device.type == "cpu":  # its rate hardly depends on the number of images
+            few = slice(SAMPLE)
+            batch = dataclasses.replace(batch, images=batch.images[few], targets=batch.targets[few])
+        passes = min(self._seconds(lambda: self.passes.accumulate(batch, last=True)) for _ in "12")
+        loss = torch.zeros((), device=self.device)
+        step = self._seconds(lambda: self.optimizer.step(self.config.optim.lr, loss))
+        return passes / len(batch.images), step
+
+    def _seconds(self, action: Callable[[], object]) -> float:
+        synchronize(self.device)
+        started = time.perf_counter()
+        action()
+        synchronize(self.device)
+        return time.perf_counter() - started
 
     def rate(self, batches: Iterator[Batch], workers: int = 0, seconds: float = 0.5) -> float:
         """Images per second of a step on each of the batches."""

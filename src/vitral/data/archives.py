@@ -10,7 +10,7 @@ from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
-from vitral.data.records import mistake, some
+from vitral.errors import data_error, first_few
 
 T = TypeVar("T")
 AGAIN = "download or pack it again"
@@ -46,7 +46,9 @@ def members(
             if last.lower().endswith(suffixes) and _is_visible(last):
                 if not member.isreg() or member.issparse():
                     got = "a folder, link, device or sparse file"
-                    raise mistake(f"{place}: {last}", "a plain file", got, "pack the file itself")
+                    raise data_error(
+                        f"{place}: {last}", "a plain file", got, "pack the file itself"
+                    )
                 yield last, member
         file.seek(tar.offset)
         # Where archives end too early between two members, only this block is missing.
@@ -55,15 +57,15 @@ def members(
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         if not last:
             got = "something else, or a damaged one"
-            raise mistake(place, "a tar archive, uncompressed", got, AGAIN) from error
+            raise data_error(place, "a tar archive, uncompressed", got, AGAIN) from error
         got = f"one that is cut off or damaged at {last} or behind it"
-        raise mistake(place, "a whole tar archive", got, AGAIN) from error
+        raise data_error(place, "a whole tar archive", got, AGAIN) from error
 
 
 def _check_name(name: str, place: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
         mend = "do not trust this archive, or pack it anew"
-        raise mistake(place, "names that stay inside the archive", name, mend)
+        raise data_error(place, "names that stay inside the archive", name, mend)
     return name.removeprefix("./")
 
 
@@ -75,7 +77,7 @@ def refuse_doubles(place: Path | str, names: Iterable[str]) -> None:
     """Raises UserError if a name comes twice."""
     doubles = [name for name, count in Counter(names).items() if count > 1]
     if doubles:
-        raise mistake(place, "each name once", f"{some(doubles)} more than once", AGAIN)
+        raise data_error(place, "each name once", f"{first_few(doubles)} more than once", AGAIN)
 
 
 def progress(parts: Sequence[T]) -> Iterator[T]:

@@ -21,6 +21,11 @@ MAX_PIXELS = 64_000_000
 # All that is ever opened: Pillow knows many more, of which EPS starts a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
+"""Of image files."""
+
 
 class DecodeError(ValueError):
     """A broken or refused image: one line that says what is wrong with it."""

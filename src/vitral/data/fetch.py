@@ -24,27 +24,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from vitral.compat import loader_workers, wrap_exception
 from vitral.config import Config, DataConfig
 from vitral.data import crops
 from vitral.data.decode import DecodeError, decode, decode_on_gpu, gpu_decodes
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers
+from vitral.machine import available_cores
 
 T = TypeVar("T")
 Decoder = Literal["cpu", "gpu"]
 _started = weakref.WeakSet[BaseProcess]()  # workers
 CHUNK = 16  # images decoded before their crops are drawn together
 GPU_CHUNK = 32  # images that the GPU decodes and crops together
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def resolve_workers(config: DataConfig, records: Records, processes: int = 1) -> int:
@@ -140,7 +134,7 @@ def in_workers(
             if error.errno == errno.ENOSPC:
                 error.filename = "/dev/shm"  # where its semaphores lie
             raise
-    _started.update(getattr(batches, "_workers", ()))
+    _started.update(loader_workers(batches))
     return _watched(batches)
 
 
@@ -177,7 +171,7 @@ def _send_error(
     The thread that sends would drop the batch, and the reader wait for it for ever. Were the worker
     to end, torch would raise an error wherever the reader is just then.
     """
-    queue.put((batch[0], ExceptionWrapper((type(error), error, error.__traceback__))))
+    queue.put((batch[0], wrap_exception(error)))
 
 
 @atexit.register

@@ -14,6 +14,7 @@ import numpy as np
 
 from vitral.data.records import Names, Spans, stamp
 from vitral.data.sampling import Integers
+from vitral.machine import cache_dir
 
 SCHEMA = 1  # to be raised with any change of what is stored, or of how it is found
 COLUMNS = ("archive", "offsets", "sizes", "names")
@@ -56,7 +57,7 @@ def find(archives: Sequence[Path], read: Reader) -> Found:
     archives = tuple(path.absolute() for path in archives)
     stamps = tuple(stamp(path.stat()) for path in archives)
     key = repr((SCHEMA, read.__name__, [*map(os.fsencode, archives)], stamps))
-    place = _cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    place = cache_dir() / "index" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     columns = _load(place)
     if columns is None:
         columns = _arrange(*read(archives))
@@ -74,11 +75,6 @@ def _arrange(rows: list[Row], wnids: dict[bytes, bytes]) -> dict[str, np.ndarray
     columns = dict(zip(COLUMNS, [*map(np.array, numbers), np.array(names)], strict=True))
     named = np.array([wnids.get(each, b"") for each in values.tolist()])
     return {"values": values, "wnids": named, "labels": labels, **columns}
-
-
-def _cache_folder() -> Path:
-    own, shared = os.environ.get("VITRAL_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own or Path(shared or "~/.cache") / "vitral").expanduser() / "index"
 
 
 def _load(place: Path) -> dict[str, np.ndarray] | None:

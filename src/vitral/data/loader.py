@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitral.config import AugmentConfig, Config, UserError
+from vitral.config import AugmentConfig, Config
 from vitral.data import augment
 from vitral.data.fetch import Decoder, Fetched, Request, describe, fetch
 from vitral.data.records import Records
 from vitral.data.sampling import Integers, Order
+from vitral.errors import UserError
 
+EVAL_BATCH = 256  # images of a forward pass in evaluation
 STILL = AugmentConfig(crop="none", flip=0.0)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vitral.config import DataConfig, UserError
+from vitral.config import DataConfig
 from vitral.data.sampling import Integers, hashed
+from vitral.errors import data_error, first_few, printable
 
 Names = NDArray[np.bytes_]
 OPEN = 64  # archives that a process keeps open
@@ -272,9 +272,12 @@ def combine(
     known, records = training
     if known != classes:
         missing, extra = sorted({*known} - {*classes}), sorted({*classes} - {*known})
-        got = f"only in the training split: {some(missing)}, only in validation: {some(extra)}"
+        got = (
+            f"only in the training split: {first_few(missing)}, "
+            f"only in validation: {first_few(extra)}"
+        )
         expected = "the same classes in both splits"
-        raise mistake(root, expected, got, "rename or remove them")
+        raise data_error(root, expected, got, "rename or remove them")
     return Dataset(name, classes, records, held_out)
 
 
@@ -296,7 +299,7 @@ def hold_out(
     held = _draw_held_out(records, fraction, seed)
     if not held.any():
         got = f"none: {why}, and no class has two images to hold one out"
-        raise mistake(place, "validation images", got, "add images")
+        raise data_error(place, "validation images", got, "add images")
     note = (
         f"{why}: {held.sum():,} of {len(held):,} training images ({fraction:.0%} of each class) "
         f"are held out, drawn by seed {seed}"
@@ -318,19 +321,3 @@ def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.b
     held = np.empty(len(words), bool)
     held[order] = rank < np.repeat(quota, counts)
     return held
-
-
-def printable(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name for people, on one line: bytes that are no UTF-8 are escaped, as are newlines."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
-
-
-def mistake(place: os.PathLike[str] | str, expected: str, got: str, mend: str) -> UserError:
-    """The error of a data set that cannot be used."""
-    return UserError(printable(f"data: {place}: expected {expected}, got {got}; {mend}"))
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three of `names`, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import torch
 
-from vitral.config import Config, UserError, ViTConfig
+from vitral.config import Config, ViTConfig
 from vitral.data.fetch import resolve_workers
-from vitral.data.loader import eval_batches
+from vitral.data.formats import open_dataset
+from vitral.data.formats.known import KNOWN_SETS
+from vitral.data.loader import EVAL_BATCH, eval_batches
 from vitral.data.records import Dataset, Records, hold_out
-from vitral.data.sources import KNOWN_SETS, open_dataset
+from vitral.errors import UserError
 from vitral.evaluation.scores import Scores, measure
+from vitral.machine import pick_device
 from vitral.weights import Description, Weights, Which, load
-
-EVAL_BATCH = 256  # images of a forward pass
 
 
 def evaluate(
@@ -53,7 +54,7 @@ def evaluate(
 
 def sweep(
     weights: Weights | str | Path,
-    resolutions: Sequence[int],
+    image_sizes: Sequence[int],
     data: str | Dataset | None = None,
     *,
     which: Which | None = None,
@@ -69,7 +70,7 @@ def sweep(
     evaluation's, so the best size is often above that of training (Touvron et al. 2019).
 
     Args:
-        resolutions: sides of the images that the model sees, in pixels.
+        image_sizes: sides of the images that the model sees, in pixels.
         data, which, batch_size, workers, device: as for `evaluate`.
 
     Raises:
@@ -77,7 +78,7 @@ def sweep(
             and where `evaluate` raises it.
     """
     weights = prepare(weights, which, device)
-    models = at_sizes(weights.description, resolutions)
+    models = at_sizes(weights.description, image_sizes)
     dataset, config = _open(weights.description, data, workers)
     records, classes = _to_validate(dataset), dataset.classes
     configs = [dataclasses.replace(config, model=model) for model in models]
@@ -87,13 +88,13 @@ def sweep(
     )
 
 
-def at_sizes(description: Description, resolutions: Sequence[int]) -> list[ViTConfig]:
+def at_sizes(description: Description, image_sizes: Sequence[int]) -> list[ViTConfig]:
     """The model for images of other sizes; raises UserError for one that is not whole patches."""
     model = description.config.model
     try:
-        return [dataclasses.replace(model, image_size=side) for side in resolutions]
+        return [dataclasses.replace(model, image_size=side) for side in image_sizes]
     except UserError as error:
-        raise UserError(f"resolutions: {str(error).removeprefix('image_size: ')}") from None
+        raise UserError(f"image-sizes: {str(error).removeprefix('image_size: ')}") from None
 
 
 def prepare(weights: Weights | str | Path, which: Which | None, device: str) -> Weights:
@@ -196,19 +197,6 @@ def _open(
 def _to_validate(dataset: Dataset) -> Records:
     assert dataset.val is not None
     return dataset.val
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called "cpu" or "cuda"; "auto" is the GPU if there is one.
-
-    Raises:
-        UserError: if the GPU asked for is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: expected a GPU that torch can use, got none; give --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def _refuse_other_classes(ours: tuple[str, ...], theirs: tuple[str, ...], config: Config) -> None:

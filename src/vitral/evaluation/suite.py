@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vitral.config import Config, UserError
+from vitral.config import Config
 from vitral.data.imagenet import wnids
-from vitral.data.records import some
-from vitral.evaluation.evaluate import EVAL_BATCH, prepare, score
+from vitral.data.loader import EVAL_BATCH
+from vitral.errors import UserError, first_few
+from vitral.evaluation.evaluate import prepare, score
 from vitral.evaluation.scores import Scores, calibration_error
 from vitral.evaluation.table import Row
 from vitral.evaluation.testsets import IMAGENET, REAL, LabelledSet, Suite, find_suite, read_real
@@ -138,7 +139,7 @@ def _refuse_other_classes(weights: Weights, suite: Suite) -> None:
     if not {*classes} & {*wnids()}:
         raise UserError(
             f"weights: {weights.path}: expected classes of ImageNet by wnid, such as n01440764, "
-            f"got {some(classes)}; --suite is for ImageNet's classes, --data for others"
+            f"got {first_few(classes)}; --suite is for ImageNet's classes, --data for others"
         )
     if all(len(_shared(weights, each)) < 2 for each in suite.sets):
         raise UserError(

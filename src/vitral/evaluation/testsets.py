@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from vitral.config import Config
-from vitral.data.ilsvrc import VAL
+from vitral.data.decode import SUFFIXES
+from vitral.data.formats import open_dataset
+from vitral.data.formats.folder import walk_images
+from vitral.data.formats.ilsvrc import VAL
+from vitral.data.formats.parquet import Rows
 from vitral.data.imagenet import validation_labels, wnids
-from vitral.data.parquet import Rows
-from vitral.data.records import Files, Spans, mistake, printable, some
+from vitral.data.records import Files, Spans
 from vitral.data.sampling import Integers
-from vitral.data.sources import SUFFIXES, open_dataset, walk_images
+from vitral.errors import data_error, first_few, printable
 
 DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
 WNID = "n[0-9]{8}"
@@ -129,16 +132,16 @@ def find_suite(path: str | Path) -> Suite:
     root = Path(path).expanduser().resolve()
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing of that name"
-        raise mistake(root, "a folder with test sets in it", got, "give another")
+        raise data_error(root, "a folder with test sets in it", got, "give another")
     try:
         found = _locate(root)
         sets = tuple(_open(kind, found[kind]) for kind in KINDS if kind in found and kind != REAL)
     except OSError as error:
         where = error.filename or root
-        raise mistake(where, "to read it", str(error.strerror), "mend or remove it") from error
+        raise data_error(where, "to read it", str(error.strerror), "mend or remove it") from error
     if not sets:
         expected = ", ".join(f"{kind.usual} ({kind.name})" for kind in KINDS)
-        raise mistake(root, f"one or more of {expected}", "none", "give the folder they lie in")
+        raise data_error(root, f"one or more of {expected}", "none", "give the folder they lie in")
     numbered = sets[0].kind == IMAGENET and sets[0].numbers().any()
     return Suite(root, sets, found.get(REAL) if numbered else None)
 
@@ -156,14 +159,14 @@ def read_real(path: Path) -> list[list[int]]:
     try:
         labels = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise mistake(path, expected, str(error), mend) from error
+        raise data_error(path, expected, str(error), mend) from error
     if not isinstance(labels, list) or len(labels) != count:
-        raise mistake(path, expected, "something else, or another number of them", mend)
+        raise data_error(path, expected, "something else, or another number of them", mend)
     for number, each in enumerate(labels, 1):
         if not isinstance(each, list) or any(
             type(label) is not int or not 0 <= label <= most for label in each
         ):
-            raise mistake(path, expected, f"{each} for image {number}", mend)
+            raise data_error(path, expected, f"{each} for image {number}", mend)
     return labels
 
 
@@ -195,7 +198,7 @@ def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
 def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
     if kind in found and not found[kind].samefile(place):  # as by a link to a folder above
         got = f"{printable(found[kind])} and {printable(place)}"
-        raise mistake(place, f"one place of {kind.name}", got, "move one of them away")
+        raise data_error(place, f"one place of {kind.name}", got, "move one of them away")
     found.setdefault(kind, place)
 
 
@@ -262,7 +265,7 @@ def _open(kind: Kind, place: Path) -> LabelledSet:
         return LabelledSet(kind, place, tuple(classes.tolist()), records)
     if kind == IMAGENET:
         return _open_archives(place)
-    raise mistake(place, f"images ({', '.join(SUFFIXES)})", "none", "unpack them there")
+    raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", "unpack them there")
 
 
 def _flat(folder: Path) -> Iterator[tuple[str, bytes, int]]:
@@ -283,8 +286,8 @@ def _open_archives(place: Path) -> LabelledSet:
     strangers = [name for name in classes if name not in wnids()]
     if strangers or dataset.notes or not isinstance(records, Files | Spans | Rows):
         expected = "ImageNet's validation images, labelled by wnid"
-        got = f"classes {some(strangers)}" if strangers else "other images"
-        raise mistake(place, expected, got, "move them away")
+        got = f"classes {first_few(strangers)}" if strangers else "other images"
+        raise data_error(place, expected, got, "move them away")
     seen, labels = np.unique(records.labels, return_inverse=True)
     named = tuple(classes[i] for i in seen.tolist())
     return LabelledSet(IMAGENET, place, named, replace(records, labels=labels))

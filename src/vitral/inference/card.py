@@ -12,16 +12,19 @@ import dataclasses
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import yaml
-
-from vitral import hub, recipes, storage
+from vitral import hub, settings, storage
 from vitral.config import Config, DataConfig
 from vitral.data.imagenet import human_name, wnids
-from vitral.data.records import printable
+from vitral.errors import printable
 from vitral.model import count_flops
+from vitral.rundir import CONFIG, CURVES, RunDir
+from vitral.storage import MANIFEST
 from vitral.weights import Description, Weights, save
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
 class Source(NamedTuple):
@@ -42,19 +45,19 @@ KNOWN = {
 IMAGENET = Source("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
 
 
-def push(weights: Weights, name: str, *, private: bool = False, licence: str | None = None) -> str:
+def push(weights: Weights, name: str, *, private: bool = False, license: str | None = None) -> str:
     """Pushes all files of a weight folder to the Hub, with their card, in one commit.
 
     Args:
         name: owner/name; made if there is none.
         private: make it private; one that is public already is refused.
-        licence: of the weights, as SPDX names it.
+        license: of the weights, as SPDX names it.
 
     Returns:
         The address on the Hub.
 
     Raises:
-        UserError: if it may not be written, or the Hub does not know the licence.
+        UserError: if it may not be written, or the Hub does not know the license.
     """
     description = _without_places(weights.description)
     files = weights.path.glob("*.safetensors")
@@ -62,22 +65,20 @@ def push(weights: Weights, name: str, *, private: bool = False, licence: str | N
     with TemporaryDirectory() as place:
         folder = Path(place) / "weights"
         save(folder, states, description)
-        (folder / "config.yaml").write_text(recipes.dump(description.config), encoding="utf-8")
-        (folder / "README.md").write_text(card(weights, name, licence), encoding="utf-8")
+        (folder / CONFIG).write_text(settings.dump(description.config), encoding="utf-8")
+        (folder / "README.md").write_text(card(weights, name, license), encoding="utf-8")
         if curves := _curves(weights.path):
             shutil.copy(curves, folder)
         return hub.upload(name, folder, private=private, message=_message(description))
 
 
-def card(weights: Weights, name: str, licence: str | None = None) -> str:
+def card(weights: Weights, name: str, license: str | None = None) -> str:
     """The README.md of weights that are called owner/name: Markdown behind YAML front matter."""
+    hub.client()  # raises an error if the package is missing
     description = _without_places(weights.description)
     source = _source(description)
-    front = yaml.safe_dump(
-        _front_matter(description, source, name, licence), sort_keys=False, allow_unicode=True
-    )
     parts = [
-        f"---\n{front}---",
+        f"---\n{_card_data(description, source, name, license).to_yaml()}\n---",
         f"# {name.split('/')[1]}",
         _what(weights),
         _use(name),
@@ -85,7 +86,7 @@ def card(weights: Weights, name: str, licence: str | None = None) -> str:
         _training(description.config, name),
         _results(description, _curves(weights.path) is not None),
         _limits(description),
-        _terms(description, licence),
+        _terms(description, license),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -116,8 +117,8 @@ def _source(description: Description) -> Source:
 
 def _curves(directory: Path) -> Path | None:
     """The picture of the run that weights lie in."""
-    picture = directory.resolve().parents[1] / "curves.png"
-    return picture if directory.resolve().parent.name == "weights" and picture.exists() else None
+    run = RunDir.of_weights(directory)
+    return run.curves if run is not None and run.curves.exists() else None
 
 
 def _scores(description: Description, kind: str) -> dict[str, float]:
@@ -133,37 +134,40 @@ def _message(description: Description) -> str:
     return f"Weights of vitral {description.vitral}{score}"
 
 
-def _front_matter(
-    description: Description, source: Source, name: str, licence: str | None
-) -> dict[str, Any]:
-    init = description.config.train.init or ""
-    matter: dict[str, Any] = {
-        "library_name": "vitral",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "vision-transformer", "vitral"],
-    }
-    if licence is not None:
-        matter["license"] = licence.lower()  # the Hub's identifiers are SPDX's in lower case
-    if source.hub is not None:
-        matter["datasets"] = [source.hub]
-    if init.startswith(hub.PREFIX):
-        matter["base_model"] = init.removeprefix(hub.PREFIX).partition("@")[0]
-    scores = _scores(description, description.default)
-    if "top1" in scores:
-        kind = source.hub or "imagefolder"
-        split = "train, held out" if description.config.data.hold_out else "validation"
-        top1, top5 = round(scores["top1"], 4), round(scores["top5"], 4)
-        result = {
-            "task": {"type": "image-classification", "name": "Image classification"},
-            "dataset": {"type": kind, "name": source.title, "split": split},
-            "metrics": [
-                {"type": "accuracy", "name": "top-1 accuracy", "value": top1},
-                {"type": "top_5_accuracy", "name": "top-5 accuracy", "value": top5},
-            ],
-        }
-        matter["metrics"] = ["accuracy"]
-        matter["model-index"] = [{"name": name.split("/")[1], "results": [result]}]
-    return matter
+def _card_data(
+    description: Description, source: Source, name: str, license: str | None
+) -> ModelCardData:
+    """What the Hub reads of the card."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    init, scores = description.config.train.init or "", _scores(description, description.default)
+    base = init.removeprefix(hub.PREFIX).partition("@")[0] if init.startswith(hub.PREFIX) else None
+    names = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image classification",
+            dataset_type=source.hub or "imagefolder",
+            dataset_name=source.title,
+            dataset_split="train, held out" if description.config.data.hold_out else "validation",
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(scores[key], 4),
+        )
+        for key, (kind, title) in names.items()
+        if "top1" in scores
+    ]
+    return ModelCardData(
+        library_name="vitral",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "vision-transformer", "vitral"],
+        license=license and license.lower(),  # the Hub uses SPDX names in lower case
+        datasets=[source.hub] if source.hub else None,
+        base_model=base,
+        metrics=["accuracy"] if results else None,
+        model_name=name.split("/")[1],
+        eval_results=results or None,
+    )
 
 
 def _what(weights: Weights) -> str:
@@ -220,7 +224,7 @@ import vitral.timm
 model = timm.create_model("vitral", weights="{hub.PREFIX}{name}").eval()
 ```
 
-No file is a pickle, and each is compared with its SHA-256 in `manifest.json` before it is used."""
+No file is a pickle, and each is compared with its SHA-256 in `{MANIFEST}` before it is used."""
 
 
 def _data(description: Description, source: Source) -> str:
@@ -252,11 +256,11 @@ def _training(config: Config, name: str) -> str:
 
 {train.epochs} epochs of batches of {train.batch_size}, {optimizer} with a peak learning rate of \
 {config.optim.lr:g} and a cosine schedule, seed {train.seed}; it {start}. All settings are in \
-`config.yaml`, which repeats it:
+`{CONFIG}`, which repeats it:
 
 ```sh
-hf download {name} config.yaml --local-dir .
-vitral train config.yaml{"" if known else " --data PATH"} --out runs/again
+hf download {name} {CONFIG} --local-dir .
+vitral train {CONFIG}{"" if known else " --data PATH"} --out runs/again
 ```"""
 
 
@@ -274,7 +278,7 @@ def _results(description: Description, curves: bool) -> str:
     if not rows:
         return "## Results\n\nNothing has been measured."
     table = "\n".join(rows)
-    picture = "\n\n![Loss and accuracy over the training](curves.png)" if curves else ""
+    picture = f"\n\n![Loss and accuracy over the training]({CURVES})" if curves else ""
     images = "the validation images"
     if description.config.data.hold_out:
         images = "training images that were held out, not the validation or test images,"
@@ -303,8 +307,8 @@ def _limits(description: Description) -> str:
 on corrupted or adversarial images, or for its fairness to people in them."""
 
 
-def _terms(description: Description, licence: str | None) -> str:
-    stated = f"`{licence.lower()}`." if licence else "None is stated: ask the owner before use."
+def _terms(description: Description, license: str | None) -> str:
+    stated = f"`{license.lower()}`." if license else "None is stated: ask the owner before use."
     if set(description.classes) <= set(wnids()):
         stated += (
             "\n\nThe classes are ImageNet's. Its terms of access allow the images for research and "

@@ -31,12 +31,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitral.config import UserError
 from vitral.data.augment import finish
 from vitral.data.crops import eval_crop
 from vitral.data.decode import decode
 from vitral.data.imagenet import display
-from vitral.data.records import printable
+from vitral.errors import UserError, printable
 from vitral.inference.attention import (
     Curve,
     attention_weights,
@@ -114,7 +113,7 @@ def explain(
     *,
     layer: int | None = None,
     patch: tuple[int, int] | None = None,
-    resolution: int | None = None,
+    image_size: int | None = None,
 ) -> Explanation:
     """Looks at what a model attends to in an image.
 
@@ -123,13 +122,13 @@ def explain(
         image: uint8, (3, H, W), of any size; the model sees its central square.
         layer: of the heads and the patch, counted from 0; None takes the last.
         patch: row and column, counted from 0; None takes the one most attended to in that layer.
-        resolution: side of the square that the model sees, in pixels; None takes the training's.
+        image_size: side of the square that the model sees, in pixels; None takes the training's.
 
     Raises:
-        UserError: for a layer, a patch or a resolution that the model does not have.
+        UserError: for a layer, a patch or a image_size that the model does not have.
     """
     model, config = weights.model, weights.description.config
-    side = image_side(config.model, resolution)
+    side = image_side(config.model, image_size)
     grid, last = side // config.model.patch_size, len(model.blocks) - 1
     layer = last if layer is None else layer
     if not 0 <= layer <= last:

@@ -30,12 +30,14 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from tqdm import tqdm
 
-from vitral.config import Config, UserError
+from vitral.config import Config
 from vitral.data.augment import finish
+from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import fetch_still
-from vitral.data.sources import open_dataset
+from vitral.errors import UserError
 from vitral.model import CHANNELS, ViT
+from vitral.rundir import RunDir
 from vitral.weights import Weights, Which, load
 
 Format = Literal["onnx", "pt2"]
@@ -178,7 +180,8 @@ def _name(directory: Path) -> str:
     place = directory.resolve()
     if place.parent.name == "snapshots":  # of the Hub's cache: models--owner--name/snapshots/commit
         return place.parents[1].name.split("--")[-1]
-    return place.parents[1].name if place.parent.name == "weights" else place.name
+    run = RunDir.of_weights(place)
+    return place.name if run is None else run.path.name
 
 
 def _data_at_hand(config: Config) -> str | None:

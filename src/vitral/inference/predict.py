@@ -24,15 +24,16 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vitral import weights
-from vitral.config import DataConfig, UserError, ViTConfig
+from vitral.config import DataConfig, ViTConfig
 from vitral.data import augment, crops
-from vitral.data.decode import decode, decode_pillow
-from vitral.data.fetch import available_cores, in_workers
+from vitral.data.decode import SUFFIXES, decode, decode_pillow
+from vitral.data.fetch import in_workers
+from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
-from vitral.data.records import mistake, printable
-from vitral.data.sources import SUFFIXES, walk_images
+from vitral.engines.onednn import for_inference
+from vitral.errors import UserError, data_error, printable
+from vitral.machine import available_cores
 from vitral.model import ViT
-from vitral.onednn import for_inference
 from vitral.storage import replacing
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
@@ -67,7 +68,7 @@ class Classifier(weights.Weights):
         images: Picture | Sequence[Picture],
         top: int = 5,
         *,
-        resolution: int | None = None,
+        image_size: int | None = None,
         batch_size: int = 64,
         workers: int | None = None,
     ) -> list[Prediction]:
@@ -77,7 +78,7 @@ class Classifier(weights.Weights):
             images: one or many; each the path of a file, a PIL image, or uint8 RGB as an array or
                 tensor of shape (H, W, 3) or (3, H, W).
             top: classes of each image.
-            resolution: side of the model's images in pixels; None takes that of training.
+            image_size: side of the model's images in pixels; None takes that of training.
             batch_size: images of a forward pass.
             workers: decoding processes for files; None takes the cores but one.
 
@@ -85,7 +86,7 @@ class Classifier(weights.Weights):
             UserError: for a setting, an array or another object that cannot be used. An image that
                 cannot be read gets a Prediction that says why.
         """
-        how = {"resolution": resolution, "batch_size": batch_size, "workers": workers}
+        how = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
         return list(predictions(self, _listed(images), top, **how))
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class Classifier(weights.Weights):
         self,
         images: Picture | Sequence[Picture],
         *,
-        resolution: int | None = None,
+        image_size: int | None = None,
         batch_size: int = 64,
         workers: int | None = None,
     ) -> NDArray[np.float32]:
@@ -114,7 +115,7 @@ class Classifier(weights.Weights):
             return model.pool(model.forward_features(pixels)).float().cpu().numpy()
 
         vectors = np.full((len(many), model.config.shape.dim), np.nan, np.float32)
-        seen = _look_at(self, many, pooled, resolution, batch_size, workers)
+        seen = _look_at(self, many, pooled, image_size, batch_size, workers)
         for row, (vector, _) in zip(vectors, seen, strict=True):
             if vector is not None:
                 row[:] = vector
@@ -161,7 +162,7 @@ def find_images(places: Iterable[str]) -> list[str]:
             found = _images_in(place)
         if not found:
             expected = f"images ({', '.join(SUFFIXES)})"
-            raise mistake(place, expected, "none", "give files, or a folder that holds some")
+            raise data_error(place, expected, "none", "give files, or a folder that holds some")
         images += found
     return images
 
@@ -174,7 +175,7 @@ def _images_in(name: str) -> list[str]:
         return [os.fsdecode(path) for path, _ in found]
     except OSError as error:
         where, got = error.filename or name, str(error.strerror)
-        raise mistake(where, "to read it", got, "mend it or leave it out") from error
+        raise data_error(where, "to read it", got, "mend it or leave it out") from error
 
 
 def predictions(
@@ -182,14 +183,14 @@ def predictions(
     images: Sequence[Picture],
     top: int = 5,
     *,
-    resolution: int | None = None,
+    image_size: int | None = None,
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Iterator[Prediction]:
     """What `Classifier.predict` returns, one after the other; it takes the same arguments."""
     _at_least(1, top=top)
     rank = partial(_rank, for_inference(source.model), top)
-    seen = _look_at(source, images, rank, resolution, batch_size, workers)
+    seen = _look_at(source, images, rank, image_size, batch_size, workers)
     return map(partial(_prediction, source.description.classes), seen, images)
 
 
@@ -225,7 +226,7 @@ def _look_at(
     source: weights.Weights,
     images: Sequence[Picture],
     look: Callable[[Tensor], Iterable[T]],
-    resolution: int | None,
+    image_size: int | None,
     batch_size: int,
     workers: int | None,
 ) -> Iterator[_Seen[T]]:
@@ -233,7 +234,7 @@ def _look_at(
     _at_least(1, batch_size=batch_size)
     _at_least(0, workers=workers or 0)
     config = source.description.config
-    cropping = _Cropping(images, config.data, image_side(config.model, resolution))
+    cropping = _Cropping(images, config.data, image_side(config.model, image_size))
     starts = range(0, len(images), batch_size)
     batches = [range(first, min(first + batch_size, len(images))) for first in starts]
     if not all(isinstance(image, str | os.PathLike) for image in images):
@@ -261,18 +262,18 @@ def _seen(
             yield (None, broken[i]) if i in broken else (next(found), None)
 
 
-def image_side(config: ViTConfig, resolution: int | None) -> int:
+def image_side(config: ViTConfig, image_size: int | None) -> int:
     """Side of the model's images, in pixels; raises UserError where patches do not fill it."""
-    if resolution is None:
+    if image_size is None:
         return config.image_size
     P = config.patch_size
-    if resolution < 1 or resolution % P:
-        nearest = max(1, round(resolution / P)) * P
+    if image_size < 1 or image_size % P:
+        nearest = max(1, round(image_size / P)) * P
         raise UserError(
-            f"resolution: expected a multiple of the patch size {P}, got {resolution}; "
+            f"image_size: expected a multiple of the patch size {P}, got {image_size}; "
             f"the nearest is {nearest}"
         )
-    return resolution
+    return image_size
 
 
 @torch.no_grad()

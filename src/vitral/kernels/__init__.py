@@ -1,6 +1,6 @@
 """What is fast and specific, behind functions that are called as plain ones would be."""
 
-from vitral.kernels.feed_forward import can_fuse, feed_forward
+from vitral.kernels.feed_forward import can_fuse, feed_forward, has_feed_forward
 from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear, onednn_product
 from vitral.kernels.norm import EPS, normalise
 from vitral.kernels.rows import put_rows, take_rows
@@ -10,6 +10,7 @@ __all__ = [
     "can_fuse",
     "can_train_by_onednn",
     "feed_forward",
+    "has_feed_forward",
     "has_onednn",
     "normalise",
     "onednn_linear",

@@ -14,14 +14,16 @@ from vitral.kernels.norm import product_dtype
 HOPPER = (9, 0)
 
 
+def has_feed_forward(device: torch.device) -> bool:
+    """Whether there are kernels for a device: a Hopper GPU or a newer one, with Triton."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= HOPPER
+
+
 def can_fuse(x: Tensor) -> bool:
-    """Whether there are kernels for x: half precision, on a Hopper GPU or a newer one."""
-    return x.is_cuda and product_dtype(x).itemsize == 2 and _has_kernels(x.device)
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= HOPPER and find_spec("triton") is not None
+    """Whether the kernels take x, on a device that has them: on a GPU, in half precision."""
+    return x.is_cuda and product_dtype(x).itemsize == 2
 
 
 def feed_forward(

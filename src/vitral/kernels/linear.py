@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vitral.compat import has_linear_pointwise, linear_pointwise
 from vitral.kernels.norm import product_dtype
+from vitral.machine import is_amd
 
 
 def has_onednn() -> bool:
@@ -19,7 +19,7 @@ def has_onednn() -> bool:
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # Inductor's, and so not promised
+        and has_linear_pointwise()
     )
 
 
@@ -32,15 +32,7 @@ def can_train_by_onednn(x: Tensor) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     exact = product_dtype(x) == x.dtype == torch.float32
-    return exact and has_onednn() and _is_amd()
-
-
-@functools.cache
-def _is_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:  # not Linux
-        return False
+    return exact and has_onednn() and is_amd()
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,7 +51,7 @@ def onednn_product(
     Args:
         then: the function's name and its form, as oneDNN knows them: ("gelu", "tanh").
     """
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then[0], [], then[1])
+    return linear_pointwise(x, weight, bias, *then)
 
 
 class _Linear(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""curves.png and lr.png, drawn from the rows of the metrics log."""
+"""Loss and accuracy of a run, drawn from the rows of its metrics log."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 Rows = Sequence[Mapping[str, float]]
 
 
-def draw(directory: Path, rows: Rows) -> None:
-    """Writes both pictures into a run folder."""
+def draw(path: Path, rows: Rows) -> None:
+    """Writes the picture."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     _line(loss, rows, "loss", "training")
@@ -23,15 +23,7 @@ def draw(directory: Path, rows: Rows) -> None:
     _line(accuracy, rows, "val_top5", "top-5", 100)
     _finish(loss, "cross-entropy (nats)")
     _finish(accuracy, "validation accuracy (%)")
-    figure.savefig(directory / "curves.png", dpi=120)
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    rate, norm = figure.subplots(1, 2)
-    _line(rate, rows, "lr", "learning rate")
-    _line(norm, rows, "grad_norm", "gradient norm before clipping")
-    _finish(rate, "learning rate")
-    _finish(norm, "global gradient norm")
-    figure.savefig(directory / "lr.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 def _line(axes: Axes, rows: Rows, column: str, label: str, factor: float = 1.0) -> None:

@@ -17,11 +17,12 @@ from PIL import Image
 
 from vitral.config import Config, flatten
 from vitral.data.imagenet import short_name
-from vitral.data.records import printable
+from vitral.errors import printable
 from vitral.evaluation import Scores
 from vitral.report.figures import COLOURS, Chart, Line, number, reliability
-from vitral.report.gather import Predictions, Row, Run, duration
+from vitral.report.predictions import Predictions
 from vitral.report.thumbnails import attended, data_uri, thumbnail
+from vitral.rundir import Row, Run, RunDir, duration
 from vitral.storage import replacing
 
 MATRIX_CLASSES = 50  # that a full confusion matrix is shown for
@@ -54,7 +55,7 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
         environment=_leaves(run.environment),
         charts=_charts({"": run.rows}),
         cost=_cost(run),
-        batch=_picture(run.path / "train_batch.jpg"),
+        batch=_picture(RunDir(run.path).train_batch),
         judged=predictions and Judged(predictions),
         missing=missing,
     )

@@ -60,7 +60,7 @@ def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def read(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step, verified; raises CorruptError if it is not whole, or not there."""
     directory = folder / f"step_{step:07d}"
-    storage.verify(directory)
+    storage.check_files(directory)
     state = read_state(folder, step)
     names = [path.stem for path in sorted(directory.glob("*.safetensors"))]
     tensors = {name: storage.read_tensors(directory, name) for name in names}

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vitral.config import Config, UserError
+from vitral.config import Config
+from vitral.errors import UserError
+from vitral.machine import num_gpus
 
 T = TypeVar("T")
 SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
@@ -57,9 +59,9 @@ class World:
         """
         if kind.type == "cpu" or self.size == 1:
             return kind
-        if self.local_size > torch.cuda.device_count():
+        if self.local_size > num_gpus():
             raise UserError(
-                f"gpus: expected at most {torch.cuda.device_count()} processes on this machine, "
+                f"gpus: expected at most {num_gpus()} processes on this machine, "
                 f"a GPU each, got {self.local_size}"
             )
         return torch.device("cuda", self.local_rank)
@@ -120,7 +122,7 @@ def joined(gpu: bool) -> Iterator[World]:
         return
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    if gpu and local_rank < torch.cuda.device_count():
+    if gpu and local_rank < num_gpus():
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     group = dist.new_group(backend="gloo")

@@ -1,19 +1,18 @@
-"""What a GPU has used of energy, as its driver counts it."""
+"""Energy that a GPU has used, as its driver counts it."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import torch
 
-LIBRARY = "libnvidia-ml.so.1"  # NVML, a part of NVIDIA's driver
+Meter = Callable[[], float | None]
 
 
-def energy_meter(device: str) -> Callable[[], float | None]:
-    """A function that gives the joules which this process's GPU has used since now.
+def energy_meter(device: str) -> Meter:
+    """A function that returns the joules that this process's GPU has used since now.
 
-    It gives None on a CPU, and where the driver counts none, as before Volta.
+    It returns None on a CPU, and where the driver counts no energy, as before Volta.
     """
     if device != "cuda":
         return lambda: None
@@ -21,25 +20,21 @@ def energy_meter(device: str) -> Callable[[], float | None]:
     return meter_of(f"GPU-{uuid}")
 
 
-def meter_of(uuid: str) -> Callable[[], float | None]:
-    """`energy_meter` of the GPU of that name."""
+def meter_of(uuid: str) -> Meter:
+    """`energy_meter` of the GPU with a UUID."""
+    import pynvml
+
     try:
-        nvml = ctypes.CDLL(LIBRARY)
-    except OSError:
-        return lambda: None
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    # Each call gives 0 for success.
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)):
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError:
         return lambda: None
 
-    def count() -> float | None:
-        failed = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        return None if failed else millijoules.value / 1e3
+    def joules() -> float | None:
+        try:
+            return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - start) / 1e3
+        except pynvml.NVMLError:
+            return None
 
-    start = count()
-
-    def since() -> float | None:
-        now = count()
-        return None if start is None or now is None else now - start
-
-    return since
+    return joules

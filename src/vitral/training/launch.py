@@ -7,17 +7,18 @@ import os
 import sys
 import uuid
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from vitral.config import Config, UserError
-from vitral.data.sources import open_dataset
+from vitral.config import Config
+from vitral.data.formats import open_dataset
+from vitral.errors import UserError
+from vitral.machine import num_gpus
+from vitral.rundir import RunDir
 from vitral.training.distributed import check_processes
-from vitral.training.run import RunFolder
+from vitral.training.resume import check_settings
 
 
 def launch(config: Config, processes: int, words: Sequence[str]) -> int:
@@ -56,12 +57,12 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
 def _check(config: Config, processes: int) -> None:
     if processes < 1:
         raise UserError(f"gpus: expected 1 or more, got {processes}")
-    count = torch.cuda.device_count()
+    count = num_gpus()
     if config.train.device != "cpu" and processes > count:
         raise UserError(
             f"gpus: expected at most the {count} of this machine, got {processes}; "
             "without GPUs give --train.device cpu"
         )
     check_processes(config, processes)
-    RunFolder(Path(config.train.out or "")).refuse_other_settings(config)
+    check_settings(RunDir(config.train.out or ""), config)
     open_dataset(config.data, config.model.image_size, config.train.seed)

@@ -1,65 +1,47 @@
-"""The log of a run: metrics.csv and metrics.jsonl, TensorBoard, and what a terminal shows."""
+"""The metrics log of a run, TensorBoard, and what a terminal shows."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from vitral.report.gather import duration, read_rows
+from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import replacing
 
-MEASURES = ("loss", "top1", "top5", "ece")
-COLUMNS = (
-    "step",
-    "epoch",
-    "images",
-    "lr",
-    "loss",
-    "grad_norm",
-    "skipped",
-    "broken",
-    *(f"val_{name}" for name in MEASURES),
-    *(f"ema_{name}" for name in MEASURES),
-)
-# What depends on the machine and the hour: no part of what an exact resume reproduces.
+# Columns that depend on the machine and the time; an exact resume does not reproduce them.
 CLOCK = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
 
 
 class MetricsLog:
-    """Appends a row at a time to both files and to TensorBoard.
+    """Appends rows to the metrics log and to TensorBoard.
 
     Args:
-        directory: the run folder.
-        step: the step that the run goes on from; rows of later steps are cut first.
+        run: the run directory.
+        step: the step that the run continues from; rows of later steps are removed first.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
-        self.csv, self.jsonl = directory / "metrics.csv", directory / "metrics.jsonl"
-        rows = [row for row in read_rows(self.jsonl) if row["step"] <= step]
-        header = dict(zip(COLUMNS + CLOCK, COLUMNS + CLOCK, strict=True))
-        with replacing(self.jsonl) as lines, replacing(self.csv) as table:
-            lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            table.write_text(_as_csv([header, *rows]), encoding="utf-8")
-        self.seconds = float(rows[-1]["seconds"]) if rows else 0.0
-        self.energy = float(rows[-1].get("energy_kwh", 0)) if rows else 0.0
-        self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+    def __init__(self, run: RunDir, step: int) -> None:
+        self.path = run.metrics
+        rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        with replacing(self.path) as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        last = rows[-1] if rows else {}
+        self.totals = float(last.get("seconds", 0)), float(last.get("energy_kwh", 0))
+        """Seconds and kWh that the run has used so far."""
+        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Adds a row; a column that it lacks stays empty."""
-        with self.jsonl.open("a", encoding="utf-8") as file:
+        """Appends a row."""
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
-        with self.csv.open("a", encoding="utf-8") as file:
-            file.write(_as_csv([row]))
         for name, value in row.items():
             self.board.add_scalar(name, value, int(row["step"]))
 
@@ -67,16 +49,13 @@ class MetricsLog:
         """Shows a picture (C, H, W), uint8, in TensorBoard."""
         self.board.add_image("train_batch", grid, 0)
 
+    def flush(self) -> None:
+        """Writes what TensorBoard has buffered."""
+        self.board.flush()
+
     def close(self) -> None:
-        """Flushes TensorBoard."""
+        """Closes TensorBoard's file."""
         self.board.close()
-
-
-def _as_csv(rows: Sequence[Mapping[str, object]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS + CLOCK, lineterminator="\n")
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 class Console:
@@ -117,9 +96,24 @@ class Console:
         interval = 0.5 if self.bar is not None else self.INTERVAL
         return time.monotonic() - self.last >= interval
 
-    def progress(self, step: int, text: str, seconds_left: float) -> None:
-        """Shows how far the run is."""
+    def progress(
+        self, step: int, seen: Mapping[str, float], pace: Mapping[str, float], seconds_left: float
+    ) -> None:
+        """Shows how far the run is.
+
+        Args:
+            step: optimizer steps taken.
+            seen: epoch, learning rate, loss and gradient norm.
+            pace: the clock columns of a log row.
+            seconds_left: the estimate for the rest of the run.
+        """
         self.last = time.monotonic()
+        text = (
+            f"epoch {seen['epoch']:.1f}  loss {seen['loss']:.3f}  lr {seen['lr']:.1e}  "
+            f"norm {seen['grad_norm']:.2f}  {pace['images_per_second']:,.0f} img/s  "
+            f"wait {pace['data_wait']:.0%}  {pace['memory_gb']:.1f} GB"
+        )
+        text += f"  MFU {pace['mfu']:.0%}" if "mfu" in pace else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)

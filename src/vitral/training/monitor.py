@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,22 +11,9 @@ import torch
 from torch import Tensor
 from torch.profiler import profile, schedule
 
+from vitral.machine import memory_gb, peak_flops
 from vitral.training.energy import energy_meter
-from vitral.training.resolve import Resolved
-
-# Dense bf16 rates in FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}
+from vitral.training.resolved import Resolved
 
 
 class Counters:
@@ -112,32 +97,15 @@ class Clock:
         return columns
 
 
-def memory_gb(device: str) -> float:
-    """Most memory used so far, in 10^9 bytes: of the GPU, or else of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def peak_flops() -> float | None:
-    """The bf16 rate of the GPU, if there is a known one: not of a part of a GPU."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    words = f" {name.replace('-', ' ')} "
-    if " MIG " in words:
-        return None
-    return next((rate for key, rate in PEAK_FLOPS.items() if f" {key} " in words), None)
-
-
 @contextlib.contextmanager
-def profiling(wanted: bool, directory: Path) -> Iterator[profile | None]:
-    """A profiler of ten steps, after five to warm up, that writes trace.json; or none."""
+def profiling(wanted: bool, path: Path) -> Iterator[profile | None]:
+    """A profiler of ten steps, after five to warm up, that writes a trace to `path`; or none."""
     if not wanted:
         yield None
         return
 
     def write(profiler: profile) -> None:
-        profiler.export_chrome_trace(str(directory / "trace.json"))
+        profiler.export_chrome_trace(str(path))
 
     plan = schedule(wait=2, warmup=3, active=10, repeat=1)
     # There is one cycle; without acc_events torch 2.11 warns that the others would be lost.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from vitral.compat import add_all, copy_all, scale_all
 from vitral.training.distributed import spread_like
 
 MOMENTUM = 0.95
@@ -32,7 +33,7 @@ class Muon:
 
     The singular values of a matrix's update are all about 1, so that it moves in all directions
     alike, not just in the few that its gradients mostly have. Matrices of one shape are made
-    orthogonal together, in bf16. Of a model that is spread over processes (FSDP) each process
+    orthogonal together. Of a model that is spread over processes (FSDP) each process
     gathers the updates, one shape after the other, and makes all of them orthogonal.
     """
 
@@ -53,8 +54,8 @@ class Muon:
             parameters = [_local(p) for p in group.members]
             rate = lr * group.lr_factor
             updates = torch.where(skipped == 1, 0, self._updates(group.members, skipped))
-            torch._foreach_mul_(parameters, 1 - rate * group.weight_decay * (1 - skipped))
-            torch._foreach_add_(parameters, updates.unbind(), alpha=-rate)
+            scale_all(parameters, 1 - rate * group.weight_decay * (1 - skipped))
+            add_all(parameters, updates.unbind(), alpha=-rate)
 
     def _updates(self, members: list[nn.Parameter], skipped: Tensor) -> Tensor:
         """Moves the momenta of matrices, and stacks their updates: (matrices, rows here, columns).
@@ -66,7 +67,7 @@ class Muon:
         momentum = torch.stack(momenta)
         moved = momentum.lerp(gradients, 1 - MOMENTUM)
         moved = torch.where(skipped == 1, momentum, moved)
-        torch._foreach_copy_(momenta, moved.unbind())
+        copy_all(momenta, moved.unbind())
         ahead = gradients.lerp_(moved, MOMENTUM)
         like = members[0]
         if not isinstance(like, DTensor):
@@ -86,10 +87,11 @@ def _scaled(matrices: Tensor) -> Tensor:
 def orthogonal(matrices: Tensor) -> Tensor:
     """About U V^T of matrices U S V^T, (n, rows, columns), by Newton and Schulz's iteration.
 
-    In bf16, as in torch's Muon, whatever the device.
+    In bf16 on a GPU, as in torch's Muon, and in float32 on a CPU: without bf16 instructions a CPU
+    takes 18 to 31 times as long for bf16 products.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so no singular value is above 1

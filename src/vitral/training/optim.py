@@ -1,11 +1,9 @@
-"""AdamW or Muon, parameter groups, schedule, the loss, and the moving average of weights."""
+"""AdamW or Muon, parameter groups, the loss, and the moving average of weights."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,31 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vitral.compat import lerp_all
 from vitral.config import OptimConfig
 from vitral.model import ViT, matrices
 from vitral.training.distributed import spread_like
 from vitral.training.muon import Alike, Muon
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Linear warmup, then a cosine: the learning rate as a pure function of the step.
-
-    The first step has 1 / warmup of the peak, the last of the warmup the peak itself, and the step
-    after the last would have `final_lr` of it (Loshchilov and Hutter 2016).
-    """
-
-    optim: OptimConfig
-    warmup: int
-    total: int
-
-    def lr(self, step: int) -> float:
-        """The learning rate of step 0, 1, ... total - 1."""
-        if step < self.warmup:
-            return self.optim.lr * (step + 1) / self.warmup
-        progress = (step + 1 - self.warmup) / (self.total + 1 - self.warmup)
-        cosine = (1 + math.cos(math.pi * progress)) / 2
-        return self.optim.lr * (self.optim.final_lr + (1 - self.optim.final_lr) * cosine)
 
 
 def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
@@ -170,7 +148,7 @@ class EMA:
     def update(self, step: int) -> None:
         """Moves towards the model after its optimiser step number `step` = 1, 2, ..."""
         weight = 1 - min(self.decay, step / (step + 9))
-        torch._foreach_lerp_(list(self.average.values()), list(self.model.values()), weight)
+        lerp_all([*self.average.values()], [*self.model.values()], weight)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

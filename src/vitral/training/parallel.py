@@ -12,12 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from vitral.compat import add_all, allow_recompiles
 from vitral.config import TrainConfig
 from vitral.data.loader import Batch
 from vitral.model import ViT
 from vitral.training.distributed import SHARDS, World
 from vitral.training.optim import loss_sum
-from vitral.training.resolve import Resolved, allow_graphs, compiled
+from vitral.training.resolved import Resolved, compiled
 
 
 class Averaged:
@@ -98,7 +99,7 @@ class InFixedOrder:
         self.sums.append((1, leaves))
         while len(self.sums) > 1 and self.sums[-1][0] == self.sums[-2][0]:
             (count, left), (_, right) = self.sums[-2:]
-            torch._foreach_add_(left, right)
+            add_all(left, right)
             self.sums[-2:] = [(2 * count, left)]
 
     def reduce(self, loss: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
     """
     model.fuse(resolved.fused)
     # Each block's code is compiled for its own stochastic depth, and for each image size.
-    allow_graphs(4 * len(model.blocks))
+    allow_recompiles(4 * len(model.blocks))
     mesh = init_device_mesh(resolved.device, (world.size,))
     policy = MixedPrecisionPolicy()
     if resolved.precision == "bf16":

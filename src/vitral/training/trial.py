@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
 import torch
 
 from vitral import kernels
 from vitral.config import ViTConfig
-from vitral.model import FeedForward, RMSNorm
-
-if TYPE_CHECKING:
-    from vitral.training.resolve import Resolved
+from vitral.model import FeedForward, PreNorm
 
 ROUNDS, STEPS = 5, 10
+
+
+def autocast(
+    device: Literal["cpu", "cuda"], precision: Literal["bf16", "fp32"]
+) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast, or nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16)
 
 
 @functools.cache
@@ -37,25 +44,32 @@ def can_compile(device: torch.device) -> bool:
 
 
 @functools.cache
-def fused_is_faster(config: ViTConfig, resolved: Resolved) -> bool:
+def fused_is_faster(
+    config: ViTConfig,
+    device: Literal["cpu", "cuda"],
+    precision: Literal["bf16", "fp32"],
+    compile: bool,
+    micro_batch: int,
+) -> bool:
     """On a GPU tries a norm and a feed-forward network on noise, both passes, in turn.
 
     False where there are no kernels for that, or where they fail. A CPU is known by its maker, so
     that the same run is the same to the last bit, whatever else the machine has to do.
     """
-    if resolved.device == "cpu":
-        eager = config.kernels == "auto" and not resolved.compile
-        with resolved.autocast():
+    if device == "cpu":
+        eager = config.kernels == "auto" and not compile
+        with autocast(device, precision):
             return eager and kernels.can_train_by_onednn(torch.empty(1))
     side = config.image_size // config.patch_size
-    tokens = resolved.micro_batch * (1 + config.num_registers + side**2)
-    with resolved.autocast():
-        if config.kernels == "plain" or not kernels.can_fuse(
-            torch.empty(1, device=resolved.device)
+    tokens = micro_batch * (1 + config.num_registers + side**2)
+    with autocast(device, precision):
+        probe = torch.empty(1, device=device)
+        if config.kernels == "plain" or not (
+            kernels.has_feed_forward(probe.device) and kernels.can_fuse(probe)
         ):
             return False
-        x = torch.randn(tokens, config.shape.dim, device=resolved.device, requires_grad=True)
-        fused, plain = (_passes(config, x, resolved.compile, kind) for kind in (True, False))
+        x = torch.randn(tokens, config.shape.dim, device=device, requires_grad=True)
+        fused, plain = (_passes(config, x, compile, kind) for kind in (True, False))
         try:
             fused()
             plain()
@@ -77,13 +91,13 @@ def _reason(error: Exception) -> str:
 
 
 def _passes(config: ViTConfig, x: torch.Tensor, compiled: bool, fused: bool) -> Callable[[], None]:
-    norm, layer = RMSNorm(config.shape.dim).to(x.device), FeedForward(config).to(x.device)
+    norm, layer = PreNorm(config.shape.dim).to(x.device), FeedForward(config).to(x.device)
     layer.fused = fused
     call = torch.compile(layer, dynamic=False) if compiled else layer
     gradient = torch.randn_like(x)
 
     def step() -> None:
-        y = call(x, norm)
+        y = call(norm(x))
         y.backward(gradient.to(y.dtype))
 
     return step

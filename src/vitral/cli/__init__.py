@@ -1,0 +1,187 @@
+"""The `vitral` command: dispatch, exit codes, and what happens at Ctrl-C.
+
+A command is a module. Its docstring is the help, ARGUMENTS the positional arguments: the name in
+the namespace, and the one in help (? means optional, + one or more). The dataclass Options has its
+options, and HINTS answers options of other tools. `run(args, options)` imports what the command needs
+and returns the exit code. A command with a RECIPE takes all settings as options.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType, ModuleType
+
+from vitral.cli.common import given_settings
+from vitral.config import Config
+from vitral.errors import UserError, did_you_mean
+from vitral.settings import Parser, default_recipe, load, options
+
+COMMANDS = {
+    "train": "train",
+    "val": "val",
+    "predict": "predict",
+    "explain": "explain",
+    "report": "report",
+    "export": "export",
+    "push": "push",
+    "recipes": "recipes",
+    "data check": "data_check",
+    "data pack": "data_pack",
+    "data preview": "data_preview",
+    "bench model": "bench_model",
+    "bench train": "bench_train",
+    "bench data": "bench_data",
+    "doctor": "doctor",
+    "completion": "completion",
+}
+HELP = ("-h", "--help")
+NOTES = """
+WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, or weights on the
+Hugging Face Hub, hf-hub:owner/name or hf-hub:owner/name@revision.
+`vitral COMMAND --help` lists the options of a command; `vitral train RECIPE --help` lists every
+setting with the recipe's value.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code.
+
+    That is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if plain and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        return _run(words)
+    except UserError as error:
+        # For an error that only some processes have, the first process of each machine prints it.
+        rank = "RANK" if error.shared else "LOCAL_RANK"
+        if os.environ.get(rank, "0") == "0":
+            print(f"vitral: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has exited, as `head` does; the interpreter must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"vitral: {place}{error.strerror}; make room and repeat the command", file=sys.stderr)
+        return 1
+    finally:
+        if signal.getsignal(signal.SIGINT) is _interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def parser_for(name: str, config: Config | None = None) -> Parser:
+    """The parser of a command, such as "data pack", with the values of `config` in its help."""
+    module = _module(name)
+    parser = Parser(f"vitral {name}", (module.__doc__ or "").strip())
+    arguments: dict[str, str] = getattr(module, "ARGUMENTS", {})
+    for argument, metavar in arguments.items():
+        parser.add_positional(argument, metavar)
+    if "recipe" in arguments:
+        parser.add_settings(config or Config())
+    if hasattr(module, "Options"):
+        parser.add_options(module.Options(), "common settings")
+    return parser
+
+
+def overview() -> str:
+    """What `vitral --help` prints."""
+    lines = ["Train, fine-tune, evaluate, explain and export Vision Transformers.", ""]
+    for name in COMMANDS:
+        parser = parser_for(name)
+        summary = (parser.description or "").splitlines()[0]
+        lines += [f"  {parser.usage}", f"      {summary}"]
+    return "\n".join(lines) + "\n" + NOTES
+
+
+def _run(words: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):  # file names may not fit the terminal's encoding
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if "_ARGCOMPLETE" in os.environ:
+        from vitral.cli.completion import complete
+
+        complete()
+    if not words or words[0] in (*HELP, "help"):
+        print(overview(), end="")
+        return 0
+    if words[0] == "--version":
+        print(f"vitral {import_module('importlib.metadata').version('vitral')}")
+        return 0
+    name, words = _choose(words)
+    if name is None:
+        return 0
+    parser = parser_for(name)
+    if {*HELP} & {*words}:
+        config = _config_for_help(parser, [word for word in words if word not in HELP])
+        parser = parser_for(name, config)
+        parser.usage = f"{parser.usage} [options]"
+        parser.print_help()
+        return 0
+    module = _module(name)
+    for word, hint in getattr(module, "HINTS", {}).items():
+        if word in words:
+            raise UserError(f"{word}: {hint}")
+    args = parser.parse(words)
+    return module.run(args, options(args, module.Options()) if hasattr(module, "Options") else None)
+
+
+def _config_for_help(parser: Parser, words: list[str]) -> Config:
+    """The settings of the recipe that a command would use."""
+    try:
+        args = parser.parse(words)
+        return load(args.recipe or default_recipe(given_settings(args)))
+    except (UserError, AttributeError):  # incomplete words, or a command without a recipe
+        return load("digits")
+
+
+def _choose(words: list[str]) -> tuple[str | None, list[str]]:
+    """The command and its arguments; None for a group whose help was printed."""
+    first, groups = words[0], {name.split()[0] for name in COMMANDS if " " in name}
+    if first in COMMANDS:
+        return first, words[1:]
+    if first not in groups:
+        known = [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
+        raise UserError(
+            f"command: expected one of {', '.join(known)}, got {first}{did_you_mean(first, known)}"
+        )
+    members = [name.split()[1] for name in COMMANDS if name.startswith(f"{first} ")]
+    second = words[1] if len(words) > 1 else "nothing"
+    if second in (*HELP, "help"):
+        for member in members:
+            parser = parser_for(f"{first} {member}")
+            print(f"usage: {parser.usage}\n    {(parser.description or '').splitlines()[0]}")
+        return None, []
+    if second not in members:
+        raise UserError(
+            f"{first}: expected one of {', '.join(members)}, got {second}"
+            f"{did_you_mean(second, members)}"
+        )
+    return f"{first} {second}", words[2:]
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"vitral.cli.{COMMANDS[name]}")
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Ctrl-C: exits at once during an import, because torch's turn the exception into others."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt

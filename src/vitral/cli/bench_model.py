@@ -1,0 +1,27 @@
+"""Measure the training step on synthetic images, or with --peers next to timm's models."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from vitral.cli.common import load_config
+
+ARGUMENTS = {"recipe": "RECIPE?"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral bench model` besides the settings."""
+
+    peers: bool = False
+    """Measure timm's models as well."""
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Measures; returns the exit code."""
+    config = load_config(args)
+    from vitral.bench.model import bench_model
+
+    print(bench_model(config, options.peers))
+    return 0

@@ -1,0 +1,42 @@
+"""What several commands share: settings of a run, and places to write to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from vitral import settings
+from vitral.config import Config
+from vitral.errors import UserError
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
+    """The settings among parsed arguments; a PATH is that of the data."""
+    given = dict(settings.given_settings(args))
+    if "path" in args:
+        given["data.path"] = [args.path]
+    return given
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The settings that parsed arguments ask for: by RECIPE, options, and PATH of the data."""
+    given = given_settings(args)
+    if args.recipe is None:
+        return settings.load(settings.default_recipe(given), given)
+    from vitral.weights import load_settings
+
+    return load_settings(args.recipe, given)
+
+
+def check_writable(directory: str | Path) -> None:
+    """Creates a directory for output. Raises UserError if it cannot be written."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):  # os.access does not know all that file systems permit
+            pass
+    except OSError as error:
+        raise UserError(
+            f"out: cannot write {directory}: {error.strerror}; give another directory"
+        ) from None

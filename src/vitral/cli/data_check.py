@@ -1,0 +1,31 @@
+"""Check a data set: counts, classes, broken files, decoding rate."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+from vitral.config import Config
+
+ARGUMENTS = {"path": "PATH"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral data check`."""
+
+    workers: int | None = None
+    """Decoding processes; None uses one per core."""
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Checks; returns 2 if there are broken files."""
+    from vitral.data.tools.check import check, format_report
+    from vitral.machine import available_cores
+
+    config = dataclasses.replace(Config().data, path=args.path)
+    workers = available_cores() if options.workers is None else options.workers
+    report = check(config, Config().model.image_size, Config().train.seed, workers)
+    print(format_report(report))
+    return 2 if report.broken else 0

@@ -1,0 +1,28 @@
+"""Write a picture of a training batch, before and after augmentation.
+
+--out is the picture: preview.jpg by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vitral.cli.common import check_writable, load_config
+from vitral.errors import UserError
+
+ARGUMENTS = {"path": "PATH", "recipe": "RECIPE?"}
+
+
+def run(args: argparse.Namespace, _: None) -> int:
+    """Writes the picture; returns the exit code."""
+    (out,) = vars(args).pop("train.out", ["preview.jpg"])
+    config = load_config(args)
+    if Path(out).suffix.lower() not in (".jpg", ".png"):
+        raise UserError(f"out: expected a name that ends in .jpg or .png, got {out or 'nothing'}")
+    from vitral.data.tools.preview import preview
+
+    check_writable(Path(out).parent)
+    preview(config, Path(out))
+    print(f"{out}: each image as validation uses it, and below it as training does")
+    return 0

@@ -1,0 +1,54 @@
+"""Show what the model attends to, and test whether the prediction depends on it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vitral.cli.common import check_writable
+
+ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral explain`."""
+
+    layer: int | None = None
+    """Layer whose heads are shown, counted from 0; None uses the last."""
+    patch: tuple[int, int] | None = None
+    """Row and column of a patch to look at, counted from 0; None uses the most attended one."""
+    image_size: int | None = None
+    """Side of the model's input, a multiple of its patch size; None uses that of training."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None uses the default of the weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto uses the GPU if there is one."""
+    out: str = "explain"
+    """Directory to write pictures to."""
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Explains; returns the exit code."""
+    from vitral.inference.explain import explanations, save
+    from vitral.inference.predict import find_images
+    from vitral.machine import pick_device
+    from vitral.weights import load
+
+    weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
+    out, some = Path(options.out), False
+    for name, explanation in explanations(
+        weights,
+        find_images(args.paths),
+        layer=options.layer,
+        patch=options.patch,
+        image_size=options.image_size,
+    ):
+        if explanation is not None:
+            check_writable(out)
+            save(explanation, out, name)
+            print(f"{out / name}_explained.png: {explanation.summary}", flush=True)
+            some = True
+    return 0 if some else 1

@@ -1,0 +1,55 @@
+"""Export a model to ONNX or torch.export, and compare the file with the model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vitral.cli.common import check_writable
+from vitral.errors import UserError
+
+ARGUMENTS = {"weights": "WEIGHTS"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral export`."""
+
+    format: Literal["onnx", "pt2"] = "onnx"
+    """onnx for onnxruntime and others, pt2 for torch.export.load."""
+    out: str | None = None
+    """File to write or replace; None uses the run's name, in the current directory."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None uses the default of the weights."""
+    opset: Literal[20, 23] = 20
+    """ONNX opset; 23 has attention and RMSNorm as operators, which older runtimes lack."""
+    data: str | None = None
+    """Data set to compare on; None uses the one that the weights were trained on, if it exists."""
+    images: int = 256
+    """Number of its validation images to compare on; 0 compares on random images only."""
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise UserError(f"images: expected 0 or more, got {self.images}")
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Exports; returns the exit code."""
+    if options.out is not None:
+        check_writable(Path(options.out).parent)
+    from vitral.inference.export import ExportError, export
+
+    try:
+        exported = export(args.weights, **vars(options))
+    except ExportError as error:
+        print(f"vitral: {error}; the file is not kept", file=sys.stderr)
+        return 1
+    for file in exported.files:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    print(*exported.agreements, sep="\n")
+    if options.images and len(exported.agreements) == 1:
+        print("the training data set is not here: --data PATH compares on its validation images")
+    return 0

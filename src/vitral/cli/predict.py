@@ -1,0 +1,66 @@
+"""Classify images: files, folders, 'patterns*', or - for a list of paths on standard input."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vitral.cli.common import check_writable
+from vitral.errors import UserError
+
+ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral predict`."""
+
+    top: int = 5
+    """Number of classes per image."""
+    image_size: int | None = None
+    """Side of the model's input, a multiple of its patch size; None uses that of training."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None uses the default of the weights."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int | None = None
+    """Decoding processes; None uses all cores but one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto uses the GPU if there is one."""
+    json: bool = False
+    """Print one JSON object per image and line."""
+    csv: bool = False
+    """Print CSV, one line per image and class."""
+    out: str | None = None
+    """File to write to instead of standard output."""
+
+    def __post_init__(self) -> None:
+        if self.json and self.csv:
+            raise UserError("json, csv: expected one of the two, got both")
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Predicts; returns the exit code."""
+    from vitral.inference.predict import find_images, predictions, write
+    from vitral.machine import pick_device
+    from vitral.weights import load
+
+    weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
+    images = find_images(args.paths)
+    found = predictions(
+        weights,
+        images,
+        options.top,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        if out.exists() and not out.is_file():
+            raise UserError(f"out: expected a file to write, got {out}, which is not a file")
+        check_writable(out.parent)
+    form = "json" if options.json else "csv" if options.csv else "text"
+    return 0 if write(found, len(images), form, out) else 1

@@ -1,0 +1,36 @@
+"""Upload weights and their model card to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+ARGUMENTS = {"weights": "WEIGHTS", "name": "OWNER/NAME"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral push`."""
+
+    license: str | None = None
+    """License of the weights, by its SPDX name such as Apache-2.0; None states none."""
+    private: bool = False
+    """Make the repository private; a repository that is already public is refused."""
+    dry_run: bool = False
+    """Print the card and upload nothing."""
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Uploads; returns the exit code."""
+    from vitral import hub
+
+    hub.check_name(args.name)
+    from vitral.inference.card import card, push
+    from vitral.weights import load
+
+    weights = load(args.weights)
+    if options.dry_run:
+        print(card(weights, args.name, options.license), end="")
+    else:
+        print(push(weights, args.name, private=options.private, license=options.license))
+    return 0

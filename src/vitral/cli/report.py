@@ -1,0 +1,51 @@
+"""Write a self-contained HTML page about a run, or a comparison of several runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitral.cli.common import check_writable
+from vitral.errors import UserError
+
+ARGUMENTS = {"runs": "RUN+"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral report`."""
+
+    data: str | None = None
+    """Where the run's data set is now; None uses the path in its settings."""
+    out: str | None = None
+    """File to write; None uses report.html in the run directory, or here for several runs."""
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Writes the report; returns the exit code."""
+    several = len(args.runs) > 1
+    if several and options.data is not None:
+        raise UserError("data: expected none with several runs, which are compared by their logs")
+    from vitral.report.html import write_comparison, write_report
+    from vitral.report.predictions import evaluate_best
+    from vitral.rundir import REPORT, read_run
+
+    runs = [read_run(Path(path)) for path in args.runs]
+    out = Path(options.out or (Path() if several else runs[0].path) / REPORT)
+    if out.is_dir():
+        raise UserError(f"out: expected a file to write, got the directory {out}")
+    check_writable(out.parent)
+    if several:
+        write_comparison(runs, out)
+    else:
+        predictions, missing = None, ""
+        try:
+            predictions = evaluate_best(runs[0], options.data)
+        except UserError as error:
+            missing = str(error)
+            print(f"vitral: without predictions: {error}", file=sys.stderr)
+        write_report(runs[0], out, predictions, missing)
+    print(out)
+    return 0

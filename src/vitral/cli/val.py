@@ -1,0 +1,120 @@
+"""Evaluate weights: accuracy, per-class accuracy and calibration on a labeled data set.
+
+With --image-sizes, accuracy at several image sizes. With --suite, accuracy on the ImageNet test
+sets: validation, ReaL, -V2, -A, -R, -Sketch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vitral.cli.common import check_writable
+from vitral.errors import UserError
+
+if TYPE_CHECKING:
+    from vitral.data.records import Dataset
+    from vitral.weights import Weights
+
+ARGUMENTS = {"weights": "WEIGHTS"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral val`."""
+
+    data: str | None = None
+    """Image folder or known data set; None uses the one that the weights were trained on."""
+    image_sizes: tuple[int, ...] | None = None
+    """Image sizes to evaluate at, multiples of the patch size, with the same relative crop."""
+    suite: str | None = None
+    """Folder that contains the ImageNet test sets, each in a folder of its own."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None uses the default of the weights."""
+    batch_size: int = 256
+    """Images per forward pass."""
+    workers: int | None = None
+    """Decoding processes; None uses all cores but one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto uses the GPU if there is one."""
+    out: str | None = None
+    """Directory for per_class.csv and confused_pairs.csv, or image_sizes.csv, or suite.csv."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        for name in ("data", "image_sizes", "suite"):
+            if getattr(self, name) in ("", ()):
+                option = name.replace("_", "-")
+                raise UserError(f"{option}: expected a value after --{option}, got nothing")
+        if self.suite is not None and (self.data is not None or self.image_sizes):
+            other = "image-sizes" if self.data is None else "data"
+            raise UserError(f"suite, {other}: expected one of the two, got both")
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Evaluates; returns the exit code."""
+    from vitral.evaluation import at_sizes, evaluate, open_set, summarise
+    from vitral.weights import load
+
+    weights = load(args.weights, which=options.which)
+    known = weights.description
+    at_sizes(known, options.image_sizes or ())  # before the data are opened
+    dataset = None if options.suite else open_set(known, options.data)
+    about = _about(weights, dataset, options)
+    if dataset is None or options.image_sizes:
+        return _table(weights, dataset, options, about)
+    if options.out is not None:
+        check_writable(options.out)
+    scores = evaluate(
+        weights,
+        dataset,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        device=options.device,
+    )
+    print(about)
+    print(summarise(scores))
+    if options.out is not None:
+        scores.write_tables(Path(options.out))
+    return 0
+
+
+def _about(weights: Weights, dataset: Dataset | None, options: Options) -> str:
+    known = weights.description
+    place = options.suite or options.data or known.config.data.path
+    place += ", held-out training images" if dataset and dataset.held_out else ""
+    about = f"{weights.path} ({options.which or known.default}) on {place}"
+    if dataset and len(dataset.classes) < len(known.classes):
+        part = f"{len(dataset.classes):,} of the {len(known.classes):,} classes"
+        about += f"\nscored on {part} of the weights, with the logits of the others removed"
+    return about
+
+
+def _table(weights: Weights, dataset: Dataset | None, options: Options, about: str) -> int:
+    """Evaluates on several data sets or at several sizes, one row each."""
+    from vitral.evaluation import evaluate_suite, find_suite, sweep
+    from vitral.evaluation.table import show, write_rows
+
+    how = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
+    if options.suite is not None:
+        suite = find_suite(options.suite)
+        title, file, names = "set", "suite.csv", suite.names()
+        about = f"{about}\n{suite.describe()}"
+        rows = evaluate_suite(weights, suite, **how)
+    else:
+        sizes = options.image_sizes or ()
+        title, file, names = "image size", "image_sizes.csv", [*map(str, sizes)]
+        share = weights.description.config.data.eval_crop
+        about = f"{about}, the central {100 * share:g}% of the short side at every size"
+        found = sweep(weights, sizes, dataset, **how)
+        rows = (scores.row(str(size)) for size, scores in found)
+    if options.out is not None:
+        check_writable(options.out)
+    print(about, flush=True)
+    done = show(title, names, rows)
+    if options.out is not None:
+        write_rows(Path(options.out) / file, title, done)
+    return 0

@@ -1,0 +1,86 @@
+"""Private or version-dependent PyTorch APIs, each behind one function. Tested: torch 2.11, 2.14."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+
+def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
+    """Moves each tensor toward its end by `weight`, in place, in one kernel launch."""
+    torch._foreach_lerp_(list(tensors), list(ends), weight)
+
+
+def add_all(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float = 1.0) -> None:
+    """Adds `alpha` times each other tensor, in place."""
+    torch._foreach_add_(list(tensors), list(others), alpha=alpha)
+
+
+def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiplies each tensor by a scalar tensor, in place."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def copy_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source into its tensor."""
+    torch._foreach_copy_(list(tensors), list(sources))
+
+
+def make_inductor_deterministic() -> None:
+    """Stops Inductor from choosing kernels by timing."""
+    import torch._inductor.config as inductor
+
+    inductor.deterministic = True
+
+
+def allow_recompiles(count: int) -> None:
+    """Raises torch.compile's limit on graphs per function to at least `count`.
+
+    Above its own limit of 8, torch runs the function eagerly, with no more than a log line.
+    """
+    import torch._dynamo.config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, count)
+
+
+def fresh_compile_cache() -> AbstractContextManager[Any]:
+    """A context in which Inductor finds nothing that it compiled before."""
+    from torch._inductor.utils import fresh_cache
+
+    return fresh_cache()
+
+
+def num_compiled_graphs() -> int:
+    """The number of graphs that Dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def has_linear_pointwise() -> bool:
+    """Whether torch has oneDNN's linear operator, which only Inductor uses."""
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear_pointwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, function: str, form: str
+) -> Tensor:
+    """oneDNN's linear layer followed by an elementwise function, such as ("gelu", "tanh")."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, function, [], form)
+
+
+def loader_workers(batches: Any) -> Iterable[BaseProcess]:
+    """The worker processes of a DataLoader's iterator."""
+    return cast(Iterable[BaseProcess], getattr(batches, "_workers", ()))
+
+
+def wrap_exception(error: Exception) -> Any:
+    """An exception as a DataLoader's worker sends it, to be raised in the main process."""
+    from torch._utils import ExceptionWrapper
+
+    return ExceptionWrapper((type(error), error, error.__traceback__))

@@ -1,0 +1,57 @@
+"""What is at a path: one module per format, and the order in which they are tried.
+
+A format is a module with `matches(root)`, which tells whether it applies, and `open(root, config,
+seed, train)`, which returns a Dataset; with `train` False only the validation split is opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from vitral.config import DataConfig
+from vitral.data.formats import folder, ilsvrc, packed, parquet, shards
+from vitral.data.formats.known import KNOWN_SETS, open_known
+from vitral.data.records import Dataset, hold_out
+from vitral.errors import data_error
+
+FORMATS = (packed, parquet, ilsvrc, shards, folder)
+
+
+def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool = True) -> Dataset:
+    """Opens the data set that `config.path` names: a known set, or whatever is at that path.
+
+    Args:
+        image_size: side of the images of the synthetic set, in pixels.
+        seed: selects the held-out images where there is no validation split.
+        train: False where only the validation split is needed; a folder of class folders is then
+            used completely.
+
+    Raises:
+        UserError: the data set cannot be used; the message says why and how to fix it.
+    """
+    try:
+        if config.path in KNOWN_SETS:
+            dataset = open_known(config, image_size, seed, train)
+        else:
+            root = Path(os.path.expanduser(config.path))  # noqa: PTH111
+            found = next((each for each in FORMATS if each.matches(root)), None)
+            if found is None:
+                raise _not_found(root, config.path)
+            dataset = found.open(root, config, seed, train)
+    except OSError as error:
+        where = error.filename or config.path
+        raise data_error(where, "to read it", str(error.strerror), "fix or remove it") from error
+    if config.hold_out and train and not dataset.held_out:
+        why = f"the validation images of {dataset.name} are not used"
+        return hold_out(dataset, config.path, config.val_fraction, seed, why)
+    return dataset
+
+
+def _not_found(root: Path, path: str) -> Exception:
+    if root.exists():
+        return data_error(root, "an image folder", "a file", "if it is an archive, extract it")
+    near = difflib.get_close_matches(path.lower(), KNOWN_SETS, n=1)
+    fix = f"did you mean {near[0]}?" if near else f"known sets are {', '.join(KNOWN_SETS)}"
+    return data_error(root, "an image folder", "nothing of that name", fix)

@@ -1,0 +1,186 @@
+"""ILSVRC2012 as downloaded: a tar of a thousand tars, a flat tar, and a development kit.
+
+The kit counts where it is there; without it the ground truth that comes with this package does.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from vitral.config import DataConfig
+from vitral.data.archives import AGAIN, members, progress, refuse_doubles
+from vitral.data.decode import SUFFIXES
+from vitral.data.imagenet import validation_labels, wnids
+from vitral.data.index import Row, find
+from vitral.data.records import VALIDATION, Dataset, Split, combine
+from vitral.errors import data_error, first_few, printable
+
+TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
+META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+MEND = "put archives and development kit that belong together there"
+
+
+def matches(root: Path) -> bool:
+    """Whether `root` holds the archives, or is one of them.
+
+    Not where both splits are there as folders as well.
+    """
+    folder, training = _places(root)
+    splits = any((root / name).is_dir() for name in VALIDATION) and (root / "train").is_dir()
+    return not splits and (training.is_file() or (folder / VAL).is_file())
+
+
+def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
+    """The data set of the archives in `root`, or of one archive and those next to it.
+
+    Raises:
+        UserError: an archive or the development kit cannot be used.
+    """
+    folder, training = _places(root)
+    has_train, has_val = training.is_file(), (folder / VAL).is_file()
+    if train and not has_train:
+        raise data_error(folder, training.name, "none", "download it into that folder")
+    known = _open_train(training) if train or not has_val else None
+    if not has_val:
+        return combine(folder, known, None, config, seed)
+    classes = known[0] if known else _class_names(training) if has_train else None
+    return combine(folder, known, _open_val(folder, classes), config, seed)
+
+
+def _places(root: Path) -> tuple[Path, Path]:
+    """The folder of the archives, and the train tar, which may have any name if it is given."""
+    if root.name.endswith(".tar") and root.is_file():
+        return root.parent, root if root.name != VAL else root.with_name(TRAIN)
+    return root, root / TRAIN
+
+
+def _class_names(archive: Path) -> tuple[str, ...]:
+    with archive.open("rb") as file:
+        names = sorted(os.fsencode(name) for name, _, _ in _class_tars(archive, file))
+    return tuple(map(printable, names))
+
+
+def _class_tars(archive: Path, file: BinaryIO) -> list[tuple[str, str, tarfile.TarInfo]]:
+    """Class, name and header of each tar in the train tar."""
+    found = list(members(file, printable(archive), (".tar", *SUFFIXES)))
+    others = [name for name, _ in found if not name.lower().endswith(".tar")]
+    if others or len(found) < 2:
+        got = first_few(others or [name for name, _ in found])
+        mend = "for shards, give their folder; else download it again"
+        raise data_error(archive, "a tar for each of two classes or more inside it", got, mend)
+    classes = [(PurePosixPath(name).stem, name, tar) for name, tar in found]
+    refuse_doubles(archive, (name for name, _, _ in classes))
+    return classes
+
+
+def _open_train(archive: Path) -> Split:
+    found = find([archive], read_train)
+    return tuple(map(printable, found.values.tolist())), found.spans
+
+
+def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]:
+    """The images in the tars in the train tar, labelled by the names of these."""
+    rows: list[Row] = []
+    with archives[0].open("rb") as file:
+        for label, outer, tar in progress(_class_tars(archives[0], file)):
+            place, start = printable(f"{archives[0]}: {outer}"), tar.offset_data
+            images = list(members(file, place, SUFFIXES, start, start + tar.size))
+            if not images:
+                raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", AGAIN)
+            refuse_doubles(place, (name for name, _ in images))
+            value = os.fsencode(label)
+            for name, image in images:
+                inside = os.fsencode(f"{outer}/{name}")
+                rows.append((value, inside, 0, image.offset_data, image.size))
+    return rows, {}
+
+
+def _open_val(folder: Path, classes: tuple[str, ...] | None) -> Split:
+    """The validation images; `classes` are those of the train tar, None without it."""
+    found = find([folder / VAL], read_val)
+    numbers = [_number(folder, os.fsdecode(name)) for name in found.spans.names.tolist()]
+    kit = _read_kit(folder)
+    shipped = folder / VAL, wnids(), [wnids()[label] for label in validation_labels()]
+    source, known, truth = kit or shipped
+    classes = classes or known
+    every = [*range(1, len(truth) + 1)]
+    if sorted(numbers) != every if kit else not {*numbers} <= {*every}:
+        expected = f"labels of the {len(numbers):,} images to {max(numbers)} in {VAL}"
+        raise data_error(source, expected, f"labels of {len(every):,}", MEND)
+    given = [truth[number - 1] for number in numbers]
+    strangers = sorted({*given} - {*classes})
+    if strangers:
+        raise data_error(
+            source, f"the {len(classes):,} classes of {TRAIN}", first_few(strangers), MEND
+        )
+    position = {name: i for i, name in enumerate(classes)}
+    return classes, found.relabelled(np.array([position[wnid] for wnid in given]))
+
+
+def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]:
+    """The images in the validation tar, without labels."""
+    with archives[0].open("rb") as file:
+        found = list(members(file, printable(archives[0]), SUFFIXES))
+    if not found:
+        raise data_error(archives[0], f"images ({', '.join(SUFFIXES)})", "none", AGAIN)
+    refuse_doubles(archives[0], (name for name, _ in found))
+    return [(b"", os.fsencode(name), 0, image.offset_data, image.size) for name, image in found], {}
+
+
+def _number(folder: Path, name: str) -> int:
+    match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_([0-9]{8})\.\w+", name)
+    if match is None:
+        raise data_error(folder / VAL, "names like ILSVRC2012_val_00000001.JPEG", name, AGAIN)
+    return int(match[1])
+
+
+def _read_kit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None:
+    """The development kit's place, sorted wnids, and wnid of each validation image in order.
+
+    Its numbers of the classes, from 1, are in another order than the wnids.
+    """
+    from scipy.io import loadmat
+
+    found = _kit_files(folder)
+    if found is None:
+        return None
+    place, meta, truth = found
+    try:
+        synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
+        leaves = synsets[synsets["num_children"].astype(int) == 0]
+        wnid = {str(number): str(name) for number, name in leaves[["ILSVRC2012_ID", "WNID"]]}
+    except Exception as error:  # it raises nearly anything for what is no such file
+        expected = f"synsets with ILSVRC2012_ID, WNID and num_children in {META}"
+        raise data_error(place, expected, str(error) or "another file", AGAIN) from error
+    lines = truth.decode("ascii", "replace").split()
+    strangers = [line for line in lines if line not in wnid]
+    if strangers or not lines:
+        expected = f"an ILSVRC2012_ID of {META} in each line of {TRUTH}"
+        raise data_error(place, expected, first_few(strangers), AGAIN)
+    return place, tuple(sorted(wnid.values())), [wnid[line] for line in lines]
+
+
+def _kit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
+    """Where the development kit is, packed or not, and what is in its two files."""
+    kit, packed = folder / KIT, folder / f"{KIT}.tar.gz"
+    if kit.is_dir():
+        return kit, (kit / META).read_bytes(), (kit / TRUTH).read_bytes()
+    if not packed.is_file():
+        return None
+    try:
+        with tarfile.open(packed, "r:gz") as tar:
+            content = [tar.extractfile(f"{KIT}/{name}") for name in (META, TRUTH)]
+            meta, truth = (file.read() if file else b"" for file in content)
+    except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
+        expected = f"a whole archive with {META} and {TRUTH}"
+        raise data_error(packed, expected, str(error), AGAIN) from error
+    return packed, meta, truth

@@ -1,0 +1,133 @@
+"""Packs: the images of a data set in one file a split, as squares of one size or as small JPEGs.
+
+A folder with SPLIT.pixels, uint8 squares of shape (N, 3, P, P), or SPLIT.jpegs, one after another.
+Its index/, written last by `packing`, has labels, names, sides, and the SHA-256 of each chunk of
+images; a folder with progress.jsonl instead is a pack that is not finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vitral import storage
+from vitral.config import DataConfig
+from vitral.data.records import Dataset, Packed, Spans, stamp
+from vitral.errors import data_error, printable
+
+VERSION = 1
+INDEX = "index"
+PROGRESS = "progress.jsonl"
+Chunk = dict[str, Any]
+"""Images from `first` on: `bytes` of the split's file from `offset` on, and their `sha256`."""
+
+
+def finished(root: Path) -> bool:
+    """Whether `root` is a whole pack."""
+    return (root / INDEX / "pack.json").is_file()
+
+
+def matches(root: Path) -> bool:
+    """Whether `root` is a pack, complete or not."""
+    return finished(root) or (root / PROGRESS).is_file()
+
+
+def open(root: Path, _: DataConfig, __: int, train: bool) -> Dataset:
+    """The data set in a pack; its training split only with `train`.
+
+    Raises:
+        UserError: the pack is not finished, not whole, altered, or of another version.
+        OSError: a file is missing.
+    """
+    index = read_index(root)
+    val = _open_split(root, index, "val")
+    training = _open_split(root, index, "train") if train else None
+    return Dataset(printable(root.resolve().name), tuple(index["classes"]), training, val)
+
+
+def verify(root: Path) -> list[str]:
+    """Reads all images of a pack; a line for each chunk of them that is not what was written.
+
+    Raises:
+        UserError, OSError: as `open`.
+    """
+    index, lines = read_index(root), []
+    for split, chunks in index["chunks"].items():
+        path = images_path(root, split, index["jpeg"])
+        ends = [*(chunk["first"] for chunk in chunks[1:]), index["images"][split]]
+        for k in damaged(path, chunks):
+            images = f"images {chunks[k]['first']:,} to {ends[k] - 1:,}"
+            lines.append(f"{printable(path)}: {images} are not what was written")
+    return lines
+
+
+def images_path(root: Path, split: str, jpeg: bool) -> Path:
+    """The file with the images of a split."""
+    return root / f"{split}.{'jpegs' if jpeg else 'pixels'}"
+
+
+def damaged(path: Path, chunks: Sequence[Chunk]) -> list[int]:
+    """Positions of the chunks that the file does not hold as they were written."""
+    wrong = []
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):  # else what was just written is read from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for k, chunk in enumerate(tqdm(chunks, f"verifying {path.name}", disable=None)):
+            try:
+                data = os.pread(file.fileno(), chunk["bytes"], chunk["offset"])
+            except OSError:  # a bad sector
+                data = b""
+            if hashlib.sha256(data).hexdigest() != chunk["sha256"]:
+                wrong.append(k)
+    return wrong
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """What a finished pack says of itself: settings, classes, chunks.
+
+    Raises:
+        UserError: the pack is not finished, altered, or of another version.
+    """
+    if not finished(root):
+        mend = "the `vitral data pack` command that began it goes on with it"
+        raise data_error(root, "a finished pack", "one that is not", mend)
+    try:
+        index = storage.read_json(root / INDEX, "pack.json")
+        version = index.get("version")
+        if version != VERSION:
+            mend = "use the vitral that packed it, or pack anew"
+            raise data_error(root, f"a pack of version {VERSION}", f"version {version}", mend)
+        storage.verify(root / INDEX)
+    except storage.CorruptError as error:
+        raise data_error(root, "the pack as it was written", str(error), "copy it again") from None
+    return index
+
+
+def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans:
+    path = images_path(root, split, index["jpeg"])
+    status, chunks = path.stat(), index["chunks"][split]
+    expected = index["bytes"][split]
+    if status.st_size != expected:
+        got = f"{status.st_size:,}"
+        raise data_error(path, f"{expected:,} bytes", got, "copy the pack again, or pack anew")
+    table = {key: t.numpy() for key, t in storage.read_tensors(root / INDEX, split).items()}
+    names, labels = table["names"].view(f"S{table['names'].shape[1]}")[:, 0], table["labels"]
+    if index["jpeg"]:
+        columns = (np.zeros_like(labels), table["offsets"], table["sizes"], names, labels)
+        return Spans((path,), (stamp(status),), *columns)
+    shape = (len(labels), 3, index["size"], index["size"])
+    digest = hashlib.sha256("".join(chunk["sha256"] for chunk in chunks).encode()).hexdigest()
+    return Packed(
+        np.memmap(path, np.uint8, "r", shape=shape),
+        table["sides"],
+        names,
+        labels,
+        digest,
+        np.arange(len(labels)),
+    )

@@ -1,0 +1,229 @@
+"""A folder of tar shards, as webdataset has them: KEY.jpg beside KEY.cls or KEY.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitral.config import DataConfig
+from vitral.data.archives import AGAIN, members, progress, refuse_doubles
+from vitral.data.decode import SUFFIXES
+from vitral.data.imagenet import validation_labels, wnids
+from vitral.data.index import Found, Row, find
+from vitral.data.records import VALIDATION, Dataset, Split, combine
+from vitral.errors import data_error, first_few, printable
+
+CLASSES = "classes.txt"
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def matches(root: Path) -> bool:
+    """Whether there are shards in `root`, or in its split folders."""
+    return bool(_find_splits(root))
+
+
+def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
+    """The data set of the shards in `root`, or in its folders `train` and `val`.
+
+    Classes are in order of their names, or of number if that is all they have. Names are the lines
+    of `classes.txt`, or the labels if they are text, or the wnids that images are called after.
+
+    Raises:
+        UserError: a shard or its labels cannot be used.
+    """
+    splits = _find_splits(root)
+    held_out = next((name for name in VALIDATION if name in splits), None)
+    if held_out is None:
+        (training,) = splits
+        (split,) = _open(root, [splits[training]], 1)
+        if not train and not training:
+            return combine(root, None, split, config, seed)
+        return combine(root, split, None, config, seed)
+    if train and "train" not in splits:
+        expected = f"train shards beside those of {held_out}"
+        raise data_error(root, expected, "none", "put the training shards there")
+    order = [splits[name] for name in (held_out, "train") if name in splits]
+    val, *known = _open(root, order, 2 if train else 1)
+    dataset = combine(root, known[0] if known else None, val, config, seed)
+    if held_out != "test":
+        return dataset
+    note = f"{dataset.name} has no val shards: those of test are validated on"
+    return replace(dataset, notes=(note,))
+
+
+def _find_splits(root: Path) -> dict[str, list[Path]]:
+    """Shards by split; under an empty name where nothing tells the split."""
+    if not root.is_dir():
+        return {}
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    named = {split: folders[split] for split in ("train", *VALIDATION) if split in folders}
+    if named:
+        found = {split: _shards(folder) for split, folder in named.items()}
+        return {split: shards for split, shards in found.items() if shards}
+    splits: dict[str, list[Path]] = defaultdict(list)
+    for path in _shards(root):
+        words = re.split("[^a-z]+", path.name.lower())
+        told = [word for word in words if word in ("train", *VALIDATION)]
+        splits[told[-1] if told else ""].append(path)
+    if "" in splits and len(splits) > 1:
+        expected = f"train, {', '.join(VALIDATION[:-1])} or test in the name of each shard"
+        raise data_error(root, expected, splits[""][0].name, "rename or move it")
+    return splits
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The archives in a folder, unless it holds folders of images: those are the data set then."""
+    entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    found = [path for path in entries if path.name.lower().endswith(ARCHIVES)]
+    beside = (file for path in entries if found and path.is_dir() for file in path.iterdir())
+    return [] if any(file.suffix.lower() in SUFFIXES for file in beside) else found
+
+
+def _open(root: Path, splits: Sequence[Sequence[Path]], count: int) -> list[Split]:
+    """The first `count` splits; another is read only if it has to name the classes of these."""
+    found = [find(shards, read_shards) for shards in splits[:count]]
+    lines = _read_classes(root / CLASSES)
+    names = [_class_names(each, root, lines) for each in found]
+    rest = [] if all(names) else [find(shards, read_shards) for shards in splits[count:]]
+    others = (_class_names(each, root, lines) for each in rest)
+    spare = next(filter(None, (*names, *others)), {})
+    return [_label(root, each, own or spare) for each, own in zip(found, names, strict=True)]
+
+
+def _read_classes(path: Path) -> list[bytes]:
+    """The lines of the list of classes; none without it."""
+    if not path.is_file():
+        return []
+    lines = [line.strip() for line in path.read_bytes().split(b"\n")]
+    lines = lines[: -1 if not lines[-1] else None]
+    refuse_doubles(path, map(printable, lines))
+    return lines
+
+
+def _class_names(found: Found, root: Path, lines: list[bytes]) -> dict[bytes, bytes]:
+    """The name of each class by what labels it; none where these are numbers without names."""
+    values, wnids = found.values.tolist(), found.wnids.tolist()
+    if lines:
+        numbered = values[0].isdigit()
+        names = {b"%d" % i if numbered else line: line for i, line in enumerate(lines)}
+        strangers = [printable(value) for value in values if value not in names]
+        if strangers:
+            mend = "list each class, in order of label from 0"
+            raise data_error(root / CLASSES, f"{len(lines)} labels", first_few(strangers), mend)
+        return names
+    if not values[0].isdigit():
+        return dict(zip(values, values, strict=True))
+    if not all(wnids) or len({*wnids}) < len(wnids):
+        return {}
+    return dict(zip(values, wnids, strict=True))
+
+
+def _label(root: Path, found: Found, names: dict[bytes, bytes]) -> Split:
+    values = found.values.tolist()
+    if not names.keys() >= {*values}:
+        names = dict(zip(values, values, strict=True))
+    plain = all(name.isdigit() for name in names.values())
+    classes = sorted(names.values(), key=int if plain else None)
+    if len(classes) < 2:
+        raise data_error(
+            root, "two classes or more", f"{printable(classes[0])} alone", "add others"
+        )
+    position = {name: i for i, name in enumerate(classes)}
+    labels = np.array([position[names[value]] for value in values])
+    return tuple(map(printable, classes)), found.relabelled(labels[found.spans.labels])
+
+
+def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]:
+    """The images in shards with what labels them, and the wnids that all of a label are called."""
+    rows: list[Row] = []
+    called: dict[bytes, set[str]] = defaultdict(set)
+    for number, archive in enumerate(progress(archives)):
+        for row, wnid in _read_shard(number, archive):
+            rows.append(row)
+            called[row[0]].add(wnid)
+    folder = archives[0].parent
+    if not rows:
+        raise data_error(folder, f"images ({', '.join(SUFFIXES)}) in the shards", "none", AGAIN)
+    refuse_doubles(folder, (printable(name.rpartition(b".")[0]) for _, name, *_ in rows))
+    numbers = [printable(label) for label in called if label.isdigit()]
+    texts = [printable(label) for label in called if not label.isdigit()]
+    if numbers and texts:
+        got = f"{first_few(numbers)} beside {first_few(texts)}"
+        raise data_error(folder, "labels that are all numbers or all text", got, AGAIN)
+    return rows, {label: min(names).encode() for label, names in called.items() if len(names) == 1}
+
+
+def _read_shard(number: int, archive: Path) -> list[tuple[Row, str]]:
+    """A row for each image of a shard, and the wnid that it is called after.
+
+    Members of one key may come in any order; where both say the label, KEY.cls counts.
+    """
+    place = printable(archive)
+    if archive.suffix.lower() != ".tar":
+        raise data_error(archive, "a tar archive, uncompressed", "a compressed one", "gunzip it")
+    images: dict[str, tuple[str, tarfile.TarInfo]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    seen: list[str] = []
+    with archive.open("rb") as file:
+        for name, member in members(file, place, (".cls", ".json", *SUFFIXES)):
+            key, _, suffix = name.rpartition(".")
+            if f".{suffix.lower()}" in SUFFIXES:
+                images[key] = name, member
+                seen.append(key)  # KEY.png beside KEY.jpg would be a second image
+                continue
+            file.seek(member.offset_data)
+            content, known = file.read(member.size), about.get(key, {})
+            if suffix.lower() == "cls":
+                about[key] = known | {"label": content}
+            else:
+                about[key] = _parse(content, f"{place}: {name}") | known
+            seen.append(name)
+    refuse_doubles(archive, seen)
+    strays = [key for key in about.keys() - images.keys() if "label" in about[key]]
+    if strays:
+        expected = f"an image beside each label ({', '.join(SUFFIXES)})"
+        raise data_error(archive, expected, f"none for {first_few(sorted(strays))}", AGAIN)
+    rows = []
+    for key, (name, image) in images.items():
+        known = about.get(key, {})
+        value = _value(known.get("label"), f"{place}: {name}", key)
+        wnid = _wnid(key) or _wnid(str(known.get("filename")))
+        rows.append(((value, os.fsencode(name), number, image.offset_data, image.size), wnid))
+    return rows
+
+
+def _parse(content: bytes, place: str) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise data_error(place, "JSON", str(error), AGAIN) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _value(label: Any, place: str, key: str) -> bytes:
+    """A label as bytes, a number without leading zeros."""
+    if type(label) in (int, str):  # of which bool is a kind, but no label
+        label = str(label).encode("utf-8", "backslashreplace")
+    if not isinstance(label, bytes) or not label.strip():
+        expected = f"a number or text in {key}.cls, or as label in {key}.json"
+        raise data_error(place, expected, repr(label), AGAIN)
+    text = label.strip()
+    return (text.lstrip(b"0") or b"0") if text.isdigit() else text
+
+
+def _wnid(path: str) -> str:
+    """The wnid of an image of ImageNet by what it is called; empty if it is called otherwise."""
+    match = re.match("(n[0-9]{8})_|ILSVRC2012_val_([0-9]{8})", path.rpartition("/")[2])
+    if match is None or match[1]:
+        return match[1] if match else ""
+    position, truth = int(match[2]) - 1, validation_labels()
+    return wnids()[truth[position]] if 0 <= position < len(truth) else ""

@@ -1,0 +1,1 @@
+"""Checking, packing, previewing and measuring data sets."""

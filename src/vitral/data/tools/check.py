@@ -1,0 +1,147 @@
+"""Looks at every image of a set before a training has to: counts, sizes, broken files, speed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from vitral.config import DataConfig
+from vitral.data.decode import DecodeError, decode
+from vitral.data.fetch import in_workers
+from vitral.data.formats import open_dataset, packed
+from vitral.data.formats.folder import count_others, find_splits
+from vitral.data.records import Dataset as Images
+from vitral.data.records import Encoded, Files, Packed, Pixels
+from vitral.data.sampling import Integers
+
+FEW_CLASSES = 30
+BATCH = 64  # files that a worker looks at in one go
+Look = tuple[int, int, int, str, float]  # width, height, bytes, what is wrong, seconds
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found."""
+
+    name: str
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    counts: dict[str, Integers]
+    """Images of each class by split, each of shape (classes,)."""
+    broken: tuple[tuple[str, str], ...]
+    """Path and reason of each file that cannot be decoded."""
+    sides: Integers
+    """Width and height of each image that can, in pixels. Shape (images, 2)."""
+    sizes: Integers
+    """Bytes of each file, or of each image of a pixel set. Shape (images,)."""
+    rate: float | None
+    """Images decoded per second of a core's own time; None where nothing needs decoding."""
+    others: Mapping[str, int]
+    """Files of an image folder that are not used, in number by ending."""
+
+
+def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Report:
+    """Decode every file of the set that `config.path` names.
+
+    Args:
+        image_size: side of synthetic images, in pixels.
+        seed: draws the held-out images where there is no validation split.
+        workers: decoding processes; 0 decodes in this one.
+
+    Raises:
+        UserError: the set cannot be opened.
+    """
+    root = Path(config.path).expanduser()
+    # One alone is what `vitral val` takes.
+    held_out_alone = root.is_dir() and find_splits(root)[0] is None and find_splits(root)[1]
+    dataset = open_dataset(config, image_size, seed, train=not held_out_alone)
+    damaged = packed.verify(root) if packed.matches(root) else []
+    counts, broken, sides, sizes, seconds = {}, [], [], [], []
+    for split, records in (("train", dataset.train), ("val", dataset.val)):
+        if records is None:
+            continue
+        counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
+        if isinstance(records, Packed | Pixels):
+            sides += [records.images.shape[:1:-1]] * len(records)
+            sizes += [np.prod(records.images.shape[1:])] * len(records)
+            continue
+        for i, (width, height, size, reason, spent) in enumerate(_look_at_all(records, workers)):
+            seconds.append(spent)
+            sizes.append(size)
+            if reason:
+                broken.append((records.where(i), reason))
+            else:
+                sides.append((width, height))
+    broken += [(place, reason) for place, _, reason in (d.partition(": ") for d in damaged)]
+    rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
+    found = np.array(sides, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
+    about = dataset.name, dataset.classes, dataset.notes
+    return Report(*about, counts, tuple(broken), *found, rate, _others(dataset))
+
+
+def _others(dataset: Images) -> Counter[str]:
+    tables = [table for table in (dataset.train, dataset.val) if isinstance(table, Files)]
+    used = (name for table in tables for name in table.names.tolist())
+    return count_others(tables[0].root, used) if tables else Counter()
+
+
+def _look_at_all(records: Encoded, workers: int) -> Iterator[Look]:
+    N = len(records)
+    parts = (range(first, min(first + BATCH, N)) for first in range(0, N, BATCH))
+    for looks in in_workers(_Looking(records), parts, workers):
+        yield from looks
+
+
+class _Looking(Dataset[list[Look]]):
+    """Decodes the images of a request; runs in worker processes."""
+
+    def __init__(self, records: Encoded) -> None:
+        self.records = records
+
+    def __getitem__(self, request: range) -> list[Look]:
+        return [self._look(index) for index in request]
+
+    def _look(self, index: int) -> Look:
+        started = time.process_time()  # unlike the clock's, not stretched by other processes
+        width = height = size = 0
+        reason = ""
+        try:
+            content = self.records.read(index)
+            size = len(content)
+            height, width = decode(content).shape[1:]
+        except (DecodeError, OSError) as error:
+            reason = str(error)
+        return width, height, size, reason, time.process_time() - started
+
+
+def format_report(report: Report) -> str:
+    """The report as plain text; of more than thirty classes only the rarest and most frequent."""
+    lines = [f"{report.name}: {len(report.classes):,} classes", *report.notes]
+    for split, counts in report.counts.items():
+        lines += [f"{split}: {counts.sum():,} images, {_spread(counts, 'a class')}"]
+        rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
+        if len(rising) > FEW_CLASSES:
+            rising[5:-5] = ["..."]
+        lines += [f"  rarest first: {', '.join(rising)}"]
+    if len(report.sides):
+        for side, values in zip(("short", "long"), np.sort(report.sides, axis=1).T, strict=True):
+            lines += [f"{side} side: {_spread(values, 'pixels')}"]
+    lines += [f"size: {_spread(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
+    if report.rate is not None:
+        lines += [f"decoding: {report.rate:,.0f} images per second and core"]
+    if report.others:
+        kinds = (f"{ending} {n:,}" for ending, n in Counter(report.others).most_common())
+        total = sum(report.others.values())
+        lines += [f"files that are not used: {total:,}, by ending {', '.join(kinds)}"]
+    lines += [f"broken files: {len(report.broken)}"]
+    return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
+
+
+def _spread(values: Integers, unit: str) -> str:
+    return f"{values.min():,} to {values.max():,} {unit} (median {int(np.median(values)):,})"

@@ -1,0 +1,49 @@
+"""User errors: the exception, how messages are worded, and safe printing of untrusted names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+
+
+class UserError(Exception):
+    """An error that the user can fix.
+
+    The message is one line: where, what was expected, what was found, and how to fix it.
+    """
+
+    shared = False
+    """Whether every process of a training run raises it; then only rank 0 prints it."""
+
+
+def printable(name: str | bytes | os.PathLike[str]) -> str:
+    """A file name on one line: bytes that are not UTF-8 and control characters are escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:
+    """The error for a data set that cannot be used."""
+    return UserError(printable(f"data: {place}: expected {expected}, got {found}; {fix}"))
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three of `names`, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A suffix for an error message that suggests the closest of `words`, or nothing.
+
+    The last part of a dotted name, such as `lr` of `optim.lr`, and the beginning of a name are
+    close to it.
+    """
+    words = list(words)
+    bare = word.lstrip("-").rpartition(".")[2]
+    inside = [other for other in words if other.rpartition(".")[2] == bare]
+    inside += [other for other in words if len(bare) > 2 and other.startswith(word)]
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.7)
+    best = [*inside, *close]
+    return f"; did you mean {best[0]}?" if best else ""

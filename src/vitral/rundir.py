@@ -1,0 +1,194 @@
+"""The run directory: every file name in it, its lock, and reading its logs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from vitral import machine, settings
+from vitral.config import Config
+from vitral.errors import UserError
+from vitral.storage import replacing
+
+Row = dict[str, float]
+"""A row of the metrics log, by column."""
+PACKAGES = ("vitral", "torch", "torchvision", "torchcodec", "numpy", "safetensors")
+WEIGHTS, CHECKPOINTS = "weights", "checkpoints"
+CONFIG, CURVES, REPORT = "config.yaml", "curves.png", "report.html"
+
+
+class RunDir:
+    """The paths in a run directory, and the lock that one process at a time holds."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / CONFIG
+        self.environment = self.path / "env.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "train.log"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / CHECKPOINTS
+        self.weights = self.path / WEIGHTS
+        self.best = self.weights / "best"
+        self.last = self.weights / "last"
+        self.train_batch = self.path / "train_batch.jpg"
+        self.curves = self.path / CURVES
+        self.report = self.path / REPORT
+        self.trace = self.path / "trace.json"
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def of_weights(cls, directory: Path) -> RunDir | None:
+        """The run directory that a weight directory belongs to, or None."""
+        parent = directory.resolve().parent
+        return cls(parent.parent) if parent.name == WEIGHTS else None
+
+    def lock(self) -> None:
+        """Creates the directory and takes its lock.
+
+        Raises:
+            UserError: it cannot be written, or another process is training in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # flock would survive a SIGKILL in forked workers; this lock ends with its process.
+            self._lock = (self.path / ".lock").open("w")
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"out: another process is training in {self.path}; wait for it, or give "
+                "another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"out: cannot write {self.path}: {error.strerror}; give another --out"
+            ) from None
+
+    def unlock(self) -> None:
+        """Releases the lock."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
+
+    def unused_name(self) -> Path:
+        """A path like this one where nothing exists yet."""
+        number = 2
+        while (other := self.path.with_name(f"{self.path.name}-{number}")).exists():
+            number += 1
+        return other
+
+    def write_config(self, config: Config) -> None:
+        """Writes config.yaml, a recipe that repeats the run."""
+        with replacing(self.config) as file:
+            file.write_text(settings.dump(config), encoding="utf-8")
+
+    def write_environment(self, **facts: object) -> None:
+        """Writes env.json: versions, hardware, command, and `facts`."""
+        gpu = machine.gpu_name()
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "cpu_cores": machine.num_cores(),
+            "gpu": gpu,
+            "cuda": torch.version.cuda if gpu else None,
+            **facts,
+        }
+        self.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The content of a run directory, as a report shows it."""
+
+    path: Path
+    config: Config
+    environment: dict[str, Any]
+    """The content of env.json."""
+    rows: list[Row]
+    """The rows of the metrics log."""
+    notes: list[str]
+    """What could not be read."""
+
+    @property
+    def validations(self) -> list[Row]:
+        """The rows with validation results."""
+        return [row for row in self.rows if "val_top1" in row]
+
+    @property
+    def best(self) -> tuple[str, Row] | None:
+        """ "val" or "ema", and the row with the highest top-1, the first of equals."""
+        found = [(kind, row) for row in self.validations for kind in ("val", "ema")]
+        found = [(kind, row) for kind, row in found if f"{kind}_top1" in row]
+        return max(found, key=lambda item: item[1][f"{item[0]}_top1"], default=None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been taken and validated."""
+        last = self.rows[-1] if self.rows else {"epoch": 0.0}
+        return "val_top1" in last and last["epoch"] > self.config.train.epochs - 1e-6
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run directory, finished or not.
+
+    Raises:
+        UserError: it is not a run directory, or its settings cannot be read.
+    """
+    run = RunDir(path)
+    if not run.config.is_file():
+        raise UserError(
+            f"report: {path}: expected a run directory with {CONFIG}, got "
+            f"{'one without' if path.is_dir() else 'no directory'}; give one such as runs/digits"
+        )
+    notes, rows = [], read_rows(run.metrics)
+    lines = run.metrics.read_bytes().count(b"\n") if run.metrics.exists() else 0
+    if lines > len(rows):
+        name = run.metrics.name
+        notes.append(f"{name}: line {len(rows) + 1} of {lines} is not a row; the rest is ignored")
+    environment = {}
+    try:
+        environment = dict(json.loads(run.environment.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        notes.append(f"{run.environment.name} cannot be read: the machine is unknown")
+    return Run(path, settings.load(str(run.config)), environment, rows, notes)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics log, up to the first line that is not one, such as one cut short."""
+    rows = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or not {"step", "epoch", "images", "seconds"} <= row.keys():
+            break
+        if not all(isinstance(value, int | float) for value in row.values()):
+            break
+        rows.append(row)
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """A time in seconds as 42 s, 3:05 or 12:03:05."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,444 @@
+"""Settings: recipes in YAML and options on the command line become a Config, and back.
+
+A value in a YAML file and one on the command line go through the same conversion, so that the same
+error gets the same message. The options of commands are dataclasses as well and use the same code.
+Both ways are in one file because they share the conversion of words to values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
+
+import yaml
+
+from vitral.config import Config, flatten
+from vitral.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+Given = Mapping[str, Sequence[str]]
+"""Values that were given, as words, by the path of the setting, such as `optim.lr`."""
+SHORTCUTS = {
+    "data.path": "data",
+    "train.init": "init",
+    "train.out": "out",
+    "train.epochs": "epochs",
+    "train.batch_size": "batch-size",
+    "optim.lr": "lr",
+    "model.size": "model-size",
+    "model.image_size": "image-size",
+    "train.seed": "seed",
+}
+YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def recipes() -> list[str]:
+    """The names of the recipes that come with vitral."""
+    files = (resources.files("vitral") / "recipes").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The YAML of a recipe.
+
+    Raises:
+        UserError: if there is no recipe of that name.
+    """
+    if name not in recipes():
+        own = Path(name, "config.yaml")  # of a run directory
+        hint = f"; did you mean {own}?" if own.is_file() else did_you_mean(name, recipes())
+        raise UserError(
+            f"recipe: expected the name of a recipe or a YAML file, got {name!r}{hint}; "
+            "`vitral recipes` lists the recipes"
+        )
+    return (resources.files("vitral") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def read(source: str) -> dict[str, list[str]]:
+    """The values that a recipe gives.
+
+    Args:
+        source: the name of a recipe, or the path of a YAML file.
+
+    Raises:
+        UserError: for an unknown recipe, a file that is not YAML, or an unknown key.
+    """
+    content = _read_file(source) if source.endswith(YAML_SUFFIXES) else recipe_text(source)
+    try:
+        return dict(_values(content))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def load(
+    source: str, given: Given | Sequence[str] = (), *, default: Config | None = None
+) -> Config:
+    """The settings of a recipe, changed by options.
+
+    Values that neither gives come from `default`, or else from `Config()`. Without `train.out` the
+    run goes to runs/<recipe>.
+
+    Args:
+        source: the name of a recipe, or the path of a YAML file.
+        given: values by path, or options as on the command line.
+
+    Raises:
+        UserError: for an unknown recipe, key or value.
+    """
+    recipe = read(source)
+    given = given if isinstance(given, Mapping) else parse_options(given)
+    base = default or Config()
+    try:
+        config = build(base, {**recipe, **given})
+    except UserError:
+        try:
+            build(base, recipe)
+        except UserError as error:  # the recipe's fault alone
+            raise UserError(f"{source}: {error}") from None
+        raise
+    if config.train.out is not None:
+        return config
+    train = dataclasses.replace(config.train, out=f"runs/{Path(source).stem}")
+    return dataclasses.replace(config, train=train)
+
+
+def default_recipe(given: Given) -> str:
+    """The recipe to use where none is named: by the data alone."""
+    (path,) = given.get("data.path", ["digits"])
+    return "digits" if path == "digits" else "imagenette128"
+
+
+def parse_options(words: Sequence[str]) -> Given:
+    """The values in options such as `--optim.lr 1e-3`. Raises UserError."""
+    parser = Parser("vitral train")
+    parser.add_settings(Config())
+    return given_settings(parser.parse(words))
+
+
+def options(args: argparse.Namespace, default: T) -> T:
+    """A dataclass of options, changed by parsed arguments."""
+    names = {field.path for field in fields(default)}
+    return build(default, {name: value for name, value in vars(args).items() if name in names})
+
+
+def given_settings(args: argparse.Namespace) -> Given:
+    """The values of settings among parsed arguments."""
+    paths = flatten(Config())
+    return {name: value for name, value in vars(args).items() if name in paths}
+
+
+def dump(config: Config) -> str:
+    """`config` as YAML, which `load` reads back to the same settings."""
+    sections: dict[str, dict[str, object]] = {}
+    for path, value in flatten(config).items():
+        section, key = path.split(".")
+        plain = list(value) if isinstance(value, tuple) else value
+        sections.setdefault(section, {})[key] = plain
+    return yaml.safe_dump(sections, sort_keys=False, default_flow_style=False)
+
+
+def build(default: T, given: Given) -> T:
+    """A dataclass, possibly of sections, with some fields replaced.
+
+    Raises:
+        UserError: for a value of the wrong type, or one that the dataclass refuses.
+    """
+    kinds = {field.path: field.kind for field in fields(default)}
+    changed: dict[str, dict[str, Any]] = {}
+    for path, words in given.items():
+        section, _, key = path.rpartition(".")
+        try:
+            changed.setdefault(section, {})[key] = convert(kinds[path], words)
+        except ValueError as error:
+            name = path if section else path.replace("_", "-")
+            raise UserError(f"{name}: {error}") from None
+    top = changed.pop("", {})
+    for section, values in changed.items():
+        try:
+            top[section] = dataclasses.replace(getattr(default, section), **values)
+        except UserError as error:
+            raise UserError(f"{section}.{error}") from None
+    return dataclasses.replace(default, **top)  # pyright: ignore[reportArgumentType]
+
+
+class Field(NamedTuple):
+    """A setting: its dotted path, type, value, and the docstring under it."""
+
+    path: str
+    kind: Any
+    value: Any
+    doc: str
+
+
+def fields(settings: Any, prefix: str = "") -> Iterator[Field]:
+    """The fields of a dataclass instance, those of its sections included."""
+    kinds, docs = typing.get_type_hints(type(settings)), field_docs(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, f"{field.name}.")
+        else:
+            name = field.name
+            yield Field(prefix + name, kinds[name], value, docs.get(name, ""))
+
+
+def field_docs(settings: type) -> Mapping[str, str]:
+    """The docstring under each field of a dataclass."""
+    return _module_docs(settings.__module__).get(settings.__name__, {})
+
+
+def convert(kind: Any, words: Sequence[str]) -> Any:
+    """The value of a type that words spell.
+
+    Args:
+        kind: int, float, bool, str, a Literal, an optional one of these, or a tuple of them.
+
+    Raises:
+        ValueError: that says what was expected and what was found.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, UnionType):
+        if [*words] == ["None"]:
+            return None
+        (kind,) = (arg for arg in args if arg is not type(None))
+        try:
+            return convert(kind, words)
+        except ValueError as error:
+            raise ValueError(str(error).replace(", got", " or None, got", 1)) from None
+    if origin is tuple:
+        return _convert_tuple(args, words)
+    found = repr(" ".join(words)) if words else "nothing"
+    word = words[0] if len(words) == 1 else None
+    choices = {str(choice): choice for choice in args} if origin is Literal else CHOICES.get(kind)
+    if choices is not None:
+        if word is None or word not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, got {found}")
+        return choices[word]
+    try:
+        if word is not None:
+            return kind(word)
+    except ValueError:
+        pass
+    raise ValueError(f"expected {NAMES[kind]}, got {found}")
+
+
+NAMES = {int: "an integer", float: "a number", str: "text"}
+METAVARS = {int: "N", float: "X", str: "TEXT"}
+CHOICES = {bool: {"true": True, "false": False}}
+
+
+def _convert_tuple(args: tuple[Any, ...], words: Sequence[str]) -> tuple[Any, ...]:
+    if args[-1] is not Ellipsis:
+        if len(words) != len(args):
+            raise ValueError(f"expected {len(args)} values, got {len(words)}")
+        return tuple(convert(arg, [word]) for arg, word in zip(args, words, strict=True))
+    size = len(typing.get_args(args[0])) or 1
+    if len(words) % size:
+        raise ValueError(f"expected groups of {size} values, got {len(words)} in all")
+    return tuple(convert(args[0], words[i : i + size]) for i in range(0, len(words), size))
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors and whose options come from dataclasses."""
+
+    def __init__(self, program: str, description: str = "", *, epilog: str = "") -> None:
+        super().__init__(
+            program,
+            description=description,
+            epilog=epilog or None,
+            allow_abbrev=False,
+            add_help=False,
+            argument_default=argparse.SUPPRESS,
+            usage=program,
+            formatter_class=functools.partial(
+                argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100
+            ),
+        )
+        self.names: list[str] = []
+        self.groups: dict[str, Any] = {}
+
+    def add_options(self, options: Any, group: str = "") -> None:
+        """Adds an option for each field of a dataclass instance, whose values are the defaults."""
+        for field in fields(options):
+            self._add(self.groups.get(group, self), field)
+
+    def add_settings(self, config: Config) -> None:
+        """Adds every setting: those with a shortcut first, then a group for each section."""
+        settings = {field.path: field for field in fields(config)}
+        order = [*SHORTCUTS, *(path for path in settings if path not in SHORTCUTS)]
+        for path in order:
+            title = f"{'common' if path in SHORTCUTS else path.partition('.')[0]} settings"
+            if title not in self.groups:
+                self.groups[title] = self.add_argument_group(title)
+            self._add(self.groups[title], settings[path])
+
+    def add_positional(self, name: str, metavar: str) -> None:
+        """Adds a positional argument; a metavar that ends in ? is optional, in + one or more."""
+        shown = metavar.rstrip("?+")
+        usage = {"?": f" [{shown}]", "+": f" {shown} [{shown} ...]"}
+        self.usage = f"{self.usage}{usage.get(metavar[-1], f' {shown}')}"
+        if metavar == shown:
+            self.add_argument(name, metavar=shown)
+        else:
+            self.add_argument(name, metavar=shown, nargs=metavar[-1], default=None)
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """The arguments in `words`, positional ones and options in any order.
+
+        Raises:
+            UserError: one line, with the closest option for an unknown one.
+        """
+        args, rest = self.parse_known_intermixed_args([*map(_hyphenated, words)])
+        for word in rest:
+            name = word.partition("=")[0]
+            if name.startswith("-") and name != "-":
+                hint = did_you_mean(name, self.names)
+                raise UserError(f"{name}: no such option{hint}; `{self.prog} --help` lists all")
+        if rest:
+            raise UserError(f"{self.prog}: expected no more arguments, got {' '.join(rest)}")
+        args.words = list(words)
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        message = message.removeprefix("argument ")
+        message = message.replace("the following arguments are required:", "expected")
+        raise UserError(message if message.startswith("-") else f"{self.prog}: {message}")
+
+    def _add(self, group: Any, field: Field) -> None:
+        name = field.path.replace("_", "-")
+        flags = [f"--{name}"]
+        if field.path in SHORTCUTS:
+            flags.insert(0, f"--{SHORTCUTS[field.path]}")
+        self.names += flags
+        text = f"{field.doc} (default: {shown(field.value)})".replace("%", "%%")
+        if field.kind is bool:
+            section, dot, key = name.rpartition(".")
+            off = f"--{section}{dot}no-{key}"
+            self.names.append(off)
+            for flag, value, about in ((flags[0], "true", text), (off, "false", argparse.SUPPRESS)):
+                group.add_argument(
+                    flag, dest=field.path, action="store_const", const=[value], help=about
+                )
+            return
+        count, metavar = _arity(field.kind)
+        action = group.add_argument(
+            *flags, dest=field.path, nargs=count, metavar=metavar, help=text
+        )
+        if choices := _choices(field.kind):
+            action.completer = lambda **_: choices  # read by argcomplete
+
+
+def shown(value: Any) -> str:
+    """A value as help and the documentation show it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _choices(kind: Any) -> list[str]:
+    """The words that an option takes, if they are few."""
+    if typing.get_origin(kind) in (Union, UnionType):
+        return [choice for arg in typing.get_args(kind) for choice in _choices(arg)]
+    return [*map(str, typing.get_args(kind))] if typing.get_origin(kind) is Literal else []
+
+
+def _arity(kind: Any) -> tuple[int | str, Any]:
+    """How many words an option takes, and what help calls them."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, UnionType):
+        return _arity(args[0])
+    if origin is tuple and args[-1] is Ellipsis:
+        names = [METAVARS[arg] for arg in typing.get_args(args[0]) or args[:1]]
+        return "*", " ".join(names)
+    if origin is tuple:
+        return len(args), tuple(METAVARS[arg] for arg in args)
+    return 1, f"{{{','.join(map(str, args))}}}" if origin is Literal else METAVARS[kind]
+
+
+def _hyphenated(word: str) -> str:
+    """`--a_b=c_d` as `--a-b=c_d`."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, of which YAML's keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(
+            f"recipe: cannot read {path}: {reason}; `vitral recipes` lists the recipes"
+        ) from None
+
+
+def _values(content: str) -> Iterator[tuple[str, list[str]]]:
+    """Paths and values of a YAML document."""
+    try:
+        document = yaml.load(content, _StrictLoader) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"expected sections such as 'model:', got {document!r}")
+    known = flatten(Config())
+    texts = {field.path for field in fields(Config()) if field.kind in (str, str | None)}
+    for section, values in document.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{section}: expected 'key: value' lines below, got {values!r}")
+        for key, value in values.items():
+            path = f"{section}.{key}".replace("-", "_")
+            if path not in known:
+                raise UserError(f"{path}: no such setting{did_you_mean(path, known)}")
+            if path in texts and not isinstance(value, str | None):
+                raise UserError(f"{path}: expected text, got {value!r}; quote it")
+            yield path, _words(value)
+
+
+def _words(value: Any) -> list[str]:
+    """A YAML value as the words of a command line; nested lists are flattened."""
+    if isinstance(value, list):
+        return [word for inner in value for word in _words(inner)]
+    return [str(value).lower() if isinstance(value, bool) else str(value)]
+
+
+@functools.cache
+def _module_docs(module: str) -> Mapping[str, Mapping[str, str]]:
+    """The docstrings under the fields of each class in a module."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    found: dict[str, dict[str, str]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for before, after in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(before, ast.AnnAssign)
+                and isinstance(before.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                text = " ".join(str(after.value.value).split())
+                found.setdefault(node.name, {})[before.target.id] = text
+    return found

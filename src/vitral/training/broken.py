@@ -1,0 +1,62 @@
+"""Training images that cannot be decoded: reported once, and an error if there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from vitral.data.fetch import describe
+from vitral.data.records import Records
+from vitral.errors import UserError
+from vitral.training.distributed import World
+
+REPORTED = 10  # broken images that are named at once
+MAX_SHARE = 0.001  # of the training images
+
+
+class BrokenImages:
+    """The broken images that the processes of a run have found.
+
+    Args:
+        known: index and reason of those found before the run was resumed.
+        message: prints a line.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        world: World,
+        known: Iterable[tuple[int, str]],
+        message: Callable[[str], None],
+    ) -> None:
+        self.records, self.world, self.message = records, world, message
+        self.known = dict(known)
+        self.found: dict[int, str] = {}  # by this process, since the last `agree`
+
+    def add(self, broken: Iterable[tuple[int, str]]) -> None:
+        """Records what a batch found. Raises UserError in a lone process if there are too many."""
+        self.found.update(broken)
+        if self.found and self.world.size == 1:
+            self.agree()
+
+    def agree(self) -> None:
+        """Exchanges what the processes have found and reports what is new.
+
+        Raises:
+            UserError: more than MAX_SHARE of the training images are broken.
+        """
+        found = {i: why for part in self.world.gather(self.found) for i, why in part.items()}
+        self.found = {}
+        new = {i: found[i] for i in sorted(found) if i not in self.known}
+        self.known |= new
+        for i, why in list(new.items())[:REPORTED]:
+            self.message(f"broken image, replaced by another: {describe(self.records, i)}: {why}")
+        if len(new) > REPORTED:
+            self.message(f"and {len(new) - REPORTED} more")
+        if len(self.known) > MAX_SHARE * len(self.records):
+            first = sorted(self.known)[:REPORTED]
+            names = ", ".join(describe(self.records, i) for i in first)
+            raise UserError(
+                f"data: {len(self.known)} of {len(self.records)} training images are broken, more "
+                f"than {MAX_SHARE:.1%}: {names} (the first: {self.known[first[0]]}); "
+                "fix or remove them and start again; `vitral data check` finds all"
+            )

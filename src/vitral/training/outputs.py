@@ -1,0 +1,168 @@
+"""What a run writes for people: weights, tables, pictures, the report, and how it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from vitral import storage, weights
+from vitral.config import Config
+from vitral.data.records import Dataset
+from vitral.data.tools import preview
+from vitral.errors import UserError
+from vitral.evaluation import Scores
+from vitral.rundir import RunDir, read_rows, read_run
+from vitral.storage import CorruptError
+from vitral.training import checkpoint as checkpoints
+from vitral.training.metrics import Console, MetricsLog
+from vitral.training.parts import Parts
+from vitral.training.resolved import Resolved
+from vitral.training.resume import Progress
+
+REDRAW = 60.0  # seconds between drawings of the curves
+States = Mapping[str, Mapping[str, Tensor]]
+
+
+class Outputs:
+    """The output files of a run, written by its main process.
+
+    Weight directories describe vitral's ViT, so a run with another model writes none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        run: RunDir,
+        console: Console,
+        log: MetricsLog,
+        parts: Parts,
+    ) -> None:
+        self.config, self.dataset, self.run = config, dataset, run
+        self.console, self.log = console, log
+        self.parts = parts
+        self.drawn = time.monotonic()
+        # Step and scores for the report: the best, or else the last since the run was resumed.
+        self.reported: tuple[int, Scores] | None = None
+
+    def announce(
+        self,
+        resolved: Resolved,
+        facts: Mapping[str, float],
+        total: int,
+        rates: Mapping[str, float],
+    ) -> None:
+        """Writes env.json, and the lines that a run starts with.
+
+        Args:
+            facts: step, workers, parameters and FLOPs per image, as env.json holds them.
+            total: steps of the run.
+            rates: images per second of each decoder, where they were measured.
+        """
+        self.run.write_environment(
+            resolved=dataclasses.asdict(resolved),
+            parts=self.parts.name,
+            held_out=self.dataset.held_out,
+            decode_rates=rates,
+            **facts,
+        )
+        train, val = self.dataset.train, self.dataset.val
+        assert train is not None
+        assert val is not None
+        start = f"resumes from step {facts['step']}" if facts["step"] else "starts"
+        self.console.message(
+            f"{self.run.path} {start}: {self.dataset.name}, {len(train):,} training images, "
+            f"{len(val):,} validation images, {len(self.dataset.classes)} classes"
+        )
+        if rates:
+            measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+            self.console.message(f"decoder: {resolved.decoder}; images/s measured: {measured}")
+        fused = {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}
+        self.console.message(
+            f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['flops_per_image'] / 1e9:.3f} "
+            f"GFLOPs per image; {total:,} steps of {self.config.train.batch_size} images in "
+            f"micro-batches of {resolved.micro_batch}, on {resolved.device} in {resolved.precision}"
+            + (", compiled" if resolved.compile else "")
+            + (fused[resolved.device] if resolved.fused else "")
+            + f", threads: {resolved.threads}, workers: {facts['workers']}"
+            + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
+        )
+
+    def save_batch(self, images: Tensor) -> None:
+        """Writes a picture of the first batch, as the model sees it: (B, C, H, W), float32."""
+        grid = preview.grid(preview.to_pixels(images, self.config.data))
+        preview.save(grid, self.run.train_batch)
+        self.log.picture(grid)
+
+    def save_weights(self, states: States, names: list[str], metrics: Mapping[str, float]) -> None:
+        """Writes weights/NAME for each of `names`."""
+        if self.parts.describable:
+            self.run.weights.mkdir(exist_ok=True)
+            for name in names:
+                weights.save(self.run.weights / name, states, self._describe(metrics))
+
+    def note_scores(self, scores: Scores, progress: Progress) -> None:
+        """Writes the tables of a validation and remembers its scores for the report."""
+        scores.write_tables(self.run.path)
+        if self.reported is None or self.reported[0] != progress.best["step"]:
+            self.reported = (progress.step, scores)
+
+    def restore_weights(self, progress: Progress) -> None:
+        """Writes weights again that are damaged, older than their checkpoint, or of moved data."""
+        if not self.parts.describable:
+            return
+        steps = {"best": int(progress.best["step"])} if progress.evaluated else {}
+        if progress.evaluated == progress.step > 0:  # otherwise the next validation writes them
+            steps["last"] = progress.step
+        place = self._describe({}).config.data.path
+        for name, step in steps.items():
+            try:
+                directory, known = weights.read_description(self.run.weights / name)
+                storage.verify(directory)
+            except (UserError, CorruptError):
+                known = None
+            found = known.metrics["step"] if known else -1
+            # Weights of a later step are written again when that step comes.
+            if found < step or (known and found == step and known.config.data.path != place):
+                self._restore(name, step)
+
+    def draw_curves(self, *, now: bool = False) -> None:
+        """Draws the curves, at most once a minute unless `now`."""
+        if not now and time.monotonic() - self.drawn <= REDRAW:
+            return
+        from vitral.report import curves  # imports matplotlib
+
+        curves.draw(self.run.curves, read_rows(self.run.metrics))
+        self.drawn = time.monotonic()
+
+    def write_report(self, progress: Progress) -> None:
+        """Writes the report of a finished run."""
+        from vitral.report.html import write_report  # imports matplotlib
+        from vitral.report.predictions import Predictions
+
+        predictions, missing = None, "the run was resumed after its last validation"
+        if not self.parts.describable:
+            missing = f"the model is not vitral's: {self.parts.name}"
+        elif self.reported is not None:
+            step, scores = self.reported
+            path = self.run.best if step == progress.best["step"] else self.run.last
+            assert self.dataset.val is not None
+            predictions = Predictions(scores, self.dataset.val, weights.load(path))
+        write_report(read_run(self.run.path), self.run.report, predictions, missing)
+
+    def _restore(self, name: str, step: int) -> None:
+        try:
+            found = checkpoints.read(self.run.checkpoints, step)
+        except CorruptError as error:
+            self.console.message(f"weights/{name} cannot be restored: {error}")
+            return
+        states = {kind: found.tensors[kind] for kind in found.tensors if kind != "optimizer"}
+        self.save_weights(states, [name], found.state["metrics"])
+        self.console.message(f"weights/{name} restored from the checkpoint of step {step}")
+
+    def _describe(self, metrics: Mapping[str, float]) -> weights.Description:
+        dataset = self.dataset
+        return weights.describe(self.config, dataset.classes, dataset.fingerprint, metrics)

@@ -1,0 +1,52 @@
+"""The steps of a run, and the learning rate of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from vitral.config import Config, OptimConfig
+from vitral.data.sampling import Order
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warmup, then a cosine: the learning rate as a pure function of the step.
+
+    The first step has 1 / warmup of the peak, the last of the warmup the peak itself, and the step
+    after the last would have `final_lr` of it (Loshchilov and Hutter 2016).
+    """
+
+    optim: OptimConfig
+    warmup: int
+    total: int
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step 0, 1, ... total - 1."""
+        if step < self.warmup:
+            return self.optim.lr * (step + 1) / self.warmup
+        progress = (step + 1 - self.warmup) / (self.total + 1 - self.warmup)
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        return self.optim.lr * (self.optim.final_lr + (1 - self.optim.final_lr) * cosine)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run, which follow from its settings and the number of images."""
+
+    steps_per_epoch: float
+    total: int
+    evaluations: frozenset[int]
+    """Steps after which the model is validated."""
+    schedule: Schedule
+
+    @classmethod
+    def of(cls, config: Config, num_images: int) -> Plan:
+        """The plan for a number of training images."""
+        train = config.train
+        order = Order(train.seed, num_images, train.batch_size)
+        steps_per_epoch, total = num_images / train.batch_size, order.end_of_epoch(train.epochs)
+        ends = range(train.eval_every, train.epochs, train.eval_every)
+        evaluations = frozenset(map(order.end_of_epoch, ends)) | {total}
+        warmup = round(config.optim.warmup_epochs * steps_per_epoch)
+        return cls(steps_per_epoch, total, evaluations, Schedule(config.optim, warmup, total))

@@ -1,0 +1,215 @@
+"""What is chosen from the machine or by measuring: once, and kept in the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitral.compat import allow_recompiles, make_inductor_deterministic
+from vitral.config import Config, ViTConfig
+from vitral.data.fetch import Decoder
+from vitral.data.sampling import derive_seed
+from vitral.errors import UserError
+from vitral.machine import available_cores
+from vitral.model import CHANNELS, ViT
+from vitral.rundir import RunDir
+from vitral.training.checkpoint import Checkpoint
+from vitral.training.distributed import SHARDS, World
+from vitral.training.optim import loss_sum
+from vitral.training.trial import autocast, can_compile, fused_is_faster
+
+GRAPHS = 64  # that a run may compile at most
+CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Choices that the sums hang on: another number of threads adds up in another order."""
+
+    device: Literal["cpu", "cuda"]
+    precision: Literal["bf16", "fp32"]
+    compile: bool
+    threads: int
+    micro_batch: int
+    processes: int
+    decoder: Decoder
+    fused: bool
+    """Whether the model runs vitral's own kernels, or on a CPU oneDNN's linear layers."""
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 autocast, or nothing."""
+        return autocast(self.device, self.precision)
+
+
+def build_model(
+    config: Config, num_classes: int, build: Callable[[ViTConfig, int], Any] = ViT
+) -> ViT:
+    """The model of a run, as the seed draws it.
+
+    Raises:
+        ValueError: if an experiment's keeps more than checkpoints do.
+    """
+    torch.manual_seed(derive_seed("init", config.train.seed))
+    model = build(config.model, num_classes)
+    if more := model.state_dict().keys() - {name for name, _ in model.named_parameters()}:
+        raise ValueError(f"model: expected a state of parameters alone, got also {min(more)}")
+    return model
+
+
+def resolve(
+    config: Config,
+    model: ViT,
+    device: torch.device,
+    world: World | None = None,
+    decoder: Decoder = "cpu",
+) -> Resolved:
+    """Makes the choices that `config` leaves open, for a model that lies on `device`."""
+    world = world or World()
+    train = config.train
+    gpu = device.type == "cuda"
+    precision = train.precision
+    if precision == "auto":
+        precision = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
+    compiled = train.compile == "always"
+    if train.compile == "auto" and gpu:
+        compiled = all(world.gather(can_compile(device)))
+    reproducible = train.reproducible
+    share = train.batch_size // (SHARDS if reproducible else world.size)
+    threads = 1 if reproducible else max(1, min(16, available_cores() // world.local_size))
+    resolved = Resolved(
+        device="cuda" if gpu else "cpu",
+        precision=precision,
+        compile=compiled,
+        threads=train.threads or threads,
+        micro_batch=min(train.micro_batch or (share if gpu else CPU_BATCH), share),
+        processes=world.size,
+        decoder=decoder,
+        fused=False,
+    )
+    if gpu and train.micro_batch is None:
+        resolved = _with_fitting_batch(resolved, config, model, device)
+        torch.cuda.reset_peak_memory_stats(device)  # what did not fit is none of the run's memory
+    resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
+    if reproducible:  # else the sums would hang on a clock
+        return resolved
+    own = isinstance(model, ViT)  # and no experiment's
+    fused = all(
+        world.gather(
+            own
+            and fused_is_faster(
+                config.model,
+                resolved.device,
+                resolved.precision,
+                resolved.compile,
+                resolved.micro_batch,
+            )
+        )
+    )
+    return dataclasses.replace(resolved, fused=fused)
+
+
+def prepare_device(config: Config, device: torch.device) -> None:
+    """Sets a GPU up, before anything runs there: TF32, and determinism if it is asked for."""
+    if device.type == "cpu":
+        return
+    torch.set_float32_matmul_precision("high")
+    deterministic = config.train.deterministic or config.train.reproducible
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        # Read once, at the first matrix product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        make_inductor_deterministic()
+
+
+def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]:
+    """The model as the step calls it."""
+    if isinstance(model, ViT):
+        model.fuse(resolved.fused)
+    if not resolved.compile:
+        return model
+    allow_recompiles(GRAPHS)  # one for each image size and each size of a micro-batch
+    return torch.compile(model, dynamic=False)
+
+
+def resolve_again(
+    checkpoint: Checkpoint,
+    config: Config,
+    model: ViT,
+    run: RunDir,
+    device: torch.device,
+    world: World,
+) -> Resolved:
+    """The choices that a run started with, adapted to another number of processes.
+
+    Raises:
+        UserError: the run cannot be resumed on this device.
+    """
+    was = Resolved(**checkpoint.state["resolved"])
+    if was.device != device.type:
+        raise UserError(
+            f"train.device: the run in {run.path} started on {was.device}, not {device.type}; "
+            "resume it there, or start another run with --out"
+        )
+    if was.compile and not all(world.gather(can_compile(device))):
+        raise UserError(
+            f"train.compile: the run in {run.path} is compiled, which fails on this machine; "
+            "resume it on another, or start another run with --out"
+        )
+    if config.train.reproducible:  # otherwise the micro-batch would depend on free memory
+        return dataclasses.replace(was, processes=world.size)
+    if was.processes == world.size:
+        return was
+    now = resolve(config, model, device, world, was.decoder)
+    kept = {name: getattr(was, name) for name in ("precision", "compile", "fused")}
+    return dataclasses.replace(now, **kept)
+
+
+def _with_fitting_batch(
+    resolved: Resolved, config: Config, model: ViT, device: torch.device
+) -> Resolved:
+    """Halves the micro-batch until both passes fit beside the optimiser's state.
+
+    Tried without compilation, which needs less memory and would compile for every size.
+    """
+    size, cuts = resolved.micro_batch, 1
+    while True:
+        micro = -(-size // (2 * cuts)) * 2
+        try:
+            _try_batch(micro, resolved, config, model, device)
+        except torch.cuda.OutOfMemoryError:
+            if micro == 2:
+                raise
+            cuts *= 2
+        else:
+            return dataclasses.replace(resolved, micro_batch=micro)
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+
+
+def _try_batch(
+    micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
+) -> None:
+    """A forward and backward pass beside as much memory as a run has in use besides."""
+    side = max([side for side, _ in config.train.progressive] or [config.model.image_size])
+    images = torch.zeros(micro, CHANNELS, side, side, device=device)
+    targets = torch.zeros(micro, model.num_classes, device=device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Moments, EMA and a spare, or a share of them; of a reproducible run three levels of gradients
+    # that are still to be added up; the next batch, which is augmented meanwhile.
+    parts = resolved.processes if config.train.parallel == "fsdp" else 1
+    copies = 7 if config.train.reproducible else 4
+    besides = copies * weights // parts + 24 * images.numel()
+    ballast = torch.empty(besides, dtype=torch.uint8, device=device)
+    with resolved.autocast():
+        loss = loss_sum(model(images), targets, config.train.loss)
+    loss.backward()
+    del ballast

@@ -1,0 +1,198 @@
+"""From a checkpoint to the state of a run and back, and what a resumed run may not change."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+
+from vitral import settings
+from vitral.config import CHANGEABLE, Config, flatten
+from vitral.data.records import Dataset
+from vitral.errors import UserError
+from vitral.rundir import RunDir, read_rows
+from vitral.storage import CorruptError
+from vitral.training import checkpoint as checkpoints
+from vitral.training.checkpoint import Checkpoint
+from vitral.training.distributed import World, full
+from vitral.training.monitor import Counters
+from vitral.training.optim import EMA, Optimizer
+from vitral.training.resolved import Resolved
+
+
+@dataclass
+class Progress:
+    """Where a run is, apart from its tensors."""
+
+    step: int = 0
+    """Optimizer steps taken."""
+    evaluated: int = 0
+    """The step of the last validation."""
+    saved: tuple[int, int] = (0, 0)
+    """Step and last validation of the newest checkpoint."""
+    best: dict[str, float] = field(default_factory=lambda: {"step": -1.0, "top1": -1.0})
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Results of the last validation."""
+
+    def summary(self) -> str:
+        """The results in words."""
+        text = f"val top-1 {self.metrics['val_top1']:.2%}"
+        text += f", EMA {self.metrics['ema_top1']:.2%}" if "ema_top1" in self.metrics else ""
+        return f"{text}; best {self.best['top1']:.2%} at step {self.best['step']:.0f}"
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that a checkpoint holds."""
+
+    config: Config
+    dataset: Dataset
+    resolved: Resolved
+    parts: str
+    """The name of the parts that replace vitral's own."""
+    optimizer: Optimizer
+    ema: EMA | None
+    counters: Counters
+    progress: Progress
+
+    def weights(self, world: World) -> dict[str, dict[str, torch.Tensor]]:
+        """Full tensors of "model" and, if the run keeps one, "ema"; every process takes part."""
+        states = {"model": full(self.optimizer.named, world)}
+        if self.ema is not None:
+            states["ema"] = full(self.ema.average, world)
+        return states
+
+    def checkpoint(self, world: World, broken: dict[int, str]) -> Checkpoint:
+        """The checkpoint of the current step; every process takes part."""
+        weights = self.weights(world)
+        tensors = {
+            "model": weights.pop("model"),
+            "optimizer": full(self.optimizer.state(), world),
+            **weights,
+        }
+        state = {
+            "evaluated": self.progress.evaluated,
+            "best": self.progress.best,
+            "metrics": self.progress.metrics,
+            "broken": sorted(broken.items()),
+            "counters": self.counters.values.tolist(),
+            "resolved": dataclasses.asdict(self.resolved),
+            "classes": self.dataset.classes,
+            "fingerprint": self.dataset.fingerprint,
+            "config": dataclasses.asdict(self.config),
+            "parts": self.parts,
+        }
+        return Checkpoint(self.progress.step, tensors, state)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint. The model's own weights are loaded before it is wrapped."""
+        state, progress = checkpoint.state, self.progress
+        self.optimizer.load_state(checkpoint.tensors["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state(checkpoint.tensors["ema"])
+        progress.step, progress.evaluated = checkpoint.step, state["evaluated"]
+        progress.saved = (progress.step, progress.evaluated)
+        progress.best, progress.metrics = state["best"], state["metrics"]
+        self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+
+
+def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """Locks the run directory and reads the newest intact checkpoint, in every process.
+
+    Returns:
+        The checkpoint, None for a new run, and warnings.
+
+    Raises:
+        UserError: the directory is in use, or its checkpoints are lost or damaged.
+    """
+    warnings: list[str] = []
+    checkpoint = world.together(lambda: _lock_and_read(run, warnings) if world.main else None)
+    known = (checkpoint.step, list(checkpoint.tensors), checkpoint.state) if checkpoint else None
+    known = world.from_main(known)
+    if known is None:
+        return None, warnings
+    step, kinds, state = known
+    tensors = {
+        kind: world.tensors_from_main(checkpoint.tensors[kind] if checkpoint else None)
+        for kind in kinds
+    }
+    return Checkpoint(step, tensors, state), warnings
+
+
+def _lock_and_read(run: RunDir, warnings: list[str]) -> Checkpoint | None:
+    run.lock()
+    checkpoint = checkpoints.latest(run.checkpoints, warnings.append)
+    if checkpoint is None and warnings:
+        raise UserError(
+            f"out: no checkpoint in {run.checkpoints} can be used: {warnings[0]}; restore one, or "
+            "start another run with --out"
+        )
+    if checkpoint is None:
+        check_checkpoints_exist(run)
+    return checkpoint
+
+
+def check_settings(run: RunDir, config: Config) -> list[str]:
+    """Compares the settings with those of an existing run.
+
+    Returns:
+        A line for each setting that differs without changing the results.
+
+    Raises:
+        UserError: for a setting that changes them.
+    """
+    if not run.config.exists():
+        return []
+    was, now = flatten(settings.load(str(run.config))), flatten(config)
+    changed = [name for name in now if now[name] != was[name] and name != "train.out"]
+    for name in changed:
+        if name not in CHANGEABLE:
+            raise UserError(
+                f"{name}: the run in {run.path} has {was[name]}, not {now[name]}; "
+                f"resume it with its own settings, or start another: --out {run.unused_name()}"
+            )
+    return [f"{name}: {was[name]} becomes {now[name]}" for name in changed]
+
+
+def check_checkpoints_exist(run: RunDir) -> None:
+    """Raises UserError if a run without checkpoints once had one.
+
+    The first validation writes one, before any weights and any later row of the log.
+    """
+    validated = any("val_top1" in row for row in read_rows(run.metrics)[:-1])
+    if validated or run.weights.is_dir():
+        raise UserError(
+            f"out: the run in {run.path} cannot be resumed, because its checkpoints are gone; any "
+            f"weights there can still be used; start another run: --out {run.unused_name()}"
+        )
+
+
+def check_data(config: Config, run: RunDir, dataset: Dataset, fingerprint: str) -> None:
+    """Raises UserError unless the data set is the one that the run started with."""
+    if dataset.fingerprint != fingerprint:
+        raise UserError(
+            f"data: {config.data.path} is not the data set that the run in {run.path} started "
+            "with; give that one, or start another run with --out"
+        )
+
+
+def check_parts(run: RunDir, was: str, now: str) -> None:
+    """Raises UserError unless the model and optimizer are those that the run started with."""
+    if was != now:
+        raise UserError(
+            f"parts: the run in {run.path} has {was or 'those of vitral'}, not "
+            f"{now or 'those of vitral'}; resume it with its own, or start another with --out"
+        )
+
+
+def check_unstarted(config: Config, run: RunDir, dataset: Dataset) -> None:
+    """Raises UserError where resuming the run in this directory would, but reads no tensors."""
+    steps = checkpoints.steps(run.checkpoints)
+    if not steps:
+        check_checkpoints_exist(run)
+    with contextlib.suppress(CorruptError):
+        for step in steps:
+            state = checkpoints.read_state(run.checkpoints, step)
+            check_data(config, run, dataset, state["fingerprint"])

@@ -1,0 +1,88 @@
+"""Validating during training: every image once, spread over the processes."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vitral.config import Config
+from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
+from vitral.data.records import Dataset, Packed, Pixels
+from vitral.evaluation import Scores, measure, merge
+from vitral.model import ViT
+from vitral.training.distributed import Interrupted, World
+from vitral.training.parallel import Averaged, InFixedOrder, gathered
+from vitral.training.resolved import Resolved
+from vitral.training.signals import Signals
+
+
+class Validation:
+    """Scores a model on the validation images of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        model: ViT,
+        passes: Averaged | InFixedOrder,
+        resolved: Resolved,
+        world: World,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        assert dataset.val is not None
+        self.config, self.records, self.classes = config, dataset.val, dataset.classes
+        self.model, self.passes = model, passes
+        self.resolved, self.world = resolved, world
+        self.workers, self.device = workers, device
+
+    def measure(self, signals: Signals) -> Scores:
+        """The scores of the model as it is; every process takes part.
+
+        Raises:
+            Interrupted: a signal arrived in a lone process.
+        """
+        self.model.eval()
+
+        def forward(images: Tensor) -> Tensor:
+            with self.resolved.autocast():
+                return self.passes.forward(images)
+
+        with gathered(self.model):
+            part = self.world.together(
+                lambda: measure(forward, self._batches(signals), self.classes)
+            )
+        return merge(self.world.gather(part))
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the images have to be decoded."""
+        return not isinstance(self.records, Packed | Pixels)
+
+    def check_images(self, signals: Signals) -> None:
+        """Decodes every image, so that a broken one ends the run before its first step.
+
+        Raises:
+            UserError: an image cannot be decoded.
+        """
+        self.world.together(lambda: collections.deque(self._batches(signals), maxlen=0))
+
+    def _batches(self, signals: Signals) -> Iterator[Batch]:
+        """This process's part of the validation images, until a signal arrives."""
+        batches = eval_batches(
+            self.records,
+            self.config,
+            min(EVAL_BATCH, len(self.records)),
+            self.workers,
+            self.device,
+            (self.world.rank, self.world.size),
+            self.resolved.decoder,
+        )
+        for batch in batches:
+            # A lone process may stop at once; of many, all continue to the next step.
+            if signals.received and self.world.size == 1:
+                raise Interrupted(signals.received)
+            yield batch

@@ -1,0 +1,100 @@
+"""What weights say about themselves, and a model loaded with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vitral.config import Config, from_sections
+from vitral.errors import UserError
+from vitral.model import ViT
+
+SCHEMA = 2
+Which = Literal["model", "ema"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """The content of config.json."""
+
+    config: Config
+    """The settings of the training run: architecture, preprocessing, recipe."""
+    classes: tuple[str, ...]
+    """Class names, in the order of the logits."""
+    fingerprint: str
+    """Of the data set."""
+    default: Which
+    """The file to load if none is requested."""
+    metrics: Mapping[str, float]
+    """Validation results, by the names of the metrics log."""
+    vitral: str
+    """The version that wrote the weights."""
+
+    def to_document(self) -> dict[str, Any]:
+        """The JSON object that `from_document` reads."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any], directory: Path) -> Description:
+        """The description in a config.json.
+
+        Args:
+            document: the JSON object.
+            directory: where it was read, for error messages.
+
+        Raises:
+            UserError: it was written by another version of vitral.
+        """
+        document = dict(document)
+        schema = document.pop("schema", None)
+        if schema != SCHEMA:
+            raise UserError(
+                f"weights: {directory}: expected schema {SCHEMA}, got {schema}; "
+                "install the version of vitral that wrote them"
+            )
+        try:
+            config, classes = from_sections(document["config"]), tuple(document["classes"])
+            if document["default"] not in get_args(Which):
+                raise TypeError(f"default is {document['default']!r}")
+            return cls(**{**document, "config": config, "classes": classes})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"weights: {directory}: config.json is not of this version of vitral: {error}; "
+                f"install vitral {document.get('vitral')}, which wrote it"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model ready to use, in evaluation mode, and its description."""
+
+    model: ViT
+    description: Description
+    path: Path
+
+
+def describe(
+    config: Config, classes: tuple[str, ...], fingerprint: str, metrics: Mapping[str, float]
+) -> Description:
+    """The description of a run's weights; the default is the better of raw and EMA weights.
+
+    The architecture is written in full, in case a preset changes later. The path of an image folder
+    is made absolute.
+    """
+    better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
+    model = dataclasses.replace(config.model, **config.model.shape._asdict())
+    place = Path(config.data.path).expanduser()
+    path = str(place.resolve()) if place.is_dir() else config.data.path
+    data = dataclasses.replace(config.data, path=path)
+    return Description(
+        config=dataclasses.replace(config, model=model, data=data),
+        classes=classes,
+        fingerprint=fingerprint,
+        default="ema" if better else "model",
+        metrics=metrics,
+        vitral=version("vitral"),
+    )

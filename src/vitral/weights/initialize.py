@@ -1,0 +1,90 @@
+"""Initializing a training run from weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vitral import settings
+from vitral.config import PRESETS, Config, DataConfig, ViTConfig
+from vitral.errors import UserError
+from vitral.model import ViT
+from vitral.rundir import CONFIG, RunDir
+from vitral.settings import Given
+from vitral.weights.store import load, read_description
+
+
+def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
+    """`settings.load`, where a recipe without a model uses that of the weights in `train.init`.
+
+    It also uses the mean and standard deviation that their images are normalized with. What the
+    recipe or the options give, such as the image size, has priority; the grid of rotary positions
+    stays that of the weights. A run's own config.yaml names its model.
+
+    Raises:
+        UserError: for an unknown recipe, key or value, or weights that are missing.
+    """
+    recipe = settings.read(source)
+    given = given if isinstance(given, Mapping) else settings.parse_options(given)
+    values = {**recipe, **given}
+    (path,) = values.get("train.init", ["None"])
+    if path in ("None", "") or {"model.size", "model.dim"} & recipe.keys():
+        return settings.load(source, given)
+    try:
+        known = read_description(path)[1].config
+    except UserError as error:
+        raise UserError(
+            f"{error}; --init names the weights to start from; resume a run with its {CONFIG}"
+        ) from None
+    data = DataConfig(mean=known.data.mean, std=known.data.std)
+    model = dataclasses.replace(_as_preset(known.model), rope_grid=known.model.grid)
+    return settings.load(source, given, default=Config(model=model, data=data))
+
+
+def _as_preset(model: ViTConfig) -> ViTConfig:
+    """The same model without the fields that follow from its size, so that a new size applies."""
+    if model.shape != PRESETS[model.size]:
+        return model
+    return dataclasses.replace(model, **dict.fromkeys(model.shape._fields))
+
+
+def initialize(model: ViT, path: str | Path) -> list[str]:
+    """Copies weights into `model` and returns the names of parameters that were not copied.
+
+    The head is not copied if the number of classes differs. The image size may differ as long as
+    the grid of rotary positions is the same.
+
+    Raises:
+        UserError: if the architectures differ, or the grids of rotary positions.
+    """
+    given = load(path).model
+    source, own = given.state_dict(), model.state_dict()
+    if source["head.weight"].shape[0] != model.num_classes:
+        source = {name: value for name, value in source.items() if not name.startswith("head.")}
+    strange = sorted(source.keys() - own.keys())
+    other = [n for n in source if n in own and source[n].shape != own[n].shape]
+    missing = sorted(name for name in own.keys() - source.keys() if not name.startswith("head."))
+    for names, what in ((other, "another shape"), (strange, "no place"), (missing, "no value")):
+        if names:
+            raise UserError(
+                f"init: {names[0]} of {path} has {what} in this model "
+                f"({len(names)} such weights); {_fitting(path)}"
+            )
+    grid = given.config.grid
+    if model.config.grid != grid:
+        raise UserError(
+            f"init: {path} was trained with rotary positions over {grid} patches a side, "
+            f"got {model.config.grid}; add --model.rope-grid {grid}"
+        )
+    model.load_state_dict(source, strict=False)
+    return sorted(own.keys() - source.keys())
+
+
+def _fitting(path: str | Path) -> str:
+    """How to get a model that the weights fit."""
+    recipe = "the recipe imagenet-finetune takes its model from the weights"
+    own = RunDir(path).config
+    if not own.is_file():
+        return f"give the model settings that it was trained with; {recipe}"
+    return f"give the settings of that run, `vitral train {own} --init {path}`; {recipe}"

@@ -1,0 +1,120 @@
+"""Writing, finding and loading weight directories."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vitral import hub, storage
+from vitral.errors import UserError
+from vitral.model import ViT
+from vitral.rundir import CONFIG, RunDir
+from vitral.weights.description import Description, Weights, Which
+
+DESCRIPTION = "config.json"
+
+
+def save(
+    directory: Path, states: Mapping[str, Mapping[str, Tensor]], description: Description
+) -> None:
+    """Writes or replaces a weight directory. Raises OSError."""
+    storage.write(directory, states, {"config": description.to_document()})
+
+
+def read_description(path: str | Path) -> tuple[Path, Description]:
+    """The weight directory that `path` means, and its description. No tensors are read.
+
+    Raises:
+        UserError: as `load`.
+    """
+    directory = find(path)
+    try:
+        storage.check_files(directory)
+        document = storage.read_json(directory, DESCRIPTION)
+    except storage.CorruptError as error:
+        raise UserError(f"weights: {error}; {_fix(path)}") from None
+    return directory, Description.from_document(document, directory)
+
+
+def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -> Weights:
+    """Loads weights for use.
+
+    Args:
+        path: a weight directory, a run directory, whose best weights are used, or weights on the
+            Hugging Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`.
+        which: "model" or "ema"; None uses the default of the weights.
+        device: where to put the model.
+
+    Raises:
+        UserError: there are no weights at the path, they are corrupt, or a newer vitral wrote them.
+    """
+    directory, description = read_description(path)
+    which = which or description.default
+    file = directory / f"{which}.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"weights: {directory} holds no {which} weights, only {description.default}"
+        )
+    try:
+        state = storage.read_tensors(directory, which)
+    except storage.CorruptError as error:
+        raise UserError(f"weights: {error}; {_fix(path)}") from None
+    with torch.device("meta"):
+        model = ViT(description.config.model, len(description.classes))
+    _check_tensors(model.state_dict(), state, file)
+    model.load_state_dict(state, assign=True)
+    return Weights(model.to(device).eval().requires_grad_(False), description, directory)
+
+
+def find(path: str | Path) -> Path:
+    """The weight directory that `path` means: itself, or a run's best, or else its last.
+
+    Only `hf-hub:owner/name` uses the network; the result is the directory it was downloaded to.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if str(path).startswith(hub.PREFIX):
+        return hub.download(str(path))
+    path = Path(path)
+    run = RunDir(path)
+    for candidate in (path, run.best, run.last):
+        if (candidate / DESCRIPTION).is_file():
+            return candidate
+    what = "no such directory" if not path.exists() else "it holds no weights"
+    named = hub.NAME.fullmatch(str(path).partition("@")[0]) and not path.exists()
+    hint = f"; if it is on the Hugging Face Hub, give {hub.PREFIX}{path}" if named else ""
+    raise UserError(
+        f"weights: {path}: {what}; expected a directory with {DESCRIPTION} and model.safetensors, "
+        f"such as runs/NAME or runs/NAME/{run.best.relative_to(path)}{hint}"
+    )
+
+
+def _fix(path: str | Path) -> str:
+    """How to repair corrupt weights."""
+    if str(path).startswith(hub.PREFIX):
+        return "remove it from the cache with `hf cache` and try again, or tell its owner"
+    return (
+        "copy it again, or repeat `vitral train` with the run's own "
+        f"{CONFIG}, which restores it from a checkpoint"
+    )
+
+
+def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Raises UserError unless the tensors are those of the model that config.json describes."""
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = (_form(tensors.get(name)) for tensors in (expected, found))
+        if wanted != got:
+            raise UserError(
+                f"weights: {file}: {name}: expected {wanted} by {DESCRIPTION}, got {got}; "
+                "the two belong to different models: copy the directory again"
+            )
+
+
+def _form(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "none"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -1,0 +1,156 @@
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitral.config import DataConfig
+from vitral.data.tools.check import check, format_report
+from vitral.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_printed(capfd):
+    yield
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Five images of known sides, a truncated one, one that is a text, one that is gone."""
+    for path, size in {
+        "train/cat/1.png": (10, 20),
+        "train/cat/2.png": (40, 30),
+        "train/dog/1.jpg": (50, 60),
+        "val/cat/1.png": (70, 80),
+        "val/dog/1.bmp": (90, 5),
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / path)
+    (tmp_path / "train/dog/cut.png").write_bytes((tmp_path / "train/cat/2.png").read_bytes()[:900])
+    (tmp_path / "val/dog/text.jpg").write_text("no image at all")
+    (tmp_path / "val/dog/gone.png").symlink_to(tmp_path / "nowhere.png")
+    return tmp_path
+
+
+def checked(path, workers=0):
+    return check(DataConfig(path=str(path)), 16, seed=0, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_file_is_looked_at(root, workers):
+    report = checked(root, workers)
+    assert (report.name, report.classes) == (root.name, ("cat", "dog"))
+    assert {split: counts.tolist() for split, counts in report.counts.items()} == {
+        "train": [2, 2],
+        "val": [1, 3],
+    }
+    assert report.sides.tolist() == [[10, 20], [40, 30], [50, 60], [70, 80], [90, 5]]
+    listed = [*(root / "train").rglob("*.*"), *(root / "val").rglob("*.*")]
+    sizes = sorted(path.stat().st_size for path in listed if path.exists())
+    assert sorted(report.sizes.tolist()) == [0, *sizes]
+    broken = dict(report.broken)
+    assert list(broken) == [
+        str(root / name) for name in ("train/dog/cut.png", "val/dog/gone.png", "val/dog/text.jpg")
+    ]
+    assert "No such file" in broken[str(root / "val/dog/gone.png")]
+    assert "not an image" in broken[str(root / "val/dog/text.jpg")]
+    assert report.rate is not None
+    assert report.rate > 10
+
+
+def test_workers_change_nothing_but_the_rate(root):
+    one, other = (format_report(dataclasses.replace(checked(root, n), rate=1)) for n in (0, 3))
+    assert one == other
+
+
+def test_the_text(root):
+    report = dataclasses.replace(checked(root), rate=1234.4)
+    text = format_report(report)
+    total = f"{report.sizes.sum() / 1e6:.1f} MB in all"
+    for expected in (
+        f"{root.name}: 2 classes",
+        "train: 4 images, 2 to 2 a class (median 2)",
+        "val: 4 images, 1 to 3 a class (median 2)",
+        "  rarest first: cat 1, dog 3",
+        "short side: 5 to 70 pixels (median 30)",
+        "long side: 20 to 90 pixels (median 60)",
+        f"size: 0 to {report.sizes.max():,} bytes (median",
+        total,
+        "decoding: 1,234 images per second and core",
+        "broken files: 3",
+        f"  {root / 'val/dog/text.jpg'}: not an image",
+    ):
+        assert expected in text
+    assert len(text.splitlines()) == 13
+
+
+def test_files_that_are_not_used_are_counted_by_ending(root):
+    for name in ("train/cat/a.HEIC", "train/cat/deep/b.heic", "val/dog/notes", "labels.csv"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    (root / "test/cat").mkdir(parents=True)
+    (root / "train/cat/1.png").rename(root / "test/cat/1.png")  # beside val/ it is left alone
+    (root / "train/cat/.DS_Store").touch()
+    report = checked(root)
+    assert report.others == {".heic": 2, "none": 1, ".csv": 1, ".png": 1}
+    line = "files that are not used: 5, by ending .heic 2, "
+    assert line in format_report(report)
+
+
+def test_of_many_classes_the_rarest_and_the_most_frequent_are_shown(root):
+    counts = np.random.default_rng(0).permutation(np.arange(1, 1001))
+    names = tuple(f"class{n}" for n in counts)
+    report = dataclasses.replace(checked(root), classes=names, counts={"train": counts})
+    (line,) = (line for line in format_report(report).splitlines() if "rarest" in line)
+    assert line == (
+        "  rarest first: class1 1, class2 2, class3 3, class4 4, class5 5, ..., "
+        "class996 996, class997 997, class998 998, class999 999, class1000 1,000"
+    )
+
+
+def test_a_set_of_broken_files_alone(root):
+    for path in [*root.rglob("*.png"), *root.rglob("*.jpg"), *root.rglob("*.bmp")]:
+        path.unlink()
+        path.write_bytes(b"")
+    report = checked(root)
+    assert len(report.broken) == 8
+    assert report.sides.shape == (0, 2)
+    assert "broken files: 8" in format_report(report)
+
+
+@pytest.mark.parametrize(("name", "side", "count"), [("digits", 8, 1797), ("synthetic", 16, 3072)])
+def test_pixel_sets_need_no_decoding(name, side, count):
+    report = check(DataConfig(path=name), 16, seed=0, workers=2)
+    assert report.rate is None
+    assert report.sides.tolist() == [[side, side]] * count
+    assert report.sizes.sum() == count * 3 * side * side
+    assert "decoding" not in format_report(report)
+
+
+def test_what_is_held_out_is_told(root):
+    (root / "val").rename(root.parent / f"{root.name}-val")
+    assert "held out, drawn by seed 0" in format_report(checked(root))
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_a_validation_split_may_be_alone(root, name):
+    shutil.rmtree(root / "train")
+    (root / "val").rename(root / name)
+    report = checked(root)
+    assert {split: counts.tolist() for split, counts in report.counts.items()} == {"val": [1, 3]}
+    assert "val: 4 images" in format_report(report)
+
+
+def test_structural_mistakes_are_the_users(root):
+    (root / "train/eel").mkdir()
+    with pytest.raises(UserError, match="none of eel"):
+        checked(root)
+
+
+def test_more_workers_than_cores_are_no_warning(root):
+    assert len(checked(root, workers=9).broken) == 3
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,129 @@
+"""The quicker forward pass against the model's own."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vitral.config import ViTConfig
+from vitral.engines.onednn import for_inference
+from vitral.model import ViT
+
+SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "patch_size": 4}
+quicker = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="for x86 alone"
+)
+
+
+def trained(**settings):
+    """A model all of whose weights take part."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(**{**SMALL, **settings}), 7).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@quicker
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pooling": "mean", "num_registers": 2, "rope": "mixed"},
+        {"qk_norm": True, "layer_scale": 0.5, "qkv_bias": False, "ffn_bias": False},
+        {"num_kv_heads": 4, "dropout": 0.5, "stochastic_depth": 0.5},
+    ],
+)
+@torch.no_grad()
+def test_equals_the_model(settings):
+    model = trained(**settings)
+    twin = for_inference(model)
+    assert twin is not model
+    for shape in ((5, 3, 16, 24), (1, 3, 4, 4)):
+        images = torch.randn(shape)
+        torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            twin.forward_features(images), model.forward_features(images), rtol=1e-4, atol=1e-5
+        )
+
+
+@quicker
+@torch.no_grad()
+def test_autocast_changes_nothing():
+    """A user may have it on around predicting; oneDNN refuses operands of two kinds."""
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    expected = model.forward_features(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = for_inference(model).forward_features(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@quicker
+@torch.no_grad()
+def test_few_images_go_through_all_layers_at_a_time():
+    model, images = trained(), torch.randn(5, 3, 160, 80)  # 800 patches each
+    sizes = []
+    hook = model.norm.register_forward_hook(lambda *io: sizes.append(len(io[2])))
+    found = for_inference(model)(images)
+    assert sizes == [1] * 5
+    sizes.clear()
+    for_inference(model)(images[..., :80, :])
+    assert sizes == [3, 2]
+    hook.remove()
+    torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
+
+
+@quicker
+@torch.no_grad()
+def test_onednn_computes_linear_layers_and_gelu():
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    called = {}
+    for name, forward in (("model", model), ("twin", for_inference(model))):
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
+            forward(images)
+        called[name] = {event.key: event.count for event in profiled.key_averages()}
+    assert {"aten::linear", "aten::gelu"} <= called["model"].keys()
+    assert "aten::gelu" not in called["twin"]
+    assert called["twin"]["aten::linear"] == 1  # the head
+
+
+@quicker
+@torch.no_grad()
+def test_weights_are_shared_and_the_model_stays_as_it_was():
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    before = model(images)
+    twin = for_inference(model)
+    assert torch.equal(model(images), before)
+    assert not any(type(m).__module__ == "vitral.engines.onednn" for m in model.modules())
+    other = ViT(model.config, 7).state_dict()
+    model.load_state_dict(other)
+    torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+    assert (twin(images) - before).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+@quicker
+@pytest.mark.parametrize("place", ["model", "block"])
+@torch.no_grad()
+def test_a_compiled_model_stays_as_it_was(place):
+    model, images = trained(), torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    if place == "model":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    torch.testing.assert_close(for_inference(compiled)(images), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(images), expected)
+    assert torch.equal(compiled(images), expected)
+
+
+def test_the_model_itself_where_nothing_is_quicker(monkeypatch):
+    for dtype in (torch.bfloat16, torch.float64):
+        other = trained().to(dtype)
+        assert for_inference(other) is other
+    meta = trained().to("meta")
+    assert for_inference(meta) is meta
+    model = trained()
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert for_inference(model) is model

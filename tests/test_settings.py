@@ -1,0 +1,286 @@
+"""Recipes and the parser behind them: what is read, what is refused, and in which words."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vitral import settings
+from vitral.cli import main
+from vitral.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+    ViTConfig,
+    flatten,
+    from_sections,
+)
+from vitral.errors import UserError
+
+UNUSUAL = Config(
+    model=ViTConfig(size="b", num_kv_heads=6, rope="mixed", qk_norm=True, qkv_bias=False),
+    data=DataConfig(path="a b/c: d #'e\" [é]", workers=0, std=(1e-5, 0.2, 1.0)),
+    augment=AugmentConfig(policy="3-augment", crop_ratio=(1 / 3, 1.0), repeats=2),
+    optim=OptimConfig(lr=1.234567890123456e-7, betas=(0.0, 0.95), eps=1e-16),
+    train=TrainConfig(
+        out="1e3",
+        init="no",
+        threads=3,
+        deterministic=True,
+        seed=2**40,
+        progressive=((64, 0.25), (80, 0.75)),
+    ),
+)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Reads YAML beside command-line arguments."""
+
+    def read(content="", *arguments):
+        (tmp_path / "own.yaml").write_text(content, encoding="utf-8")
+        return settings.load(str(tmp_path / "own.yaml"), arguments)
+
+    return read
+
+
+@pytest.fixture
+def data_error(load):
+    """Reads what must be refused, in one line without a frame that holds all `parts`."""
+
+    def refuse(content, arguments, parts, read=load):
+        with pytest.raises(UserError) as error:
+            read(content, *arguments)
+        message = str(error.value)
+        assert message.isprintable(), message
+        assert not set(message) & set("│╭╰─"), message
+        for part in parts:
+            assert part in message, message
+
+    return refuse
+
+
+@pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=["default", "unusual"])
+def test_what_is_written_is_read_again(load, config):
+    train = dataclasses.replace(config.train, out=config.train.out or "runs/own")
+    assert load(settings.dump(config)) == dataclasses.replace(config, train=train)
+    assert from_sections(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize("name", settings.recipes())
+def test_shipped_recipes(load, name):
+    config = settings.load(name)
+    assert config.train.out == f"runs/{name}"
+    assert load(settings.dump(config)) == config
+    heading = [
+        line[1:].split() for line in settings.recipe_text(name).splitlines() if line[:1] == "#"
+    ]
+    words = [line[0] for line in heading if line]
+    assert [w for w in words if w in ("command", "data", "hardware", "hours", "result")] == [
+        "command",
+        "data",
+        "hardware",
+        "hours",
+        "result",
+    ]
+
+
+def test_names():
+    assert set(settings.recipes()) >= {
+        "digits",
+        "cifar10",
+        "cifar100",
+        "imagenette128",
+        "imagenet-s16-90ep",
+        "imagenet-s16-300ep",
+        "imagenet-s16-800ep",
+        "imagenet-b16-300ep",
+        "imagenet-l16-400ep",
+        "imagenet-finetune",
+    }
+
+
+IMAGENET = [name for name in settings.recipes() if name.startswith("imagenet-")]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_each_value_for_imagenet_has_its_source_beside_it(name):
+    lines = settings.recipe_text(name).split("\n\nmodel:\n")[1].splitlines()
+    bare = [line for line in lines if line.startswith(" ") and "  # " not in line]
+    assert bare == []
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_only_a_recipe_for_tuning_leaves_its_model_to_the_weights(name):
+    tunes = settings.load(name).train.init is not None
+    assert bool({"model.size", "model.dim"} & settings.read(name).keys()) is not tunes
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        ("", (), {"train.out": "runs/own"}),
+        ("# nothing but a comment", (), {"train.out": "runs/own"}),
+        ("train: {out: there}", (), {"train.out": "there"}),
+        ("train: {out: null, threads: null}", (), {"train.out": "runs/own"}),
+        ("train: {out: there}", ("--out", "here"), {"train.out": "here"}),
+        ("", ("--out=here",), {"train.out": "here"}),
+        ("", ("--out=a=b",), {"train.out": "a=b"}),
+        ("", ("--data", "a b", "--init", "w"), {"data.path": "a b", "train.init": "w"}),
+        ("", ("--data=a", "--init=w"), {"data.path": "a", "train.init": "w"}),
+        ("model: {qk_norm: true}", (), {"model.qk_norm": True}),
+        ("model: {qkv_bias: false}", (), {"model.qkv_bias": False}),
+        ("", ("--model.qk-norm", "--model.no-qkv-bias"), ["model.qk_norm", "model.qkv_bias"]),
+        ("", ("--model.qk_norm", "--model.no_qkv_bias"), ["model.qk_norm", "model.qkv_bias"]),
+        ("model: {qk_norm: true}", ("--model.no-qk-norm",), {}),
+        ("model: {num_kv_heads: 3}", (), {"model.num_kv_heads": 3}),
+        ("model: {num-kv-heads: 3}", (), {"model.num_kv_heads": 3}),
+        ("", ("--model.num_kv_heads", "3"), {"model.num_kv_heads": 3}),
+        ("model: {num_kv_heads: 3}", ("--model.num-kv-heads", "1"), {"model.num_kv_heads": 1}),
+        ("model: {depth: 3}", ("--model.depth", "None"), {}),
+        ("model: {size: b, depth: 3}", (), {"model.size": "b", "model.depth": 3}),
+        ("model: {depth: 3}", ("--model.size=b",), {"model.size": "b", "model.depth": 3}),
+        ("optim: {lr: 1e-3, betas: [0, 0.5]}", (), {"optim.betas": (0.0, 0.5)}),
+        ("", ("--optim.lr", "2e-5", "--optim.lr", "3e-5"), {"optim.lr": 3e-5}),
+        ("", ("--optim.betas", "0.1", "0.2"), {"optim.betas": (0.1, 0.2)}),
+        ("data: {mean: [-1, 0, 1.5]}", (), {"data.mean": (-1.0, 0.0, 1.5)}),
+    ],
+)
+def test_read(load, content, arguments, expected):
+    config, plain = flatten(load(content, *arguments)), flatten(Config())
+    if isinstance(expected, list):
+        expected = {key: not plain[key] for key in expected}
+    plain["train.out"] = "runs/own"
+    assert config == plain | expected
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "parts"),
+    [
+        ("modle: {dim: 64}", (), ["modle", "model.dim?", "own.yaml"]),
+        ("model: {dimm: 64}", (), ["dimm", "model.dim?", "own.yaml"]),
+        ("model: {num_kvheads: 2}", (), ["num_kvheads", "model.num_kv_heads?"]),
+        ("lr: {lr: 1}", (), ["lr.lr", "optim.lr?"]),
+        ("1: {2: 3}", (), ["1.2"]),
+        ("", ("--model.dimm", "64"), ["--model.dimm", "--model.dim?"]),
+        ("", ("--model.dimm=64",), ["--model.dimm:", "--model.dim?"]),
+        ("", ("--moodel.qk-norm",), ["--moodel.qk-norm", "--model.qk-norm?"]),
+        ("", ("--optim.learning-rate", "1"), ["--optim.learning-rate"]),
+        ("", ("--epoch", "3"), ["--epoch:", "--epochs?"]),
+        ("", ("--eval-every", "3"), ["--eval-every", "--train.eval-every?"]),
+        ("", ("--dta", "x"), ["--dta", "--data"]),
+        ("", ("stray",), ["stray"]),
+        ("", ("-x", "3"), ["-x"]),
+    ],
+)
+def test_unknown_settings_are_refused_with_the_nearest(data_error, content, arguments, parts):
+    data_error(content, arguments, parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "parts"),
+    [
+        ("train: {epochs: many}", (), ["own.yaml", "train.epochs", "'many'"]),
+        ("train: {epochs: 1.5}", (), ["train.epochs", "'1.5'"]),
+        ("train: {epochs: null}", (), ["train.epochs", "None"]),
+        ("train: {epochs: true}", (), ["train.epochs", "'true'"]),
+        ("model: {dim: wide}", (), ["model.dim", "an integer or None", "'wide'"]),
+        ("model: {dim: '1\n\n2'}", (), ["model.dim"]),
+        ("model: {size: xl}", (), ["model.size", "'xl'", "ti, s, b, l, h"]),
+        ("augment: {policy: auto}", (), ["augment.policy", "'auto'", "3-augment"]),
+        ("optim: {lr: {a: 1}}", (), ["optim.lr"]),
+        ("optim: {lr: []}", (), ["optim.lr"]),
+        ("optim: {betas: [0.9]}", (), ["optim.betas", "2"]),
+        ("data: {std: [1, 2, x]}", (), ["data.std", "'x'"]),
+        ("", ("--train.epochs", "many"), ["train.epochs", "'many'"]),
+        ("", ("--model.dim", "very " * 40), ["model.dim", "an integer or None", "very " * 39]),
+        ("", ("--model.size=xl",), ["model.size", "'xl'"]),
+        ("", ("--data",), ["--data.path"]),
+        ("", ("--optim.lr", "--out", "x"), ["--optim.lr"]),
+        ("", ("--model.qk-norm=maybe",), ["maybe"]),
+        ("model: {dim: 100}", (), ["own.yaml", "dim: ", "100"]),
+        ("", ("--optim.lr", "-1"), ["lr: ", "-1"]),
+        ("", ("--train.batch-size", "7"), ["batch_size: ", "7"]),
+        ("", ("--train.epochs", "2"), ["warmup_epochs", "2", "5"]),
+    ],
+)
+def test_wrong_values_are_refused(data_error, monkeypatch, content, arguments, parts):
+    monkeypatch.setenv("COLUMNS", "40")  # frames are drawn and lines are broken by these
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    data_error(content, arguments, parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("a: b: c", ["not valid YAML", "line 1"]),
+        ("model: {dim: 64", ["not valid YAML"]),
+        ("\tmodel: 1", ["not valid YAML"]),
+        ("model: {? [1, 2] : 3}", ["not valid YAML"]),
+        ("a: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
+        ("--- {}\n--- {}", ["not valid YAML"]),
+        ("- model\n- data", ["expected sections", "['model', 'data']"]),
+        ("just words", ["expected sections", "'just words'"]),
+        ("model: [dim, 64]", ["model:", "'key: value'", "['dim', 64]"]),
+        ("model: 64", ["model:", "64"]),
+        ("model:\ndata: {path: x}", ["model:", "None"]),
+    ],
+)
+def test_what_is_no_recipe_is_refused(data_error, content, parts):
+    data_error(content, (), ["own.yaml", *parts])
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("digit", ["'digit'", "did you mean digits?"]),
+        ("imagenet-s16-90", ["did you mean imagenet-s16-90ep?"]),
+        ("", ["''"]),
+        ("../digits", ["'../digits'"]),
+        ("no/such.yaml", ["no/such.yaml", "No such file"]),
+        ("folder.yaml", ["folder.yaml", "directory"]),
+        ("latin.yml", ["latin.yml", "UTF-8"]),
+    ],
+)
+def test_unknown_sources_are_refused(data_error, tmp_path, monkeypatch, source, parts):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin.yml").write_bytes("# \xe9".encode("latin-1"))
+    data_error(source, (), parts, read=settings.load)
+
+
+def test_help_shows_the_recipes_own_values(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("optim: {lr: 0.0123}\nmodel: {size: ti, qk_norm: true}")
+    assert main(["train", str(tmp_path / "own.yaml"), "--help"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    words = " ".join(captured.out.split())
+    for option, default in (
+        ("--optim.lr X", "0.0123"),
+        ("--model.size {ti,s,b,l,h}", "ti"),
+        ("--model.qk-norm", "on"),
+    ):
+        assert f"(default: {default})" in words.split(option)[1].split(" --")[0]
+
+
+def test_settings_load_nothing_heavy():
+    code = (
+        "import sys; from vitral import settings; settings.load('digits')\n"
+        "print([name for name in ('torch', 'numpy', 'torchvision') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_values_that_look_like_options_round_trip(tmp_path):
+    config = settings.load("digits", ["--out=--odd", "--model.qk-norm"])
+    (tmp_path / "odd.yaml").write_text(settings.dump(config))
+    assert settings.load(str(tmp_path / "odd.yaml")) == config
+    (tmp_path / "dashes.yaml").write_text("model: {qk-norm: true, num-kv-heads: 3}\n")
+    model = settings.load(str(tmp_path / "dashes.yaml")).model
+    assert model.qk_norm
+    assert model.num_kv_heads == 3

@@ -1,0 +1,117 @@
+"""What is chosen by measuring, and what is not."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitral import kernels, settings
+from vitral.training import resolved as chosen
+from vitral.training.distributed import World
+from vitral.training.resolved import Resolved, _try_batch, build_model, compiled, resolve
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    monkeypatch.setattr(chosen, "fused_is_faster", lambda *_: True)
+
+
+@pytest.fixture
+def model():
+    return build_model(settings.load("digits"), 10)
+
+
+@pytest.mark.parametrize(("words", "fused"), [([], True), (["--train.reproducible"], False)])
+def test_no_clock_decides_what_a_reproducible_run_sums_up(model, words, fused):
+    assert resolve(settings.load("digits", words), model, CPU).fused is fused
+
+
+def test_own_kernels_must_be_faster_for_every_process(model):
+    class Unlike(World):
+        def gather(self, value):
+            return [value, False] if value is True else [value]
+
+    assert not resolve(settings.load("digits"), model, CPU, Unlike()).fused
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_model_runs_what_was_chosen(model, fused, monkeypatch):
+    monkeypatch.setattr(kernels, "has_feed_forward", lambda device: True)
+    resolved = resolve(settings.load("digits"), model, CPU)
+    compiled(model, dataclasses.replace(resolved, fused=fused))
+    assert all(block.ffn.fused is fused for block in model.blocks)
+
+
+# Apart, as the compiler leaves threads behind, beside which other tests could not fork.
+TRY = """
+import sys
+import torch
+from torch._inductor import config
+from vitral.training.trial import can_compile
+
+with config.patch({"cpp.cxx": (sys.argv[1],)}):
+    print(can_compile(torch.device("cpu")))
+"""
+
+
+@pytest.mark.parametrize("compiler", ["g++", "/no/compiler"])
+def test_without_a_compiler_nothing_is_compiled(compiler, tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    words = [sys.executable, "-c", TRY, compiler]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout == f"{compiler == 'g++'}\n", done.stderr
+    told = re.search("training is not compiled, and slower, .*C compiler", done.stderr)
+    assert bool(told) is (compiler != "g++")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+def test_every_size_is_compiled(monkeypatch):
+    """Sides of images or sizes of micro-batches, eleven of them."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = settings.load("digits", ["--model.depth", "1"])
+    resolved = Resolved("cpu", "fp32", True, 1, 2, 1, "cpu", False)
+    torch.compiler.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = compiled(build_model(config, 10), resolved)
+        for side in range(2, 13):
+            run(torch.zeros(2, 3, 2 * side, 2 * side))
+    torch.compiler.reset()
+    assert counters["stats"]["unique_graphs"] == 11
+
+
+class Made(TorchDispatchMode):
+    """Notes the shape and the bytes of what is made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.ballast = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.zeros.default:
+            self.shapes.append(tuple(result.shape))
+        if function is torch.ops.aten.empty.memory_format and result.dtype == torch.uint8:
+            self.ballast = result.nbytes
+        return result
+
+
+@pytest.mark.parametrize(("words", "copies"), [([], 4), (["--train.reproducible"], 7)])
+def test_a_micro_batch_is_tried_at_the_largest_size_beside_all_copies(model, words, copies):
+    """A reproducible run of one process holds gradients of 1, 2 and 4 shards and makes an 8th's."""
+    sizes = "16 0.3 32 0.4 24 0.3"  # of the model: 8
+    config = settings.load("digits", [*words, "--train.progressive", *sizes.split()])
+    resolved = Resolved("cuda", "fp32", False, 1, 2, 1, "cpu", False)
+    with Made() as made:
+        _try_batch(2, resolved, config, model, CPU)
+    assert made.shapes[0] == (2, 3, 32, 32)
+    assert made.ballast == copies * 4 * model.num_parameters + 24 * 2 * 3 * 32 * 32
