@@ -21,8 +21,8 @@ from pathlib import Path
 
 import experiments
 from experiments import Experiment, Planned, Variant
-from ledger import ROOT
 from ledger_figures import figure
+from ledger_rows import ROOT
 from variants import exit_code
 
 from vitral.config import flatten

@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import ledger
 import ledger_pages
+import ledger_rows
 import torch
-from ledger import Row, held_out, quoted, summarise
+from ledger_rows import Row, held_out, quoted, summarise
 from variants import PARTS
 
 from vitral.config import Config, DataConfig
@@ -282,7 +282,7 @@ def write_ledger(prefix: str, found: dict[str, Row], root: Path) -> None:
     """Writes each row to docs/results/PREFIX-NAME.json."""
     for name, row in found.items():
         path = root / "docs" / "results" / f"{prefix}-{name}.json"
-        ledger.write(row, path)
+        ledger_rows.write(row, path)
         print(path)
 
 

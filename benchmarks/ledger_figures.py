@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from ledger import Row, quoted, spread
+from ledger_rows import Row, quoted, spread
 from markupsafe import escape
 
 from vitral.report.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, Axis

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ledger import Row, read, spread
 from ledger_figures import figure
+from ledger_rows import Row, read, spread
 
 from vitral.errors import UserError
 from vitral.storage import replacing

@@ -36,8 +36,8 @@ from pathlib import Path
 
 import experiments
 from experiments import Experiment, Planned, Variant
-from ledger import ROOT, Row, data_of, differences, flags
 from ledger_figures import figure
+from ledger_rows import ROOT, Row, data_of, differences, flags
 from timm_models import NAMES, own_settings
 from variants import exit_code
 

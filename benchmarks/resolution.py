@@ -27,8 +27,8 @@ import experiments
 import matplotlib
 import torch
 from experiments import Experiment, Planned, Variant
-from ledger import spread
 from ledger_pages import table
+from ledger_rows import spread
 from matplotlib.figure import Figure
 from variants import PARTS, exit_code
 

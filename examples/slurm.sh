@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a Slurm cluster, a process for each GPU, and goes on by itself when the time is up:
+# Trains on a Slurm cluster, one process per GPU, and resumes by itself when the time is up:
 #
 #   sbatch --nodes 2 examples/slurm.sh imagenet-b16-300ep --data /shared/pack --out /shared/runs/b16
 #

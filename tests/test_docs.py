@@ -129,27 +129,34 @@ def test_tables_are_what_the_code_says(page, tables):
     assert text == tables.filled(text), "python docs/tables.py writes them anew"
 
 
-def test_every_verb_and_option_is_documented(tables):
+def test_every_command_and_option_is_documented(tables):
     text = (ROOT / "docs" / "commands.md").read_text()
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
-    for verb in re.findall(r"^  vitral ((?:data )?\w+)", cli.HELP, re.MULTILINE):
-        assert verb in headings
-    for option in re.findall(r"--\w[\w-]*", cli.HELP + cli.TRAIN):
-        assert re.search(rf"`[^`\n]*{option}\b", text), option
-    shown = set(re.findall(r"<!-- table: (\w+) -->", text))
-    assert shown == {name for name in dir(cli) if name.endswith("Options")}
+    for command in re.findall(r"^  vitral ((?:data )?\w+)", cli.overview(), re.MULTILINE):
+        assert command in headings
     settings = (ROOT / "docs" / "settings.md").read_text()
+    for option in re.findall(r"--\w[\w-]*", cli.overview()):
+        assert re.search(rf"`[^`\n]*{option}\b", text), option
+    for command in cli.COMMANDS:
+        for option in cli.parser_for(command).names:
+            if not re.match(r"--([\w-]+\.)?no-", option):  # the settings page says how it is made
+                assert f"`{option}`" in (settings if "." in option else text), option
+    shown = re.findall(r"<!-- table: ([\w ]+) -->", text)
+    assert shown == tables.commands()
     assert {*tables.SECTIONS} <= set(re.findall(r"<!-- table: (\w+) -->", settings))
 
 
 def test_tables_say_the_default_the_choices_and_how_to_turn_off(tables):
-    model, val = tables.table("model"), tables.table("ValOptions")
+    model, val = tables.table("model"), tables.table("vitral val")
     assert "| `--model.patch-size` | integer | `16` | Side of a square patch, in pixels. |" in model
     assert (
         "| `--model.ffn-bias` (off: `--model.no-ffn-bias`) | switch | `on` | "
         "Biases in the feed-forward network. |" in model
     )
-    assert "| `--which` | `model`, `ema` | `None` | Raw or averaged weights; None takes" in val
+    assert "| `--which` | `model`, `ema` | `None` | Raw or averaged weights; None uses" in val
+    train = tables.table("vitral train")
+    assert "| `--lr` or `--optim.lr` | number | `0.001` | Peak learning rate. |" in train
+    assert "| `--gpus` | integer | `None` | Train in that many processes" in train
     title, facts = tables.header("digits")
     assert title == "Handwritten digits of 8x8 pixels, learned from scratch in about a minute"
     assert facts["hardware"] == "two CPU cores"
@@ -209,7 +216,7 @@ def test_five_names():
 def test_first_screen_of_the_readme_has_the_two_commands():
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:20])
     commands = re.findall(r"```sh\n(.*?)\n```", first, re.DOTALL)
-    assert commands == ["pip install . && vitral train", "pip install '.[dev]' && pytest"]
+    assert commands == ["pip install . && vitral train", "pip install '.[dev]' && pytest -n auto"]
 
 
 def test_recipes_state_command_hardware_hours_and_result():

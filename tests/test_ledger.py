@@ -9,6 +9,7 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,10 +26,11 @@ PAGE = "before\n<!-- ledger -->\n<!-- end -->\nbetween\n<!-- ledger: heads -->\n
 
 @pytest.fixture(scope="module")
 def ledger(benchmarks):
-    """The program as a module."""
+    """The program, and the module of its rows."""
     import ledger
+    import ledger_rows
 
-    return ledger
+    return SimpleNamespace(**{**vars(ledger_rows), **vars(ledger)})
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 A command is a module. Its docstring is the help, ARGUMENTS the positional arguments: the name in
 the namespace, and the one in help (? means optional, + one or more). The dataclass Options has its
-options, and HINTS answers options of other tools. `run(args, options)` imports what the command needs
-and returns the exit code. A command with a RECIPE takes all settings as options.
+options, and HINTS answers options of other tools. `run(args, options)` imports what it needs and
+returns the exit code. A command with a RECIPE takes all settings as options.
 """
 
 from __future__ import annotations
