@@ -84,15 +84,30 @@ class ViTConfig:
     """Side of the images trained on, in pixels; later any multiple of patch_size will do."""
     num_registers: int = 0
     """Register tokens beside the CLS token (Darcet et al. 2023)."""
-    pooling: Literal["cls", "mean"] = "cls"
-    """What the head reads: the CLS token, or the mean of the patch tokens."""
-    rope: Literal["axial", "mixed"] = "axial"
-    """Rotary frequencies: fixed along x and y, or learned in mixed directions (Heo et al. 2024)."""
+    cls_token: bool = True
+    """Whether there is a CLS token."""
+    pooling: Literal["cls", "mean", "mean-norm"] = "cls"
+    """What the head reads: the CLS token, the mean of the normed patch tokens, or the norm of their
+    mean."""
+    activation: Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"] = "gelu-tanh"
+    """Of the feed-forward network: GELU in its tanh or exact form, x sigmoid(1.702 x), or SwiGLU
+    (Shazeer 2020); vitral's own kernels are for gelu-tanh."""
+    positions: Literal["none", "learned"] = "none"
+    """Learned absolute positions, a vector per patch, resampled to other image sizes."""
+    embed_norm: Literal["none", "patches", "tokens"] = "none"
+    """RMSNorm of the embedded patches, or of all tokens with a bias and centering, as in CLIP."""
+    norm_bias: bool = False
+    """Bias of the last norm, as many public models have it."""
+    rope: Literal["axial", "mixed", "none"] = "axial"
+    """Rotary frequencies: fixed along x and y, learned in mixed directions (Heo et al. 2024), or
+    none."""
     rope_theta: float = 100.0
     """Base of the rotary frequencies, positions counted in the patches of rope_grid."""
-    rope_grid: int | None = None
+    rope_grid: float | None = None
     """Patches a side that an image's positions are spread over, whatever its size; None takes those
     of image_size. Weights tuned at another size keep the grid that they began with."""
+    rope_origin: float = 0.5
+    """Rotary position i of n patches is (i + 0.5) rope_grid / n - rope_origin."""
     qk_norm: bool = False
     """RMSNorm on every query and key head (Dehghani et al. 2023)."""
     layer_scale: float = 0.0
@@ -141,11 +156,21 @@ class ViTConfig:
         )
         if self.rope_grid is not None:
             _check_positive(rope_grid=self.rope_grid)
+        _check(math.isfinite(self.rope_origin), "rope_origin: expected a number")
+        _check(
+            self.cls_token or self.pooling != "cls",
+            "pooling: expected mean or mean-norm without a CLS token, got cls",
+        )
 
     @property
-    def grid(self) -> int:
+    def grid(self) -> float:
         """Patches a side that positions are spread over: rope_grid, or those of image_size."""
         return self.rope_grid or self.image_size // self.patch_size
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens in front of the patches: CLS and registers."""
+        return self.cls_token + self.num_registers
 
     @property
     def shape(self) -> Shape:
@@ -171,6 +196,8 @@ class DataConfig:
     """Fetching processes; None: the cores but one, 16 at most; 0: fetch in the main process."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Who decodes JPEGs; auto measures at the start of a run and takes the faster."""
+    fit: Literal["crop", "squash"] = "crop"
+    """What evaluation sees: the central square, or the whole image squashed to a square."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Resampling of crops, always antialiased."""
     eval_crop: float = 0.875

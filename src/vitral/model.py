@@ -23,7 +23,7 @@ Initialisation:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,14 +95,30 @@ class RMSNorm(nn.Module):
     Computed in float32, returned in the input's dtype; shapes stay.
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = False) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         # A bf16 input beside a float32 scale leaves torch's fused path and warns; so does autocast.
         exact = x if x.dtype == self.scale.dtype else x.float()
-        return F.rms_norm(exact, self.scale.shape, self.scale, eps=kernels.EPS).to(x.dtype)
+        normed = F.rms_norm(exact, self.scale.shape, self.scale, eps=kernels.EPS)
+        return (normed if self.bias is None else normed + self.bias).to(x.dtype)
+
+
+class EmbedNorm(RMSNorm):
+    """The norm of embedded tokens in CLIP: RMSNorm with a bias, then centered over the channels.
+
+    With zero-mean tokens RMSNorm equals LayerNorm; centering keeps the residual stream so.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x - x.mean(-1, keepdim=True)
 
 
 class PreNorm(RMSNorm):
@@ -120,7 +136,7 @@ class RoPE2D(nn.Module):
     theta^(-4j/S). Mixed: fx and fy are learned, per block and per key/value head, as the queries of
     a group must turn as their key does. Prefix tokens do not turn.
 
-    Patch i of n in a row or column is at (i + 1/2) * grid / n - 1/2, which for n = grid is i. So an
+    Patch i of n in a row or column is at (i + 1/2) * grid / n - origin, for n = grid at i. An
     image of any size spans what one of `image_size` does (after Fang et al. 2023, EVA-02), and no
     patch lies more than half a patch beyond what training has shown. The tables follow any grid of
     patches; nothing but mixed frequencies is in the state dict.
@@ -129,9 +145,9 @@ class RoPE2D(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         dim, self.depth, self.num_heads, self.num_kv_heads = config.shape
-        self.theta, self.grid = config.rope_theta, config.grid
+        self.theta, self.grid, self.origin = config.rope_theta, config.grid, config.rope_origin
         self.head_size = dim // self.num_heads
-        self.num_prefix = 1 + config.num_registers
+        self.num_prefix = config.num_prefix
         shape = (self.depth, 2, self.num_kv_heads, self.head_size // 2)
         self.mixed = nn.Parameter(torch.empty(shape)) if config.rope == "mixed" else None
 
@@ -147,7 +163,7 @@ class RoPE2D(nn.Module):
     def positions(self, count: int, device: torch.device) -> Tensor:
         """Those of `count` patches side by side: (count,), float32."""
         middles = torch.arange(count, device=device, dtype=torch.float32) + 0.5
-        return middles * (self.grid / count) - 0.5
+        return middles * (self.grid / count) - self.origin
 
     def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Cosine and signed sine of all channels for each block, as `rotate` takes them.
@@ -168,6 +184,16 @@ class RoPE2D(nn.Module):
         cosine, sine = torch.cat([cosine, cosine], dim=-1), torch.cat([-sine, sine], dim=-1)
         tables = list(zip(cosine.unbind(), sine.unbind(), strict=True))
         return tables * self.depth if len(tables) == 1 else tables
+
+
+def resample(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Learned positions (rows, columns, D) of another grid, bicubic and antialiased, as in timm."""
+    if table.shape[:2] == (rows, columns):
+        return table
+    channels = table.permute(2, 0, 1)[None].float()
+    size = (rows, columns)
+    resized = F.interpolate(channels, size, mode="bicubic", antialias=True)[0]
+    return resized.permute(1, 2, 0).to(table.dtype)
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
@@ -199,22 +225,26 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_size) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Normed, cosine: Tensor, sine: Tensor) -> Tensor:
+    def forward(self, x: Normed, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
         attended = self.attend(*self.heads(x, cosine, sine))
         return self.projection(attended.transpose(1, 2).reshape(x.tokens.shape))
 
-    def heads(self, x: Normed, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(
+        self, x: Normed, cosine: Tensor | None, sine: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, Q, N, S) and keys (B, K, N, S), and values (B, K, N, S)."""
         B, N, _ = x.tokens.shape
         Q, K = self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(B, N, -1, self.head_size)
         q, k, v = heads.split([Q, K, K], dim=2)  # (B, N, Q or K, S)
-        # Turned while a token's heads lie together, as in the product before: a compiler then joins
-        # their gradients without float32 copies. Of axial tables, one for all heads, both parts are
-        # the whole.
-        cosine, sine = cosine.transpose(0, 1), sine.transpose(0, 1)  # (N, 1 or Q + K, S)
-        q = rotate(self.q_norm(q), cosine[:, :Q], sine[:, :Q])
-        k = rotate(self.k_norm(k), cosine[:, -K:], sine[:, -K:])
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cosine is not None and sine is not None:
+            # Rotated while a token's heads are adjacent, as in the product before: a compiler then
+            # joins their gradients without float32 copies. Axial tables have one entry for all
+            # heads, which both slices select.
+            cosine, sine = cosine.transpose(0, 1), sine.transpose(0, 1)  # (N, 1 or Q + K, S)
+            q = rotate(q, cosine[:, :Q], sine[:, :Q])
+            k = rotate(k, cosine[:, -K:], sine[:, -K:])
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -230,7 +260,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU in its tanh form, which fused kernels speak, linear.
+    """Linear, GELU (or SwiGLU, with two halves: gate and value), linear.
 
     `forward` takes normed tokens (B, N, D) and returns (B, N, D).
     """
@@ -239,7 +269,9 @@ class FeedForward(nn.Module):
         super().__init__()
         dim = config.shape.dim
         hidden = round(dim * config.mlp_ratio)
-        self.expand = Linear(dim, hidden, bias=config.ffn_bias)
+        self.activation = config.activation
+        width = 2 * hidden if self.activation == "swiglu" else hidden
+        self.expand = Linear(dim, width, bias=config.ffn_bias)
         self.contract = Linear(hidden, dim, bias=config.ffn_bias)
         self.fused = False  # until training has tried it: see ViT.fuse
 
@@ -247,7 +279,16 @@ class FeedForward(nn.Module):
         if self.fused and kernels.can_fuse(x.tokens):
             weight, last = self.expand.weight * x.scale, (self.contract.weight, self.contract.bias)
             return kernels.feed_forward(x.tokens, weight, self.expand.bias, *last)
-        return self.contract(F.gelu(self.expand(x), approximate="tanh"))
+        return self.contract(self.activate(self.expand(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation, (..., F) to (..., F), or to (..., F / 2) for SwiGLU."""
+        if self.activation == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return F.silu(gate) * value
+        if self.activation == "quick-gelu":
+            return x * torch.sigmoid(1.702 * x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu-tanh" else "none")
 
 
 class Residual(nn.Module):
@@ -299,7 +340,7 @@ class EncoderBlock(nn.Module):
         self.ffn = FeedForward(config)
         self.ffn_residual = Residual(config, skip)
 
-    def forward(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
         attention, ffn, rope = self.attention, self.ffn, (cosine, sine)
         x = x + self.attention_residual(x, lambda x: attention(self.attention_norm(x), *rope))
         return x + self.ffn_residual(x, lambda x: ffn(self.ffn_norm(x)))
@@ -310,7 +351,7 @@ class ViT(nn.Module):
 
     Args:
         config: the architecture.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; 0 for a model without a head, which returns features.
 
     Examples:
         >>> import torch
@@ -325,16 +366,21 @@ class ViT(nn.Module):
         dim, depth, _, _ = config.shape
         self.config = config
         self.num_classes = num_classes
-        self.num_prefix = 1 + config.num_registers
+        self.num_prefix = config.num_prefix
         self.patch_embedding = PatchEmbedding(config.patch_size, dim)
-        self.cls = nn.Parameter(torch.empty(dim))
+        self.cls = nn.Parameter(torch.empty(dim)) if config.cls_token else None
         shape = (config.num_registers, dim)
         self.registers = nn.Parameter(torch.empty(shape)) if config.num_registers else None
+        side = config.image_size // config.patch_size
+        table = torch.empty(side, side, dim)
+        self.positions = nn.Parameter(table) if config.positions == "learned" else None
+        if config.embed_norm != "none":
+            self.embed_norm = (EmbedNorm if config.embed_norm == "tokens" else RMSNorm)(dim)
         self.rope = RoPE2D(config)
         rates = [config.stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)
-        self.norm = RMSNorm(dim)
-        self.head = Linear(dim, num_classes)
+        self.norm = RMSNorm(dim, config.norm_bias)
+        self.head = Linear(dim, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
 
     @torch.no_grad()
@@ -348,17 +394,20 @@ class ViT(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.scale)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, Residual) and module.scale is not None:
                 nn.init.constant_(module.scale, self.config.layer_scale)
-        nn.init.normal_(self.cls, std=0.02)
-        if self.registers is not None:
-            nn.init.normal_(self.registers, std=0.02)
-        nn.init.zeros_(self.head.weight)
+        for tokens in (self.cls, self.registers, self.positions):
+            if tokens is not None:
+                nn.init.normal_(tokens, std=0.02)
+        if isinstance(self.head, Linear):
+            nn.init.zeros_(self.head.weight)
         if self.rope.mixed is not None:
-            magnitudes = self.rope.axial(self.cls.device).sum(1)  # (1, 1, S/2)
-            turn = torch.rand(*self.rope.mixed[:, 0, :, :1].shape, device=self.cls.device)
+            magnitudes = self.rope.axial(self.device).sum(1)  # (1, 1, S/2)
+            turn = torch.rand(*self.rope.mixed[:, 0, :, :1].shape, device=self.device)
             # The second half of the pairs starts at a right angle to the first, as in axial RoPE.
-            right = torch.tensor([0.0, 0.25], device=self.cls.device)
+            right = torch.tensor([0.0, 0.25], device=self.device)
             turn = 2 * torch.pi * (turn + right.repeat_interleave(self.rope.head_size // 4))
             self.rope.mixed[:, 0] = magnitudes * turn.cos()
             self.rope.mixed[:, 1] = magnitudes * turn.sin()
@@ -383,19 +432,31 @@ class ViT(nn.Module):
             got = " by ".join(map(str, images.shape[2:]))
             raise UserError(f"images: expected sides that are multiples of {P} pixels, got {got}")
         x = self.patch_embedding(images)
-        prefix = self.cls[None]
-        if self.registers is not None:
-            prefix = torch.cat([prefix, self.registers])
-        prefix = prefix.expand(x.shape[0], -1, -1)  # len would fix the batch in an export
-        # Without autocast all is of one dtype; with it the residual stream stays in float32.
-        x = torch.cat([prefix, x.to(prefix.dtype)], dim=1)
-        tables = self.rope(rows, columns, x.device)
+        # Without autocast there is one dtype; with it the residual stream stays in float32.
+        x = x.to(self.norm.scale.dtype)
+        if self.config.embed_norm == "patches":
+            x = self.embed_norm(x)
+        if self.positions is not None:
+            x = x + resample(self.positions, rows, columns).flatten(0, 1)
+        x = self.add_prefix(x)
+        if self.config.embed_norm == "tokens":
+            x = self.embed_norm(x)
+        tables: list[Any] = [(None, None)] * len(self.blocks)
+        if self.config.rope != "none":
+            tables = self.rope(rows, columns, x.device)
         for block, (cosine, sine) in zip(self.blocks, tables, strict=True):
             if self.training and self.config.activation_checkpointing:
                 x = checkpoint(block, x, cosine, sine, use_reentrant=False)
             else:
                 x = block(x, cosine, sine)
-        return self.norm(x)
+        return x if self.config.pooling == "mean-norm" else self.norm(x)
+
+    def add_prefix(self, x: Tensor) -> Tensor:
+        """Patch tokens (B, patches, D) with the CLS token and registers in front, (B, N, D)."""
+        tokens = [] if self.cls is None else [self.cls[None]]
+        tokens += [] if self.registers is None else [self.registers]
+        # len would fix the batch size in an export
+        return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W)."""
@@ -403,7 +464,10 @@ class ViT(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """What the head reads of all tokens (B, N, D): CLS, or the mean of the patches. (B, D)."""
-        return x[:, 0] if self.config.pooling == "cls" else x[:, self.num_prefix :].mean(1)
+        if self.config.pooling == "cls":
+            return x[:, 0]
+        mean = x[:, self.num_prefix :].mean(1)
+        return self.norm(mean) if self.config.pooling == "mean-norm" else mean
 
     def fuse(self, fused: bool) -> None:
         """Turns vitral's own kernels on or off, on a device that has some.
@@ -411,11 +475,17 @@ class ViT(nn.Module):
         With `kernels` plain they stay off.
         """
         fused = fused and self.config.kernels == "auto"
+        gelu = self.config.activation == "gelu-tanh"
         for module in self.modules():
             if isinstance(module, Linear):
                 module.fused = fused
             elif isinstance(module, FeedForward):
-                module.fused = fused and kernels.has_feed_forward(self.cls.device)
+                module.fused = fused and gelu and kernels.has_feed_forward(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.norm.scale.device
 
     @property
     def num_parameters(self) -> int:

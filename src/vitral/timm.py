@@ -91,7 +91,7 @@ class TimmViT(ViT):
             if name == self.global_pool:
                 self.config = dataclasses.replace(self.config, pooling=pooling)
         self.num_classes = num_classes
-        like = {"device": self.cls.device, "dtype": self.cls.dtype}
+        like = {"device": self.device, "dtype": self.norm.scale.dtype}
         head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
         for parameter in head.parameters():
             nn.init.zeros_(parameter)

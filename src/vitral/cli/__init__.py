@@ -31,6 +31,8 @@ COMMANDS = {
     "report": "report",
     "export": "export",
     "push": "push",
+    "import": "import_",
+    "embed": "embed",
     "recipes": "recipes",
     "data check": "data_check",
     "data pack": "data_pack",
@@ -43,8 +45,8 @@ COMMANDS = {
 }
 HELP = ("-h", "--help")
 NOTES = """
-WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, or weights on the
-Hugging Face Hub, hf-hub:owner/name or hf-hub:owner/name@revision.
+WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, a public model,
+timm:NAME, or weights on the Hugging Face Hub, hf-hub:owner/name or hf-hub:owner/name@revision.
 `vitral COMMAND --help` lists the options of a command; `vitral train RECIPE --help` lists every
 setting with the recipe's value.
 """

@@ -57,9 +57,9 @@ class Options:
 def run(args: argparse.Namespace, options: Options) -> int:
     """Evaluates; returns the exit code."""
     from vitral.evaluation import at_sizes, evaluate, open_set, summarise
-    from vitral.weights import load
+    from vitral.weights import load, require_head
 
-    weights = load(args.weights, which=options.which)
+    weights = require_head(load(args.weights, which=options.which))
     known = weights.description
     at_sizes(known, options.image_sizes or ())  # before the data are opened
     dataset = None if options.suite else open_set(known, options.data)

@@ -8,6 +8,7 @@ pixels, and of type float64.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,12 +20,15 @@ from vitral.config import AugmentConfig
 from vitral.data.sampling import Integers, uniforms
 
 Floats = NDArray[np.float64]
+Fit = Literal["crop", "squash"]
 
 TRIES = 10
 
 
-def eval_boxes(sizes: Integers, share: float) -> Integers:
+def eval_boxes(sizes: Integers, share: float, fit: Fit = "crop") -> Integers:
     """The central squares whose side is `share` of the short side.
+
+    With `fit` "squash" the central boxes whose sides are `share` of the image's, to be squashed.
 
     Args:
         sizes: height and width of each image, shape (B, 2).
@@ -32,6 +36,9 @@ def eval_boxes(sizes: Integers, share: float) -> Integers:
     Returns:
         Boxes, shape (B, 4).
     """
+    if fit == "squash":
+        sides = np.maximum(np.rint(share * sizes), 1)
+        return np.concatenate([np.rint((sizes - sides) / 2), sides], axis=1).astype(np.int64)
     side = np.maximum(np.rint(share * sizes.min(axis=1, keepdims=True)), 1)
     return np.concatenate([np.rint((sizes - side) / 2), side, side], axis=1).astype(np.int64)
 
@@ -44,6 +51,7 @@ def random_boxes(
     seed: int,
     epochs: int | Integers,
     indices: Integers,
+    fit: Fit = "crop",
 ) -> Integers:
     """The crop of each sample, a pure function of (seed, epoch, index) and the image's size.
 
@@ -58,11 +66,11 @@ def random_boxes(
         Boxes, shape (B, 4).
     """
     if config.crop == "none":
-        return eval_boxes(sizes, share)
+        return eval_boxes(sizes, share, fit)
     if config.crop == "resized":
         uniform = uniforms(seed, epochs, indices, 2 * TRIES + 2, purpose="crop")
         return _resized_boxes(config.crop_scale, config.crop_ratio, sizes, uniform)
-    boxes = eval_boxes(sizes, share)
+    boxes = eval_boxes(sizes, share, fit)
     uniform = uniforms(seed, epochs, indices, 2, purpose="crop")
     shift = np.floor(uniform * (2 * config.crop_padding + 1)) - config.crop_padding
     boxes[:, :2] += np.rint(shift * boxes[:, 2:] / image_size).astype(np.int64)
@@ -109,9 +117,11 @@ def _resized_boxes(
     return boxes.astype(np.int64)
 
 
-def eval_crop(image: Tensor, share: float, size: int, interpolation: str) -> Tensor:
+def eval_crop(
+    image: Tensor, share: float, size: int, interpolation: str, fit: Fit = "crop"
+) -> Tensor:
     """What evaluation sees of one image: `crop_resize` of the box of `eval_boxes`."""
-    box = eval_boxes(np.array([image.shape[1:]]), share)[0]
+    box = eval_boxes(np.array([image.shape[1:]]), share, fit)[0]
     return crop_resize(image, box, size, interpolation)
 
 

@@ -193,6 +193,7 @@ def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> In
         config.train.seed,
         request.epochs[part],
         request.indices[part],
+        config.data.fit,
     )
 
 

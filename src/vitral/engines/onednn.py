@@ -58,6 +58,8 @@ class _Linears(TorchFunctionMode):
 
 class _FeedForward(FeedForward):
     def forward(self, x: Normed) -> Tensor:
+        if self.activation != "gelu-tanh":
+            return super().forward(x)
         weight = self.expand.weight * x.scale
         return self.contract(
             kernels.onednn_product(x.tokens, weight, self.expand.bias, ("gelu", "tanh"))

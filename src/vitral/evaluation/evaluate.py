@@ -18,7 +18,7 @@ from vitral.data.records import Dataset, Records, hold_out
 from vitral.errors import UserError
 from vitral.evaluation.scores import Scores, measure
 from vitral.machine import pick_device
-from vitral.weights import Description, Weights, Which, load
+from vitral.weights import Description, Weights, Which, load, require_head
 
 
 def evaluate(
@@ -105,7 +105,8 @@ def prepare(weights: Weights | str | Path, which: Which | None, device: str) -> 
     """
     place = pick_device(device)
     if not isinstance(weights, Weights):
-        return load(weights, which=which, device=str(place))
+        return require_head(load(weights, which=which, device=str(place)))
+    require_head(weights)
     if which is not None:
         raise UserError("which: expected none beside loaded weights, which are of one kind")
     weights.model.to(place)
@@ -128,7 +129,7 @@ def score(
     Raises:
         UserError: for an image that cannot be decoded.
     """
-    place = weights.model.cls.device
+    place = weights.model.device
     position = {name: i for i, name in enumerate(weights.description.classes)}
     columns = torch.tensor([position[name] for name in classes], device=place)
     workers = resolve_workers(config.data, records)

@@ -114,7 +114,7 @@ def position_similarity(
     Returns:
         (rows, columns), from -1 to 1.
     """
-    cosine, sine = model.rope(rows, columns, model.cls.device)[layer]
+    cosine, sine = model.rope(rows, columns, model.device)[layer]
     cosine, sine = cosine[:, model.num_prefix :], sine[:, model.num_prefix :]
     here = slice(patch[0] * columns + patch[1], patch[0] * columns + patch[1] + 1)
     between = cosine[:, here] * cosine + sine[:, here] * sine

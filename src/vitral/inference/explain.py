@@ -137,8 +137,10 @@ def explain(
         got = " ".join(map(str, patch))
         raise UserError(f"patch: expected a row and a column, each 0 to {grid - 1}, got {got}")
 
-    pixels = eval_crop(image, config.data.eval_crop, side, config.data.interpolation)
-    batch = finish(pixels[None].to(model.cls.device), None, config.data.mean, config.data.std)
+    pixels = eval_crop(
+        image, config.data.eval_crop, side, config.data.interpolation, config.data.fit
+    )
+    batch = finish(pixels[None].to(model.device), None, config.data.mean, config.data.std)
     logits, attention = attention_weights(model, batch)
     N = attention[0].shape[-1]
     heads = torch.cat([read(model, w) for w in attention]).unflatten(-1, (grid, grid))

@@ -196,7 +196,10 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
     `image_size` with antialiasing, scaled to [0, 1], less `mean`, over `std`."""
     description = weights.description
     config = description.config
-    data = {key: getattr(config.data, key) for key in ("eval_crop", "interpolation", "mean", "std")}
+    data = {
+        key: getattr(config.data, key)
+        for key in ("eval_crop", "fit", "interpolation", "mean", "std")
+    }
     return {
         "vitral": version("vitral"),
         "weights": which,

@@ -189,6 +189,7 @@ def predictions(
 ) -> Iterator[Prediction]:
     """What `Classifier.predict` returns, one after the other; it takes the same arguments."""
     _at_least(1, top=top)
+    weights.require_head(source)
     rank = partial(_rank, for_inference(source.model), top)
     seen = _look_at(source, images, rank, image_size, batch_size, workers)
     return map(partial(_prediction, source.description.classes), seen, images)
@@ -241,7 +242,7 @@ def _look_at(
         workers = 0  # they are in this process
     elif workers is None:
         workers = max(0, min(16, available_cores() - 1, len(batches) - 1))
-    return _seen(cropping, batches, workers, source.model.cls, look)
+    return _seen(cropping, batches, workers, source.model.norm.scale, look)
 
 
 def _seen(
@@ -300,7 +301,9 @@ class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
             except (OSError, ValueError) as error:
                 broken[i] = getattr(error, "strerror", None) or str(error)
                 continue
-            cropped[done] = crops.eval_crop(pixels, config.eval_crop, side, config.interpolation)
+            cropped[done] = crops.eval_crop(
+                pixels, config.eval_crop, side, config.interpolation, config.fit
+            )
             done += 1
         return cropped[:done], broken
 

@@ -59,7 +59,7 @@ def attended(weights: Weights, records: Records, index: int) -> tuple[str, str] 
     (fetched,) = fetch_still(records, config, [np.array([index])], 0, torch.device("cpu"))
     if fetched.broken:
         return None
-    place = weights.model.cls.device
+    place = weights.model.device
     images = finish(fetched.images.to(place), None, config.data.mean, config.data.std)
     _, attention = attention_weights(weights.model, images)
     grid = config.model.image_size // config.model.patch_size

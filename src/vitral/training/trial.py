@@ -61,7 +61,7 @@ def fused_is_faster(
         with autocast(device, precision):
             return eager and kernels.can_train_by_onednn(torch.empty(1))
     side = config.image_size // config.patch_size
-    tokens = micro_batch * (1 + config.num_registers + side**2)
+    tokens = micro_batch * (config.num_prefix + side**2)
     with autocast(device, precision):
         probe = torch.empty(1, device=device)
         if config.kernels == "plain" or not (

@@ -6,7 +6,7 @@ ema.safetensors     their moving average, if the run kept one
 manifest.json       sizes and SHA-256 of the other files
 """
 
-from vitral.weights.description import Description, Weights, Which, describe
+from vitral.weights.description import Description, Weights, Which, describe, require_head
 from vitral.weights.initialize import initialize, load_settings
 from vitral.weights.store import find, load, read_description, save
 
@@ -20,5 +20,6 @@ __all__ = [
     "load",
     "load_settings",
     "read_description",
+    "require_head",
     "save",
 ]

@@ -33,6 +33,12 @@ class Description:
     """Validation results, by the names of the metrics log."""
     vitral: str
     """The version that wrote the weights."""
+    source: str = ""
+    """The public model that was converted, such as timm:NAME."""
+    license: str = ""
+    """Of the public model, as its publisher names it."""
+    difference: float = 0.0
+    """Largest difference from the public model's outputs, over their rms."""
 
     def to_document(self) -> dict[str, Any]:
         """The JSON object that `from_document` reads."""
@@ -75,6 +81,17 @@ class Weights:
     model: ViT
     description: Description
     path: Path
+
+
+def require_head(weights: Weights) -> Weights:
+    """The weights; raises UserError if they have no classifier."""
+    if weights.description.classes:
+        return weights
+    raise UserError(
+        f"weights: {weights.path}: no classifier, only features; train one, `vitral train "
+        f"imagenet-finetune --init {weights.description.source or weights.path} --data FOLDER`, "
+        "or write the features of images, `vitral embed`"
+    )
 
 
 def describe(

@@ -9,7 +9,7 @@ from pathlib import Path
 from vitral import settings
 from vitral.config import PRESETS, Config, DataConfig, ViTConfig
 from vitral.errors import UserError
-from vitral.model import ViT
+from vitral.model import ViT, resample
 from vitral.rundir import CONFIG, RunDir
 from vitral.settings import Given
 from vitral.weights.store import load, read_description
@@ -60,8 +60,10 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
     """
     given = load(path).model
     source, own = given.state_dict(), model.state_dict()
-    if source["head.weight"].shape[0] != model.num_classes:
+    if given.num_classes != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}
+    if given.positions is not None and model.positions is not None:
+        source["positions"] = resample(given.positions, *model.positions.shape[:2])
     strange = sorted(source.keys() - own.keys())
     other = [n for n in source if n in own and source[n].shape != own[n].shape]
     missing = sorted(name for name in own.keys() - source.keys() if not name.startswith("head."))

@@ -12,6 +12,7 @@ from vitral import hub, storage
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import CONFIG, RunDir
+from vitral.weights import public
 from vitral.weights.description import Description, Weights, Which
 
 DESCRIPTION = "config.json"
@@ -43,8 +44,9 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
     """Loads weights for use.
 
     Args:
-        path: a weight directory, a run directory, whose best weights are used, or weights on the
-            Hugging Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`.
+        path: a weight directory, a run directory, whose best weights are used, weights on the
+            Hugging Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`, or a public
+            model, `timm:NAME` or `timm:NAME.tag`.
         which: "model" or "ema"; None uses the default of the weights.
         device: where to put the model.
 
@@ -72,11 +74,14 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
 def find(path: str | Path) -> Path:
     """The weight directory that `path` means: itself, or a run's best, or else its last.
 
-    Only `hf-hub:owner/name` uses the network; the result is the directory it was downloaded to.
+    Only `timm:NAME` and `hf-hub:owner/name` use the network, at the first use; the result is the
+    directory in the cache.
 
     Raises:
         UserError: if there is none.
     """
+    if name := public_name(str(path)):
+        return public.fetch(name)
     if str(path).startswith(hub.PREFIX):
         return hub.download(str(path))
     path = Path(path)
@@ -93,8 +98,18 @@ def find(path: str | Path) -> Path:
     )
 
 
+def public_name(path: str) -> str | None:
+    """`timm:NAME` for a public model, also if it is called hf-hub:timm/NAME; else None."""
+    timms = f"{hub.PREFIX}timm/"
+    if path.startswith(timms):
+        return public.PREFIX + path.removeprefix(timms)
+    return path if path.startswith(public.PREFIX) else None
+
+
 def _fix(path: str | Path) -> str:
     """How to repair corrupt weights."""
+    if public_name(str(path)):
+        return f"remove {find(path)} and try again"
     if str(path).startswith(hub.PREFIX):
         return "remove it from the cache with `hf cache` and try again, or tell its owner"
     return (

@@ -1,0 +1,58 @@
+"""Write a feature vector for each image to a .npz or .parquet file."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vitral.cli.common import check_writable
+from vitral.errors import UserError
+
+ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral embed`."""
+
+    out: str = "features.npz"
+    """File to write: .npz, or .parquet (needs pyarrow)."""
+    normalize: bool = False
+    """Scale each vector to length 1."""
+    image_size: int | None = None
+    """Side of the model's input, a multiple of its patch size; None uses that of training."""
+    which: Literal["model", "ema"] | None = None
+    """Raw or averaged weights; None uses the default of the weights."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int | None = None
+    """Decoding processes; None uses all cores but one."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto uses the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if Path(self.out).suffix not in (".npz", ".parquet"):
+            raise UserError(f"out: expected a name that ends in .npz or .parquet, got {self.out}")
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Embeds; returns 1 if an image cannot be read."""
+    from vitral.inference.embed import embed, write
+    from vitral.inference.predict import find_images, load
+    from vitral.machine import pick_device
+
+    check_writable(Path(options.out).parent)
+    weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
+    features = embed(
+        weights,
+        find_images(args.paths),
+        normalize=options.normalize,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
+    write(features, Path(options.out))
+    print(f"{options.out}: {len(features.vectors):,} images, {features.vectors.shape[1]} features")
+    return 1 if features.unreadable else 0

@@ -1,0 +1,48 @@
+"""Convert a public Vision Transformer of timm to a weight directory, and compare the two."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from vitral.cli.common import check_writable
+from vitral.errors import UserError
+
+ARGUMENTS = {"name": "timm:NAME", "directory": "DIR"}
+PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `vitral import`."""
+
+    file: str | None = None
+    """Weights to convert instead of downloading them, with timm's or the original keys."""
+
+
+def run(args: argparse.Namespace, options: Options) -> int:
+    """Converts; returns the exit code."""
+    from vitral.weights import public
+
+    if not args.name.startswith(public.PREFIX):
+        raise UserError(f"name: expected {public.PREFIX}NAME, got {args.name}")
+    if options.file is not None and not Path(options.file).is_file():
+        raise UserError(f"file: expected a file of weights, got {options.file}, which is not there")
+    place = Path(args.directory)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"{place}: expected a new or empty directory, got one with files")
+    check_writable(place.parent)
+    name = args.name.removeprefix(public.PREFIX)
+    imported, description = public.write(name, public.create(name, options.file), place)
+    classes = f"{len(description.classes):,} classes" if description.classes else "no classifier"
+    print(
+        f"{place}: {imported.model.num_parameters / 1e6:.1f} M parameters, {classes}; largest "
+        f"difference from timm's outputs {imported.error:.1e} of their rms"
+    )
+    if imported.folded:
+        print(f"LayerScale is folded into the weights in {imported.folded} channels, which are ~0")
+    license = description.license or "unknown"
+    caution = "" if license.lower() in PERMISSIVE else "; read it before you use the weights"
+    print(f"license: {license}{caution}")
+    return 0

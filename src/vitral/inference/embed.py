@@ -1,0 +1,99 @@
+"""Feature vectors of images, and files of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitral.errors import UserError, printable
+from vitral.inference.predict import Classifier
+from vitral.storage import replacing
+
+
+@dataclass(frozen=True)
+class Features:
+    """A vector for each image that could be read, in the order of the paths."""
+
+    paths: list[str]
+    vectors: NDArray[np.float32]
+    """(n, D)."""
+    model: str
+    """The weights that computed them."""
+    normalized: bool
+    """Whether each vector has length 1."""
+    unreadable: list[str]
+    """Paths of images without a vector."""
+
+
+def embed(
+    weights: Classifier,
+    paths: Sequence[str],
+    *,
+    normalize: bool = False,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+) -> Features:
+    """What the head of a model reads of each image: CLS or the mean patch, after the last norm.
+
+    Args:
+        paths: files of images. One that cannot be read is reported and left out.
+        normalize: scale each vector to length 1.
+        image_size: side of the model's input, in pixels; None uses that of training.
+        batch_size: images per forward pass.
+        workers: decoding processes; None uses all cores but one.
+
+    Raises:
+        UserError: for a setting that cannot be used.
+    """
+    how = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    vectors = weights.embed(list(paths), **how)
+    found = np.isfinite(vectors).all(axis=1)
+    unreadable = [paths[i] for i in np.flatnonzero(~found)]
+    for path in unreadable:
+        print(f"vitral: {printable(path)}: cannot be read", file=sys.stderr)
+    vectors = vectors[found]
+    if normalize:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    kept = [paths[i] for i in np.flatnonzero(found)]
+    source = weights.description.source or str(weights.path)
+    return Features(kept, vectors, source, normalize, unreadable)
+
+
+def write(features: Features, path: Path) -> None:
+    """Writes a .npz with `paths`, `features`, `model` and `normalized`, or a .parquet of rows.
+
+    Raises:
+        UserError: pyarrow is missing.
+    """
+    names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in features.paths]
+    if path.suffix == ".npz":
+        with replacing(path) as building, building.open("wb") as file:
+            np.savez(
+                file,
+                paths=np.array(names),
+                features=features.vectors,
+                model=np.array(features.model),
+                normalized=np.array(features.normalized),
+            )
+        return
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UserError(
+            f"out: {path}: expected the package pyarrow, got none; pip install 'vitral[parquet]'"
+        ) from None
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(features.vectors.ravel()), features.vectors.shape[1]
+    )
+    known = {"model": features.model, "normalized": str(features.normalized).lower()}
+    table = pa.table({"path": names, "features": vectors}).replace_schema_metadata(known)
+    with replacing(path) as building:
+        pq.write_table(table, building)

@@ -1,0 +1,199 @@
+"""Public Vision Transformers: timm's models by name, converted exactly and cached."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vitral import storage
+from vitral.config import Config, DataConfig
+from vitral.data.imagenet import wnids
+from vitral.errors import UserError, did_you_mean, printable
+from vitral.machine import cache_dir
+from vitral.model import ViT
+from vitral.weights.conversion import Block, convert_state, read_config
+from vitral.weights.description import Description
+
+PREFIX = "timm:"
+FAMILIES = ("vision_transformer", "deit", "eva")  # timm's modules
+TOLERANCE = 1e-4  # largest difference of the outputs, as a share of their rms
+
+
+class Imported(NamedTuple):
+    """A converted model, and how far its outputs are from the original's."""
+
+    model: ViT
+    error: float
+    """Largest difference over the rms of the original's outputs."""
+    folded: int
+    """LayerScale channels that were folded into the weights, being too small to divide by."""
+
+
+def fetch(name: str) -> Path:
+    """The weight directory of a public model, converted at the first use and then cached.
+
+    Args:
+        name: `timm:NAME` or `timm:NAME.tag`.
+
+    Raises:
+        UserError: there is no such model, it cannot be downloaded, or it is not supported.
+    """
+    bare = name.removeprefix(PREFIX)
+    place = cache_dir() / "public" / bare
+    if not (place / "config.json").is_file():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write(bare, create(bare), place)
+    return place
+
+
+def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
+    """Converts a timm model and writes it as a weight directory. Raises UserError, OSError."""
+    imported, source = convert(public), public.pretrained_cfg
+    description = Description(
+        config=Config(model=imported.model.config, data=read_data(source)),
+        classes=class_names(public.num_classes),
+        fingerprint="",
+        default="model",
+        metrics={},
+        vitral=version("vitral"),
+        source=f"{PREFIX}{name}",
+        license=source.get("license") or "",
+        difference=imported.error,
+    )
+    storage.write(
+        place, {"model": imported.model.state_dict()}, {"config": description.to_document()}
+    )
+    return imported, description
+
+
+def create(name: str, file: str | None = None) -> Any:
+    """timm's pretrained model of a name.
+
+    Args:
+        name: NAME or NAME.tag, as timm has it.
+        file: weights with timm's or the original keys, to load instead of downloading.
+
+    Raises:
+        UserError: timm is missing, there is no such model, or its weights cannot be loaded.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise UserError(
+            f"{PREFIX}{name}: expected the package timm, got none; pip install 'vitral[timm]'"
+        ) from None
+    base = name.partition(".")[0]
+    if not timm.is_model(base):
+        hint = did_you_mean(base, timm.list_models())
+        raise UserError(f"{PREFIX}{name}: timm has no model of that name{hint}")
+    if not timm.models.is_model_in_modules(base, FAMILIES):
+        raise UserError(
+            f"{PREFIX}{name}: expected a plain Vision Transformer, which timm has in "
+            f"{', '.join(FAMILIES)}; this is another kind of model"
+        )
+    changes: dict[str, Any] = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+    if file and not _has_head(file):
+        changes["num_classes"] = 0
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return timm.create_model(name, pretrained=True, **changes).eval()
+    except Exception as error:  # of timm or the Hub's client, of whatever kind
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        fix = (
+            "give the weights of this model, with timm's or the original keys"
+            if file
+            else "without a network, download its model.safetensors from huggingface.co/timm "
+            f"elsewhere and give it to `vitral import {PREFIX}{name} DIR --file`"
+        )
+        what = f"{file} cannot be loaded" if file else "cannot be downloaded"
+        raise UserError(f"{PREFIX}{name}: {what}: {reason}; {fix}") from None
+
+
+def _has_head(file: str) -> bool:
+    """Whether a safetensors file has a classifier; a file of another kind is said to have one."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return any(name.startswith("head.") for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return True
+
+
+def convert(public: Any) -> Imported:
+    """vitral's model with the function of an instantiated timm model.
+
+    Raises:
+        UserError: for a part that vitral's model does not have, by name, or if the two models'
+            outputs differ.
+    """
+    kind = type(public).__name__
+    if kind not in ("VisionTransformer", "Eva"):
+        raise UserError(f"model: expected a plain Vision Transformer, got timm's {kind}")
+    source = public
+    blocks = [Block(i, block) for i, block in enumerate(source.blocks)]
+    config = read_config(source, blocks)
+    folded, state = 0, {}
+    for name, value in convert_state(source, blocks, config):
+        if name == "folded":
+            folded += int(value)
+        else:
+            state[name] = value
+    model = ViT(config, source.num_classes)
+    _load(model, state)
+    error = difference(model.eval(), public)
+    if not error <= TOLERANCE:
+        raise UserError(
+            f"model: expected the outputs of timm's {kind} to {TOLERANCE:g} of their rms, got a "
+            f"difference of {error:.2g}; this variant is not supported"
+        )
+    return Imported(model, error, folded)
+
+
+@torch.no_grad()
+def difference(model: ViT, public: Any) -> float:
+    """Largest difference of two models' outputs over the rms of the second's, on noise."""
+    draw = torch.Generator().manual_seed(0)
+    side, patch, worst = model.config.image_size, model.config.patch_size, 0.0
+    shapes = [tuple(public.patch_embed.img_size)]
+    if public.dynamic_img_size and model.config.rope == "none":
+        shapes += [(side + 2 * patch, side + 2 * patch), (side, side + patch)]
+    for height, width in shapes:
+        images = torch.randn(2, 3, height, width, generator=draw)
+        expected = public(images)
+        error = (model(images) - expected).abs().max() / expected.square().mean().sqrt()
+        worst = max(worst, error.item())
+    return worst
+
+
+def _load(model: ViT, state: Mapping[str, Tensor]) -> None:
+    expected = model.state_dict()
+    missing = sorted(expected.keys() ^ state.keys())
+    assert not missing, missing
+    model.load_state_dict({name: value.to(expected[name].dtype) for name, value in state.items()})
+
+
+def read_data(known: Mapping[str, Any]) -> DataConfig:
+    """Preprocessing, from timm's description of a pretrained model."""
+    interpolation = known.get("interpolation", "bicubic")
+    return DataConfig(
+        mean=tuple(known["mean"]),
+        std=tuple(known["std"]),
+        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+        eval_crop=min(1.0, known.get("crop_pct") or 0.875),
+        fit="squash" if known.get("crop_mode") == "squash" else "crop",
+    )
+
+
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """Names of a head's classes: those of ImageNet-1K for 1,000."""
+    if num_classes == len(wnids()):
+        return wnids()
+    return tuple(f"class {i}" for i in range(num_classes))

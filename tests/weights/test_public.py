@@ -1,0 +1,245 @@
+"""Public models against timm's own, randomly initialized: outputs, features and gradients."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+import vitral
+from vitral import weights
+from vitral.cli import main
+from vitral.config import Config
+from vitral.errors import UserError
+from vitral.inference.export import export
+from vitral.model import ViT
+from vitral.weights import public
+
+timm = pytest.importorskip("timm")
+
+SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 2}
+TWINS = {
+    "vit_tiny_patch16_224": SMALL,
+    "vit_small_patch16_224.dino": {**SMALL, "num_classes": 0},
+    "deit3_small_patch16_224": SMALL,
+    "vit_small_patch14_dinov2": {**SMALL, "img_size": 56},
+    "vit_small_patch14_reg4_dinov2": {**SMALL, "img_size": 56},
+    "vit_small_patch16_rope_224": SMALL,
+    "vit_small_patch16_rope_mixed_224": SMALL,
+    "vit_small_patch16_rope_ape_224": SMALL,
+    "vit_small_patch16_rope_mixed_ape_224": SMALL,
+    "vit_little_patch16_reg4_gap_256": SMALL,
+    "vit_wee_patch16_reg1_gap_256": SMALL,
+    "vit_mediumd_patch16_rope_reg1_gap_256": SMALL,
+    "vit_betwixt_patch16_reg4_gap_256": SMALL,
+    "vit_so150m2_patch16_reg1_gap_256": SMALL,
+    "vit_base_patch16_siglip_gap_224": SMALL,
+    "eva02_tiny_patch14_224": SMALL,
+    "eva02_small_patch14_336": SMALL,
+    "vit_small_patch16_dinov3": SMALL,
+    "vit_small_plus_patch16_dinov3": SMALL,
+    "vit_base_patch16_clip_224": SMALL,
+    "vit_base_patch32_clip_quickgelu_224": {**SMALL, "num_classes": 0},
+    "aimv2_large_patch14_224": SMALL,
+    "vit_base_patch16_sapiens2": {**SMALL, "img_size": (64, 48), "num_kv_heads": (4, 2)},
+}
+
+
+def twin(name, dtype=torch.float32):
+    """A timm model whose every parameter is random, so that no part is neutral."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings(action="ignore"):
+        model = timm.create_model(name.partition(".")[0], pretrained=False, **TWINS[name])
+    for parameter in model.parameters():
+        spread = 0.05 if parameter.ndim > 1 else 0.3
+        parameter.data += spread * torch.randn_like(parameter)
+    return model.eval().to(dtype)
+
+
+def relative(found, expected):
+    return ((found - expected).abs().max() / expected.square().mean().sqrt()).item()
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_outputs_and_features_are_timms(name):
+    source = twin(name)
+    imported = public.convert(source)
+    assert imported.error <= 1e-5
+    images = torch.randn(2, 3, *source.patch_embed.img_size)
+    with torch.no_grad():
+        features = source.forward_head(source.forward_features(images), pre_logits=True)
+        own = imported.model.pool(imported.model.forward_features(images))
+    assert relative(own, features) <= 1e-5
+
+
+EXACT = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "aimv2_large_patch14_224"]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_in_float64_only_rounding_is_left(name):
+    """Without rotary positions, whose tables are float32."""
+    source = twin(name, torch.float64)
+    imported = public.convert(twin(name)).model.double()
+    imported.load_state_dict(dict(_state(source)))  # not rounded to float32
+    images = torch.randn(1, 3, *source.patch_embed.img_size, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative(imported(images), source(images)) <= 1e-10
+
+
+def _state(source):
+    from vitral.weights.conversion import Block, convert_state, read_config
+
+    blocks = [Block(i, block) for i, block in enumerate(source.blocks)]
+    config = read_config(source, blocks)
+    found = convert_state(source, blocks, config)
+    return [(name, value) for name, value in found if name != "folded"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3",
+     "vit_base_patch32_clip_quickgelu_224", "eva02_tiny_patch14_224"],
+)  # fmt: skip
+def test_gradients_of_the_images_are_timms(name):
+    source = twin(name)
+    model = public.convert(source).model
+    images = torch.randn(1, 3, *source.patch_embed.img_size, requires_grad=True)
+    gradients = [torch.autograd.grad(m(images).square().sum(), images)[0] for m in (model, source)]
+    assert relative(*gradients) <= 1e-4
+
+
+def test_tiny_layer_scales_are_folded_and_counted():
+    source = twin("deit3_small_patch16_224")
+    source.blocks[0].ls1.gamma.data[3] = 0.0
+    source.blocks[1].ls2.gamma.data[:2] = 1e-9
+    imported = public.convert(source)
+    assert imported.folded == 3
+    assert imported.error <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "part"),
+    [
+        ("vit_base_patch16_siglip_224", {}, "pooling"),
+        ("vit_small_patch16_36x1_224", {"depth": 1, "global_pool": "avgmax"}, "pooling"),
+        ("vit_small_patch16_18x2_224", {"depth": 1}, "blocks.0."),
+        ("eva02_base_patch14_224", {"depth": 1}, "blocks.0.mlp.norm"),
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer"),
+        ("beit_base_patch16_224", {"depth": 1}, "Beit"),
+    ],
+)
+def test_unsupported_parts_are_named(name, changes, part):
+    with warnings.catch_warnings(action="ignore"):
+        source = timm.create_model(name, pretrained=False, **changes).eval()
+    with pytest.raises(UserError, match=part):
+        public.convert(source)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Weights of a tiny model in timm's layout, and the name of the model."""
+    source = timm.create_model("vit_tiny_patch16_224", pretrained=False).eval()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors", source
+
+
+def test_import_save_load_and_export(file, tmp_path, capsys):
+    path, source = file
+    place = tmp_path / "made"
+    assert main(["import", "timm:vit_tiny_patch16_224", str(place), "--file", str(path)]) == 0
+    assert "largest difference from timm's outputs" in capsys.readouterr().out
+    found = vitral.load(place)
+    known = found.description
+    assert known.source == "timm:vit_tiny_patch16_224"
+    assert known.license
+    assert known.difference <= 1e-5
+    assert known.classes[0] == "n01440764"
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert relative(found.model(images), source(images)) <= 1e-5
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), np.uint8))
+    picture.save(tmp_path / "a.png")
+    assert main(["predict", str(place), str(tmp_path / "a.png")]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(str(tmp_path / "a.png"))
+    pytest.importorskip("onnxruntime")
+    exported = export(place, out=tmp_path / "made.onnx", images=0)
+    assert (tmp_path / "made.onnx").exists()
+    assert exported.agreements
+
+
+def test_errors_are_one_line_and_leave_nothing(file, tmp_path, capsys, monkeypatch):
+    path, _ = file
+    place = tmp_path / "made"
+
+    def refused(*words):
+        assert main(["import", *map(str, words)]) == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1
+        assert not place.exists()
+        return text
+
+    assert "did you mean vit_tiny_patch16_224?" in refused("timm:vit_tiny_patch16_22", place)
+    assert "timm:NAME" in refused("vit_tiny_patch16_224", place)
+    assert "plain Vision Transformer" in refused("timm:resnet18", place)
+    assert "not there" in refused("timm:vit_tiny_patch16_224", place, "--file", tmp_path / "no")
+    other = ("timm:vit_small_patch16_224", place, "--file", path)
+    assert "cannot be loaded" in refused(*other)
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    assert "pip install 'vitral[timm]'" in refused("timm:vit_tiny_patch16_224", place)
+
+
+def test_a_public_name_is_converted_once_and_verified(file, tmp_path, monkeypatch):
+    path, _ = file
+    monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "cache"))
+    create, calls = public.create, []
+    monkeypatch.setattr(
+        public, "create", lambda name: calls.append(name) or create(name, str(path))
+    )
+    first = weights.load("timm:vit_tiny_patch16_224")
+    second = weights.load("hf-hub:timm/vit_tiny_patch16_224")
+    assert calls == ["vit_tiny_patch16_224"]
+    assert first.path == second.path
+    tensors = first.path / "model.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(UserError, match="its content is not what was written; remove"):
+        weights.load("timm:vit_tiny_patch16_224")
+
+
+def test_weights_without_a_head(tmp_path, capsys, image_folder):
+    model = public.convert(twin("vit_small_patch16_224.dino")).model
+    config = Config(model=model.config)
+    description = weights.describe(config, (), "", {})
+    weights.save(tmp_path / "features", {"model": model.state_dict()}, description)
+    photo = next((image_folder / "val").rglob("*.jpg"))
+    assert main(["predict", str(tmp_path / "features"), str(photo)]) == 2
+    assert "no classifier" in capsys.readouterr().err
+    out = tmp_path / "features.npz"
+    words = ["embed", str(tmp_path / "features"), str(photo), "--out", str(out), "--normalize"]
+    assert main(words) == 0
+    with np.load(out) as stored:
+        assert stored["paths"].tolist() == [str(photo)]
+        assert stored["features"].shape == (1, 48)
+        assert np.linalg.norm(stored["features"]) == pytest.approx(1, abs=1e-6)
+    larger = ViT(vitral.ViTConfig(**{**_fields(model.config), "image_size": 256}), 3)
+    assert weights.initialize(larger, tmp_path / "features") == ["head.bias", "head.weight"]
+
+
+def _fields(config):
+    import dataclasses
+
+    return {**dataclasses.asdict(config), "rope_grid": config.grid}
+
+
+def test_old_descriptions_have_no_source(tmp_path):
+    document = {
+        "schema": 2, "config": {}, "classes": ["a"], "fingerprint": "", "default": "model",
+        "metrics": {}, "vitral": "0.1.0",
+    }  # fmt: skip
+    found = weights.Description.from_document(json.loads(json.dumps(document)), tmp_path)
+    assert (found.source, found.license, found.difference) == ("", "", 0.0)
