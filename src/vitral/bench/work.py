@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -21,7 +21,8 @@ from vitral.training.optim import Optimizer
 from vitral.training.parallel import Averaged
 from vitral.training.resolved import Resolved, build_model, compiled, prepare_device, resolve
 
-SAMPLE = 2  # images that a CPU is timed with
+SAMPLE = 2  # images that a CPU is timed with, or more of a small model
+ENOUGH = 0.1  # seconds that a CPU is timed for
 
 
 class Work(ABC):
@@ -70,22 +71,30 @@ class Training(Work):
         return len(batch.images)
 
     def estimate(self) -> tuple[float, float]:
-        """Seconds of both passes per image, and of an optimizer step, from very few images."""
-        batch = self.batch
-        if self.device.type == "cpu":  # its rate hardly depends on the number of images
-            few = slice(SAMPLE)
-            batch = dataclasses.replace(batch, images=batch.images[few], targets=batch.targets[few])
-        passes = min(self._seconds(lambda: self.passes.accumulate(batch, last=True)) for _ in "12")
-        loss = torch.zeros((), device=self.device)
-        step = self._seconds(lambda: self.optimizer.step(self.config.optim.lr, loss))
-        return passes / len(batch.images), step
+        """Seconds of both passes per image, and of an optimizer step, from few images on a CPU."""
+        size = len(self.batch.images)
+        count = min(SAMPLE, size) if self.device.type == "cpu" else size
+        while True:
+            # The first step allocates, imports and compiles.
+            passes, step = map(
+                min, zip(self._time_step(count), self._time_step(count), strict=True)
+            )
+            if count == size or passes > ENOUGH:
+                return passes / count, step
+            count = min(2 * count, size)  # a small model spends its time between the operations
 
-    def _seconds(self, action: Callable[[], object]) -> float:
+    def _time_step(self, count: int) -> tuple[float, float]:
+        """Seconds of both passes of some images, and of the optimizer's step after them."""
+        images, targets = self.batch.images[:count], self.batch.targets[:count]
+        batch = dataclasses.replace(self.batch, images=images, targets=targets)
         synchronize(self.device)
         started = time.perf_counter()
-        action()
+        loss = self.passes.accumulate(batch, last=True)
         synchronize(self.device)
-        return time.perf_counter() - started
+        passed = time.perf_counter()
+        self.optimizer.step(self.config.optim.lr, loss)
+        synchronize(self.device)
+        return passed - started, time.perf_counter() - passed
 
     def rate(self, batches: Iterator[Batch], workers: int = 0, seconds: float = 0.5) -> float:
         """Images per second of a step on each of the batches."""

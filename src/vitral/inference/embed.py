@@ -54,14 +54,14 @@ def embed(
     """
     how = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
     vectors = weights.embed(list(paths), **how)
-    found = np.isfinite(vectors).all(axis=1)
-    unreadable = [paths[i] for i in np.flatnonzero(~found)]
+    found = [bool(np.isfinite(vector).all()) for vector in vectors]
+    unreadable = [path for path, good in zip(paths, found, strict=True) if not good]
     for path in unreadable:
         print(f"vitral: {printable(path)}: cannot be read", file=sys.stderr)
-    vectors = vectors[found]
+    vectors = vectors[np.array(found, bool)]
     if normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    kept = [paths[i] for i in np.flatnonzero(found)]
+    kept = [path for path, good in zip(paths, found, strict=True) if good]
     source = weights.description.source or str(weights.path)
     return Features(kept, vectors, source, normalize, unreadable)
 
