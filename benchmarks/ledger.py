@@ -8,8 +8,6 @@ writes the tables and figures of docs/results.md and README.md anew from these f
 `--check` only tells whether they are what the files say. Scores are those of the last step, never
 of the best validation. A row is quoted with the averaged weights (EMA) where its recipe keeps them
 and with the raw ones elsewhere, whichever score better; both are shown.
-
-Other programs make rows by `summarise` and `write`, and format by `spread`.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vitral import settings
 from vitral.config import CHANGEABLE, Config, ViTConfig, flatten
 from vitral.errors import UserError
-
-if TYPE_CHECKING:
-    from vitral.rundir import Run
+from vitral.model import count_flops
+from vitral.rundir import Run, read_run
+from vitral.storage import replacing
 
 Row = dict[str, Any]
 
@@ -52,8 +53,6 @@ def summarise(
     Raises:
         UserError: for an unfinished run, or runs that differ in more than their seed.
     """
-    from vitral.rundir import read_run
-
     found = [read_run(path) for path in runs]
     for run in found:
         refuse_unfinished(run)
@@ -86,8 +85,6 @@ def summarise(
 
 def write(row: Row, path: Path) -> None:
     """Writes a row as JSON with sorted keys: the same row gives the same bytes."""
-    from vitral.storage import replacing
-
     text = json.dumps(row, indent=1, sort_keys=True, ensure_ascii=False)
     # Numbers of a list on one line. No string of JSON holds a line break, so none is touched.
     text = re.sub(
@@ -148,12 +145,12 @@ def refuse_unfinished(run: Run) -> None:
 def refuse_strangers(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> None:
     """Raises UserError for runs that are not seeds of one row."""
     first, seeds = runs[0], set()
-    settings = settings_of(first)
+    expected = settings_of(first)
     for run, fingerprint in zip(runs, fingerprints, strict=True):
         for name, value in settings_of(run).items():
-            if name not in FREE and value != settings[name]:
+            if name not in FREE and value != expected[name]:
                 raise UserError(
-                    f"{run.path}: {name}: expected {settings[name]} as in {first.path}, got "
+                    f"{run.path}: {name}: expected {expected[name]} as in {first.path}, got "
                     f"{value}; make another row of it"
                 )
         # What is held out hangs on the seed, and the fingerprint on what is held out.
@@ -214,8 +211,6 @@ def training_flops(run: Run, classes: int | None) -> float:
 @cache
 def forward_flops(config: ViTConfig, classes: int, side: int) -> float:
     """Of an image in training, counted once for all seeds."""
-    from vitral.model import count_flops
-
     return count_flops(config, classes, side, training=True)
 
 
@@ -264,8 +259,6 @@ def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
 @cache
 def known_recipes() -> dict[str, Config]:
     """The recipes that come with vitral, read once for all rows."""
-    from vitral import settings
-
     return {name: settings.load(name) for name in settings.recipes()}
 
 

@@ -98,7 +98,7 @@ def test(run: Planned, sizes: Sequence[int], data: str | None) -> None:
         known[str(size)] = found.row(str(size))
         print(f"{run.path.name} at {size} pixels: top-1 {found.top1:.2%}", flush=True)
         write_rows(
-            run.path / TABLE, "resolution", sorted(known.values(), key=lambda r: int(r.name))
+            run.path / TABLE, "image size", sorted(known.values(), key=lambda r: int(r.name))
         )
 
 

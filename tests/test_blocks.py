@@ -4,25 +4,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "blocks.py"
 
-
-def run(out, interpret):
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, str(SCRIPT), str(out)]
-    return subprocess.run(words, capture_output=True, text=True, env=environment)
-
-
-def test_every_blocking_computes_the_same(interpreter, tmp_path):
-    done = run(tmp_path / "blocks.json", "1")
+def test_every_blocking_computes_the_same(interpreter, benchmarks, tmp_path):
+    out = tmp_path / "blocks.json"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, str(benchmarks / "blocks.py"), str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    first, *rows = json.loads((tmp_path / "blocks.json").read_text())
+    first, *rows = json.loads(out.read_text())
     assert first["name"] == "torch, compiled"
     assert len({row["name"] for row in rows}) == len(rows) > 5
     for row in rows:
@@ -34,7 +29,11 @@ def test_every_blocking_computes_the_same(interpreter, tmp_path):
             assert row[f"{direction} TFLOP/s"] == pytest.approx(rate)
 
 
-def test_without_a_gpu_there_is_nothing_to_time(tmp_path):
-    done = run(tmp_path / "blocks.json", "0")
-    assert (done.returncode, done.stderr) == (2, "blocks: expected a GPU, got none\n")
+def test_without_a_gpu_there_is_nothing_to_time(benchmarks, tmp_path, monkeypatch, capsys):
+    import blocks
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert blocks.main([str(tmp_path / "blocks.json")]) == 2
+    assert capsys.readouterr().err == "blocks: expected a GPU, got none\n"
     assert not (tmp_path / "blocks.json").exists()

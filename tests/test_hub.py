@@ -497,7 +497,7 @@ def test_a_path_never_asks_the_network(hub, tmp_path, monkeypatch, capsys):
         "if it is on the Hugging Face Hub, give hf-hub:runs/digts",
     )
     refused(capsys, ["predict", "runs/digts", "photo.jpg"], *expected)
-    refused(capsys, ["val", "anna/x@v1"], "say hf-hub:anna/x@v1")
+    refused(capsys, ["val", "anna/x@v1"], "give hf-hub:anna/x@v1")
     for path in ("runs/there", "digts", "runs/digts/weights", "../x", str(tmp_path / "x")):
         assert main(["val", path]) == 2
         assert "Hub" not in capsys.readouterr().err

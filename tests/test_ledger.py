@@ -9,7 +9,6 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -26,11 +25,18 @@ PAGE = "before\n<!-- ledger -->\n<!-- end -->\nbetween\n<!-- ledger: heads -->\n
 
 @pytest.fixture(scope="module")
 def ledger(benchmarks):
-    """The program, and the module of its rows."""
+    """The program as a module."""
     import ledger
+
+    return ledger
+
+
+@pytest.fixture(scope="module")
+def ledger_rows(benchmarks):
+    """The module that makes, reads and writes rows."""
     import ledger_rows
 
-    return SimpleNamespace(**{**vars(ledger_rows), **vars(ledger)})
+    return ledger_rows
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +84,15 @@ def forward(N):
     return 2 * ((N - 1) * 3 * 2 * 2 * 16 + block + 16 * 10)
 
 
-def test_a_row_is_what_the_runs_came_to_at_their_last_step(ledger, runs):
+def test_a_row_is_what_the_runs_came_to_at_their_last_step(ledger_rows, runs):
     """An epoch is 22.45 steps of 64 images: 45 in all, and 22 / 45 is still below a half."""
     first = rows_of(runs[1])
     assert [line["step"] for line in first] == [10, 20, 23, 30, 40, 45]
     first[2] |= {"val_top1": 0.99, "ema_top1": 0.995, "val_loss": 0.01, "memory_gb": 77.0}
     rewrite(runs[1], first)
-    row = ledger.summarise(runs, title="tiny", data="digits", study="heads", note="n", commit="c")
+    row = ledger_rows.summarise(
+        runs, title="tiny", data="digits", study="heads", note="n", commit="c"
+    )
     assert [row[key] for key in ("title", "study", "note", "commit")] == ["tiny", "heads", "n", "c"]
     zero, one = row["runs"]
     assert (zero["seed"], one["seed"]) == (0, 1)
@@ -110,20 +118,20 @@ def test_a_row_is_what_the_runs_came_to_at_their_last_step(ledger, runs):
     assert row["config"]["model.dim"] == 16
     assert row["config"]["train.progressive"] == ((4, 0.5), (8, 0.5))
     assert not row["config"].keys() & {"train.seed", "train.out", "train.eval_every"}
-    assert ledger.quoted(row) == [100 * zero["top1"]["ema"], 100 * one["top1"]["ema"]]
+    assert ledger_rows.quoted(row) == [100 * zero["top1"]["ema"], 100 * one["top1"]["ema"]]
 
 
-def test_weights_that_no_average_was_kept_of_are_quoted_raw(ledger, runs):
+def test_weights_that_no_average_was_kept_of_are_quoted_raw(ledger_rows, runs):
     for run in runs:
         rewrite(run, [{k: v for k, v in r.items() if "ema" not in k} for r in rows_of(run)])
-    row = ledger.summarise(runs, commit="c")
+    row = ledger_rows.summarise(runs, commit="c")
     assert row["runs"][0]["top1"] == {"raw": rows_of(runs[1])[-1]["val_top1"]}
     assert row["runs"][0]["curve"][0][3] is None
-    assert ledger.quoted(row) == [100 * run["top1"]["raw"] for run in row["runs"]]
+    assert ledger_rows.quoted(row) == [100 * run["top1"]["raw"] for run in row["runs"]]
 
 
-def test_the_command_repeats_the_settings(ledger, runs):
-    row = ledger.summarise(runs, commit="c")
+def test_the_command_repeats_the_settings(ledger_rows, runs):
+    row = ledger_rows.summarise(runs, commit="c")
     vitral, verb, recipe, *words = shlex.split(row["command"])
     assert (vitral, verb, recipe) == ("vitral", "train", "digits")
     assert row["title"] == "`digits`"
@@ -134,25 +142,25 @@ def test_the_command_repeats_the_settings(ledger, runs):
 
 
 @pytest.mark.parametrize("name", settings.recipes())
-def test_the_recipe_of_a_command_is_the_one_that_was_taken(ledger, name):
+def test_the_recipe_of_a_command_is_the_one_that_was_taken(ledger_rows, name):
     words = ["--data", "/home/someone/pictures", "--optim.lr", "0.7", "--train.init", "/x/run"]
-    found, changes = ledger.nearest_recipe(settings.load(name, words))
+    found, changes = ledger_rows.nearest_recipe(settings.load(name, words))
     assert found == name
-    command = ledger.train_command(found, changes)
+    command = ledger_rows.train_command(found, changes)
     assert "--data.path path/to/pictures" in command
     assert "--train.init path/to/run" in command
     assert "--optim.lr 0.7" in command
 
 
-def test_what_makes_no_row_is_refused(ledger, runs):
+def test_what_makes_no_row_is_refused(ledger_rows, runs):
     def refused(what):
         with pytest.raises(UserError, match=what) as caught:
-            ledger.summarise(runs, commit="c")
+            ledger_rows.summarise(runs, commit="c")
         assert "\n" not in str(caught.value)
 
-    ledger.summarise(runs, commit="c")
+    ledger_rows.summarise(runs, commit="c")
     with pytest.raises(UserError, match="expected another seed than those before it, got 1 again"):
-        ledger.summarise([runs[0], *runs], commit="c")
+        ledger_rows.summarise([runs[0], *runs], commit="c")
     environment = runs[1] / "env.json"
     spoil(environment, '"parts": ""', '"parts": "muon"')
     refused("0: parts: expected .* as in .*1, got muon; make another row")
@@ -163,13 +171,13 @@ def test_what_makes_no_row_is_refused(ledger, runs):
     spoil(config, "lr: 0.004\n", "lr: 0.003\n")
     spoil(config, "eval_every: 1\n", "eval_every: 2\n")
     spoil(config, "path: digits\n", "path: elsewhere/digits\n")
-    ledger.summarise(runs, commit="c")
+    ledger_rows.summarise(runs, commit="c")
     known = runs[1] / "weights" / "last" / "config.json"
     mark = json.loads(known.read_text())["fingerprint"]
     spoil(known, mark, "0" * 64)
     refused("0: expected the data of .*1, got others")
     shutil.rmtree(runs[1] / "weights")
-    ledger.summarise(runs, commit="c")
+    ledger_rows.summarise(runs, commit="c")
     (checkpoint, *_) = runs[1].glob("checkpoints/*/state.json")
     for state in runs[1].glob("checkpoints/*/state.json"):
         spoil(state, mark, "0" * 64)
@@ -177,9 +185,9 @@ def test_what_makes_no_row_is_refused(ledger, runs):
     assert checkpoint.exists()
     # What a folder without val/ holds out hangs on the seed.
     spoil(environment, '"held_out": false', '"held_out": true')
-    ledger.summarise(runs, commit="c")
+    ledger_rows.summarise(runs, commit="c")
     shutil.rmtree(runs[1] / "checkpoints")
-    ledger.summarise(runs, commit="c")
+    ledger_rows.summarise(runs, commit="c")
     for name in ("weights", "checkpoints"):
         shutil.rmtree(runs[0] / name)
     refused("expected weights or a checkpoint, .* train without train.progressive")
@@ -193,7 +201,7 @@ def test_what_makes_no_row_is_refused(ledger, runs):
     refused(r"0: expected env.json")
 
 
-def test_models_that_the_settings_do_not_describe(ledger, runs):
+def test_models_that_the_settings_do_not_describe(ledger_rows, runs):
     for run in runs:
         spoil(run / "config.yaml", "progressive:\n  - - 4\n    - 0.5\n  - - 8\n    - 0.5\n",
               "progressive: []\n")  # fmt: skip
@@ -202,51 +210,51 @@ def test_models_that_the_settings_do_not_describe(ledger, runs):
         (run / "env.json").write_text(json.dumps(environment))
         for name in ("weights", "checkpoints"):
             shutil.rmtree(run / name)
-    row = ledger.summarise(runs, commit="c")
+    row = ledger_rows.summarise(runs, commit="c")
     assert row["runs"][1]["flops"] == 3 * 45 * 64 * 1e9
     assert row["command"].startswith("python benchmarks/variants.py timm digits --model.dim 16 ")
 
 
-def test_spread_is_the_sample_standard_deviation(ledger):
+def test_spread_is_the_sample_standard_deviation(ledger_rows):
     """Of 1, 2 and 4: the root of (16/9 + 1/9 + 25/9) / 2 is 1.5275."""
-    assert ledger.spread([1, 2, 4]) == "2.33 ± 1.53"
-    assert ledger.spread([94.123]) == "94.12"
+    assert ledger_rows.spread([1, 2, 4]) == "2.33 ± 1.53"
+    assert ledger_rows.spread([94.123]) == "94.12"
 
 
-def test_a_long_curve_is_thinned_and_keeps_both_ends(ledger, runs):
+def test_a_long_curve_is_thinned_and_keeps_both_ends(ledger_rows, runs):
     template = rows_of(runs[0])[-1]
     log = [{**template, "images": i, "epoch": 2 * i / 995} for i in range(996)]
     rewrite(runs[0], log)
-    (run,) = ledger.summarise(runs[:1], commit="c")["runs"]
+    (run,) = ledger_rows.summarise(runs[:1], commit="c")["runs"]
     found = [point[0] for point in run["curve"]]
     assert len(found) == 100
     assert (found[0], found[-1]) == (0, 995)
     assert {b - a for a, b in pairwise(found)} == {10, 11}
 
 
-def test_commit_of_a_checkout(ledger, tmp_path):
+def test_commit_of_a_checkout(ledger_rows, tmp_path):
     def git(*words):
         who = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True)
 
     with pytest.raises(UserError, match=r"expected a git checkout .* give --commit"):
-        ledger.head(tmp_path)
+        ledger_rows.head(tmp_path)
     for name in ("src", "docs"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("1")
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    clean = ledger.head(tmp_path)
+    clean = ledger_rows.head(tmp_path)
     assert re.fullmatch(r"[0-9a-f]{12}", clean)
     (tmp_path / "docs" / "file").write_text("2")
     (tmp_path / "src" / "new").write_text("1")
-    assert ledger.head(tmp_path) == clean
+    assert ledger_rows.head(tmp_path) == clean
     (tmp_path / "src" / "file").write_text("2")
-    assert ledger.head(tmp_path) == f"{clean}-dirty"
+    assert ledger_rows.head(tmp_path) == f"{clean}-dirty"
 
 
-def test_from_runs_to_pages(ledger, runs, checkout, capsys):
+def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
     """Added twice a row is the same bytes; what is drawn is not stale until a file changes."""
     given = [*map(str, runs), "--data", "digits | small", "--commit", "abc"]
     for _ in range(2):
@@ -260,7 +268,7 @@ def test_from_runs_to_pages(ledger, runs, checkout, capsys):
     assert list(row) == sorted(row)
     assert re.search(r"\n +\[1472, [\d., ]+\],\n", was.decode())
     assert ledger.main(["add", "heads-16", *given, "--study", "heads"], checkout) == 0
-    assert list(ledger.read(checkout / "docs" / "results")) == ["heads-4", "heads-16"]
+    assert list(ledger_rows.read(checkout / "docs" / "results")) == ["heads-4", "heads-16"]
 
     assert ledger.main(["draw", "--check"], checkout) == 1
     names = "README.md, docs/images/results-heads.svg, docs/images/results.svg, docs/results.md"
@@ -270,7 +278,8 @@ def test_from_runs_to_pages(ledger, runs, checkout, capsys):
     page, readme = (checkout / name for name in ("docs/results.md", "README.md"))
     text = page.read_text()
     ema, raw = (
-        ledger.spread([100 * run["top1"][kind] for run in row["runs"]]) for kind in ("ema", "raw")
+        ledger_rows.spread([100 * run["top1"][kind] for run in row["runs"]])
+        for kind in ("ema", "raw")
     )
     flops = 3 * 64 * (23 * forward(5) + 22 * forward(17)) / 1e15
     mean = statistics.fmean(run["minutes"] for run in row["runs"])
@@ -319,11 +328,11 @@ def test_mistakes_of_the_command(ledger, runs, checkout, capsys):
     refused(r"a.json: expected JSON, got .*; add the row again", "draw")
 
 
-def test_figures_show_each_seed_and_the_band_between(ledger, runs, checkout):
+def test_figures_show_each_seed_and_the_band_between(ledger_rows, runs, checkout):
     """Of seeds that end at 90 and 94, on an axis of 90 to 94."""
     from ledger_figures import figure
 
-    row = ledger.summarise(runs, title="`a` & b", data="x < y", commit="c")
+    row = ledger_rows.summarise(runs, title="`a` & b", data="x < y", commit="c")
     for run, top1 in zip(row["runs"], (0.90, 0.94), strict=True):
         run["top1"] = {"raw": 0.1, "ema": top1}
         run["curve"] = [[1000, 2.0, 0.1, 0.5], [2000, 1.0, 0.1, top1]]

@@ -173,19 +173,27 @@ def watching(parts, name, seen):
     return Parts(name=name, model=model, optimizer=parts.optimizer)
 
 
-def test_all_see_the_same(models, tmp_path):
-    found = {}
+@pytest.fixture(scope="module")
+def watched(models, tmp_path_factory):
+    """The run of each model, and what it was given."""
+    out, found = tmp_path_factory.mktemp("watched"), {}
     for name, parts in {"vitral": Parts(), **by_name(models)}.items():
-        seen = found[name] = []
-        words = [*TRAINED.split(), "--out", str(tmp_path / name)]
-        train("digits", *words, parts=watching(parts, name, seen))
+        seen = []
+        words = [*TRAINED.split(), "--out", str(out / name)]
+        found[name] = (train("digits", *words, parts=watching(parts, name, seen)), seen)
+    return found
+
+
+def test_all_see_the_same(watched):
+    found = {name: seen for name, (_, seen) in watched.items()}
     assert found["vitral"] == found["timm"] == found["timm-rope"]
+    seen = found["vitral"]
     assert len({digest for training, digest in seen if training}) == 4 * STEPS  # parts of 64
     assert sum(not training for training, _ in seen) == 4  # 256 and 104, raw weights and averaged
 
 
 @pytest.mark.parametrize("name", ["timm", "timm-rope"])
-def test_an_interrupted_run_goes_on_exactly(models, name, tmp_path):
+def test_an_interrupted_run_goes_on_exactly(models, watched, name, tmp_path):
     parts = by_name(models)[name]
     count = 0
 
@@ -197,15 +205,14 @@ def test_an_interrupted_run_goes_on_exactly(models, name, tmp_path):
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().step(lr, loss)
 
-    def run(out, parts):
-        train("digits", *TRAINED.split(), "--out", str(tmp_path / out), parts=parts)
+    def run(parts):
+        train("digits", *TRAINED.split(), "--out", str(tmp_path / "cut"), parts=parts)
 
-    run("whole", parts)
     with pytest.raises(Interrupted):
-        run("cut", dataclasses.replace(parts, optimizer=Interrupting))
+        run(dataclasses.replace(parts, optimizer=Interrupting))
     assert newest(tmp_path / "cut").step == 3
-    run("cut", parts)
-    there, here = newest(tmp_path / "whole"), newest(tmp_path / "cut")
+    run(parts)
+    there, here = newest(watched[name][0]), newest(tmp_path / "cut")
     assert there.step == here.step == STEPS
     assert there.tensors.keys() == {"model", "ema", "optimizer"}
     for kind, tensors in there.tensors.items():

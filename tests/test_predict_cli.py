@@ -119,6 +119,19 @@ def test_all_broken(directory, photos, tmp_path, capsys):
     assert "2 of 2 images cannot be read" in err
 
 
+def test_arguments_and_options_in_any_order(directory, photos, capsys):
+    first, second = photos / "a.jpg", photos / "c.jpg"
+    for words in (
+        (directory, first, second, "--json", "--top", "1"),
+        (directory, "--json", first, "--top", "1", second),
+        ("--top=1", directory, first, "--json", second),
+    ):
+        assert predict(*words) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert [row["path"] for row in rows] == [str(first), str(second)]
+        assert [len(row["predictions"]) for row in rows] == [1, 1]
+
+
 def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
     shares = []
     for side in ("16", "20"):

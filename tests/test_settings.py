@@ -49,7 +49,7 @@ def load(tmp_path):
 
 
 @pytest.fixture
-def data_error(load):
+def user_error(load):
     """Reads what must be refused, in one line without a frame that holds all `parts`."""
 
     def refuse(content, arguments, parts, read=load):
@@ -177,8 +177,8 @@ def test_read(load, content, arguments, expected):
         ("", ("-x", "3"), ["-x"]),
     ],
 )
-def test_unknown_settings_are_refused_with_the_nearest(data_error, content, arguments, parts):
-    data_error(content, arguments, parts)
+def test_unknown_settings_are_refused_with_the_nearest(user_error, content, arguments, parts):
+    user_error(content, arguments, parts)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,10 @@ def test_unknown_settings_are_refused_with_the_nearest(data_error, content, argu
         ("", ("--train.epochs", "2"), ["warmup_epochs", "2", "5"]),
     ],
 )
-def test_wrong_values_are_refused(data_error, monkeypatch, content, arguments, parts):
+def test_wrong_values_are_refused(user_error, monkeypatch, content, arguments, parts):
     monkeypatch.setenv("COLUMNS", "40")  # frames are drawn and lines are broken by these
     monkeypatch.setenv("FORCE_COLOR", "1")
-    data_error(content, arguments, parts)
+    user_error(content, arguments, parts)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +230,8 @@ def test_wrong_values_are_refused(data_error, monkeypatch, content, arguments, p
         ("model:\ndata: {path: x}", ["model:", "None"]),
     ],
 )
-def test_what_is_no_recipe_is_refused(data_error, content, parts):
-    data_error(content, (), ["own.yaml", *parts])
+def test_what_is_no_recipe_is_refused(user_error, content, parts):
+    user_error(content, (), ["own.yaml", *parts])
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,11 @@ def test_what_is_no_recipe_is_refused(data_error, content, parts):
         ("latin.yml", ["latin.yml", "UTF-8"]),
     ],
 )
-def test_unknown_sources_are_refused(data_error, tmp_path, monkeypatch, source, parts):
+def test_unknown_sources_are_refused(user_error, tmp_path, monkeypatch, source, parts):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.yaml").mkdir()
     (tmp_path / "latin.yml").write_bytes("# \xe9".encode("latin-1"))
-    data_error(source, (), parts, read=settings.load)
+    user_error(source, (), parts, read=settings.load)
 
 
 def test_help_shows_the_recipes_own_values(tmp_path, capsys):

@@ -336,7 +336,7 @@ def test_a_number_that_no_image_of_validation_has(world, tmp_path):
 
 
 @pytest.fixture
-def data_error(capsys, tmp_path):
+def user_error(capsys, tmp_path):
     def expect(words, *fragments):
         assert main(["val", *map(str, words)]) == 2
         text = capsys.readouterr().err
@@ -348,26 +348,26 @@ def data_error(capsys, tmp_path):
     return expect
 
 
-def test_mistakes(world, tmp_path, data_error):
+def test_mistakes(world, tmp_path, user_error):
     ours, out = world.weights.path, ["--out", tmp_path / "out"]
     empty = tmp_path / "empty"
     (empty / "imagenet-a").mkdir(parents=True)
     looked_for = ["imagenet-a", "imagenet-r", "real.json", "sketch", "top-images-format-val"]
-    data_error([ours, "--suite", empty, *out], str(empty), *looked_for)
-    data_error([ours, "--suite", tmp_path / "none", *out], "nothing of that name")
-    data_error([ours, "--suite", world.root, "--data", "digits", *out], "suite, data")
-    data_error([ours, "--suite", world.root, "--image-sizes", "8", *out], "suite, image-sizes")
-    data_error([ours, "--image-sizes", "8", "10", *out], "image-sizes", "10", "nearest is 8")
-    data_error([ours, "--image-sizes", "eight", *out], "image-sizes", "'eight'")
+    user_error([ours, "--suite", empty, *out], str(empty), *looked_for)
+    user_error([ours, "--suite", tmp_path / "none", *out], "nothing of that name")
+    user_error([ours, "--suite", world.root, "--data", "digits", *out], "suite, data")
+    user_error([ours, "--suite", world.root, "--image-sizes", "8", *out], "suite, image-sizes")
+    user_error([ours, "--image-sizes", "8", "10", *out], "image-sizes", "10", "nearest is 8")
+    user_error([ours, "--image-sizes", "eight", *out], "image-sizes", "'eight'")
 
     digits = make_weights(tmp_path / "digits", tuple("0123456789")).path
-    data_error([digits, "--suite", world.root, *out], "wnid", "got 0, 1, 2 and 7 more")
+    user_error([digits, "--suite", world.root, *out], "wnid", "got 0, 1, 2 and 7 more")
     far = make_weights(tmp_path / "far", ("n01440764", "own")).path
-    data_error([far, "--suite", world.root / "imagenet-a", *out], "two or more of the 2 classes")
+    user_error([far, "--suite", world.root / "imagenet-a", *out], "two or more of the 2 classes")
 
     for folder in ("imagenet-a", "copy/imagenet-a"):
         shutil.copytree(world.root / "sketch", tmp_path / "twice" / folder)
-    data_error([ours, "--suite", tmp_path / "twice", *out], "one place of ImageNet-A", "copy")
+    user_error([ours, "--suite", tmp_path / "twice", *out], "one place of ImageNet-A", "copy")
 
 
 @pytest.mark.parametrize(
@@ -381,10 +381,10 @@ def test_mistakes(world, tmp_path, data_error):
         (json.dumps([[True]] + [[1]] * 49_999), "[True] for image 1"),
     ],
 )
-def test_other_files_than_reals(world, tmp_path, data_error, content, fragment):
+def test_other_files_than_reals(world, tmp_path, user_error, content, fragment):
     shutil.copytree(world.root / "val", tmp_path / "val")
     (tmp_path / "real.json").write_text(content)
-    data_error([world.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
+    user_error([world.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
 
 
 def test_command_writes_what_it_prints(world, tmp_path, capsys):

@@ -1,8 +1,6 @@
 """The page of a run: its figures against the log and a plain computation, its form, its holes."""
 
-import base64
 import dataclasses
-import io
 import json
 import re
 import shutil
@@ -12,22 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from vitral import train, weights
 from vitral.cli import main
-from vitral.data.records import Packed, Pixels
+from vitral.data.records import Pixels
 from vitral.evaluation import Scores
-from vitral.inference.attention import attention_weights
-from vitral.report.figures import Axis, Chart, Line, reliability, thin
 from vitral.report.html import write_report
-from vitral.report.predictions import Predictions
-from vitral.report.thumbnails import attended, data_uri, thumbnail
+from vitral.report.predictions import Predictions, evaluate_best
+from vitral.report.thumbnails import attended, thumbnail
 from vitral.rundir import read_rows, read_run
 
-TINY = "--model.dim 16 --model.depth 2 --train.epochs 4 --optim.warmup-epochs 0 --train.threads 1"
-TINY += " --train.log-every 5 --train.eval-every 2 --train.ema-decay 0.9"
 VOID = {"meta", "link", "img", "br"}
 CSS = Path(__file__).parents[2] / "src/vitral/report/pages/report.css"
 
@@ -117,28 +109,9 @@ def copy(run, place, *, rows=None):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A finished run on digits, with EMA."""
-    out = tmp_path_factory.mktemp("runs") / "a run & more"
-    return train("digits", *TINY.split(), "--out", str(out))
-
-
-@pytest.fixture(scope="module")
 def page(run):
     assert main(["report", str(run)]) == 0
     return check_form(Page(run / "report.html"))
-
-
-@pytest.fixture(scope="module")
-def answers(run):
-    """Labels and probabilities of the held-out digits, without vitral's input pipeline."""
-    found = weights.load(run)
-    data = found.description.config.data
-    raw, labels = load_digits(return_X_y=True)
-    grey = torch.from_numpy(np.rint(raw[-360:] * 255 / 16) / 255).float().view(-1, 1, 8, 8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
-    with torch.no_grad():
-        return labels[-360:].tolist(), found.model((grey - mean) / std).softmax(1).double()
 
 
 def test_summary_is_that_of_the_log(run, page):
@@ -225,71 +198,6 @@ def test_confusions_come_with_their_images(page, answers):
     shown = [f"{a}, taken for {b}" for (a, b), n in ordered for _ in range(min(n, 4))]
     alternatives = [image["alt"] for image in page.all("img")]
     assert alternatives[: len(shown)] == shown
-
-
-def test_a_line_lies_where_its_values_are():
-    points = [(0.5, 3.0), (1.0, 12.5), (2.0, 7.25)]
-    svg = str(Chart("Title", "", (Line("a", points),)).svg)
-    (path,) = re.findall(r'<polyline class="s0" points="([^"]*)"', svg)
-    x = [
-        (float(at), float(value))
-        for at, value in re.findall(r'<text x="([\d.]+)" y="231" class="mid">([\d.]+)', svg)
-    ]
-    y = [
-        (float(at), float(value))
-        for at, value in re.findall(r'y="([\d.]+)" dy="4" class="end">([\d.]+)', svg)
-    ]
-    for (px, py), (a, b) in zip(
-        (map(float, p.split(",")) for p in path.split()), points, strict=True
-    ):
-        assert np.interp(px, *zip(*x, strict=True)) == pytest.approx(a, abs=0.02)
-        assert np.interp(-py, *zip(*((-at, v) for at, v in y), strict=True)) == pytest.approx(
-            b, abs=0.1
-        )
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (-3.0, -3.0), (1e-9, 2e-9), (0, 12345)])
-def test_round_axes_hold_their_values(low, high):
-    axis = Axis.rounded(low, high, 0, 100)
-    assert axis.low <= low <= high <= axis.high
-    assert 3 <= len(axis.ticks) <= 8
-    assert 0 <= axis.place(low) <= axis.place(high) <= 100
-
-
-@pytest.mark.parametrize("low", [0.0, 2.3, 60.0, 99.97, 100.0])
-@pytest.mark.parametrize("high", [0.0, 2.3, 60.0, 99.97, 100.0])
-def test_no_axis_of_percentages_leaves_0_to_100(low, high):
-    low, high = sorted((low, high))
-    axis = Axis.rounded(low, high, 0, 100)
-    assert 0 <= axis.low <= low + 1e-9
-    assert high - 1e-9 <= axis.high <= 100 + 1e-9
-
-
-def test_charts_leave_out_what_is_not_finite():
-    svg = str(Chart("Loss", "", (Line("a", [(1, 2.0), (2, float("nan")), (3, 1.0)]),)).svg)
-    assert "nan" not in svg
-    (path,) = re.findall(r'points="([^"]*)"', svg)
-    assert len(path.split()) == 2
-    assert "No value" in Chart("Loss", "", (Line("a", [(1, float("inf"))]),)).svg
-
-
-def test_thinning_keeps_ends_peaks_and_order():
-    values = np.random.default_rng(0).normal(size=10_000)
-    values[[0, 1234, 7777, -1]] = 0.5, 99.0, -99.0, 0.25
-    points = list(enumerate(values.tolist()))
-    kept = thin(points)
-    assert len(kept) < 700
-    assert {points[0], points[1234], points[7777], points[-1]} <= {*kept}
-    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
-    assert thin(points[:500]) == points[:500]
-
-
-def test_reliability_draws_accuracy_and_confidence():
-    svg = str(reliability([(0.2, 4, 0.15, 0.5), (1.0, 16, 0.97, 1.0)]))
-    heights = [float(h) for h in re.findall(r'class="bar".*?height="([\d.]+)"', svg)]
-    assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
-    marks = [float(y) for y in re.findall(r'class="said" d="M[\d.]+ ([\d.]+)H', svg)]
-    assert 216 - marks[0] == pytest.approx(0.15 * heights[1], abs=0.2)
 
 
 def predictions_of(run, classes, seed=0, count=600):
@@ -457,34 +365,12 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, words, fragments):
     assert list(tmp_path.iterdir()) == []
 
 
-def opened(address):
-    kind, _, content = address.partition(",")
-    assert kind == "data:image/jpeg;base64"
-    return Image.open(io.BytesIO(base64.b64decode(content)))
-
-
-def test_thumbnails_are_small_and_keep_their_shape():
-    draw = np.random.default_rng(0)
-    assert opened(data_uri(Image.new("RGB", (400, 200)), 112)).size == (112, 56)
-    small = torch.from_numpy(draw.integers(0, 256, (1, 3, 8, 8), np.uint8))
-    picture = np.asarray(opened(thumbnail(Pixels(small, np.array([0])), 0)), float)
-    assert picture.shape == (112, 112, 3)
-    blocks = picture.reshape(8, 14, 8, 14, 3).mean((1, 3))
-    assert np.abs(blocks - small[0].permute(1, 2, 0).numpy()).mean() < 30  # JPEG halves the colours
-    squares = draw.integers(0, 256, (1, 3, 64, 64), np.uint8)
-    packed = Packed(
-        squares, np.array([[300, 100]]), np.array([b"x"]), np.array([0]), "", np.arange(1)
-    )
-    assert opened(thumbnail(packed, 0)).size == (37, 112)
-
-
 def test_an_image_that_is_gone_is_left_out(run, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "set")
-    settings = f"{TINY} --train.epochs 1 --model.image-size 16 --model.patch-size 4 --data"
-    given = [*settings.split(), str(tmp_path / "set"), "--train.batch-size", "8"]
+    given = "--model.dim 16 --model.depth 2 --model.image-size 16 --model.patch-size 4".split()
+    given += "--train.epochs 1 --optim.warmup-epochs 0 --train.threads 1".split()
+    given += ["--train.batch-size", "8", "--data", str(tmp_path / "set")]
     folder = train("digits", *given, "--out", str(tmp_path / "run"))
-    from vitral.report.predictions import evaluate_best
-
     predictions = evaluate_best(read_run(folder))
     (tmp_path / "set/val/dark/00.jpg").unlink()
     assert thumbnail(predictions.records, 0) is None
@@ -494,25 +380,6 @@ def test_an_image_that_is_gone_is_left_out(run, image_folder, tmp_path):
     )
     page = write(folder, tmp_path / "page.html", dataclasses.replace(predictions, scores=wrong))
     assert "image cannot be read" in page.words["confusion"] + page.words["mistakes"]
-
-
-def test_attention_lights_what_the_prediction_reads(run):
-    found = weights.load(run)
-    grey = torch.tensor([10, 210], dtype=torch.uint8).view(2, 1, 1, 1)
-    records = Pixels(grey.expand(2, 3, 8, 8), np.zeros(2, int))
-    seen, lit = (np.asarray(opened(a), float) for a in attended(found, records, 1))
-    assert np.abs(seen - 210).max() <= 2
-
-    data = found.description.config.data
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
-    _, layers = attention_weights(found.model, (records.images[1:] / 255 - mean) / std)
-    flow = np.eye(17)
-    for layer in layers:
-        flow = (layer[0].mean(0).double().numpy() + np.eye(17)) / 2 @ flow
-    expected = flow[0, 1:].reshape(4, 4)
-    light = lit.mean(2).reshape(4, 28, 4, 28).mean((1, 3))
-    assert np.corrcoef(light.ravel(), expected.ravel())[0, 1] > 0.9
-    assert lit.min() < 0.25 * 210 < 0.9 * 210 < lit.max() <= 215
 
 
 def palettes():

@@ -2,205 +2,42 @@
 
 import dataclasses
 import fcntl
-import hashlib
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import traceback
-from functools import reduce
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vitral import evaluate, settings, storage
-from vitral.cli import main
-from vitral.config import Config, OptimConfig, ViTConfig
+from vitral import evaluate, storage
 from vitral.data import loader
-from vitral.model import ViT
+from vitral.rundir import read_rows
 from vitral.training import loop, validation
-from vitral.training.distributed import SHARDS, full, joined, spread_like
-from vitral.training.metrics import CLOCK, read_rows
-from vitral.training.optim import Optimizer
-from vitral.training.parallel import InFixedOrder
-from vitral.training.resolved import Resolved, build_model, resolve
+from vitral.training.distributed import full, joined
+
+from .processes import (
+    REPRODUCIBLE,
+    digests,
+    errors,
+    finish,
+    folder_of,
+    newest,
+    run,
+    start,
+    wait_for,
+    words,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
-SETTINGS = {
-    "model.dim": 16,
-    "model.depth": 2,
-    "model.num-heads": 4,
-    "model.num-kv-heads": 2,
-    "model.patch-size": 4,
-    "model.image-size": 16,
-    "model.dropout": 0.1,
-    "model.stochastic-depth": 0.3,
-    "augment.policy": "trivialaugment",
-    "augment.erasing": 0.5,
-    "augment.mixup": 0.8,
-    "augment.cutmix": 1.0,
-    "data.workers": 0,
-    "optim.warmup-epochs": 1,
-    "train.device": "cpu",
-    "train.epochs": 18,
-    "train.eval-every": 100,
-    "train.batch-size": 48,
-    "train.micro-batch": 4,
-    "train.ema-decay": 0.95,
-    "train.log-every": 1,
-    "train.checkpoint-steps": 3,
-    "train.threads": 1,
-}
-STEPS = 16  # 18 * 42 images in batches of 48
-PATIENCE = 90.0  # seconds, after which a process hangs
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Six classes of small JPEGs: 42 to train on, 23 to validate."""
-    root = tmp_path_factory.mktemp("pictures")
-    draw = np.random.default_rng(0)
-    for split, counts in (("train", [7] * 6), ("val", [1, 2, 3, 4, 6, 7])):
-        for label, count in enumerate(counts):
-            (root / split / f"class{label}").mkdir(parents=True)
-            for i in range(count):
-                low = draw.integers(0, 130, (5, 6, 3)) + 25 * label
-                picture = Image.fromarray(low.astype(np.uint8)).resize((24, 20))
-                picture.save(root / split / f"class{label}" / f"{i:02d}.jpg", quality=90)
-    return root
-
-
-def words(data, out, /, **changes):
-    """The words of a command that trains, with changes to SETTINGS."""
-    settings = {**SETTINGS, "data": data, "out": out}
-    settings |= {n.replace("__", ".").replace("_", "-"): v for n, v in changes.items()}
-    flags = [f"--{name}" for name, value in settings.items() if value is True]
-    values = {name: value for name, value in settings.items() if value is not True}
-    pairs = (w for name, value in values.items() for w in (f"--{name}", *str(value).split()))
-    return ["train", "digits", *flags, *pairs]
-
-
-def folder_of(command):
-    return Path(command[command.index("--out") + 1])
-
-
-STARTED: list[int] = []
-
-
-@pytest.fixture(autouse=True)
-def _leave_none():
-    """Ends what a test that fails leaves behind."""
-    yield
-    for child in filter(alive, STARTED):
-        os.killpg(child, signal.SIGKILL)
-    STARTED.clear()
-
-
-def start(commands, hook=None):
-    """Runs a command each in forked processes, as torch takes seconds to import; their numbers."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    children = [_fork(rank, commands, port, hook) for rank in range(len(commands))]
-    STARTED.extend(children)
-    return children
-
-
-def _fork(rank, commands, port, hook):
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setpgrp()  # workers are found by it
-        size, command = str(len(commands)), commands[rank]
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        os.environ |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-        sys.stderr = errors(command, rank).open("w")
-        os.dup2(sys.stderr.fileno(), 2)
-        if hook is not None:
-            hook(rank)
-        code = main(command)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def errors(command, rank):
-    """The file with what a process writes to stderr."""
-    out = folder_of(command)
-    return out.with_name(f"{out.name}.{rank}.err")
-
-
-def finish(children):
-    """The exit codes of processes, which all have to end, and their workers with them."""
-    codes, end = {}, time.monotonic() + PATIENCE
-    while (left := set(children) - set(codes)) or any(map(alive, children)):
-        for child in left:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                codes[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            pytest.fail(f"a process or its worker is left; ended have {codes} of {children}")
-        time.sleep(0.001)
-    return [codes[child] for child in children]
-
-
-def alive(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def run(command, size, hook=None):
-    """Trains to the end in `size` processes, and returns the run folder."""
-    codes = finish(start([command] * size, hook))
-    assert codes == [0] * size, [errors(command, rank).read_text() for rank in range(size)]
-    return folder_of(command)
-
-
-def wait_for(children, out, step):
-    """Returns when the log has reached `step`."""
-    while not any(row["step"] >= step for row in read_rows(out / "metrics.jsonl")):
-        time.sleep(0.001)
-        for child in children:
-            assert os.waitpid(child, os.WNOHANG)[0] == 0, f"ended before step {step}"
-
-
-def newest(out):
-    return max((out / "checkpoints").iterdir())
-
-
-def digests(out):
-    """What has to be equal: every tensor and table, and the log without its clock columns."""
-    files = [*newest(out).glob("*.safetensors"), *(out / "weights").glob("*/*.safetensors")]
-    files += [out / "per_class.csv", out / "confused_pairs.csv"]
-    found = {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    assert len(found) == 9, sorted(found)
-    rows = read_rows(out / "metrics.jsonl")
-    found["log"] = json.dumps([{k: v for k, v in r.items() if k not in CLOCK} for r in rows])
-    state = json.loads((newest(out) / "state.json").read_text())
-    found["state"] = {k: state[k] for k in ("step", "best", "evaluated", "counters", "metrics")}
-    return found
+STEPS = 16  # of a run
 
 
 def note_samples(file):
@@ -295,7 +132,12 @@ def assert_close(out, whole):
 
 @pytest.mark.parametrize(
     ("size", "parallel", "micro_batch"),
-    [(2, "ddp", 4), (4, "ddp", 10), (2, "fsdp", 24), (4, "fsdp", 4)],
+    [
+        (2, "ddp", 4),
+        (4, "ddp", 10),
+        (2, "fsdp", 24),
+        pytest.param(4, "fsdp", 4, marks=pytest.mark.slow),
+    ],
 )
 def test_processes_train_as_one(pictures, tmp_path, alone, size, parallel, micro_batch):
     cut = {"train__parallel": parallel, "train__micro_batch": micro_batch}
@@ -316,9 +158,6 @@ def test_every_place_of_a_batch_is_filled_once(alone):
         assert [row[3] + 1 for row in rows[:24]] == [row[3] for row in rows[24:]]
 
 
-REPRODUCIBLE = {"train__reproducible": True}  # six images a shard, in micro-batches of four
-
-
 @pytest.fixture(scope="module")
 def reproduced(pictures, tmp_path_factory):
     """The digests and samples of a reproducible run in one process."""
@@ -328,53 +167,15 @@ def reproduced(pictures, tmp_path_factory):
     return digests(out), samples(folder / "samples")
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_reproducible_to_the_last_bit(pictures, tmp_path, reproduced, size):
     command = words(pictures, tmp_path / "run", **REPRODUCIBLE)
     out = run(command, size, note_samples(tmp_path / "samples"))
     assert (digests(out), samples(tmp_path / "samples")) == reproduced
 
 
-def test_reproducible_is_one_thread():
-    """torchrun gives each process one, where a plain run takes all cores."""
-    config = settings.load("digits", ["--train.reproducible"])
-    model = build_model(config, 10)
-    assert resolve(config, model, torch.device("cpu")).threads == 1
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_gradients_are_added_as_one_tree(tmp_path, size):
-    draw = torch.Generator().manual_seed(0)
-    scales = 10.0 ** torch.arange(-3, 5)
-    gradients = [torch.randn(5, 3, generator=draw) * scale for scale in scales]
-    losses = [torch.randn((), generator=draw) * scale for scale in scales]
-
-    def add_up(rank):
-        with joined(gpu=False) as world:
-            model = torch.nn.Linear(3, 5, bias=False)
-            resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu", False)
-            passes = InFixedOrder(model, Config().train, resolved, world)
-            for shard in range(SHARDS * rank // size, SHARDS * (rank + 1) // size):
-                model.weight.grad, passes.loss = gradients[shard].clone(), losses[shard].clone()
-                passes._end_shard()
-            loss = passes.reduce(torch.zeros(()))
-        assert model.weight.grad is not None
-        storage.write(tmp_path / f"{rank}", {"sums": {"loss": loss, "g": model.weight.grad}}, {})
-        os._exit(0)
-
-    assert finish(start([["--out", str(tmp_path / "run")]] * size, add_up)) == [0] * size
-    for name, leaves in (("loss", losses), ("g", gradients)):
-        a, b, c, d, e, f, g, h = leaves
-        tree = ((a + b) + (c + d)) + ((e + f) + (g + h))
-        exact = torch.stack(leaves).double().sum(0)
-        torch.testing.assert_close(tree.double(), exact, rtol=1e-6, atol=1e-2)
-        for rank in range(size):
-            assert torch.equal(storage.read_tensors(tmp_path / f"{rank}", "sums")[name], tree)
-    assert not torch.equal(tree, reduce(torch.add, gradients))
-
-
 def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
-    """The others keep no memory of it, which on a GPU is dear."""
+    """The other processes keep no memory of it, which is scarce on a GPU."""
 
     def gather(rank):
         with joined(gpu=False) as world:
@@ -384,41 +185,6 @@ def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
         os._exit(not right or whole.untyped_storage().nbytes() != (24, 0)[rank])
 
     assert finish(start([["--out", str(tmp_path / "run")]] * 2, gather)) == [0, 0]
-
-
-@pytest.mark.parametrize("size", [2, 3])  # three: parts of unequal height
-def test_muon_of_a_model_that_is_spread(tmp_path, size):
-    """Bit for bit as of one that is whole: each process has the whole of each update."""
-    config = OptimConfig(name="muon", weight_decay=0.1)
-    model_config = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=8)
-
-    def trained(world):
-        torch.manual_seed(0)
-        model = ViT(model_config, 3)
-        if world is not None:
-            for block in model.blocks:
-                fully_shard(block, mesh=init_device_mesh("cpu", (world.size,)))
-        optimizer = Optimizer(model, config)
-        draw = torch.Generator().manual_seed(1)
-        for skipped in (0.0, 1.0, 0.0):
-            for parameter in optimizer.named.values():
-                gradient = torch.randn(parameter.shape, generator=draw)
-                parameter.grad = spread_like(gradient, parameter)
-            optimizer.muon.step(0.1, torch.tensor(skipped))
-        return model, optimizer
-
-    whole = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
-
-    def step(rank):
-        with joined(gpu=False) as world:
-            model, optimizer = trained(world)
-            state = full(optimizer.state(), world)
-            parts = full(dict(model.named_parameters()), world)
-        right = rank or all(torch.equal(parts[name], whole[name]) for name in whole)
-        momentum = state["blocks.0.ffn.expand.weight.momentum"]
-        os._exit(not right or momentum.numel() != (0 if rank else 64 * 16))
-
-    assert finish(start([["--out", str(tmp_path / "run")]] * size, step)) == [0] * size
 
 
 def stop_at(command, size, step, number, ranks, hook=None):
@@ -504,19 +270,12 @@ def test_checkpoint_of_the_clock_is_written_once(pictures, tmp_path):
     assert len(list((out / "checkpoints").iterdir())) == 2  # that one, and the last
 
 
-@pytest.fixture(scope="module")
-def pair(pictures, tmp_path_factory):
-    """The digests of a run in two processes that nothing disturbed."""
-    out = tmp_path_factory.mktemp("pair") / "run"
-    return digests(run(words(pictures, out), 2))
-
-
 def test_number_of_processes_shows_where_it_may(pair, reproduced):
     """Else equal digests would prove nothing."""
     assert not [name for name in pair if pair[name] == reproduced[0][name] and "csv" not in name]
 
 
-@pytest.mark.parametrize(("rank", "workers"), [(0, 0), (1, 1)])
+@pytest.mark.parametrize(("rank", "workers"), [(0, 0), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_killed_process_ends_the_others(pictures, tmp_path, pair, rank, workers):
     """And the run goes on from its last checkpoint, to the end it would have had."""
     command = words(pictures, tmp_path / "run", data__workers=workers)
@@ -667,74 +426,3 @@ def test_ten_steps_that_are_not_finite_in_one_process_stop_all(pictures, tmp_pat
     )
     tensors = storage.read_tensors(newest(tmp_path / "run"), "model")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
-
-
-@pytest.mark.parametrize(
-    ("gpus", "more", "fragments"),
-    [
-        ("4", {"train__batch_size": 44}, ["twice the 4 processes"]),
-        ("3", REPRODUCIBLE, ["train.reproducible"]),
-        ("2", {"data": "/no/such/folder"}, ["/no/such/folder"]),
-        ("0", {}, ["gpus: expected 1 or more, got 0"]),
-        ("two", {}, ["gpus: expected an integer", "two"]),
-    ],
-)
-def test_launcher_refuses_first(pictures, tmp_path, capsys, gpus, more, fragments):
-    assert main([*words(pictures, tmp_path / "run", **more), "--gpus", gpus]) == 2
-    text = capsys.readouterr().err
-    assert re.fullmatch(r"vitral: .+\n", text), text
-    for fragment in fragments:
-        assert fragment in text
-    assert not (tmp_path / "run").exists()
-
-
-def processes_of(out):
-    """The processes whose command names a run folder, with what they say of their rank."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(out).encode() in (process / "cmdline").read_bytes():
-                environment = (process / "environ").read_bytes().split(b"\0")
-                rank = [word for word in environment if word.startswith(b"RANK=")]
-                found[int(process.name)] = int(rank[0].removeprefix(b"RANK=")) if rank else None
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-    return found
-
-
-@pytest.mark.slow
-def test_launched_run_stops_at_a_signal_and_goes_on(pictures, tmp_path, pair):
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "vitral", *words(pictures, out), "--gpus", "2"]
-    with (tmp_path / "stderr").open("w") as log:
-        parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
-    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
-        time.sleep(0.001)
-        assert parent.poll() is None
-    parent.send_signal(signal.SIGINT)
-    assert parent.wait(PATIENCE) == 130
-    assert not processes_of(out)
-    assert (tmp_path / "stderr").read_text() == "\nSIGINT: writing a checkpoint\n"
-    last = read_rows(out / "metrics.jsonl")[-1]["step"]
-    assert newest(out).name == f"step_{last:07d}"
-    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
-    assert digests(out) == pair
-
-
-@pytest.mark.slow
-def test_torchrun_recovers_from_a_killed_process(pictures, tmp_path, pair):
-    out = tmp_path / "run"
-    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m vitral"
-    command = [sys.executable, "-m", *torchrun.split(), *words(pictures, out)]
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-    parent = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
-        time.sleep(0.001)
-        assert parent.poll() is None
-    (second,) = (number for number, rank in processes_of(out).items() if rank == 1)
-    os.kill(second, signal.SIGKILL)
-    assert parent.wait(PATIENCE) == 0
-    assert "resumes from step" in (out / "train.log").read_text()
-    assert digests(out) == pair

@@ -1,13 +1,22 @@
-"""Muon against torch's own, against singular vectors, and beside AdamW."""
+"""Muon against its formula, torch's own and singular vectors; beside AdamW, and over processes."""
+
+import os
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from vitral.config import OptimConfig, ViTConfig
 from vitral.model import ViT
+from vitral.training.distributed import full, joined, spread_like
 from vitral.training.muon import orthogonal
 from vitral.training.optim import Optimizer, parameter_groups
+
+from .processes import finish, start
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 CONFIG = ViTConfig(
     dim=24, depth=3, num_heads=6, num_kv_heads=2, patch_size=4, image_size=16, layer_scale=0.1
@@ -37,8 +46,40 @@ def matrices(model):
     }
 
 
+def newton_schulz(matrix):
+    """The iteration of Jordan et al. 2024 in float32, for one matrix."""
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        xxt = x @ x.T
+        x = 3.4445 * x - 4.7750 * xxt @ x + 2.0315 * xxt @ xxt @ x
+    return x
+
+
+def test_steps_equal_muon_by_formula():
+    """Each matrix for itself, in float32: momentum 0.95 as a mean, Nesterov, decoupled decay."""
+    model, optimizer = drawn(name="muon", clip_norm=0.0)
+    parameters = dict(model.named_parameters())
+    expected = {name: parameters[name].detach().clone() for name in matrices(model)}
+    momentum = {name: torch.zeros_like(value) for name, value in expected.items()}
+    for step, lr in enumerate((0.01, 0.03, 0.02)):
+        fill_gradients(model, step)
+        for name, value in expected.items():
+            g, below = parameters[name].grad, 3 - int(name.split(".")[1])
+            momentum[name] = 0.95 * momentum[name] + 0.05 * g
+            update = newton_schulz(0.95 * momentum[name] + 0.05 * g)
+            rate = lr * 0.5**below
+            value *= 1 - rate * 0.1
+            value -= rate * 0.2 * max(value.shape) ** 0.5 * update
+        optimizer.step(lr, torch.tensor(1.0))
+    for name, value in expected.items():
+        torch.testing.assert_close(parameters[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            optimizer.state()[f"{name}.momentum"], momentum[name], rtol=1e-5, atol=1e-7
+        )
+
+
 def test_steps_are_those_of_torchs_muon():
-    """Up to rounding: torch orthogonalizes in bf16, vitral on a CPU in float32."""
+    """To the rounding of bf16, in which torch orthogonalizes; vitral does so only on a GPU."""
     model, optimizer = drawn(name="muon", clip_norm=0.0)
     torch.manual_seed(0)
     known = ViT(CONFIG, 3)
@@ -108,3 +149,38 @@ def test_the_device_is_not_waited_for():
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         optimizer.muon.step(0.1, torch.zeros(()))
+
+
+@pytest.mark.parametrize("size", [2, 3])  # with three, shards of unequal height
+def test_steps_of_a_sharded_model(tmp_path, size):
+    """Bit-identical to Muon of the whole model: each process computes every update in full."""
+    config = OptimConfig(name="muon", weight_decay=0.1)
+    model_config = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=8)
+
+    def trained(world):
+        torch.manual_seed(0)
+        model = ViT(model_config, 3)
+        if world is not None:
+            for block in model.blocks:
+                fully_shard(block, mesh=init_device_mesh("cpu", (world.size,)))
+        optimizer = Optimizer(model, config)
+        draw = torch.Generator().manual_seed(1)
+        for skipped in (0.0, 1.0, 0.0):
+            for parameter in optimizer.named.values():
+                gradient = torch.randn(parameter.shape, generator=draw)
+                parameter.grad = spread_like(gradient, parameter)
+            optimizer.muon.step(0.1, torch.tensor(skipped))
+        return model, optimizer
+
+    whole = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
+
+    def step(rank):
+        with joined(gpu=False) as world:
+            model, optimizer = trained(world)
+            state = full(optimizer.state(), world)
+            parts = full(dict(model.named_parameters()), world)
+        right = rank or all(torch.equal(parts[name], whole[name]) for name in whole)
+        momentum = state["blocks.0.ffn.expand.weight.momentum"]
+        os._exit(not right or momentum.numel() != (0 if rank else 64 * 16))
+
+    assert finish(start([["--out", str(tmp_path / "run")]] * size, step)) == [0] * size

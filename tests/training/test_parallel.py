@@ -1,16 +1,82 @@
-"""Both passes of a micro-batch, on a device that is not the host."""
+"""Forward and backward passes of micro-batches, and how their gradients become one."""
+
+import os
+from functools import reduce
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vitral.config import TrainConfig, ViTConfig
+from vitral import storage
+from vitral.config import Config, TrainConfig, ViTConfig
 from vitral.data.loader import Batch
 from vitral.model import ViT
-from vitral.training.distributed import SHARDS, World
+from vitral.training.distributed import SHARDS, World, joined
 from vitral.training.parallel import Averaged, InFixedOrder
 from vitral.training.resolved import Resolved
+
+from .processes import finish, start
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+@pytest.mark.parametrize("passes", [Averaged, InFixedOrder])
+def test_micro_batches_give_the_mean_over_the_batch(passes, micro_batch):
+    """Loss and gradients equal those of one cross-entropy over all images."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, patch_size=4), 3)
+    torch.nn.init.normal_(model.head.weight)
+    size = 4 * SHARDS
+    images, targets = torch.randn(size, 3, 8, 8), torch.rand(size, 3).softmax(1)
+    expected = F.cross_entropy(model(images), targets)
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    resolved = Resolved("cpu", "fp32", False, 1, micro_batch, 1, "cpu", False)
+    work = passes(model, TrainConfig(batch_size=size), resolved, World())
+    for step in range(2):
+        loss = torch.zeros(())
+        for first in range(0, size, micro_batch):
+            part = slice(first, first + micro_batch)
+            batch = Batch(step, first, images[part], targets[part], [])
+            loss += work.accumulate(batch, last=part.stop == size)
+        torch.testing.assert_close(work.reduce(loss), expected.detach(), rtol=1e-5, atol=0)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_gradients_are_added_as_one_tree(tmp_path, size):
+    """In the same order for any number of processes, which is not that of a plain sum."""
+    draw = torch.Generator().manual_seed(0)
+    scales = 10.0 ** torch.arange(-3, 5)
+    gradients = [torch.randn(5, 3, generator=draw) * scale for scale in scales]
+    losses = [torch.randn((), generator=draw) * scale for scale in scales]
+
+    def add_up(rank):
+        with joined(gpu=False) as world:
+            model = torch.nn.Linear(3, 5, bias=False)
+            resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu", False)
+            passes = InFixedOrder(model, Config().train, resolved, world)
+            for shard in range(SHARDS * rank // size, SHARDS * (rank + 1) // size):
+                model.weight.grad, passes.loss = gradients[shard].clone(), losses[shard].clone()
+                passes._end_shard()
+            loss = passes.reduce(torch.zeros(()))
+        assert model.weight.grad is not None
+        storage.write(tmp_path / f"{rank}", {"sums": {"loss": loss, "g": model.weight.grad}}, {})
+        os._exit(0)
+
+    assert finish(start([["--out", str(tmp_path / "run")]] * size, add_up)) == [0] * size
+    for name, leaves in (("loss", losses), ("g", gradients)):
+        a, b, c, d, e, f, g, h = leaves
+        tree = ((a + b) + (c + d)) + ((e + f) + (g + h))
+        exact = torch.stack(leaves).double().sum(0)
+        torch.testing.assert_close(tree.double(), exact, rtol=1e-6, atol=1e-2)
+        for rank in range(size):
+            assert torch.equal(storage.read_tensors(tmp_path / f"{rank}", "sums")[name], tree)
+    assert not torch.equal(tree, reduce(torch.add, gradients))
 
 
 class Crossings(TorchDispatchMode):

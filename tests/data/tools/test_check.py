@@ -10,11 +10,7 @@ from vitral.config import DataConfig
 from vitral.data.tools.check import check, format_report
 from vitral.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def _nothing_printed(capfd):
-    yield
-    assert capfd.readouterr() == ("", "")
+pytestmark = pytest.mark.usefixtures("nothing_printed")
 
 
 @pytest.fixture

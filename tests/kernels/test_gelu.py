@@ -1,0 +1,39 @@
+"""The Triton kernels: interpreted for their values, compiled for what a GPU is given."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+def test_products_are_those_of_float64(interpreted, case):
+    found = interpreted["products"][case]
+    assert found.keys() == {"before", "after", "result", "sums"}
+    assert max(found.values()) < 1e-6, found
+
+
+def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
+    """To its tensor cores, and into what memory two programs of a multiprocessor can share."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vitral.kernels import gelu
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {
+        "HAS_BIAS": True, "BLOCK_M": gelu.BLOCK_M, "BLOCK_N": gelu.BLOCK_N,
+        "BLOCK_K": gelu.BLOCK_K, "GROUP": gelu.GROUP,
+    }  # fmt: skip
+    kinds = {"bias": "*fp32", "sums": "*fp32", "M": "i32", "N": "i32", "K": "i32"}
+    for kernel in (gelu._gelu_linear, gelu._gelu_backward):
+        names = kernel.arg_names
+        signature = {
+            name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in names
+        }
+        fixed = {(i,): constants[name] for i, name in enumerate(names) if name in constants}
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(names)) if (i,) not in fixed}
+        source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=aligned)
+        options = {"num_warps": gelu.WARPS, "num_stages": gelu.STAGES}
+        done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert "wgmma.mma_async" in done.asm["ptx"]
+        assert done.metadata.shared <= 232_448 / 2

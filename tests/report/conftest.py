@@ -1,0 +1,30 @@
+"""A finished run on digits, which the report's tests share."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from vitral import train, weights
+
+TINY = "--model.dim 16 --model.depth 2 --train.epochs 4 --optim.warmup-epochs 0 --train.threads 1"
+TINY += " --train.log-every 5 --train.eval-every 2 --train.ema-decay 0.9"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run on digits, with EMA."""
+    out = tmp_path_factory.mktemp("runs") / "a run & more"
+    return train("digits", *TINY.split(), "--out", str(out))
+
+
+@pytest.fixture(scope="session")
+def answers(run):
+    """Labels and probabilities of the held-out digits, without vitral's input pipeline."""
+    found = weights.load(run)
+    data = found.description.config.data
+    raw, labels = load_digits(return_X_y=True)
+    grey = torch.from_numpy(np.rint(raw[-360:] * 255 / 16) / 255).float().view(-1, 1, 8, 8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
+    with torch.no_grad():
+        return labels[-360:].tolist(), found.model((grey - mean) / std).softmax(1).double()

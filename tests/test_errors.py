@@ -1,0 +1,70 @@
+"""How errors are worded, and that no name can break the line they are on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from vitral.errors import UserError, data_error, did_you_mean, first_few, printable
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a photo.jpg", "a photo.jpg"),
+        ("café", "café"),
+        (b"caf\xe9", "caf\\xe9"),
+        (os.fsdecode(b"caf\xe9"), "caf\\xe9"),
+        ("two\nlines\r\t", "two\\nlines\\r\\t"),
+        ("\x1b[31mred\x7f", "\\x1b[31mred\\x7f"),
+        (Path("a/b\n"), "a/b\\n"),
+    ],
+)
+def test_names_are_printed_on_one_line(name, shown):
+    assert printable(name) == shown
+    shown.encode("utf-8")
+
+
+def test_a_data_error_says_where_what_and_how_to_fix_it():
+    error = data_error(Path("set"), "two\nclasses", "one", "add another")
+    assert isinstance(error, UserError)
+    assert str(error) == "data: set: expected two\\nclasses, got one; add another"
+    assert not error.shared
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], "none"),
+        (["a"], "a"),
+        (["a", "b", "c"], "a, b, c"),
+        (["a", "b", "c", "d", "e"], "a, b, c and 2 more"),
+    ],
+)
+def test_the_first_few_of_many(names, text):
+    assert first_few(names) == text
+
+
+OPTIONS = ["--optim.lr", "--train.epochs", "--data.workers", "--which", "--image-size"]
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--lr", "--optim.lr"),
+        ("epochs", "--train.epochs"),
+        ("--train.epoch", "--train.epochs"),
+        ("--data.worker", "--data.workers"),
+        ("--wich", "--which"),
+        ("--image", "--image-size"),
+        ("--i", None),  # the beginning of too many words
+        ("--size", None),
+        ("--momentum", None),
+    ],
+)
+def test_only_a_close_name_is_suggested(word, meant):
+    assert did_you_mean(word, OPTIONS) == (f"; did you mean {meant}?" if meant else "")
+
+
+def test_the_last_part_of_a_name_comes_before_a_similar_name():
+    assert did_you_mean("path", ["paths", "data.path"]) == "; did you mean data.path?"

@@ -1,0 +1,108 @@
+"""What the machine has, on machines that have something else."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitral import machine
+from vitral.errors import UserError
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that there is a GPU of some name."""
+
+    def pretend(name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+
+    return pretend
+
+
+def test_the_device_is_the_gpu_if_there_is_one(gpu):
+    gpu("NVIDIA H200")
+    found = [machine.pick_device(name) for name in ("auto", "cuda", "cpu")]
+    assert [str(device) for device in found] == ["cuda", "cuda", "cpu"]
+
+
+def test_without_a_gpu_only_one_that_was_asked_for_is_an_error(gpu):
+    gpu(None)
+    assert [machine.pick_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
+    with pytest.raises(UserError, match="device: expected a GPU that torch can use, got none; "):
+        machine.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("NVIDIA L400", None),
+        (None, None),
+    ],
+)
+def test_peak_rates_are_known_by_name(gpu, name, peak):
+    gpu(name)
+    assert machine.gpu_name() == name
+    assert machine.peak_flops() == peak
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert (machine.available_cores(), machine.num_cores()) == (3, 64)
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert machine.available_cores() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert machine.available_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("vendor_id : AuthenticAMD\n", True), ("vendor_id : GenuineIntel\n", False), (None, False)],
+)
+def test_the_maker_of_the_processor(monkeypatch, text, expected):
+    def read(path, **_):
+        assert str(path) == "/proc/cpuinfo"
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert machine.is_amd.__wrapped__() is expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_the_peak_of_the_process(monkeypatch):
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    found = machine.memory_gb("cpu")
+    assert found == pytest.approx(int(peak) * 1024 / 1e9, rel=0.05)
+    monkeypatch.setattr(sys, "platform", "darwin")  # where the unit is bytes
+    assert machine.memory_gb("cpu") == pytest.approx(found / 1024, rel=0.05)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
+    assert machine.memory_gb("cuda") == 3
+
+
+def test_where_the_cache_and_the_downloads_are(monkeypatch, tmp_path):
+    for name in ("VITRAL_CACHE", "XDG_CACHE_HOME", "VITRAL_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert machine.cache_dir() == tmp_path / ".cache/vitral"
+    assert machine.downloads_dir() == tmp_path / ".cache/vitral/data"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/shared")
+    assert machine.cache_dir() == tmp_path / "shared/vitral"
+    monkeypatch.setenv("VITRAL_CACHE", "/fast/cache")
+    monkeypatch.setenv("VITRAL_DATA", "~/sets")
+    assert machine.cache_dir() == Path("/fast/cache")
+    assert machine.downloads_dir() == tmp_path / "sets"

@@ -1,0 +1,44 @@
+"""Data sets and runs of several training tests."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .processes import digests, end_all, finish_alone, make_config, run, words
+
+
+@pytest.fixture(autouse=True)
+def _leave_none():
+    """Ends what a test that fails leaves behind."""
+    yield
+    end_all()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Six classes of small JPEGs: 42 to train on, 23 to validate."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    for split, counts in (("train", [7] * 6), ("val", [1, 2, 3, 4, 6, 7])):
+        for label, count in enumerate(counts):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for i in range(count):
+                low = draw.integers(0, 130, (5, 6, 3)) + 25 * label
+                picture = Image.fromarray(low.astype(np.uint8)).resize((24, 20))
+                picture.save(root / split / f"class{label}" / f"{i:02d}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pair(pictures, tmp_path_factory):
+    """The digests of a run in two processes that nothing disturbed."""
+    out = tmp_path_factory.mktemp("pair") / "run"
+    return digests(run(words(pictures, out), 2))
+
+
+@pytest.fixture(scope="session")
+def finished(image_folder, tmp_path_factory):
+    """A finished run in one process; tests change copies of it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert finish_alone(make_config(image_folder, out)) == 0
+    return out

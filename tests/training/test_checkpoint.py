@@ -1,0 +1,123 @@
+"""Checkpoints: the newest intact one is found, and old ones go only after a new one is verified."""
+
+import shutil
+
+import pytest
+import torch
+
+from vitral import storage
+from vitral.training import checkpoint
+from vitral.training.checkpoint import Checkpoint
+
+from .processes import damage
+
+
+def made(step):
+    """A checkpoint whose content follows from its step."""
+    draw = torch.Generator().manual_seed(step)
+    tensors = {
+        kind: {"a": torch.randn(40, 3, generator=draw), "b": torch.tensor(step)}
+        for kind in ("model", "ema", "optimizer")
+    }
+    return Checkpoint(step, tensors, {"fingerprint": f"{step}", "broken": [[1, "empty"]]})
+
+
+def assert_same(found, expected):
+    assert found is not None
+    assert found.step == expected.step
+    assert found.state == {"schema": checkpoint.SCHEMA, "step": found.step, **expected.state}
+    assert found.tensors.keys() == expected.tensors.keys()
+    for kind, tensors in expected.tensors.items():
+        assert found.tensors[kind].keys() == tensors.keys()
+        assert all(found.tensors[kind][name].equal(value) for name, value in tensors.items())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints of steps 3, 6 and 9."""
+    for step in (3, 6, 9):
+        checkpoint.save(tmp_path / "checkpoints", made(step), None)
+    return tmp_path / "checkpoints"
+
+
+def test_the_newest_is_read_as_it_was_written(folder):
+    assert checkpoint.steps(folder.parent / "none") == []
+    assert checkpoint.latest(folder.parent / "none", pytest.fail) is None
+    assert sorted(checkpoint.steps(folder)) == [3, 6, 9]
+    assert_same(checkpoint.latest(folder, pytest.fail), made(9))
+    assert_same(checkpoint.read(folder, 6), made(6))
+    assert checkpoint.read_state(folder, 3)["fingerprint"] == "3"
+
+
+def test_steps_are_compared_as_numbers(tmp_path):
+    for step in (10_000_000, 9_999_999, 2):
+        checkpoint.save(tmp_path, made(step), None)
+    (tmp_path / "step_99999999x").mkdir()
+    (tmp_path / "notes").touch()
+    assert_same(checkpoint.latest(tmp_path, pytest.fail), made(10_000_000))
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [(None, [9, 12, 15]), (6, [6, 9, 12, 15]), (12, [9, 12, 15])]
+)
+def test_the_last_three_and_the_best_are_kept(folder, best, kept):
+    (folder / ".step_0000001.new").mkdir()  # of a write that was killed
+    for step in (12, 15):
+        checkpoint.save(folder, made(step), best)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step_{k:07d}" for k in kept]
+
+
+def test_nothing_is_removed_before_the_new_one_is_verified(folder, monkeypatch):
+    write = storage.write
+
+    def write_badly(directory, *content):
+        write(directory, *content)
+        damage(directory / "ema.safetensors", "flipped")
+
+    monkeypatch.setattr(storage, "write", write_badly)
+    with pytest.raises(storage.CorruptError, match="step_0000012"):
+        checkpoint.save(folder, made(12), None)
+    assert sorted(checkpoint.steps(folder)) == [3, 6, 9, 12]
+    warnings = []
+    assert_same(checkpoint.latest(folder, warnings.append), made(9))
+    assert len(warnings) == 1
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "deleted"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "ema.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+        "manifest.json",
+    ],
+)
+def test_a_damaged_one_is_passed_over(folder, name, kind):
+    damage(folder / "step_0000009" / name, kind)
+    warnings = []
+    assert_same(checkpoint.latest(folder, warnings.append), made(6))
+    (warning,) = warnings
+    assert "step_0000009" in warning
+    if kind != "flipped" or name != "manifest.json":
+        assert name in warning
+
+
+def test_one_of_another_version_is_passed_over(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "SCHEMA", 1)
+        checkpoint.save(folder, made(12), None)
+    warnings = []
+    assert_same(checkpoint.latest(folder, warnings.append), made(9))
+    assert f"schema 1, not {checkpoint.SCHEMA}" in warnings[0]
+
+
+def test_one_between_two_renames_is_found(folder):
+    """A kill while a checkpoint of the same step is replaced."""
+    newest = folder / "step_0000009"
+    shutil.copytree(newest, folder / f".{newest.name}.new")
+    newest.rename(folder / f".{newest.name}.old")
+    assert_same(checkpoint.latest(folder, pytest.fail), made(9))
+    checkpoint.save(folder, Checkpoint(10, {}, {}), None)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]

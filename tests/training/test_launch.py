@@ -1,0 +1,157 @@
+"""Starting the processes of a training run, and the exit code of the command that does."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from vitral import settings
+from vitral.cli import main
+from vitral.errors import UserError
+from vitral.rundir import read_rows
+from vitral.training import launch as launcher
+
+from .processes import PATIENCE, REPRODUCIBLE, digests, newest, words
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Replaces torchrun: what it is asked for, and `error` for it to raise."""
+    asked = {"error": None}
+
+    def elastic_launch(plan, program):
+        def entry(*words):
+            asked.update(plan=plan, program=program, words=words, environment=dict(os.environ))
+            if asked["error"] is not None:
+                raise asked["error"]
+
+        return entry
+
+    monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    yield asked
+    logging.disable(logging.NOTSET)
+
+
+CPU = ["--train.device", "cpu"]
+
+
+def test_processes_repeat_the_command(launched, monkeypatch):
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
+    config = settings.load("digits", CPU)
+    assert launcher.launch(config, 2, ["digits", *CPU]) == 0
+    assert launched["program"] == sys.executable
+    assert launched["words"] == ("-m", "vitral", "train", "digits", *CPU)
+    plan = launched["plan"]
+    assert (plan.min_nodes, plan.max_nodes, plan.nproc_per_node, plan.max_restarts) == (1, 1, 2, 0)
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(plan.signals_to_handle.split(","))
+    assert launched["environment"]["OMP_NUM_THREADS"] == "3"  # what the user set has priority
+    assert int(launched["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30
+
+
+def failure(code):
+    """What torchrun raises after a process has ended with an exit code, or by a signal."""
+    return ChildFailedError("vitral", {0: ProcessFailure(0, 1, code, "/no/file")})
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (failure(2), 2),
+        (failure(-signal.SIGKILL), 1),
+        (SignalException("stopped", signal.SIGTERM), 143),
+        (SignalException("stopped", signal.SIGINT), 130),
+    ],
+)
+def test_exit_code(launched, error, code):
+    launched["error"] = error
+    assert launcher.launch(settings.load("digits", CPU), 2, []) == code
+
+
+def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
+    monkeypatch.setattr(launcher, "num_gpus", lambda: 2)
+    with pytest.raises(UserError, match=r"gpus: expected at most the 2 .*, got 4; .*device cpu"):
+        launcher.launch(settings.load("digits"), 4, [])
+    assert launcher.launch(settings.load("digits"), 2, []) == 0
+    assert launcher.launch(settings.load("digits", CPU), 4, []) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "fragments"),
+    [
+        ("4", {"train__batch_size": 44}, ["twice the 4 processes"]),
+        ("3", REPRODUCIBLE, ["train.reproducible"]),
+        ("2", {"data": "/no/such/folder"}, ["/no/such/folder"]),
+        ("0", {}, ["gpus: expected 1 or more, got 0"]),
+        ("two", {}, ["gpus: expected an integer", "two"]),
+    ],
+)
+def test_launcher_refuses_first(pictures, tmp_path, capsys, gpus, more, fragments):
+    assert main([*words(pictures, tmp_path / "run", **more), "--gpus", gpus]) == 2
+    text = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", text), text
+    for fragment in fragments:
+        assert fragment in text
+    assert not (tmp_path / "run").exists()
+
+
+def processes_of(out):
+    """The processes whose command names a run folder, with what they say of their rank."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out).encode() in (process / "cmdline").read_bytes():
+                environment = (process / "environ").read_bytes().split(b"\0")
+                rank = [word for word in environment if word.startswith(b"RANK=")]
+                found[int(process.name)] = int(rank[0].removeprefix(b"RANK=")) if rank else None
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+@pytest.mark.slow
+def test_launched_run_stops_at_a_signal_and_goes_on(pictures, tmp_path, pair):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vitral", *words(pictures, out), "--gpus", "2"]
+    with (tmp_path / "stderr").open("w") as log:
+        parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
+    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
+        time.sleep(0.001)
+        assert parent.poll() is None
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(PATIENCE) == 130
+    assert not processes_of(out)
+    assert (tmp_path / "stderr").read_text() == "\nSIGINT: writing a checkpoint\n"
+    last = read_rows(out / "metrics.jsonl")[-1]["step"]
+    assert newest(out).name == f"step_{last:07d}"
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert digests(out) == pair
+
+
+@pytest.mark.slow
+def test_torchrun_recovers_from_a_killed_process(pictures, tmp_path, pair):
+    out = tmp_path / "run"
+    torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m vitral"
+    command = [sys.executable, "-m", *torchrun.split(), *words(pictures, out)]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    parent = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
+        time.sleep(0.001)
+        assert parent.poll() is None
+    (second,) = (number for number, rank in processes_of(out).items() if rank == 1)
+    os.kill(second, signal.SIGKILL)
+    assert parent.wait(PATIENCE) == 0
+    assert "resumes from step" in (out / "train.log").read_text()
+    assert digests(out) == pair

@@ -1,0 +1,151 @@
+"""What is found by trying: whether torch.compile works, and whose kernels are faster."""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from vitral import kernels
+from vitral.config import ViTConfig
+from vitral.training import trial
+from vitral.training.trial import autocast
+
+CPU = torch.device("cpu")
+CONFIG = ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, image_size=8, patch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_autocast_is_for_products_alone(precision, dtype):
+    x = torch.ones(2, 2)
+    with autocast("cpu", precision):
+        assert (x @ x).dtype == dtype
+        assert (x + x).dtype == torch.float32
+    assert (x @ x).dtype == torch.float32
+
+
+def test_what_compiles_is_tried_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or f)
+    trial.can_compile.cache_clear()
+    assert trial.can_compile(CPU)
+    assert trial.can_compile(CPU)
+    assert len(calls) == 1
+    trial.can_compile.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [("\nno compiler\n  in line 3", "no compiler"), ("", "RuntimeError")]
+)
+def test_a_compiler_that_fails_is_a_warning(monkeypatch, error, reason):
+    def fail(_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch, "compile", lambda f: fail)
+    with pytest.warns(UserWarning, match="training is not compiled") as caught:
+        assert not trial.can_compile.__wrapped__(CPU)
+    assert f"torch.compile fails: {reason}; " in str(caught[0].message)
+
+
+# In a process of its own: the compiler leaves threads behind, beside which no test could fork.
+TRY = """
+import sys
+import torch
+from torch._inductor import config
+from vitral.training.trial import can_compile
+
+with config.patch({"cpp.cxx": (sys.argv[1],)}):
+    print(can_compile(torch.device("cpu")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["g++", "/no/compiler"])
+def test_without_a_compiler_nothing_is_compiled(compiler, tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    words = [sys.executable, "-c", TRY, compiler]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout == f"{compiler == 'g++'}\n", done.stderr
+    told = re.search("training is not compiled, and slower, .*C compiler", done.stderr)
+    assert bool(told) is (compiler != "g++")
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cpu_is_asked_and_not_timed(monkeypatch, onednn, precision):
+    """Except where the model is compiled, or the settings ask for plain kernels."""
+    asked = []
+
+    def can_train_by_onednn(x):
+        asked.append((torch.is_autocast_enabled("cpu"), x.device.type))
+        return onednn
+
+    monkeypatch.setattr(kernels, "can_train_by_onednn", can_train_by_onednn)
+    monkeypatch.setattr(trial, "_seconds", pytest.fail)
+    faster = trial.fused_is_faster.__wrapped__
+    plain = ViTConfig(size="ti", kernels="plain")
+    assert faster(CONFIG, "cpu", precision, False, 8) is onednn
+    assert asked == [(precision == "bf16", "cpu")]
+    assert not faster(CONFIG, "cpu", precision, True, 8)
+    assert not faster(plain, "cpu", precision, False, 8)
+
+
+def timed(monkeypatch, fused, plain):
+    """Whether vitral's kernels count as faster, on a device with them, if passes take so long.
+
+    The device is torch's meta device. A time that is an exception is raised.
+    """
+    times = {True: iter(fused), False: iter(plain)}
+    sizes = []
+
+    def passes(config, x, compiled, kind):
+        sizes.append((*x.shape, compiled))
+        return lambda: kind
+
+    def seconds(step):
+        value = next(times[step()])
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    monkeypatch.setattr(kernels, "has_feed_forward", lambda device: device.type == "meta")
+    monkeypatch.setattr(kernels, "can_fuse", lambda x: True)
+    monkeypatch.setattr(trial, "_passes", passes)
+    monkeypatch.setattr(trial, "_seconds", seconds)
+    faster = trial.fused_is_faster.__wrapped__(CONFIG, "meta", "fp32", True, 8)
+    assert sizes == [(8 * (1 + 2 * 2), 16, True)] * 2
+    return faster
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain", "faster"),
+    [
+        ([1] * 5, [2] * 5, True),
+        ([2] * 5, [1] * 5, False),
+        ([1] * 5, [1] * 5, False),
+        ([1, 90, 1, 90, 1], [2] * 5, True),  # medians
+        ([1, 90, 1, 90, 3], [2] * 5, False),
+    ],
+)
+def test_medians_decide_on_a_gpu(monkeypatch, fused, plain, faster):
+    assert timed(monkeypatch, fused, plain) is faster
+
+
+def test_kernels_that_fail_are_not_used(monkeypatch):
+    error = RuntimeError("out of registers\nmore")
+    with pytest.warns(UserWarning, match="as vitral's fail: out of registers$"):
+        assert not timed(monkeypatch, [1, error], [2] * 5)
+
+
+@pytest.mark.parametrize("lacks", ["has_feed_forward", "can_fuse"])
+def test_without_kernels_nothing_is_timed(monkeypatch, lacks):
+    for name in ("has_feed_forward", "can_fuse"):
+        monkeypatch.setattr(kernels, name, lambda _, name=name: name != lacks)
+    monkeypatch.setattr(trial, "_seconds", pytest.fail)
+    with warnings.catch_warnings():
+        assert not trial.fused_is_faster.__wrapped__(CONFIG, "meta", "fp32", False, 8)
