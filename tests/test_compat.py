@@ -65,8 +65,8 @@ def test_inductor_is_made_deterministic():
 
 
 def test_compiled_graphs_are_counted():
-    layer = nn.Linear(3, 3)
-    compiled = torch.compile(layer, backend="eager", dynamic=False)
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    compiled = torch.compile(layers, backend="eager", dynamic=False)
     before = compat.num_compiled_graphs()
     for count in (2, 2, 5):
         compiled(torch.zeros(count, 3))

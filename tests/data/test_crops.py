@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop
 
@@ -236,3 +237,19 @@ def test_resampling_reads_no_image_on_the_host():
     resampled = resample(images, np.array([[0, 0, 9, 9], [-3, 5, 20, 40]]), 16, "bicubic")
     assert resampled.is_meta
     assert resampled.shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 8), (8, 5), (6, 9), (11, 4), (7, 7), (1, 4)])
+def test_the_central_square_is_where_torchvision_has_it(height, width):
+    """Also where the margin is odd: torchvision rounds half a pixel to even."""
+    ((top, left, h, w),) = eval_boxes(np.array([[height, width]]), 1.0)
+    side = min(height, width)
+    assert (h, w) == (side, side)
+    image = torch.arange(height * width).view(1, height, width)
+    expected = torchvision.transforms.functional.center_crop(image, [side, side])
+    assert image[:, top : top + h, left : left + w].equal(expected)
+
+
+def test_squashing_takes_the_same_share_of_both_sides():
+    (box,) = eval_boxes(np.array([[40, 81]]), 0.5, "squash")
+    assert box.tolist() == [10, 20, 20, 40]

@@ -9,9 +9,19 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitral import kernels, settings
+from vitral.errors import UserError
+from vitral.rundir import RunDir
 from vitral.training import resolved as chosen
+from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
-from vitral.training.resolved import Resolved, _try_batch, build_model, compiled, resolve
+from vitral.training.resolved import (
+    Resolved,
+    _try_batch,
+    build_model,
+    compiled,
+    resolve,
+    resolve_again,
+)
 
 CPU = torch.device("cpu")
 
@@ -67,6 +77,80 @@ def test_every_size_is_compiled(monkeypatch):
             run(torch.zeros(2, 3, 2 * side, 2 * side))
     torch.compiler.reset()
     assert counters["stats"]["unique_graphs"] == 11
+
+
+def again(was, words, processes=1, run="runs/x"):
+    """The choices of a resumed run that started with `was`."""
+    config = settings.load("digits", words)
+    found = Checkpoint(5, {}, {"resolved": dataclasses.asdict(was)})
+    world = Alike(0, processes, 0, processes)
+    return resolve_again(found, config, build_model(config, 10), RunDir(run), CPU, world)
+
+
+class Alike(World):
+    """One of some processes, which all have the same."""
+
+    def gather(self, value):
+        return [value] * self.size
+
+
+WAS = Resolved("cpu", "bf16", True, 3, 10, 2, "gpu", True)
+
+
+@pytest.fixture
+def _compiles(monkeypatch):
+    monkeypatch.setattr(chosen, "can_compile", lambda device: True)
+
+
+@pytest.mark.usefixtures("_compiles")
+def test_a_resumed_run_keeps_its_choices():
+    """Whatever the settings and this machine would choose now."""
+    words = "--train.precision fp32 --train.compile never --train.threads 1".split()
+    assert again(WAS, words, processes=2) == WAS
+
+
+@pytest.mark.usefixtures("_compiles")
+def test_another_number_of_processes_takes_another_share_of_the_batch():
+    now = again(WAS, ["--train.batch-size", "16", "--train.threads", "1"], processes=4)
+    assert now == dataclasses.replace(WAS, processes=4, micro_batch=4, threads=1)
+
+
+@pytest.mark.usefixtures("_compiles")
+def test_a_reproducible_run_changes_nothing_else_with_the_processes():
+    now = again(WAS, ["--train.reproducible", "--train.batch-size", "16"], processes=4)
+    assert now == dataclasses.replace(WAS, processes=4)
+
+
+def test_a_run_of_a_gpu_does_not_resume_on_a_cpu():
+    with pytest.raises(
+        UserError, match=r"train\.device: the run in runs/x started on cuda, not cpu"
+    ):
+        again(dataclasses.replace(WAS, device="cuda"), [], processes=2)
+
+
+def test_a_compiled_run_does_not_resume_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(chosen, "can_compile", lambda device: False)
+    with pytest.raises(UserError, match=r"train\.compile: the run in runs/x is compiled"):
+        again(WAS, [], processes=2)
+    was = dataclasses.replace(WAS, compile=False)
+    assert again(was, [], processes=2) == was
+
+
+@pytest.mark.parametrize(
+    ("words", "micro_batch"),
+    [("", 64), ("--train.batch-size 24", 24), ("--train.micro-batch 10", 10)],
+)
+def test_a_micro_batch_is_at_most_the_batch(model, words, micro_batch):
+    assert resolve(settings.load("digits", words.split()), model, CPU).micro_batch == micro_batch
+
+
+def test_weights_follow_from_the_seed():
+    first, same, other = (
+        build_model(settings.load("digits", ["--seed", seed]), 10).state_dict() for seed in "112"
+    )
+    assert all(first[name].equal(same[name]) for name in first)
+    drawn = [name for name in first if name.endswith("weight") and "norm" not in name]
+    assert [n for n in drawn if first[n].equal(other[n]) and n != "head.weight"] == []
 
 
 class Made(TorchDispatchMode):

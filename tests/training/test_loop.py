@@ -1,0 +1,186 @@
+"""The training loop against a plain one, and what it logs, saves and says."""
+
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitral import settings, storage, weights
+from vitral.data.formats import open_dataset
+from vitral.data.sampling import permutation
+from vitral.errors import UserError
+from vitral.evaluation import Scores
+from vitral.rundir import RunDir, read_rows
+from vitral.training import Interrupted, checkpoint, loop, train
+from vitral.training.resolved import build_model
+
+TINY = """
+--model.dim 16 --model.depth 1 --model.kernels plain --train.threads 1 --train.epochs 2
+--train.batch-size 96 --train.micro-batch 32 --optim.warmup-epochs 0.5 --optim.eps 1e-3
+--optim.clip-norm 0.5 --train.ema-decay 0.9 --train.log-every 1 --train.eval-every 2
+--augment.rotation 0 --augment.zoom 0 --augment.shear 0 --augment.shift 0 --augment.mixup 0
+""".split()
+STEPS = 30  # 2 * 1,437 images in batches of 96
+
+
+def trained(out, *words):
+    return RunDir(train("digits", *TINY, "--out", str(out), *words))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("loop") / "run")
+
+
+def test_a_run_equals_a_plain_loop(run):
+    """Whole batches without augmentation, torch's AdamW and clipping, and a moving average."""
+    config = settings.load(str(run.config))
+    train_set = open_dataset(config.data, 8, config.train.seed).train
+    model = build_model(config, 10)
+    decayed = {n for n, p in model.named_parameters() if p.ndim == 2 and n.endswith("weight")}
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if (n in decayed) is wanted]}
+        for wanted in (True, False)
+    ]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = 0.1, 0.0
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-3)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    order = np.concatenate([permutation(0, epoch, 1437) for epoch in range(3)])
+    rows = read_rows(run.metrics)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    for step, row in enumerate(rows):
+        batch = order[96 * step : 96 * (step + 1)]
+        images = (train_set.images[batch] / 255 - 0.5) / 0.5
+        labels = torch.from_numpy(np.asarray(train_set.labels)[batch])
+        loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        warmup = 7  # of 14.97 steps an epoch
+        passed = (step + 1 - warmup) / (STEPS + 1 - warmup)
+        share = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * passed)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * share
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(0.9, (step + 1) / (step + 10))
+        for name, parameter in model.named_parameters():
+            average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+        expected = {"loss": loss.item(), "grad_norm": norm.item(), "lr": 3e-3 * share}
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    for kind, tensors in (("model", dict(model.named_parameters())), ("ema", average)):
+        found = storage.read_tensors(run.last, kind)
+        assert found.keys() == tensors.keys()
+        for name, value in tensors.items():
+            torch.testing.assert_close(found[name], value.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_rows_are_means_of_the_steps_since_the_last_row(run, tmp_path):
+    each = read_rows(run.metrics)
+    rows = read_rows(trained(tmp_path / "run", "--train.log-every", "8").metrics)
+    assert [row["step"] for row in rows] == [8, 16, 24, STEPS]
+    for first, row in zip((0, 8, 16, 24), rows, strict=True):
+        step = int(row["step"])
+        for name in ("loss", "grad_norm"):
+            values = [other[name] for other in each[first:step]]
+            assert row[name] == pytest.approx(np.mean(values), rel=1e-6)
+        assert row["lr"] == each[step - 1]["lr"]
+        assert row["images"] == 96 * step
+        assert row["epoch"] == pytest.approx(96 * step / 1437)
+    assert rows[-1]["val_loss"] == each[-1]["val_loss"]
+
+
+def test_a_run_in_no_directory_is_refused():
+    with pytest.raises(UserError, match=r"train\.out: expected a directory for the run, got none"):
+        train(settings.load("digits"))
+
+
+def test_a_finished_run_changes_nothing(run, capsys):
+    before = {path: path.read_bytes() for path in run.path.rglob("*.*") if path.is_file()}
+    trained(run.path)
+    assert "this run is finished: val top-1 " in capsys.readouterr().out
+    changed = {path.name for path in before if path.read_bytes() != before[path]}
+    assert changed <= {"train.log", ".lock"}
+
+
+def scored(*shares):
+    """Stands for validations with these top-1, of 100 images, in turn."""
+    left = iter(shares)
+
+    def measure(self, signals):
+        labels = np.zeros(100, np.int64)
+        ranked = np.tile(np.arange(1, 6), (100, 1))
+        ranked[: round(100 * next(left)), 0] = 0
+        return Scores(self.classes, labels, ranked, np.ones(100), np.ones(100))
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("shares", "best", "default"),
+    [
+        ([(0.2, 0.1), (0.6, 0.3), (0.4, 0.5)], 2, "model"),
+        ([(0.2, 0.9), (0.6, 0.3), (0.4, 0.5)], 1, "ema"),
+        ([(0.2, 0.1), (0.1, 0.2), (0.1, 0.3)], 3, "ema"),
+        ([(0.4, 0.1), (0.4, 0.1), (0.1, 0.4)], 1, "model"),  # the first of equals
+    ],
+)
+def test_the_best_weights_are_those_of_the_best_validation(
+    tmp_path, monkeypatch, shares, best, default
+):
+    flat = [share for pair in shares for share in pair]
+    monkeypatch.setattr(loop.Validation, "measure", scored(*flat))
+    monkeypatch.setattr(loop.Outputs, "write_report", lambda *_: None)
+    words = "--train.epochs 3 --train.eval-every 1 --train.batch-size 480 --optim.warmup-epochs 0"
+    run = trained(tmp_path / "run", *words.split())
+    ends = [3, 6, 9]  # 1,437 images are three batches of 480, less three
+    rows = [row for row in read_rows(run.metrics) if "val_top1" in row]
+    assert [(row["step"], row["val_top1"], row["ema_top1"]) for row in rows] == [
+        (step, *pair) for step, pair in zip(ends, shares, strict=True)
+    ]
+    found, last = (weights.load(place) for place in (run.best, run.last))
+    assert found.description.metrics["step"] == ends[best - 1]
+    assert found.description.default == default
+    assert last.description.metrics["step"] == 9
+    tensors = checkpoint.read(run.checkpoints, ends[best - 1]).tensors[default]
+    for name, value in found.model.state_dict().items():
+        assert value.equal(tensors[name])
+    lines = run.log.read_text()
+    assert f"best {max(flat):.2%} at step {ends[best - 1]};" in lines
+
+
+def test_a_checkpoint_is_written_when_it_is_time(tmp_path, monkeypatch):
+    update = loop.Trainer._step
+
+    def an_hour_passes(self, batches):
+        update(self, batches)
+        if self.progress.step == 4:
+            self.last_checkpoint -= 3600
+
+    monkeypatch.setattr(loop.Trainer, "_step", an_hour_passes)
+    run = trained(tmp_path / "run", "--train.checkpoint-minutes", "30")
+    assert sorted(checkpoint.steps(run.checkpoints)) == [4, STEPS]
+
+
+def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch):
+    update = loop.Trainer._step
+
+    def interrupted(self, batches):
+        if self.progress.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "_step", interrupted)
+        with pytest.raises(Interrupted) as error:
+            trained(tmp_path / "run")
+    assert error.value.exit_code == 143
+    run = RunDir(tmp_path / "run")
+    assert checkpoint.steps(run.checkpoints) == [7]
+    assert "stopped at step 7; repeat the command to resume" in run.log.read_text()
+    assert read_rows(run.metrics)[-1]["step"] == 7
+    run.lock()  # which the interrupted run has released
+    run.unlock()

@@ -1,0 +1,223 @@
+"""What a run writes for people: weights, tables, pictures, and how it starts."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitral import settings, weights
+from vitral.data.formats import open_dataset
+from vitral.evaluation import Scores
+from vitral.report import curves, html
+from vitral.rundir import RunDir
+from vitral.training import Parts, outputs, train
+from vitral.training.outputs import Outputs
+from vitral.training.resolved import Resolved, build_model
+from vitral.training.resume import Progress
+
+from .processes import damage, digests, make_config, newest
+
+RESOLVED = Resolved("cpu", "fp32", False, 3, 16, 1, "cpu", False)
+
+
+class Recorder:
+    """A console and a log that keep what they are given."""
+
+    def __init__(self):
+        self.lines, self.pictures = [], []
+
+    def message(self, text):
+        self.lines.append(text)
+
+    def picture(self, grid):
+        self.pictures.append(grid)
+
+
+@pytest.fixture
+def said():
+    return Recorder()
+
+
+@pytest.fixture
+def made(tmp_path, said):
+    """The outputs of a run that is about to start, with the given parts."""
+    config = settings.load("digits", ["--model.dim", "16", "--model.depth", "1"])
+    dataset = open_dataset(config.data, 8, 0)
+
+    def make(parts=None):
+        run = RunDir(tmp_path)
+        return Outputs(config, dataset, run, said, said, parts or Parts())
+
+    return make
+
+
+FACTS = {"step": 0, "workers": 2, "parameters": 1.5e6, "flops_per_image": 2.5e9}
+
+
+def test_start_is_announced_and_recorded(made, said):
+    made().announce(RESOLVED, FACTS, 1000, {"cpu": 1234.0, "gpu": 900.0})
+    first, second, third = said.lines
+    assert first.endswith(
+        "starts: digits, 1,437 training images, 360 validation images, 10 classes"
+    )
+    assert second == "decoder: cpu; images/s measured: cpu 1,234, gpu 900"
+    assert third == (
+        "1.50 M parameters, 2.500 GFLOPs per image; 1,000 steps of 64 images in micro-batches of "
+        "16, on cpu in fp32, threads: 3, workers: 2"
+    )
+    environment = json.loads(made().run.environment.read_text())
+    assert environment["resolved"] == dataclasses.asdict(RESOLVED)
+    assert environment["decode_rates"] == {"cpu": 1234.0, "gpu": 900.0}
+    assert {name: environment[name] for name in FACTS} == FACTS
+    assert "numpy" in environment["packages"]
+
+
+def test_resumed_compiled_and_fused_runs_say_so(made, said):
+    resolved = dataclasses.replace(RESOLVED, compile=True, fused=True, processes=4)
+    made().announce(resolved, {**FACTS, "step": 7}, 1000, {})
+    assert "resumes from step 7: digits" in said.lines[0]
+    assert said.lines[1].endswith(
+        "in fp32, compiled, linear layers by oneDNN, threads: 3, workers: 2, in each of 4 processes"
+    )
+
+
+def test_first_batch_is_shown_as_the_model_sees_it(made, said):
+    levels = torch.tensor([0, 0.25, 0.5, 1.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    made().save_batch((levels - 0.5) / 0.5)
+    picture = np.asarray(Image.open(made().run.train_batch)).astype(int)
+    assert np.array_equal(said.pictures[0].shape, (3, *picture.shape[:2]))
+    middle = picture[picture.shape[0] // 2]
+    columns = np.linspace(0, len(middle), 9).astype(int)[1::2]  # the middles of four tiles
+    assert np.abs(middle[columns] - [[0], [64], [128], [255]]).max() <= 3
+
+
+def scores(seed):
+    draw = np.random.default_rng(seed)
+    ranked = np.argsort(draw.random((20, 10)))[:, :5]
+    return Scores(tuple("0123456789"), draw.integers(0, 10, 20), ranked, draw.random(20), ranked)
+
+
+def test_tables_are_of_the_last_validation_and_the_report_of_the_best(made):
+    work, progress = made(), Progress()
+    assert work.reported is None
+    for step, best, reported in ((5, 5, 5), (10, 5, 5), (15, 15, 15), (20, 15, 15)):
+        progress.step, progress.best = step, {"step": best, "top1": 0.5}
+        work.note_scores(scores(step), progress)
+        assert work.reported[0] == reported
+        rows = (work.run.path / "per_class.csv").read_text().splitlines()[1:]
+        counts = {row.split(",")[0]: int(row.split(",")[1]) for row in rows}
+        labels, expected = np.unique(scores(step).labels, return_counts=True)
+        assert counts == dict(zip(map(str, labels), expected, strict=True))
+
+
+def test_after_a_resume_the_report_is_of_the_last_validation_until_there_is_a_better(made):
+    work, progress = made(), Progress(best={"step": 5, "top1": 0.9})
+    for step, best, reported in ((10, 5, 10), (15, 5, 15), (20, 20, 20), (25, 20, 20)):
+        progress.step, progress.best["step"] = step, best
+        work.note_scores(scores(step), progress)
+        assert work.reported[0] == reported
+
+
+def test_curves_are_drawn_once_a_minute(made, monkeypatch):
+    now, drawn = [0.0], []
+    monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(curves, "draw", lambda path, rows: drawn.append((now[0], path)))
+    work = made()
+    for second in (10, 59, 61, 100, 121, 122):
+        now[0] = second
+        work.draw_curves()
+    work.draw_curves(now=True)
+    assert drawn == [(second, work.run.curves) for second in (61, 122, 122)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (None, "resumed after its last validation"),
+        (Parts(name="mine", model=torch.nn.Module), "the model is not vitral's: mine"),
+    ],
+)
+def test_report_says_why_it_shows_no_predictions(made, monkeypatch, parts, reason):
+    written = []
+    monkeypatch.setattr(html, "write_report", lambda *args: written.append(args))
+    monkeypatch.setattr(outputs, "read_run", lambda path: path)
+    work = made(parts)
+    work.write_report(Progress())
+    ((_, path, predictions, missing),) = written
+    assert (path, predictions) == (work.run.report, None)
+    assert reason in missing
+
+
+def test_only_the_weights_of_a_vit_are_written(made):
+    work = made()
+    states = {"model": build_model(work.config, 10).state_dict()}
+    made(Parts(name="mine", model=torch.nn.Module)).save_weights(states, ["last"], {})
+    assert not work.run.weights.exists()
+    work.save_weights(states, ["last", "best"], {"step": 3, "val_top1": 0.25})
+    assert {path.name for path in work.run.weights.iterdir()} == {"best", "last"}
+    found = weights.load(work.run.last)
+    assert found.description.metrics == {"step": 3, "val_top1": 0.25}
+    assert all(states["model"][name].equal(v) for name, v in found.model.state_dict().items())
+
+
+def test_weights_are_written_again_from_their_checkpoints(image_folder, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    config = make_config(image_folder, out)
+    before = digests(out)
+    known = [weights.load(out / "weights" / name).description for name in ("best", "last")]
+    shutil.rmtree(out / "weights" / "last")
+    damage(out / "weights" / "best" / "ema.safetensors", "flipped")
+    train(config)
+    assert digests(out) == before
+    for name, was in zip(("best", "last"), known, strict=True):
+        now = weights.load(out / "weights" / name).description
+        assert now == dataclasses.replace(was, config=now.config)
+    log = (out / "train.log").read_text()
+    assert "weights/best restored" in log
+    assert "weights/last restored" in log
+    train(config)
+    assert (out / "train.log").read_text().count(" restored from ") == 2
+
+
+def test_weights_of_a_step_without_a_checkpoint_are_a_message(image_folder, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    best = min((out / "checkpoints").iterdir())
+    assert best != newest(out)
+    shutil.rmtree(best)
+    shutil.rmtree(out / "weights" / "best")
+    train(make_config(image_folder, out))
+    assert f"weights/best cannot be restored: {best}" in (out / "train.log").read_text()
+
+
+def test_weights_name_the_data_where_they_are_now(image_folder, finished, tmp_path):
+    out, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(finished, out)
+    shutil.copytree(image_folder, moved)
+    for name in ("best", "last"):
+        assert weights.load(out / "weights" / name).description.config.data.path != str(moved)
+    train(make_config(moved, out))
+    for name in ("best", "last"):
+        assert weights.load(out / "weights" / name).description.config.data.path == str(moved)
+
+
+def test_weights_newer_than_their_checkpoint_are_kept(made, monkeypatch):
+    """Those of a step that the resumed run reaches again."""
+    work = made()
+    states = {"model": build_model(work.config, 10).state_dict()}
+    work.save_weights(states, ["last", "best"], {"step": 9})
+    restored = []
+    monkeypatch.setattr(work, "_restore", lambda name, step: restored.append((name, step)))
+    work.restore_weights(Progress(step=6, evaluated=6, best={"step": 3, "top1": 0.1}))
+    assert restored == []
+    work.restore_weights(Progress(step=12, evaluated=12, best={"step": 9, "top1": 0.1}))
+    assert restored == [("last", 12)]
+    work.restore_weights(Progress(step=14, evaluated=12, best={"step": 12, "top1": 0.1}))
+    assert restored == [("last", 12), ("best", 12)]  # the next validation writes the last ones
+    work.restore_weights(Progress(step=2))
+    assert len(restored) == 2

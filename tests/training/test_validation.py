@@ -1,0 +1,107 @@
+"""Validation during training: every image once, of a model as it is, until a signal arrives."""
+
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitral import settings
+from vitral.data.augment import finish
+from vitral.data.formats import open_dataset
+from vitral.errors import UserError
+from vitral.evaluation import merge
+from vitral.training import Interrupted, validation
+from vitral.training.distributed import World
+from vitral.training.parallel import Averaged
+from vitral.training.resolved import Resolved, build_model
+from vitral.training.validation import Validation
+
+QUIET = SimpleNamespace(received=None)
+TINY = "--model.dim 16 --model.depth 1 --model.dropout 0.5".split()
+RESOLVED = Resolved("cpu", "fp32", False, 1, 2, 1, "cpu", False)
+
+
+class Lonely(World):
+    """One of several processes, which sees the others' scores as its own."""
+
+    def gather(self, value):
+        return [value]
+
+
+def validated(data, *words, world=None, resolved=RESOLVED):
+    """A validation whose model is partly drawn at random."""
+    config = settings.load("digits", [*TINY, *words, "--data", str(data)])
+    dataset = open_dataset(config.data, config.model.image_size, 0)
+    model = build_model(config, len(dataset.classes))
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.head.weight)
+    passes, device = Averaged(model, config.train, resolved, World()), torch.device("cpu")
+    return Validation(config, dataset, model, passes, resolved, world or World(), 0, device)
+
+
+@pytest.mark.parametrize("batch", [7, 360, 512])
+def test_scores_by_hand(monkeypatch, batch):
+    """Dropout is off, and the last batch may be smaller."""
+    monkeypatch.setattr(validation, "EVAL_BATCH", batch)
+    work = validated("digits")
+    found = work.measure(QUIET)
+    images, labels = work.records.images, torch.from_numpy(np.asarray(work.records.labels))
+    with torch.no_grad():
+        logits = work.model(finish(images, None, (0.5,) * 3, (0.5,) * 3))
+    assert len(found.labels) == len(labels) == 360
+    assert found.labels.tolist() == labels.tolist()
+    assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    for k, share in ((1, found.top1), (5, found.top5)):
+        assert share == pytest.approx((ranks < k).double().mean().item())
+    assert 0.02 < found.top1 < 0.4
+
+
+def test_precision_is_the_one_that_was_chosen():
+    precise = validated("digits").measure(QUIET).losses
+    resolved = Resolved("cpu", "bf16", False, 1, 2, 1, "cpu", False)
+    rounded = validated("digits", resolved=resolved).measure(QUIET).losses
+    assert 1e-4 < np.abs(precise - rounded).max() < 0.2
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_processes_share_the_images(monkeypatch, image_folder, size):
+    """Contiguous parts, of which some may be empty, that add up to the whole."""
+    monkeypatch.setattr(validation, "EVAL_BATCH", 4)  # three batches
+    whole = validated(image_folder).measure(QUIET)
+    parts = [validated(image_folder, world=Lonely(k, size)).measure(QUIET) for k in range(size)]
+    assert sum(len(part.labels) for part in parts) == len(whole.labels) == 12
+    joined = merge(parts)
+    for name in ("labels", "ranked", "losses", "confidence"):
+        assert np.array_equal(getattr(joined, name), getattr(whole, name))
+
+
+def test_a_signal_stops_a_lone_process(image_folder, monkeypatch):
+    monkeypatch.setattr(validation, "EVAL_BATCH", 4)
+    signals = SimpleNamespace(received=signal.SIGTERM)
+    for work in (validated(image_folder).measure, validated(image_folder).check_images):
+        with pytest.raises(Interrupted) as error:
+            work(signals)
+        assert error.value.exit_code == 143
+    one = validated(image_folder, world=Lonely(0, 2))
+    assert len(one.measure(signals).labels) == 4  # the others would wait for it
+
+
+def test_images_are_checked_where_they_are_decoded(image_folder, tmp_path):
+    assert not validated("digits").decodes
+    work = validated(image_folder)
+    assert work.decodes
+    work.check_images(QUIET)
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(image_folder / split)
+    (tmp_path / "val").unlink()
+    for path in (image_folder / "val").glob("*/*"):
+        copy = tmp_path / "val" / path.relative_to(image_folder / "val")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes()[:-200] if path.name == "05.jpg" else path.read_bytes())
+    bad = validated(tmp_path)
+    with pytest.raises(UserError, match=rf"data: {tmp_path}/val/dark/05.jpg: "):
+        bad.check_images(QUIET)
