@@ -1,10 +1,13 @@
 """Directories written whole or not at all, and every kind of damage found."""
 
+import hashlib
 import itertools
 import json
 import os
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from vitral import storage
@@ -213,3 +216,197 @@ def test_files_that_cannot_be_read(written, data):
         storage.read_tensors(written, "model")
     with pytest.raises(CorruptError, match=r"none\.safetensors: "):
         storage.read_tensors(written, "none")
+
+
+def drawn(dtype, *shape):
+    """A tensor of random bits, or of random truth values."""
+    if dtype == torch.bool:
+        return torch.randint(0, 2, shape).bool()
+    bits = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
+    return bits.view(dtype).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {},
+        {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "none": torch.empty(0)},
+        {f"{dtype}": drawn(dtype, 3, 5) for dtype in storage.NAMES},
+        {f"{i}{dtype}": drawn(dtype, i) for i in range(4) for dtype in storage.NAMES},
+        {name: torch.ones(1) for name in ("b", "a.b", "A", "é", 'q"\\', "tab\t", "\u2028", "😀")},
+    ],
+    ids=["nothing", "odd shapes", "every dtype", "order", "odd names"],
+)
+def test_files_are_those_of_safetensors(tmp_path, group):
+    """To the byte, so that a hash of weights does not depend on who wrote them; and read alike."""
+    expected = safetensors.torch.save(group)
+    storage.write(tmp_path / "made", {"model": group}, {})
+    assert (tmp_path / "made" / "model.safetensors").read_bytes() == expected
+    read = storage.read_tensors(tmp_path / "made", "model")
+    assert {name: (t.dtype, t.shape) for name, t in read.items()} == {
+        name: (t.dtype, t.shape) for name, t in group.items()
+    }
+    assert safetensors.torch.save(read) == expected
+
+
+def put_listed(directory, name, data):
+    """Writes a file that the manifest lists as it is."""
+    (directory / name).write_bytes(data)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_files_of_other_programs_are_read(written):
+    """With metadata in the header."""
+    group = {"x": torch.arange(6), "y": torch.ones(2, 2).half()}
+    data = safetensors.torch.save(group, metadata={"format": "pt", "by": "someone else"})
+    put_listed(written, "model.safetensors", data)
+    read = storage.read_tensors(written, "model")
+    assert read.keys() == group.keys()
+    assert all(read[name].equal(value) for name, value in group.items())
+
+
+def header(**entries):
+    """The bytes of a safetensors file with this header and 16 bytes of data."""
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x01",
+        (1 << 60).to_bytes(8, "little") + b"{}",
+        header(x={**GOOD, "dtype": "F99"}),
+        header(x={**GOOD, "shape": [5]}),
+        header(x={**GOOD, "shape": [-4]}),
+        header(x={**GOOD, "shape": [-2, -2]}),
+        header(x={**GOOD, "shape": "four"}),
+        header(x={**GOOD, "data_offsets": [4, 20]}),
+        header(x={**GOOD, "shape": [8], "data_offsets": [0, 32]}),
+        header(x={**GOOD, "shape": [1 << 40], "data_offsets": [0, 1 << 42]}),
+        header(x=GOOD, y=GOOD),
+        header(x={"dtype": "F32"}),
+        header(x=[1]),
+    ],
+)
+def test_what_is_no_safetensors_file_is_corrupt_whatever_the_manifest_says(written, data):
+    put_listed(written, "model.safetensors", data)
+    with pytest.raises(CorruptError, match=r"model\.safetensors: "):
+        storage.read_tensors(written, "model")
+
+
+def test_a_flipped_bit_in_any_byte_is_found_while_a_file_is_read(written):
+    path = written / "model.safetensors"
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        with pytest.raises(CorruptError, match=r"model\.safetensors: "):
+            storage.read_tensors(written, "model")
+    path.write_bytes(data)
+    storage.read_tensors(written, "model")
+
+
+@pytest.mark.parametrize("place", [0, 20, 41, 60])
+def test_every_flipped_bit_of_a_document_is_found_while_it_is_read(written, place):
+    path = written / "config.json"
+    data = path.read_bytes()
+    for bit in range(8):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+        with pytest.raises(CorruptError, match=r"config\.json: "):
+            storage.read_json(written, "config.json")
+
+
+def test_other_files_are_not_needed_to_read_one(written):
+    """Nor is their damage found: `verify` does that."""
+    for name in ("ema.safetensors", "other.json"):
+        (written / name).write_bytes(b"")
+    assert storage.read_tensors(written, "model").keys() == {"a", "b"}
+    assert storage.read_json(written, "config.json") == DOCUMENTS["config"]
+    for name in ("ema", "none"):
+        with pytest.raises(CorruptError, match=rf"{name}\.safetensors: "):
+            storage.read_tensors(written, name)
+
+
+def test_sizes_are_checked_without_reading_a_file(written, monkeypatch):
+    opened, reads = storage._opened, []
+    monkeypatch.setattr(storage, "_opened", lambda path: reads.append(path.name) or opened(path))
+    manifest = storage.check_files(written)
+    assert sorted([*manifest, "manifest.json"]) == FILES
+    (written / "model.safetensors").write_bytes(bytes(manifest["model.safetensors"]["bytes"]))
+    assert storage.check_files(written) == manifest
+    assert set(reads) == {"manifest.json"}
+    (written / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CorruptError, match=r"model\.safetensors: its content"):
+        storage.check_files(written)
+
+
+def peak_growth(action):
+    """Memory in MB that the process needs for `action` at its most, and the result."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    except OSError:
+        pytest.skip("the system does not reset the peak of memory")
+
+    def read(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+    before = read("VmRSS")
+    result = action()
+    return read("VmHWM") - before, result
+
+
+def test_files_are_written_and_read_a_tensor_at_a_time(tmp_path):
+    """64 MB of 2 MB tensors, each to be made contiguous."""
+    folder, group = tmp_path / "made", {f"{i}": torch.ones(512, 1024).T for i in range(32)}
+    write, verify, read = (
+        lambda: storage.write(folder, {"model": group}, {}),
+        lambda: storage.verify(folder),
+        lambda: storage.read_tensors(folder, "model"),
+    )
+    storage.write(tmp_path / "first", {"model": {"x": torch.ones(512, 1024).T}}, {})
+    assert peak_growth(write)[0] < 24
+    assert peak_growth(verify)[0] < 24
+    growth, tensors = peak_growth(read)
+    assert growth < 64 + 24
+    assert all(value.equal(group[name]) for name, value in tensors.items())
+
+
+def test_one_large_tensor_is_not_copied(tmp_path):
+    group = {"x": torch.ones(1 << 24)}  # 64 MB
+    growth, _ = peak_growth(lambda: storage.write(tmp_path / "made", {"model": group}, {}))
+    assert growth < 24
+    growth, read = peak_growth(lambda: storage.read_tensors(tmp_path / "made", "model"))
+    assert growth < 64 + 24
+    assert read["x"].equal(group["x"])
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_file_is_replaced_as_a_whole(tmp_path, error):
+    path = tmp_path / "made.txt"
+    path.write_text("old")
+    try:
+        with storage.replacing(path) as building:
+            building.write_text("half of")
+            assert path.read_text() == "old"
+            if error:
+                raise error
+            building.write_text("new")
+    except ValueError:
+        pass
+    assert path.read_text() == ("old" if error else "new")
+    assert names(tmp_path) == ["made.txt"]
+
+
+def test_what_a_kill_between_two_renames_left_is_restored(written):
+    before = contents(written)
+    written.rename(written.with_name(".made.old"))
+    storage.recover(written)
+    assert contents(written) == before
+    storage.recover(written)
+    assert names(written.parent) == ["made"]

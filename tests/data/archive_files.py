@@ -22,9 +22,9 @@ AUGMENT = AugmentConfig(policy="trivialaugment", erasing=0.5, mixup=0.8)
 
 
 def draw(seed):
-    colours = np.random.default_rng(seed).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+    colors = np.random.default_rng(seed).integers(0, 256, (3, 4, 3)).astype(np.uint8)
     content = io.BytesIO()
-    Image.fromarray(colours).resize((20 + seed % 5, 18)).save(content, "JPEG")
+    Image.fromarray(colors).resize((20 + seed % 5, 18)).save(content, "JPEG")
     return content.getvalue()
 
 

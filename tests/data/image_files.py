@@ -11,7 +11,7 @@ from vitral.errors import UserError
 
 
 def put(root, *paths):
-    """Writes a small image of its own colour at each path."""
+    """Writes a small image of its own color at each path."""
     for path in paths:
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)

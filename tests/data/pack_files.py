@@ -13,7 +13,7 @@ KINDS = pytest.mark.parametrize("jpeg", [False, True], ids=["pixels", "jpegs"])
 
 
 def draw(path, seed, size=None):
-    """Smooth colours, drawn at a size of their own."""
+    """Smooth colors, drawn at a size of their own."""
     rng = np.random.default_rng(seed)
     size = size or tuple(rng.integers(15, 70, 2).tolist())
     path.parent.mkdir(parents=True, exist_ok=True)

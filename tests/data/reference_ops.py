@@ -10,7 +10,7 @@ from vitral.data.ops import Op
 
 
 def pictures(size, seed=0):
-    """Real-looking uint8 images: smooth colours with noise, some dark, grey, constant or binary."""
+    """Real-looking uint8 images: smooth colors with noise, some dark, gray, constant or binary."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(12, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)

@@ -75,8 +75,14 @@ def listed(content, suffixes=(".jpg", ".cls"), **part):
 
 def test_members_are_those_with_a_suffix_that_are_not_hidden():
     files = [("./a.JPG", b"one"), ("b/c.jpg", b"two"), ("b/c.txt", b"?"), ("d.cls", b"")]
-    hidden = [(".e.jpg", b"?"), ("._f.jpg", b"?"), (".g/h.jpg", b"?"), ("__MACOSX/i.jpg", b"?")]
-    content = tarred([*hidden, *files, (header("j.txt", tarfile.SYMTYPE), b"")])
+    hidden = [
+        (".e.jpg", b"?"),
+        ("._f.jpg", b"?"),
+        (".g/h.jpg", b"?"),
+        ("b/.i.jpg", b"?"),
+        ("__MACOSX/j.jpg", b"?"),
+    ]
+    content = tarred([*hidden, *files, (header("k.txt", tarfile.SYMTYPE), b"")])
     assert listed(content) == [("a.JPG", b"one"), ("b/c.jpg", b"two"), ("d.cls", b"")]
 
 

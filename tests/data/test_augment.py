@@ -256,7 +256,7 @@ def test_erased_boxes_have_torchvisions_distribution(size):
         assert kolmogorov_smirnov(ours[:, column], np.array(theirs)[:, column]) < 2.23
 
 
-def test_finish_normalises_then_erases_with_zeros():
+def test_finish_normalizes_then_erases_with_zeros():
     images = pictures(33)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = TF.normalize(TF.to_dtype(images, torch.float32, scale=True), list(mean), list(std))

@@ -96,7 +96,7 @@ def test_palette(kind):
     assert_as(data, reference(data))
 
 
-def test_palette_with_transparent_entries_keeps_its_colours():
+def test_palette_with_transparent_entries_keeps_its_colors():
     image = Image.fromarray(picture()).quantize(16)
     data = encoded(image, "PNG", transparency=bytes(range(0, 256, 16)))
     assert_as(data, reference(data))
@@ -124,8 +124,8 @@ def test_sixteen_bits_are_scaled_and_not_clipped(color, channels):
     deep = picture(channels).astype(">u2") * 256 + 99
     rows = b"".join(b"\0" + row.tobytes() for row in deep.astype(">u2"))
     data = png(WIDTH, HEIGHT, 16, color, rows)
-    grey = channels < 3
-    expected = torch.from_numpy(deep[..., :1] if grey else deep[..., :3]).double() / 257
+    gray = channels < 3
+    expected = torch.from_numpy(deep[..., :1] if gray else deep[..., :3]).double() / 257
     expected = expected.permute(2, 0, 1).expand(3, -1, -1)
     assert_as(data, expected.round().int(), tolerance=1)
 
@@ -160,7 +160,7 @@ def test_an_animation_gives_its_first_frame(kind):
     assert_as(data, reference(data), tolerance=3 if kind == "AVIF" else 0)
 
 
-def test_a_colour_profile_that_libpng_dislikes_prints_nothing():
+def test_a_color_profile_that_libpng_dislikes_prints_nothing():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(picture()).quantize(16)
@@ -234,7 +234,7 @@ def test_an_image_of_the_cap_is_let_through(monkeypatch):
         decode(data)
 
 
-def test_a_turned_png_with_a_colour_profile_is_turned():
+def test_a_turned_png_with_a_color_profile_is_turned():
     """Pillow decodes it, and Pillow leaves the turning to its caller."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), np.uint8)
     exif = Image.Exif()

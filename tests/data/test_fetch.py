@@ -50,7 +50,7 @@ def files(size):
     jpeg = encoded(color, "JPEG", quality=95)
     return {
         "color.jpg": jpeg,
-        "grey.jpg": encoded(color.convert("L"), "JPEG"),
+        "gray.jpg": encoded(color.convert("L"), "JPEG"),
         "ink.jpg": encoded(ink, "JPEG"),
         "progressive.jpg": encoded(color, "JPEG", progressive=True),
         "turned.jpg": encoded(color, "JPEG", exif=turned(6)),
@@ -183,7 +183,7 @@ def test_workers_crop_packed_squares_as_the_main_process_does(augment):
         assert a.labels.tolist() == records.labels[a.request.indices].tolist()
 
 
-READ = {"color.jpg", "grey.jpg", "progressive.jpg", "upright.jpg"}
+READ = {"color.jpg", "gray.jpg", "progressive.jpg", "upright.jpg"}
 
 
 @pytest.mark.parametrize("name", files((9, 9)))
@@ -191,7 +191,7 @@ def test_what_the_gpu_is_given(name):
     assert gpu_decodes(files((40, 30))[name]) == (name in READ)
 
 
-def test_colours_that_are_not_ycbcr_are_no_gpus():
+def test_colors_that_are_not_ycbcr_are_no_gpus():
     image = Image.effect_noise((40, 30), 50).convert("RGB")
     by_adobe = [encoded(image, "JPEG", keep_rgb=keep) for keep in (True, False)]
     assert list(map(gpu_decodes, by_adobe)) == [False, True]
@@ -279,7 +279,9 @@ class Unsendable(Dataset):
         return lambda: index  # which no pickle takes
 
 
-def test_another_error_of_sending_is_not_called_a_full_disk():
+def test_another_error_of_sending_is_not_called_a_full_disk(monkeypatch):
+    # Seconds that torch waits for a worker that ignores its signal, twice.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
         list(in_workers(Unsendable(), range(3), workers=1))
     gc.collect()  # the traceback, in a cycle, holds the reader

@@ -98,7 +98,7 @@ def test_evaluation_sees_every_image_once_in_order(image_folder, path):
     assert labels.tolist() == val.labels.tolist()
 
 
-def test_evaluation_is_a_central_crop_resized_and_normalised(image_folder):
+def test_evaluation_is_a_central_crop_resized_and_normalized(image_folder):
     config = make_config(image_folder)
     val = open_dataset(config.data, 16, 0).val
     (batch,) = eval_batches(val, config, len(val), 0, CPU)

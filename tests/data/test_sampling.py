@@ -36,9 +36,9 @@ def test_uniforms_are_uniform_and_uncorrelated():
     for k in (1, 2, 3, 4):  # five standard errors
         spread = (1 / (2 * k + 1) - 1 / (k + 1) ** 2) ** 0.5
         assert np.abs((values**k).mean(0) - 1 / (k + 1)).max() < 5 * spread / len(values) ** 0.5
-    neighbours = [values, np.roll(values, 1, axis=0), uniforms(7, 4, INDICES, 6)]
-    neighbours += [uniforms(8, 3, INDICES, 6), uniforms(7, 3, INDICES, 6, "other")]
-    correlation = np.corrcoef(np.hstack(neighbours), rowvar=False) - np.eye(30)
+    neighbors = [values, np.roll(values, 1, axis=0), uniforms(7, 4, INDICES, 6)]
+    neighbors += [uniforms(8, 3, INDICES, 6), uniforms(7, 3, INDICES, 6, "other")]
+    correlation = np.corrcoef(np.hstack(neighbors), rowvar=False) - np.eye(30)
     assert np.abs(correlation).max() < 5 / len(values) ** 0.5
     bins = np.stack([np.histogram(column, 64, (0, 1))[0] for column in values.T])
     assert ((bins - 312.5) ** 2 / 312.5).sum(1).max() < 130  # 63 degrees

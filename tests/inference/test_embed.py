@@ -30,7 +30,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Four images, of which the third is broken."""
-    root, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    root, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(4):
         coarse = draw.integers(0, 256, (4, 5, 3), np.uint8)
         Image.fromarray(coarse).resize((30, 20)).save(root / f"{number}.png")

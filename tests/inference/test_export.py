@@ -91,7 +91,8 @@ def test_file_does_what_the_model_does(model, format, opset, image_folder, tmp_p
     exported = export(tmp_path / "weights", format=format, out=out, opset=opset, images=5)
     random, validation = exported.agreements
     assert (random.images, random.same) == (12, 12)
-    assert (validation.what, validation.images, validation.same) == ("5 images of images0", 5, 5)
+    said = f"5 images of {image_folder.name}"
+    assert (validation.what, validation.images, validation.same) == (said, 5, 5)
     forward, text = open_exported(out)
     P = model["patch_size"]
     draw = torch.Generator().manual_seed(7)
@@ -137,7 +138,7 @@ def test_weights_over_the_limit_of_one_file_lie_beside_it(run, monkeypatch, tmp_
     assert (tmp_path / "big.onnx.data").stat().st_size > 0.8 * size
 
 
-def test_command(run, capsys, monkeypatch, tmp_path):
+def test_command(run, image_folder, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("mine.pt2").write_text("an older one")
     assert main(["export", str(run), "--format", "pt2", "--which", "ema"]) == 0
@@ -145,7 +146,7 @@ def test_command(run, capsys, monkeypatch, tmp_path):
     assert re.fullmatch(
         r"mine.pt2: 0.\d MB\n"
         r"12 random images, 16 by 16, 24 by 24, 24 by 16: .+ 100.00%\n"
-        r"12 images of images0: largest error \d.\de-\d\d, top-1 agreement 100.00%\n",
+        rf"12 images of {image_folder.name}: largest error \d.\de-\d\d, top-1 agreement 100.00%\n",
         said.out.replace("0.0e+00", "0.0e-00"),
     )
     assert said.err == ""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vitral import settings, storage, weights
+from vitral.config import Config
 from vitral.data.formats import open_dataset
 from vitral.data.sampling import permutation
 from vitral.errors import UserError
@@ -95,7 +96,7 @@ def test_rows_are_means_of_the_steps_since_the_last_row(run, tmp_path):
 
 def test_a_run_in_no_directory_is_refused():
     with pytest.raises(UserError, match=r"train\.out: expected a directory for the run, got none"):
-        train(settings.load("digits"))
+        train(Config())
 
 
 def test_a_finished_run_changes_nothing(run, capsys):

@@ -1,5 +1,7 @@
 """A run that is killed and repeated ends like one that nothing disturbed."""
 
+import dataclasses
+import functools
 import os
 import random
 import shutil
@@ -7,11 +9,20 @@ import signal
 import sys
 
 import pytest
+import torch
 
-from vitral import storage, weights
+from vitral import settings, storage, weights
+from vitral.data.formats import open_dataset
 from vitral.errors import UserError
-from vitral.rundir import read_rows
-from vitral.training import checkpoint, train
+from vitral.model import ViT
+from vitral.rundir import RunDir, read_rows
+from vitral.training import checkpoint, resume, train
+from vitral.training.checkpoint import Checkpoint
+from vitral.training.distributed import World
+from vitral.training.monitor import Counters
+from vitral.training.optim import EMA, Optimizer
+from vitral.training.resolved import Resolved
+from vitral.training.resume import Progress, State
 
 from .processes import (
     damage,
@@ -59,7 +70,7 @@ def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_pa
     assert digests(tmp_path / "run") == whole
 
 
-def test_muon_goes_on_exactly(image_folder, tmp_path, whole):
+def test_muon_resumes_exactly(image_folder, tmp_path, whole):
     whole_run, cut = (
         make_config(image_folder, tmp_path / name, optim__name="muon") for name in ("whole", "cut")
     )
@@ -76,7 +87,7 @@ def half_done(image_folder, tmp_path_factory):
     return out
 
 
-def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     image_folder, half_done, tmp_path, whole
 ):
     shutil.copytree(half_done, tmp_path / "run")
@@ -175,3 +186,124 @@ def test_training_outlives_its_listener(image_folder, tmp_path, whole, capfd):
     os.close(reader)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert digests(tmp_path / "run") == whole
+
+
+def test_results_in_words():
+    progress = Progress(best={"step": 12, "top1": 0.5}, metrics={"val_top1": 0.25})
+    assert progress.summary() == "val top-1 25.00%; best 50.00% at step 12"
+    progress.metrics["ema_top1"] = 1 / 3
+    assert progress.summary() == "val top-1 25.00%, EMA 33.33%; best 50.00% at step 12"
+
+
+def state_of(seed, **train):
+    """The state of a run after five steps, and its model; `seed` draws both."""
+    config = settings.load("digits", ["--model.dim", "16", "--model.depth", "1"])
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+    dataset = open_dataset(config.data, 8, 0)
+    torch.manual_seed(seed)
+    model = ViT(config.model, 10)
+    optimizer, ema = Optimizer(model, config.optim), EMA(model, 0.9)
+    counters, progress = Counters(torch.device("cpu")), Progress()
+    resolved = Resolved("cpu", "fp32", False, 1, 2, 1, "cpu", False)
+    for step in range(1, 6):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        norm, skipped = optimizer.step(1e-2, torch.tensor(1.0))
+        counters.add(torch.rand(()), norm, skipped)
+        ema.update(step)
+        progress.step = step
+    progress.evaluated, progress.best = 4, {"step": 4, "top1": seed / 10}
+    progress.metrics = {"val_top1": seed / 10}
+    parts = config, dataset, resolved, "", optimizer, ema, counters, progress
+    return State(*parts), model
+
+
+def test_what_a_checkpoint_holds_is_restored_to_the_bit(tmp_path):
+    """Through the file, into a state that differs in everything."""
+    (was, _), (now, model) = state_of(1), state_of(2)
+    checkpoint.save(tmp_path, was.checkpoint(World(), {3: "empty"}), None)
+    found = checkpoint.latest(tmp_path, pytest.fail)
+    assert found.state["broken"] == [[3, "empty"]]
+    assert found.state["resolved"] == dataclasses.asdict(was.resolved)
+    assert found.state["fingerprint"] == was.dataset.fingerprint
+    model.load_state_dict(found.tensors["model"])
+    now.restore(found)
+    for name in ("step", "evaluated", "best", "metrics"):
+        assert getattr(now.progress, name) == getattr(was.progress, name)
+    assert now.progress.saved == (5, 4)
+    assert now.counters.values.equal(was.counters.values)
+    first, second = (state.checkpoint(World(), {}).tensors for state in (was, now))
+    assert first.keys() == second.keys() == {"model", "ema", "optimizer"}
+    for kind, tensors in first.items():
+        assert tensors.keys() == second[kind].keys()
+        assert [n for n, value in tensors.items() if not second[kind][n].equal(value)] == []
+
+
+def test_the_checkpoint_of_a_run_without_an_average_has_none():
+    state, _ = state_of(1)
+    bare = dataclasses.replace(state, ema=None)
+    assert bare.checkpoint(World(), {}).tensors.keys() == {"model", "optimizer"}
+
+
+OTHER = {
+    "model.dim": "32",
+    "data.mean": "0.1 0.2 0.3",
+    "augment.mixup": "0.3",
+    "optim.lr": "0.1",
+    "train.seed": "1",
+    "train.batch-size": "32",
+    "train.ema-decay": "0.5",
+    "train.precision": "bf16",
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_settings_that_change_the_results_are_refused(tmp_path, name):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    run.write_config(settings.load("digits", ["--out", str(run.path)]))
+    changed = settings.load("digits", [f"--{name}", *OTHER[name].split()])
+    field = name.replace("-", "_")
+    with pytest.raises(UserError, match=rf"{field}: .* {run.path} has .*--out {run.path}-2"):
+        resume.check_settings(run, changed)
+
+
+def test_settings_that_do_not_are_noted(tmp_path):
+    run = RunDir(tmp_path)
+    assert resume.check_settings(run, settings.load("digits")) == []
+    run.write_config(settings.load("digits", ["--out", "elsewhere"]))
+    assert resume.check_settings(run, settings.load("digits")) == []
+    words = "--train.log-every 7 --data.workers 3".split()
+    assert sorted(resume.check_settings(run, settings.load("digits", words))) == [
+        "data.workers: None becomes 3",
+        "train.log_every: 50 becomes 7",
+    ]
+
+
+def test_other_data_and_parts_are_refused(tmp_path):
+    run, config = RunDir(tmp_path), settings.load("digits")
+    dataset = open_dataset(config.data, 8, 0)
+    resume.check_data(config, run, dataset, dataset.fingerprint)
+    with pytest.raises(UserError, match="data: digits is not the data set that the run"):
+        resume.check_data(config, run, dataset, "f" * 64)
+    resume.check_parts(run, "mine", "mine")
+    for was, now, said in (("mine", "", "has mine, not those of vitral"), ("", "x", "not x;")):
+        with pytest.raises(UserError, match=said):
+            resume.check_parts(run, was, now)
+
+
+def test_a_dry_run_refuses_what_a_run_would(tmp_path):
+    run, config = RunDir(tmp_path), settings.load("digits")
+    dataset = open_dataset(config.data, 8, 0)
+    resume.check_unstarted(config, run, dataset)
+    saved = functools.partial(checkpoint.save, run.checkpoints, best_step=None)
+    saved(Checkpoint(3, {"model": {}}, {"fingerprint": dataset.fingerprint}))
+    damage(newest(run.path) / "model.safetensors", "flipped")  # which is not read
+    resume.check_unstarted(config, run, dataset)
+    saved(Checkpoint(3, {"model": {}}, {"fingerprint": "f" * 64}))
+    with pytest.raises(UserError, match="not the data set"):
+        resume.check_unstarted(config, run, dataset)
+    shutil.rmtree(run.checkpoints)
+    run.weights.mkdir()
+    with pytest.raises(UserError, match="checkpoints are gone"):
+        resume.check_unstarted(config, run, dataset)

@@ -46,7 +46,7 @@ def test_a_missing_folder(tmp_path):
     ("asked", "meant"),
     [("cifra10", "cifar10"), ("CIFAR-100", "cifar100"), ("imagenete", "imagenette")],
 )
-def test_a_misspelt_name(asked, meant):
+def test_a_misspelled_name(asked, meant):
     assert refusal(asked).endswith(f"did you mean {meant}?")
 
 

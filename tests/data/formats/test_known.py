@@ -45,7 +45,7 @@ def test_synthetic_is_a_function_of_the_size_alone():
     assert open_dataset(DataConfig(path="synthetic"), 7, 0).val.images.shape == (512, 3, 7, 7)
 
 
-def test_synthetic_images_can_be_learnt_but_not_from_one():
+def test_synthetic_images_can_be_learned_but_not_from_one():
     dataset = open_dataset(DataConfig(path="synthetic"), 16, 0)
     train, val = (s.images.flatten(1).double() / 255 for s in (dataset.train, dataset.val))
     fitted = LogisticRegression().fit(train[:500], dataset.train.labels[:500])

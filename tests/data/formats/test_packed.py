@@ -44,9 +44,9 @@ def test_crops_are_those_of_the_encoded_images(source, tmp_path):
         return torch.cat([batch.images for batch in found])
 
     encoded, squares = crops(source), crops(tmp_path / "pack")
-    grey = 0.226 * 255  # a standard deviation
-    assert (encoded - squares).abs().mean() * grey < 1.5
-    assert (encoded - crops(tmp_path / "pack", seed=1)).abs().mean() * grey > 20
+    gray = 0.226 * 255  # a standard deviation
+    assert (encoded - squares).abs().mean() * gray < 1.5
+    assert (encoded - crops(tmp_path / "pack", seed=1)).abs().mean() * gray > 20
 
 
 def test_held_out_images_stay_held_out(source, tmp_path):

@@ -74,7 +74,9 @@ def test_a_gpu_decodes_where_torchcodec_can(folder, monkeypatch):
     monkeypatch.setattr(rates, "decode_jpeg", without)
     assert decoders(records, GPU) == ("cpu",)
     asked = dataclasses.replace(config, data=dataclasses.replace(config.data, decode="gpu"))
-    with pytest.raises(UserError, match=r"got a torchcodec without nvJPEG; give --data\.decode cpu"):
+    with pytest.raises(
+        UserError, match=r"got a torchcodec without nvJPEG; give --data\.decode cpu"
+    ):
         choose_decoder(records, asked, 0, GPU)
     monkeypatch.setattr(rates, "decode_jpeg", lambda contents, mode, device: [])
     assert decoders(records, GPU) == ("cpu", "gpu")
