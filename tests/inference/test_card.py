@@ -148,9 +148,9 @@ def test_imagenet_has_names_and_terms(make):
     assert "ImageNet-1K" in section(text, "Data")
     assert "\n   0  n01440764  tench, Tinca tinca\n" in text
     assert "\n 999  n15075141  toilet tissue, toilet paper, bathroom tissue\n" in text
-    assert "terms of access" in section(text, "Licence")
+    assert "terms of access" in section(text, "License")
     some = card(make("imagenette", wnids()[:10]), "anna/x")
-    assert "terms of access" in section(some, "Licence")
+    assert "terms of access" in section(some, "License")
     assert front(some)["datasets"] == ["frgfm/imagenette"]
     assert "terms of access" not in card(make(classes=(*wnids(), "dark")), "anna/x")
 
@@ -201,4 +201,16 @@ def test_limits_name_every_size_trained_at(make):
 def test_without_a_license_none_is_claimed(make):
     text = card(make(), "anna/x")
     assert "license" not in front(text)
-    assert section(text, "Licence").startswith("None is stated")
+    assert section(text, "License").startswith("None is stated")
+
+
+def test_a_converted_model_names_its_source_and_license(make):
+    found = make("digits")
+    description = replace(found.description, source="timm:vit_x.y", license="cc-by-nc-4.0")
+    text = card(weights.Weights(found.model, description, found.path), "anna/x")
+    assert front(text)["base_model"] == "timm/vit_x.y"
+    assert front(text)["license"] == "cc-by-nc-4.0"
+    assert "converted by vitral" in section(text, "License")
+    assert front(card(found, "anna/x", "MIT"))["license"] == "mit"
+    tuned = card(make(train=TrainConfig(init="timm:vit_x.y")), "anna/x")
+    assert front(tuned)["base_model"] == "timm/vit_x.y"

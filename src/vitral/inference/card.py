@@ -75,6 +75,7 @@ def push(weights: Weights, name: str, *, private: bool = False, license: str | N
 def card(weights: Weights, name: str, license: str | None = None) -> str:
     """The README.md of weights that are called owner/name: Markdown behind YAML front matter."""
     hub.client()  # raises an error if the package is missing
+    license = license or weights.description.license or None
     description = _without_places(weights.description)
     source = _source(description)
     parts = [
@@ -141,7 +142,7 @@ def _card_data(
     from huggingface_hub import EvalResult, ModelCardData
 
     init, scores = description.config.train.init or "", _scores(description, description.default)
-    base = init.removeprefix(hub.PREFIX).partition("@")[0] if init.startswith(hub.PREFIX) else None
+    base = _on_the_hub(description.source or init)
     names = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
     results = [
         EvalResult(
@@ -168,6 +169,13 @@ def _card_data(
         model_name=name.split("/")[1],
         eval_results=results or None,
     )
+
+
+def _on_the_hub(name: str) -> str | None:
+    """The repository of hf-hub:owner/name or timm:NAME; None for a local path."""
+    if name.startswith(hub.PREFIX):
+        return name.removeprefix(hub.PREFIX).partition("@")[0]
+    return f"timm/{name.removeprefix('timm:')}" if name.startswith("timm:") else None
 
 
 def _what(weights: Weights) -> str:
@@ -314,7 +322,9 @@ def _terms(description: Description, license: str | None) -> str:
             "\n\nThe classes are ImageNet's. Its terms of access allow the images for research and "
             "education without commerce alone; what follows for weights is for their user to judge."
         )
-    return f"""## Licence
+    if description.source:
+        stated += f"\n\nThe weights are those of `{description.source}`, converted by vitral."
+    return f"""## License
 
 {stated}
 
