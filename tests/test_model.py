@@ -565,7 +565,7 @@ def test_own_kernels_run_when_asked_for_alone(kind, runs, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_compiles_once_and_whole(rope, checkpointing):
     """Without a graph break; and the steps after the first compile nothing."""
     changes = {"num_registers": 1, "qk_norm": True, "layer_scale": 0.1, "pooling": "mean"}

@@ -293,6 +293,21 @@ GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         header(x={"dtype": "F32"}),
         header(x=[1]),
     ],
+    ids=[
+        "cut short",
+        "endless header",
+        "unknown dtype",
+        "larger shape",
+        "negative shape",
+        "negative sides",
+        "no shape",
+        "gap",
+        "too long",
+        "huge",
+        "overlap",
+        "incomplete",
+        "no object",
+    ],
 )
 def test_what_is_no_safetensors_file_is_corrupt_whatever_the_manifest_says(written, data):
     put_listed(written, "model.safetensors", data)

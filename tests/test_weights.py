@@ -220,6 +220,7 @@ def test_descriptions_of_other_versions_are_refused(saved, change, said):
             r"head.bias: expected float32 \(3,\) by config.json, got float16 \(3,\)",
         ),
     ],
+    ids=["missing", "unknown", "other shape", "other dtype"],
 )
 def test_tensors_of_another_model_are_refused(tmp_path, change, said):
     tensors = state()

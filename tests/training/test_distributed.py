@@ -215,6 +215,7 @@ def test_resumed_on_other_numbers_of_processes(pictures, tmp_path, reproduced, r
         assert digests(out) == reproduced[0]
 
 
+@pytest.mark.slow
 def test_resumed_with_the_model_spread_and_whole_again(pictures, tmp_path, alone):
     """DDP -> FSDP -> one process: as an undisturbed run, to rounding."""
     out = tmp_path / "run"
@@ -285,6 +286,7 @@ def test_killed_process_ends_the_others(pictures, tmp_path, pair, rank, workers)
     assert digests(run(command, 2)) == pair
 
 
+@pytest.mark.slow
 def test_size_of_images_changes_across_a_kill(pictures, tmp_path):
     """Half of the steps with small images; killed just before the change, in one and in two."""
     progressive = {"train__progressive": "8 .5 16 .5", **REPRODUCIBLE}

@@ -63,6 +63,7 @@ def test_the_model_runs_what_was_chosen(model, fused, monkeypatch):
     assert all(block.ffn.fused is fused for block in model.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
 def test_every_size_is_compiled(monkeypatch):
     """Sides of images or sizes of micro-batches, eleven of them."""

@@ -146,6 +146,7 @@ def file(tmp_path):
     return tmp_path / "model.safetensors", source
 
 
+@pytest.mark.slow
 def test_import_save_load_and_export(file, tmp_path, capsys):
     path, source = file
     place = tmp_path / "made"
