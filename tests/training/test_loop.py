@@ -72,7 +72,15 @@ def test_a_run_equals_a_plain_loop(run):
             average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
         expected = {"loss": loss.item(), "grad_norm": norm.item(), "lr": 3e-3 * share}
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    val_set = open_dataset(config.data, 8, config.train.seed).val
+    images = (val_set.images / 255 - 0.5) / 0.5
+    labels = torch.from_numpy(np.asarray(val_set.labels))
     for kind, tensors in (("model", dict(model.named_parameters())), ("ema", average)):
+        logits = torch.func.functional_call(model.eval(), tensors, images)
+        name = "val" if kind == "model" else kind
+        assert rows[-1][f"{name}_loss"] == pytest.approx(
+            F.cross_entropy(logits, labels).item(), rel=1e-4
+        )
         found = storage.read_tensors(run.last, kind)
         assert found.keys() == tensors.keys()
         for name, value in tensors.items():

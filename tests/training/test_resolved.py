@@ -111,9 +111,11 @@ def test_a_resumed_run_keeps_its_choices():
 
 
 @pytest.mark.usefixtures("_compiles")
-def test_another_number_of_processes_takes_another_share_of_the_batch():
-    now = again(WAS, ["--train.batch-size", "16", "--train.threads", "1"], processes=4)
-    assert now == dataclasses.replace(WAS, processes=4, micro_batch=4, threads=1)
+@pytest.mark.parametrize("fused", [True, False])
+def test_another_number_of_processes_takes_another_share_of_the_batch(fused):
+    was = dataclasses.replace(WAS, fused=fused)
+    now = again(was, ["--train.batch-size", "16", "--train.threads", "1"], processes=4)
+    assert now == dataclasses.replace(was, processes=4, micro_batch=4, threads=1)
 
 
 @pytest.mark.usefixtures("_compiles")
