@@ -75,6 +75,20 @@ def test_outputs_and_features_are_timms(name):
     assert relative(own, features) <= 1e-5
 
 
+DYNAMIC = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "eva02_tiny_patch14_224",
+           "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_models_for_any_image_size_are_compared_at_several(name, monkeypatch):
+    """As `create` makes them; with rotary positions at the native size only."""
+    monkeypatch.setitem(TWINS, name, {**TWINS[name], "dynamic_img_size": True})
+    source, shapes = twin(name), set()
+    source.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape[2:])))
+    assert public.convert(source).error <= 1e-5
+    assert len(shapes) == (1 if getattr(source, "rope", None) is not None else 3)
+
+
 EXACT = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "aimv2_large_patch14_224"]
 
 
@@ -94,8 +108,7 @@ def _state(source):
 
     blocks = [Block(i, block) for i, block in enumerate(source.blocks)]
     config = read_config(source, blocks)
-    found = convert_state(source, blocks, config)
-    return [(name, value) for name, value in found if name != "folded"]
+    return convert_state(source, blocks, config)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from vitral.model import count_flops
 from vitral.rundir import CONFIG, CURVES, RunDir
 from vitral.storage import MANIFEST
 from vitral.weights import Description, Weights, save
+from vitral.weights.public import PREFIX
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -175,7 +176,9 @@ def _on_the_hub(name: str) -> str | None:
     """The repository of hf-hub:owner/name or timm:NAME; None for a local path."""
     if name.startswith(hub.PREFIX):
         return name.removeprefix(hub.PREFIX).partition("@")[0]
-    return f"timm/{name.removeprefix('timm:')}" if name.startswith("timm:") else None
+    if name.startswith(PREFIX):
+        return f"timm/{name.removeprefix(PREFIX)}"
+    return None
 
 
 def _what(weights: Weights) -> str:

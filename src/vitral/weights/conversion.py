@@ -186,8 +186,10 @@ def _read_rope(source: Any) -> dict[str, Any]:
     }
 
 
-def convert_state(source: Any, blocks: list[Block], config: ViTConfig) -> Iterator[tuple[str, Any]]:
-    """Names and values of vitral's state, and under "folded" numbers of LayerScale channels."""
+def convert_state(
+    source: Any, blocks: list[Block], config: ViTConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of vitral's state, in float64."""
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     final = read_norm("norm", _final_norm(source))
     if len({(norm.eps, norm.centered) for norm in (*norms, final)}) > 1:
@@ -207,7 +209,18 @@ def convert_state(source: Any, blocks: list[Block], config: ViTConfig) -> Iterat
         yield "rope.mixed", torch.stack([fx, fy], dim=1)
     for i, block in enumerate(blocks):
         for name, value in _block(block, config, final, order):
-            yield (name if name == "folded" else f"blocks.{i}.{name}"), value
+            yield f"blocks.{i}.{name}", value
+
+
+def num_folded(blocks: list[Block]) -> int:
+    """The number of LayerScale channels that are folded into the weights."""
+    scales = [(scale, block.norm1) for block in blocks for scale in block.scales]
+    return sum(int(_is_folded(scale, norm).sum()) for scale, norm in scales if scale is not None)
+
+
+def _is_folded(scale: Tensor, norm: Norm) -> Tensor:
+    """Which channels of a LayerScale are too small to divide by, (D,)."""
+    return (scale.abs() < SMALLEST_SCALE) & norm.centered
 
 
 def _embedding(source: Any, config: ViTConfig, norm: Norm) -> Iterator[tuple[str, Tensor]]:
@@ -248,7 +261,7 @@ def _embedding(source: Any, config: ViTConfig, norm: Norm) -> Iterator[tuple[str
 
 def _block(
     block: Block, config: ViTConfig, norm: Norm, order: Tensor | None
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[str, Tensor]]:
     yield "attention_norm.scale", block.norm1.scale
     yield "ffn_norm.scale", block.norm2.scale
     weights, biases = block.qkv()
@@ -292,10 +305,8 @@ def _block(
         both = torch.cat([weight, bias[:, None]], dim=1)
         if config.layer_scale:
             scale = weight.new_ones(len(weight)) if scale is None else scale
-            small = (scale.abs() < SMALLEST_SCALE) & norm.centered
-            kept = torch.where(small, 1.0, scale)
+            kept = torch.where(_is_folded(scale, norm), 1.0, scale)
             yield f"{branch}_residual.scale", kept
-            yield "folded", int(small.sum())
             # Without centering the scale commutes with what is done to the weights.
             both = writes(both * scale[:, None]) / kept[:, None] if norm.centered else writes(both)
         else:

@@ -19,7 +19,7 @@ from vitral.data.imagenet import wnids
 from vitral.errors import UserError, did_you_mean, printable
 from vitral.machine import cache_dir
 from vitral.model import ViT
-from vitral.weights.conversion import Block, convert_state, read_config
+from vitral.weights.conversion import Block, convert_state, num_folded, read_config
 from vitral.weights.description import Description
 
 PREFIX = "timm:"
@@ -99,7 +99,10 @@ def create(name: str, file: str | None = None) -> Any:
             f"{PREFIX}{name}: expected a plain Vision Transformer, which timm has in "
             f"{', '.join(FAMILIES)}; this is another kind of model"
         )
-    changes: dict[str, Any] = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+    # So that `convert` can compare the two models at several image sizes.
+    changes: dict[str, Any] = {"dynamic_img_size": True}
+    if file:
+        changes["pretrained_cfg_overlay"] = {"file": file}
     if file and not _has_head(file):
         changes["num_classes"] = 0
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
@@ -137,24 +140,17 @@ def convert(public: Any) -> Imported:
     kind = type(public).__name__
     if kind not in ("VisionTransformer", "Eva"):
         raise UserError(f"model: expected a plain Vision Transformer, got timm's {kind}")
-    source = public
-    blocks = [Block(i, block) for i, block in enumerate(source.blocks)]
-    config = read_config(source, blocks)
-    folded, state = 0, {}
-    for name, value in convert_state(source, blocks, config):
-        if name == "folded":
-            folded += int(value)
-        else:
-            state[name] = value
-    model = ViT(config, source.num_classes)
-    _load(model, state)
+    blocks = [Block(i, block) for i, block in enumerate(public.blocks)]
+    config = read_config(public, blocks)
+    model = ViT(config, public.num_classes)
+    _load(model, dict(convert_state(public, blocks, config)))
     error = difference(model.eval(), public)
     if not error <= TOLERANCE:
         raise UserError(
             f"model: expected the outputs of timm's {kind} to {TOLERANCE:g} of their rms, got a "
             f"difference of {error:.2g}; this variant is not supported"
         )
-    return Imported(model, error, folded)
+    return Imported(model, error, num_folded(blocks))
 
 
 @torch.no_grad()
