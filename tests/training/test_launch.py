@@ -25,8 +25,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.fixture
-def launched(monkeypatch):
+def launched(monkeypatch, tmp_path):
     """Replaces torchrun: what it is asked for, and `error` for it to raise."""
+    monkeypatch.chdir(tmp_path)  # where there is no earlier run in runs/digits
     asked = {"error": None}
 
     def elastic_launch(plan, program):

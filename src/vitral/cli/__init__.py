@@ -127,14 +127,14 @@ def _run(words: list[str]) -> int:
     name, words = _choose(words)
     if name is None:
         return 0
-    parser = parser_for(name)
+    parser, module = parser_for(name), _module(name)
     if {*HELP} & {*words}:
-        config = _config_for_help(parser, [word for word in words if word not in HELP])
-        parser = parser_for(name, config)
+        if "recipe" in getattr(module, "ARGUMENTS", {}):
+            config = _config_for_help(parser, [word for word in words if word not in HELP])
+            parser = parser_for(name, config)
         parser.usage = f"{parser.usage} [options]"
         parser.print_help()
         return 0
-    module = _module(name)
     for word, hint in getattr(module, "HINTS", {}).items():
         if word in words:
             raise UserError(f"{word}: {hint}")
@@ -147,7 +147,7 @@ def _config_for_help(parser: Parser, words: list[str]) -> Config:
     try:
         args = parser.parse(words)
         return load(args.recipe or default_recipe(given_settings(args)))
-    except (UserError, AttributeError):  # incomplete words, or a command without a recipe
+    except UserError:  # the words are incomplete
         return load("digits")
 
 

@@ -26,12 +26,14 @@ class Options:
     dry_run: bool = False
     """Print the settings, model size, number of steps and estimated time, and stop."""
 
+    def __post_init__(self) -> None:
+        if self.gpus is not None and self.gpus < 1:
+            raise UserError(f"gpus: expected 1 or more, got {self.gpus}")
+
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Trains; returns the exit code."""
     config = load_config(args)
-    if options.gpus is not None and options.gpus < 1:
-        raise UserError(f"gpus: expected 1 or more, got {options.gpus}")
     if options.dry_run:
         from vitral.bench.train import plan
         from vitral.training.distributed import check_processes

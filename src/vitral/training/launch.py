@@ -55,8 +55,7 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
 
 
 def _check(config: Config, processes: int) -> None:
-    if processes < 1:
-        raise UserError(f"gpus: expected 1 or more, got {processes}")
+    assert processes >= 1
     count = num_gpus()
     if config.train.device != "cpu" and processes > count:
         raise UserError(
