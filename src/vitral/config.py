@@ -224,7 +224,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What is drawn anew for every sample, as a pure function of (seed, epoch, index)."""
+    """What is drawn for each sample, as a pure function of (seed, epoch, index)."""
 
     crop: Literal["none", "resized", "padded"] = "resized"
     """Random resized crop; or the evaluation crop, as it is or shifted by up to crop_padding."""

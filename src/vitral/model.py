@@ -385,7 +385,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all weights anew, by the table at the top of this file."""
+        """Draws all weights, by the table at the top of this file."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 deviation = module.in_features**-0.5

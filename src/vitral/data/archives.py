@@ -64,8 +64,8 @@ def members(
 
 def _check_name(name: str, place: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
-        mend = "do not trust this archive, or pack it anew"
-        raise data_error(place, "names that stay inside the archive", name, mend)
+        fix = "do not trust this archive, or pack it again"
+        raise data_error(place, "names that stay inside the archive", name, fix)
     return name.removeprefix("./")
 
 

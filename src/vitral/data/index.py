@@ -82,7 +82,7 @@ def _load(place: Path) -> dict[str, np.ndarray] | None:
         with place.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in ("values", "wnids", "labels", *COLUMNS)}
     except Exception:
-        # Nearly anything is raised for a damaged zip, whose checksums tell; it is written anew.
+        # Nearly anything is raised for a damaged zip, whose checksums tell; it is written again.
         return None
 
 

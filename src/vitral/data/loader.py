@@ -128,7 +128,7 @@ def eval_batches(
         for index, reason in fetched.broken:
             raise UserError(
                 f"data: {describe(records, index)}: {reason}; "
-                "mend or remove it and start anew; `vitral data check` finds all"
+                "fix or remove it and start again; `vitral data check` finds all"
             )
         images = fetched.images.to(device, non_blocking=True)
         if len(images) < batch_size:

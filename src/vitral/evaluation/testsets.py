@@ -138,7 +138,7 @@ def find_suite(path: str | Path) -> Suite:
         sets = tuple(_open(kind, found[kind]) for kind in KINDS if kind in found and kind != REAL)
     except OSError as error:
         where = error.filename or root
-        raise data_error(where, "to read it", str(error.strerror), "mend or remove it") from error
+        raise data_error(where, "to read it", str(error.strerror), "fix or remove it") from error
     if not sets:
         expected = ", ".join(f"{kind.usual} ({kind.name})" for kind in KINDS)
         raise data_error(root, f"one or more of {expected}", "none", "give the folder they lie in")
@@ -155,18 +155,18 @@ def read_real(path: Path) -> list[list[int]]:
         UserError: the file holds something else.
     """
     count, most = len(validation_labels()), len(wnids()) - 1
-    expected, mend = f"a list of {count:,} lists of labels from 0 to {most}", "download it again"
+    expected, fix = f"a list of {count:,} lists of labels from 0 to {most}", "download it again"
     try:
         labels = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise data_error(path, expected, str(error), mend) from error
+        raise data_error(path, expected, str(error), fix) from error
     if not isinstance(labels, list) or len(labels) != count:
-        raise data_error(path, expected, "something else, or another number of them", mend)
+        raise data_error(path, expected, "something else, or another number of them", fix)
     for number, each in enumerate(labels, 1):
         if not isinstance(each, list) or any(
             type(label) is not int or not 0 <= label <= most for label in each
         ):
-            raise data_error(path, expected, f"{each} for image {number}", mend)
+            raise data_error(path, expected, f"{each} for image {number}", fix)
     return labels
 
 

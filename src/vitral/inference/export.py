@@ -153,7 +153,7 @@ def _write(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings, of which none is the user's to mend."""
+    """Without the exporters' warnings, which the user cannot act on."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

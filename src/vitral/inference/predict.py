@@ -175,7 +175,7 @@ def _images_in(name: str) -> list[str]:
         return [os.fsdecode(path) for path, _ in found]
     except OSError as error:
         where, got = error.filename or name, str(error.strerror)
-        raise data_error(where, "to read it", got, "mend it or leave it out") from error
+        raise data_error(where, "to read it", got, "fix it or leave it out") from error
 
 
 def predictions(

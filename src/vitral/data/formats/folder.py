@@ -92,20 +92,20 @@ def _refuse_unnamed_splits(root: Path) -> None:
         if len(inside) < 2 or inside != first or _holds_images(root / name):
             return
     got = f"{first_few(names)}, which hold the same folders {first_few(first)}"
-    mend = "if they are splits, rename them to train/ and val/; if classes, move them into train/"
-    raise data_error(root, "train/ and val/, or a folder for each class", got, mend)
+    fix = "if they are splits, rename them to train/ and val/; if classes, move them into train/"
+    raise data_error(root, "train/ and val/, or a folder for each class", got, fix)
 
 
 def _class_folders(base: Path, split: str) -> list[str]:
     """Names of the class folders, in order of their bytes."""
     names = sorted((entry.name for entry in _entries(base) if entry.is_dir()), key=os.fsencode)
-    mend = "make one folder a class"
+    fix = "make one folder a class"
     if len(names) == 1:
-        raise data_error(base, "two classes or more", f"{names[0]} alone", mend)
+        raise data_error(base, "two classes or more", f"{names[0]} alone", fix)
     if not names and _holds_images(base):
         if split.lower() in VALIDATION:
-            mend += f" as in train/, or remove {split}/ to have a part of train/ held out"
-        raise data_error(base, "a folder for each class", "images directly in it", mend)
+            fix += f" as in train/, or remove {split}/ to have a part of train/ held out"
+        raise data_error(base, "a folder for each class", "images directly in it", fix)
     return names
 
 

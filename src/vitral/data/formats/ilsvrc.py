@@ -75,8 +75,8 @@ def _class_tars(archive: Path, file: BinaryIO) -> list[tuple[str, str, tarfile.T
     others = [name for name, _ in found if not name.lower().endswith(".tar")]
     if others or len(found) < 2:
         got = first_few(others or [name for name, _ in found])
-        mend = "for shards, give their folder; else download it again"
-        raise data_error(archive, "a tar for each of two classes or more inside it", got, mend)
+        fix = "for shards, give their folder; else download it again"
+        raise data_error(archive, "a tar for each of two classes or more inside it", got, fix)
     classes = [(PurePosixPath(name).stem, name, tar) for name, tar in found]
     refuse_doubles(archive, (name for name, _, _ in classes))
     return classes

@@ -77,10 +77,10 @@ def _downloading(name: str, archive: str) -> Iterator[Path]:
             yield place
     except (OSError, RuntimeError, HTTPException) as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
-        mend = f"put {archive} into that folder, or point --data at an image folder"
+        fix = f"put {archive} into that folder, or point --data at an image folder"
         if Path(name).is_dir():
-            mend = f"for the folder of that name here give ./{name}"
-        raise data_error(name, f"it in {place}, or a network", got, mend) from error
+            fix = f"for the folder of that name here give ./{name}"
+        raise data_error(name, f"it in {place}, or a network", got, fix) from error
     finally:
         socket.setdefaulttimeout(patience)
 

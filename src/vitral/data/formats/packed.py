@@ -95,14 +95,14 @@ def read_index(root: Path) -> dict[str, Any]:
         UserError: the pack is not finished, altered, or of another version.
     """
     if not finished(root):
-        mend = "the `vitral data pack` command that began it goes on with it"
-        raise data_error(root, "a finished pack", "one that is not", mend)
+        fix = "the `vitral data pack` command that began it goes on with it"
+        raise data_error(root, "a finished pack", "one that is not", fix)
     try:
         index = storage.read_json(root / INDEX, "pack.json")
         version = index.get("version")
         if version != VERSION:
-            mend = "use the vitral that packed it, or pack anew"
-            raise data_error(root, f"a pack of version {VERSION}", f"version {version}", mend)
+            fix = "use the vitral that packed it, or pack it again"
+            raise data_error(root, f"a pack of version {VERSION}", f"version {version}", fix)
         storage.verify(root / INDEX)
     except storage.CorruptError as error:
         raise data_error(root, "the pack as it was written", str(error), "copy it again") from None
@@ -115,7 +115,7 @@ def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans
     expected = index["bytes"][split]
     if status.st_size != expected:
         got = f"{status.st_size:,}"
-        raise data_error(path, f"{expected:,} bytes", got, "copy the pack again, or pack anew")
+        raise data_error(path, f"{expected:,} bytes", got, "copy the pack again, or pack it again")
     table = {key: t.numpy() for key, t in storage.read_tensors(root / INDEX, split).items()}
     names, labels = table["names"].view(f"S{table['names'].shape[1]}")[:, 0], table["labels"]
     if index["jpeg"]:

@@ -122,8 +122,8 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        mend = "pip install 'vitral[parquet]'"
-        raise data_error(root, "pyarrow, to read Parquet", "none", mend) from None
+        fix = "pip install 'vitral[parquet]'"
+        raise data_error(root, "pyarrow, to read Parquet", "none", fix) from None
     splits: dict[str, list[Path]] = {}
     for path in _find(root):
         splits.setdefault(_split_of(path.relative_to(root)), []).append(path)
@@ -170,7 +170,7 @@ def _scan(files: Sequence[Path]) -> Split:
             raise data_error(path, expected, "others", "remove one or the other")
     values = np.concatenate([shard.labels for shard in shards])
     if not len(values):
-        raise data_error(files[0], "images", "no rows", "download it anew")
+        raise data_error(files[0], "images", "no rows", "download it again")
     classes, labels = first.classes, values
     if classes is None:
         found, labels = np.unique(values, return_inverse=True)
@@ -224,7 +224,7 @@ def _read(path: Path) -> _Shard:
             column = _label_column(path, schema)
             table = opened.read([column, "image.path"], use_threads=False).flatten()
     except (pa.ArrowException, OSError) as error:
-        raise data_error(path, "a Parquet file", _line(error), "download it anew") from error
+        raise data_error(path, "a Parquet file", _line(error), "download it again") from error
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     feature = described.get("info", {}).get("features", {}).get(column, {})
     classes = tuple(feature["names"]) if "names" in feature else None
@@ -266,8 +266,8 @@ def _labels(path: Path, column: Any, classes: tuple[str, ...] | None) -> NDArray
         most = len(classes) - 1 if classes else labels.max()
         wrong = labels[(labels < 0) | (labels > most)]
         if len(wrong):
-            mend = "if it is a test split without labels, which have -1, move it elsewhere"
-            raise data_error(path, f"labels from 0 to {most}", str(wrong[0]), mend)
+            fix = "if it is a test split without labels, which have -1, move it elsewhere"
+            raise data_error(path, f"labels from 0 to {most}", str(wrong[0]), fix)
     return labels
 
 

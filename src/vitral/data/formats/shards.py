@@ -117,8 +117,8 @@ def _class_names(found: Found, root: Path, lines: list[bytes]) -> dict[bytes, by
         names = {b"%d" % i if numbered else line: line for i, line in enumerate(lines)}
         strangers = [printable(value) for value in values if value not in names]
         if strangers:
-            mend = "list each class, in order of label from 0"
-            raise data_error(root / CLASSES, f"{len(lines)} labels", first_few(strangers), mend)
+            fix = "list each class, in order of label from 0"
+            raise data_error(root / CLASSES, f"{len(lines)} labels", first_few(strangers), fix)
         return names
     if not values[0].isdigit():
         return dict(zip(values, values, strict=True))

@@ -91,8 +91,8 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
         broken = unfinished.write(workers)
         if broken:
             got = f"{len(broken):,} that cannot: {'; '.join(broken[:10])}"
-            mend = "mend or replace them, and the same command packs what is missing"
-            raise data_error(config.path, "images that can be decoded", got, mend)
+            fix = "fix or replace them and repeat the command, which packs what is missing"
+            raise data_error(config.path, "images that can be decoded", got, fix)
         unfinished.read_back()
         unfinished.finish(index)
     (dst / PROGRESS).unlink()
@@ -125,8 +125,8 @@ def _begin(dst: Path, splits: Mapping[str, _Making]) -> None:
     amount, room = (f"{n / 1e9:,.3f} GB" for n in (need, free))
     print(f"{printable(dst)}: {images:,} images take about {amount}; the disk has {room}")
     if need > free:
-        mend = "make room, or try --jpeg or a smaller --size"
-        raise data_error(dst, f"{amount} of free disk", room, mend)
+        fix = "make room, or try --jpeg or a smaller --size"
+        raise data_error(dst, f"{amount} of free disk", room, fix)
     try:
         dst.mkdir(parents=True, exist_ok=True)
         (dst / PROGRESS).touch()
@@ -228,8 +228,8 @@ class _Unfinished:
             # flock would outlive a SIGKILL in forked workers; this lock dies with its process.
             fcntl.lockf(self.progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            got, mend = "another process that packs there", "wait for it"
-            raise data_error(self.dst, "no other process", got, mend) from None
+            got, fix = "another process that packs there", "wait for it"
+            raise data_error(self.dst, "no other process", got, fix) from None
         lines = self._whole_lines()
         if not lines:
             self._append(header)
@@ -321,8 +321,8 @@ class _Unfinished:
                 count += 1
         if count:
             got = f"{count:,} chunks of images that read otherwise"
-            mend = "check the disk; the same command packs them anew"
-            raise data_error(self.dst, "what was written", got, mend)
+            fix = "check the disk and repeat the command, which packs them again"
+            raise data_error(self.dst, "what was written", got, fix)
 
     def finish(self, index: Mapping[str, Any]) -> None:
         """Writes the index, which makes it a pack."""

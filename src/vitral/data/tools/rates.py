@@ -146,10 +146,10 @@ def verdict(waited: float, *, packed: bool) -> str:
     """Whether the input keeps up with the model, which waits for it this share of the time."""
     if waited <= FED:
         return f"input feeds the model (it waits {waited:.0%} of the time)"
-    mend = "" if packed else ", or pack the images with `vitral data pack`"
+    fix = "" if packed else ", or pack the images with `vitral data pack`"
     return (
         f"input starves the model by {1 / (1 - waited):.1f}x: it waits {waited:.0%} of the time; "
-        f"give more --data.workers where cores are idle{mend}"
+        f"give more --data.workers where cores are idle{fix}"
     )
 
 
