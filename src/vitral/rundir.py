@@ -36,6 +36,7 @@ class RunDir:
         self.log = self.path / "train.log"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / CHECKPOINTS
+        self.features = self.path / "features"
         self.weights = self.path / WEIGHTS
         self.best = self.weights / "best"
         self.last = self.weights / "last"

@@ -34,6 +34,8 @@ from vitral.training.distributed import (
     check_processes,
     joined,
 )
+from vitral.training.frozen import freeze, train_mode
+from vitral.training.head import HeadFit
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA
@@ -99,6 +101,7 @@ def prepare(
     if path is not None and not checkpoints.steps(run.checkpoints):
         new = ", ".join(weights.initialize(model, path)) or "none"
         notes.append(f"initialized from {path}; newly initialized parameters: {new}")
+    freeze(model, config.train.trainable)
     return notes, dataset, model
 
 
@@ -130,6 +133,9 @@ class Trainer:
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
             model.load_state_dict(checkpoint.tensors["model"])
+        self.head_fit = None
+        if checkpoint is None and (config.train.trainable == "head" or config.train.probe_first):
+            self.head_fit = HeadFit(model, config, dataset, self.resolved, self.workers, run, world)
         passes = InFixedOrder if config.train.reproducible else Averaged
         self.passes = passes(model, config.train, self.resolved, world)
         self.optimizer = parts.optimizer(model, config.optim)
@@ -137,7 +143,7 @@ class Trainer:
         self.counters, self.progress = Counters(device), Progress()
         self.state = State(
             config, dataset, self.resolved, parts.name,
-            self.optimizer, self.ema, self.counters, self.progress,
+            model, self.optimizer, self.ema, self.counters, self.progress,
         )  # fmt: skip
         if checkpoint is not None:
             self.state.restore(checkpoint)
@@ -145,8 +151,8 @@ class Trainer:
             config, dataset, model, self.passes, self.resolved, world, self.workers, device
         )
         sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
-        count = functools.partial(count_flops, config.model, len(dataset.classes))
-        self.flops = {side: count(side, training=True, build=parts.model) for side in sides}
+        flops = functools.partial(count_flops, config.model, len(dataset.classes), training=True)
+        self.flops = {side: flops(side, build=parts.model) for side in sides}
         # The row of a validation that has to be repeated is dropped from the log.
         step, evaluated = self.progress.step, self.progress.evaluated
         undone = step in self.plan.evaluations and evaluated != step
@@ -175,6 +181,8 @@ class Trainer:
         with Signals(self.world) as signals, profiling(profile, self.run.trace) as profiler:
             try:
                 self._check_images(signals)
+                if self.head_fit is not None:
+                    self._fit_head(self.head_fit, signals)
                 batches = self._batches()  # its workers start at once
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
@@ -183,10 +191,10 @@ class Trainer:
                         profiler.step()
                     self._log_if_due()
                     self._validate_if_due(signals)
-                    age = time.monotonic() - self.last_checkpoint
-                    late = self.world.main and age > 60 * self.config.train.checkpoint_minutes
+                    now, limit = time.monotonic(), 60 * self.config.train.checkpoint_minutes
+                    late = self.world.main and now - self.last_checkpoint > limit
                     if late:  # agreed on one step later, and not to be asked for twice
-                        self.last_checkpoint = time.monotonic()
+                        self.last_checkpoint = now
                     signal, late = self.agreement.exchange(signals.received or 0, late)
                     every = self.config.train.checkpoint_steps
                     if late or (every is not None and progress.step % every == 0):
@@ -198,9 +206,8 @@ class Trainer:
                 self.agreement.finish()
                 self._save_checkpoint()
                 self.world.gather(None)  # torchrun ends the others once one process has exited
-                self.console.message(
-                    f"stopped at step {progress.step}; repeat the command to resume"
-                )
+                text = f"stopped at step {progress.step}; repeat the command to resume"
+                self.console.message(text)
                 raise
         self._save_checkpoint()
         if self.outputs is not None:
@@ -214,10 +221,21 @@ class Trainer:
             self.log.close()
         self.console.close()
 
+    def _fit_head(self, head_fit: HeadFit, signals: Signals) -> None:
+        """Fits the head to frozen features; it is all that a run with trainable head does."""
+        loss, train = head_fit.run(signals, self.console, self.broken), self.config.train
+        if self.ema is not None:
+            self.ema.reset()
+        if train.trainable == "head":
+            # Without a backward pass, which takes two thirds of a step's FLOPs.
+            self.clock.count(train.epochs * len(self.records), min(self.flops.values()) / 3)
+            self.counters.add(*torch.tensor([loss, 0.0, 0.0]).to(self.device))
+            self.progress.step = self.plan.total
+
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the micro-batches of a global batch."""
         train, progress = self.config.train, self.progress
-        self.model.train()
+        train_mode(self.model, train.trainable)
         loss = torch.zeros((), device=self.device)
         done, share, side = 0, train.batch_size // self.world.size, 0
         while done < share:
@@ -370,12 +388,11 @@ class Trainer:
 
     def _announce(self) -> None:
         side, classes = self.config.model.image_size, len(self.dataset.classes)
+        flops = count_flops(self.config.model, classes, side, build=self.parts.model)
         facts = {
             "workers": self.workers,
-            "parameters": sum(p.numel() for p in self.optimizer.named.values()),
-            "flops_per_image": count_flops(
-                self.config.model, classes, side, training=False, build=self.parts.model
-            ),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "flops_per_image": flops,
             "training_flops_per_image": 3 * self.flops[side],
             "step": self.progress.step,
         }

@@ -120,6 +120,15 @@ class Console:
         else:
             self.message(f"step {step}/{self.total}  {text}  left {duration(seconds_left)}")
 
+    def status(self, text: str, done: float) -> None:
+        """Shows how far work before the first step is, `done` from 0 to 1."""
+        self.last = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(int(done * self.total) - self.bar.n)
+        else:
+            self.message(text)
+
     def close(self) -> None:
         """Ends the bar and the file."""
         if self.bar is not None:

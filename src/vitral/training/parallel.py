@@ -72,7 +72,7 @@ class InFixedOrder:
 
     def __init__(self, model: ViT, train: TrainConfig, resolved: Resolved, world: World) -> None:
         self.train, self.resolved, self.world = train, resolved, world
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.forward = compiled(model, resolved)
         self.shard = train.batch_size // SHARDS
         self.sums: list[tuple[int, list[Tensor]]] = []

@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType
 
-from vitral.training.distributed import World
+from vitral.training.distributed import Interrupted, World
 
 
 class Signals:
@@ -28,6 +28,11 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has arrived."""
+        if self.received is not None:
+            raise Interrupted(self.received)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         again = self.received is not None

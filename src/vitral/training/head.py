@@ -1,0 +1,120 @@
+"""Fitting the head of a run's model to the features of its frozen backbone."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+
+from vitral.config import Config
+from vitral.data.records import Dataset
+from vitral.errors import UserError
+from vitral.model import ViT
+from vitral.rundir import RunDir, duration
+from vitral.training.broken import BrokenImages
+from vitral.training.distributed import Interrupted, World, spread_like
+from vitral.training.frozen import FeaturePass, Features
+from vitral.training.metrics import Console
+from vitral.training.probe import Probe, fit
+from vitral.training.resolved import Resolved
+from vitral.training.signals import Signals
+
+
+@torch.no_grad()
+def set_head(model: ViT, probe: Probe) -> None:
+    """Gives a model, sharded or not, a fitted head."""
+    for name, value in (("head.weight", probe.weight), ("head.bias", probe.bias)):
+        own = model.get_parameter(name)
+        own.copy_(spread_like(value, own))
+
+
+class HeadFit:
+    """Computes features in all processes, and fits a head to them in the main one.
+
+    Args:
+        model: on its device, before its parameters are sharded.
+
+    Raises:
+        UserError: for another model than a ViT.
+    """
+
+    def __init__(
+        self,
+        model: ViT,
+        config: Config,
+        dataset: Dataset,
+        resolved: Resolved,
+        workers: int,
+        run: RunDir,
+        world: World,
+    ) -> None:
+        if not isinstance(model, ViT):
+            raise UserError("train.trainable: expected all for a model that is not a ViT")
+        sharded = world.size > 1 and config.train.parallel == "fsdp"
+        self.model, self.config, self.dataset, self.world = model, config, dataset, world
+        self.compute = FeaturePass(
+            copy.deepcopy(model) if sharded else model,
+            config,
+            resolved,
+            workers,
+            dataset.fingerprint,
+            run.features,
+        )
+
+    def run(self, signals: Signals, console: Console, broken: BrokenImages) -> float:
+        """Gives the model a fitted head in every process, and returns its training loss.
+
+        Raises:
+            Interrupted: a signal arrived in one of the processes.
+        """
+        features = self.features(signals, console)
+        broken.add(features.broken.items())
+        started, stop = time.monotonic(), None if self.world.size > 1 else signals.check
+        num_classes, seed = len(self.dataset.classes), self.config.train.seed
+        found = fit(features, num_classes, seed, stop) if self.world.main else None
+        head = self.world.from_main(found)
+        assert head is not None
+        console.message(
+            f"head fitted to {len(features.labels):,} vectors in "
+            f"{duration(time.monotonic() - started)}: L2 strength {head.strength:.3g}, "
+            f"held-out top-1 {head.held_out:.2%}"
+        )
+        set_head(self.model, head)
+        return head.loss
+
+    def features(self, signals: Signals, console: Console) -> Features:
+        """The features of the training images, in every process.
+
+        The first epoch is the evaluation crop; each later one has its own augmentation.
+        """
+        records, world, train = self.dataset.train, self.world, self.config.train
+        assert records is not None
+        views = train.epochs if train.trainable == "head" else 1
+        total, done, started = views * len(records), 0, time.monotonic()
+
+        def check(count: int) -> None:
+            nonlocal done
+            done += count * world.size
+            if console.due():
+                rate = done / (time.monotonic() - started)
+                left = duration(max(0, total - done) / rate)
+                console.status(
+                    f"features of {min(done, total):,}/{total:,} images  {rate:,.0f} img/s  "
+                    f"ETA {left}",
+                    done / total,
+                )
+            signals.check()
+
+        def compute() -> tuple[dict, int | None]:
+            try:
+                share = world.rank, world.size
+                return self.compute(records, "train", views, share, check), None
+            except Interrupted:
+                return {}, signals.received
+
+        parts = world.gather(world.together(compute))
+        if received := max(number or 0 for _, number in parts):
+            raise Interrupted(received)
+        found = {place: part for some, _ in parts for place, part in some.items()}
+        return Features.joined(found[place] for place in sorted(found))
