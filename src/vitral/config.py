@@ -298,6 +298,15 @@ class AugmentConfig:
         """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def off(self) -> bool:
+        """Whether training sees each image as evaluation does."""
+        strengths = (
+            self.flip, self.rotation, self.zoom, self.shear, self.shift, self.brightness,
+            self.contrast, self.saturation, self.hue, self.erasing, self.mixup, self.cutmix,
+        )  # fmt: skip
+        return self.crop == self.policy == "none" and not any(strengths)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:

@@ -12,10 +12,10 @@ from vitral import settings, storage, weights
 from vitral.cli import main
 from vitral.errors import UserError
 from vitral.rundir import RunDir, read_rows, read_run
-from vitral.training import frozen, probe, train
+from vitral.training import frozen, probe, tokens, train
 from vitral.training.folds import cross_validate
 
-from .processes import SPREAD, finish_alone, fork, options, run
+from .processes import SPREAD, digests, finish_alone, fork, options, run, signal_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -254,3 +254,39 @@ def test_weights_without_a_recipe_are_probed_on_a_cpu(pretrained):
     assert settings.default_recipe(given, gpu=False) == "probe"
     assert settings.default_recipe(given, gpu=True) == "finetune"
     assert settings.default_recipe({}, gpu=True) == "digits"
+
+
+CACHED = {
+    "train__trainable": 1,
+    "augment__crop": "none",
+    "augment__flip": 0.0,
+    "augment__brightness": 0.0,
+    "augment__contrast": 0.0,
+    "augment__saturation": 0.0,
+    "optim__warmup_epochs": 0,
+}
+
+
+def test_cached_activations_train_like_images(image_folder, pretrained, tmp_path, monkeypatch):
+    """The inputs of the last block are computed once, and the weights are the same to rounding."""
+    states = []
+    for name, limit in (("cached", tokens.LIMIT), ("images", 0)):
+        monkeypatch.setattr(tokens, "LIMIT", limit)
+        changes = CACHED | {"train__epochs": 2, "optim__lr": 1e-3}
+        train(head_config(image_folder, tmp_path / name, pretrained, "finetune", **changes))
+        assert (tmp_path / name / "train_batch.jpg").exists() == (name == "images")
+        states.append(weights.load(tmp_path / name, which="model").model.state_dict())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_cached_activations_resume_exactly(image_folder, pretrained, tmp_path):
+    changes = CACHED | {"train__epochs": 8, "train__log_every": 1, "train__checkpoint_steps": 3}
+    whole, cut = (
+        head_config(image_folder, tmp_path / name, pretrained, "finetune", **changes)
+        for name in ("whole", "cut")
+    )
+    assert finish_alone(whole) == 0
+    assert signal_at(cut, 7, signal.SIGKILL) == -signal.SIGKILL
+    assert finish_alone(cut) == 0
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")

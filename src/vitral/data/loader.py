@@ -88,7 +88,7 @@ def train_batches(
         images = augment.augment(fetched.images.to(device, non_blocking=True), plan)
         images = augment.finish(images, plan, config.data.mean, config.data.std)
         labels = fetched.labels.to(device, non_blocking=True)
-        targets = F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+        targets = smoothed(labels, num_classes, smoothing)
         if request.step < config.augment.mix_until * total_steps:
             mix = augment.draw_mix(config.augment, side, seed, request.step)
             if mix is not None:
@@ -97,6 +97,11 @@ def train_batches(
 
     fetched = fetch(records, config, requests(), workers, device, decoder)
     return _beside(fetched, prepare, device)
+
+
+def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Targets (B, classes) for labels (B,), with a fraction spread evenly over the classes."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def eval_batches(

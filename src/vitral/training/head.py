@@ -29,6 +29,35 @@ def set_head(model: ViT, probe: Probe) -> None:
         own.copy_(spread_like(value, own))
 
 
+class Watch:
+    """Shows how far a pass over images is, and stops it after a signal.
+
+    Args:
+        what: is computed.
+        total: images.
+        processes: that share them.
+    """
+
+    def __init__(
+        self, what: str, total: int, processes: int, signals: Signals, console: Console
+    ) -> None:
+        self.what, self.total, self.processes = what, total, processes
+        self.signals, self.console = signals, console
+        self.done, self.started = 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        """Notes that a process is through `count` more images. Raises Interrupted."""
+        self.done = min(self.total, self.done + count * self.processes)
+        if self.console.due():
+            rate = self.done / (time.monotonic() - self.started)
+            self.console.status(
+                f"{self.what} of {self.done:,}/{self.total:,} images  {rate:,.0f} img/s  "
+                f"ETA {duration((self.total - self.done) / rate)}",
+                self.done / self.total,
+            )
+        self.signals.check()
+
+
 class HeadFit:
     """Computes features in all processes, and fits a head to them in the main one.
 
@@ -91,20 +120,7 @@ class HeadFit:
         records, world, train = self.dataset.train, self.world, self.config.train
         assert records is not None
         views = train.epochs if train.trainable == "head" else 1
-        total, done, started = views * len(records), 0, time.monotonic()
-
-        def check(count: int) -> None:
-            nonlocal done
-            done += count * world.size
-            if console.due():
-                rate = done / (time.monotonic() - started)
-                left = duration(max(0, total - done) / rate)
-                console.status(
-                    f"features of {min(done, total):,}/{total:,} images  {rate:,.0f} img/s  "
-                    f"ETA {left}",
-                    done / total,
-                )
-            signals.check()
+        check = Watch("features", views * len(records), world.size, signals, console)
 
         def compute() -> tuple[dict, int | None]:
             try:

@@ -35,7 +35,7 @@ from vitral.training.distributed import (
     joined,
 )
 from vitral.training.frozen import freeze, train_mode
-from vitral.training.head import HeadFit
+from vitral.training.head import HeadFit, Watch
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA
@@ -43,9 +43,17 @@ from vitral.training.outputs import Outputs
 from vitral.training.parallel import Averaged, InFixedOrder
 from vitral.training.parts import Parts
 from vitral.training.plan import Plan
-from vitral.training.resolved import Resolved, build_model, prepare_device, resolve, resolve_again
+from vitral.training.resolved import (
+    Resolved,
+    build_model,
+    compiled,
+    prepare_device,
+    resolve,
+    resolve_again,
+)
 from vitral.training.resume import Progress, State
 from vitral.training.signals import Signals
+from vitral.training.tokens import TokenCache, TrainedBlocks, can_cache
 from vitral.training.validation import Validation
 
 PATIENCE = 10  # consecutive non-finite updates that stop a run
@@ -137,7 +145,9 @@ class Trainer:
         if checkpoint is None and (config.train.trainable == "head" or config.train.probe_first):
             self.head_fit = HeadFit(model, config, dataset, self.resolved, self.workers, run, world)
         passes = InFixedOrder if config.train.reproducible else Averaged
-        self.passes = passes(model, config.train, self.resolved, world)
+        self.cached = can_cache(config, len(self.records), world.size)
+        trained = TrainedBlocks(model, config) if self.cached else model
+        self.passes = passes(trained, config.train, self.resolved, world)
         self.optimizer = parts.optimizer(model, config.optim)
         self.ema = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
         self.counters, self.progress = Counters(device), Progress()
@@ -147,8 +157,9 @@ class Trainer:
         )  # fmt: skip
         if checkpoint is not None:
             self.state.restore(checkpoint)
+        forward = compiled(model, self.resolved) if self.cached else self.passes.forward
         self.validation = Validation(
-            config, dataset, model, self.passes, self.resolved, world, self.workers, device
+            config, dataset, model, forward, self.resolved, world, self.workers, device
         )
         sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
         flops = functools.partial(count_flops, config.model, len(dataset.classes), training=True)
@@ -183,7 +194,7 @@ class Trainer:
                 self._check_images(signals)
                 if self.head_fit is not None:
                     self._fit_head(self.head_fit, signals)
-                batches = self._batches()  # its workers start at once
+                batches = self._batches(signals)  # its workers start at once
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
                     self._step(batches)
@@ -237,16 +248,17 @@ class Trainer:
         train, progress = self.config.train, self.progress
         train_mode(self.model, train.trainable)
         loss = torch.zeros((), device=self.device)
-        done, share, side = 0, train.batch_size // self.world.size, 0
+        done, share = 0, train.batch_size // self.world.size
+        side = self.config.image_size_at(progress.step / self.plan.total)
         while done < share:
             batch = next(batches)
             assert batch.step == progress.step
             self.clock.waited += batch.waited
             self.broken.add(batch.broken)
-            if self.outputs is not None and progress.step == batch.first == 0:
+            if self.outputs is not None and progress.step == batch.first == self.cached == 0:
                 self.outputs.save_batch(batch.images[:32])
             torch.manual_seed(derive_seed("dropout", train.seed, progress.step, batch.first))
-            done, side = done + len(batch.images), batch.images.shape[-1]
+            done += len(batch.images)
             loss += self.passes.accumulate(batch, last=done == share)
         loss = self.passes.reduce(loss)
         norm, skipped = self.optimizer.step(self.plan.schedule.lr(progress.step), loss)
@@ -371,7 +383,14 @@ class Trainer:
         decoder, rates = world.from_main(found)
         return resolve(config, self.model, device, world, decoder), {**rates}
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, signals: Signals) -> Iterator[Batch]:
+        if self.cached:
+            steps = range(self.progress.step, self.plan.total)
+            check = Watch("activations", len(self.records), 1, signals, self.console)
+            what = self.model, self.config, self.records, self.resolved, self.workers
+            cache = TokenCache(*what, check)
+            self.broken.add(cache.broken.items())
+            return cache.batches(len(self.dataset.classes), steps)
         return train_batches(
             self.records,
             self.config,
