@@ -67,3 +67,13 @@ def test_the_main_process_of_several_speaks(rank, lines, capfd):
         signal.raise_signal(signal.SIGUSR1)
         assert signals.received == signal.SIGUSR1
     assert capfd.readouterr().err == "\nSIGTERM: writing a checkpoint\n" * lines
+
+
+def test_a_signal_is_recorded_without_stderr():
+    child = os.fork()
+    if not child:
+        os.close(2)
+        with Signals(World()) as signals:
+            signal.raise_signal(signal.SIGTERM)
+        os._exit(signals.received)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGTERM

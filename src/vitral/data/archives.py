@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,4 +83,5 @@ def refuse_doubles(place: Path | str, names: Iterable[str]) -> None:
 
 def progress(parts: Sequence[T]) -> Iterator[T]:
     """Goes over archives, with a bar on a terminal's stderr if that takes over two seconds."""
-    yield from tqdm(parts, "indexing", unit="tar", delay=2, disable=None, leave=False)
+    hidden = True if sys.stderr is None else None  # tqdm fails without stderr
+    yield from tqdm(parts, "indexing", unit="tar", delay=2, disable=hidden, leave=False)

@@ -33,6 +33,7 @@ from vitral.training.distributed import (
     World,
     check_processes,
     joined,
+    one_at_a_time,
 )
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
@@ -67,7 +68,7 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
     device = pick_device(config.train.device)
-    with joined(device.type == "cuda") as world, run:
+    with one_at_a_time(), joined(device.type == "cuda") as world, run:
         device = world.together(lambda: world.device(device))
         notes, dataset, model = world.together(lambda: prepare(config, run, world, parts))
         if len({*world.gather(dataset.fingerprint)}) > 1:

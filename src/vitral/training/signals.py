@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 from types import FrameType
 
 from vitral.training.distributed import World
@@ -13,6 +15,7 @@ class Signals:
     """Records SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends a lone process at once.
 
     Of several processes each may receive a signal twice, from the terminal and from torchrun.
+    Outside the main thread, where Python installs no handlers, nothing is recorded.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -22,7 +25,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self.received: int | None = None
-        self.before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        main = threading.current_thread() is threading.main_thread()
+        numbers = self.NUMBERS if main else ()
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,4 +44,6 @@ class Signals:
         if again or not self.world.main:
             return
         hint = "; send it again to stop at once" if lone else ""
-        os.write(2, f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n".encode())
+        text = f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n"
+        with contextlib.suppress(OSError):  # a process without stderr
+            os.write(2, text.encode())
