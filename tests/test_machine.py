@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_memory_is_the_peak_of_the_process(monkeypatch):
     assert machine.memory_gb("cpu") == pytest.approx(found / 1024, rel=0.05)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
     assert machine.memory_gb("cuda") == 3
+
+
+@pytest.mark.parametrize(
+    ("shell", "expected"),
+    [
+        (None, False),
+        (type("TerminalInteractiveShell", (), {})(), False),
+        (type("ZMQInteractiveShell", (), {})(), True),
+        (type("Shell", (type("ZMQInteractiveShell", (), {}),), {})(), True),  # Colab's
+    ],
+)
+def test_a_notebook_is_known_by_its_shell(monkeypatch, shell, expected):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert machine.in_notebook() is expected
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert not machine.in_notebook()
 
 
 def test_where_the_cache_and_the_downloads_are(monkeypatch, tmp_path):

@@ -92,6 +92,12 @@ def memory_gb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, by the class of IPython's shell."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return any(base.__name__ == "ZMQInteractiveShell" for base in type(get_shell()).__mro__)
+
+
 def cache_dir() -> Path:
     """The per-user cache directory: VITRAL_CACHE, or `vitral` in XDG_CACHE_HOME or ~/.cache."""
     own, shared = os.environ.get("VITRAL_CACHE"), os.environ.get("XDG_CACHE_HOME")

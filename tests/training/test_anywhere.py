@@ -4,10 +4,12 @@ Each run must equal `finished`, which a process of its own trained.
 """
 
 import asyncio
+import os
 import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import pytest
 
@@ -40,6 +42,18 @@ def config(image_folder, tmp_path):
     return make_config(image_folder, tmp_path / "run", data__workers=2)
 
 
+def display(result):
+    """The pictures that a notebook displays for a result, by type; None if there are none."""
+    if find_spec("IPython"):
+        from IPython.core.interactiveshell import InteractiveShell
+
+        shell = InteractiveShell()
+        shell.display_formatter.active_types = ["image/png"]
+        return shell.display_formatter.format(result)[0] or None
+    picture = result._repr_png_()
+    return {"image/png": picture} if picture else None
+
+
 def check(run, finished):
     assert digests(run) == digests(finished)
     assert RunDir(run).report.is_file()
@@ -49,6 +63,10 @@ def test_in_a_thread(config, finished):
     with ThreadPoolExecutor() as pool:
         run = pool.submit(train, config).result()
     check(run, finished)
+    assert os.fspath(run) == config.train.out
+    picture = (run / "curves.png").read_bytes()
+    assert display(run)["image/png"] == picture
+    assert display(run / "weights") is None
 
 
 def test_in_an_event_loop(config, finished):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,7 @@ from vitral.errors import UserError
 from vitral.evaluation import Scores
 from vitral.machine import pick_device
 from vitral.model import ViT, count_flops
-from vitral.rundir import RunDir
+from vitral.rundir import RunDir, RunPath
 from vitral.training import checkpoint as checkpoints
 from vitral.training import resume
 from vitral.training.broken import BrokenImages
@@ -51,8 +50,8 @@ PATIENCE = 10  # consecutive non-finite updates that stop a run
 OWN = Parts()
 
 
-def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) -> Path:
-    """Trains a model, or resumes an existing run, and returns the run directory.
+def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) -> RunPath:
+    """Trains a model, or resumes an existing run, and returns the path of the run directory.
 
     Args:
         recipe: the name of a recipe, a YAML file, or settings with `train.out`.
@@ -85,7 +84,7 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
             trainer.fit()
         finally:
             trainer.close()
-    return run.path
+    return RunPath(run.path)
 
 
 def prepare(

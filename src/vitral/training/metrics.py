@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import replacing
 
@@ -60,10 +61,11 @@ class MetricsLog:
 
 
 class Console:
-    """What a person watches: a progress bar on a terminal, elsewhere a plain line now and then.
+    """What a person watches: a progress bar, or a plain line now and then.
 
-    Every message, and every plain line, goes to train.log as well. A quiet console is for a
-    process other than the main one. stdout may be None, or any object with `write` and `flush`.
+    The bar is for a terminal and for a notebook, which both rewrite a line in place. Every message,
+    and every plain line, goes to train.log as well. A quiet console is for a process other than the
+    main one. stdout may be None, or any object with `write` and `flush`.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
@@ -74,7 +76,8 @@ class Console:
         self.stream = self.file if quiet else sys.stdout
         self.total = total
         self.bar = None
-        if hasattr(self.stream, "isatty") and self.stream.isatty():
+        terminal = hasattr(self.stream, "isatty") and self.stream.isatty()
+        if terminal or (in_notebook() and not quiet):
             layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
             self.bar = tqdm(
                 total=total, initial=step, bar_format=layout, file=self.stream, dynamic_ncols=True

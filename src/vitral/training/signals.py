@@ -8,6 +8,7 @@ import signal
 import threading
 from types import FrameType
 
+from vitral.machine import in_notebook
 from vitral.training.distributed import World
 
 
@@ -15,7 +16,8 @@ class Signals:
     """Records SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends a lone process at once.
 
     Of several processes each may receive a signal twice, from the terminal and from torchrun.
-    Outside the main thread, where Python installs no handlers, nothing is recorded.
+    In a notebook the second one ends the cell. Outside the main thread, where Python installs no
+    handlers, nothing is recorded.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -39,6 +41,8 @@ class Signals:
         # torchrun forwards signals that a scheduler may have sent to its children already.
         lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
         if again and lone:
+            if in_notebook():
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.received = number
         if again or not self.world.main:
