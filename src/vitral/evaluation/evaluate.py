@@ -42,7 +42,7 @@ def evaluate(
         which: "model" or "ema"; None takes the one that the weights name.
         batch_size: images of a forward pass.
         workers: decoding processes; None takes the cores but one.
-        device: "cpu", "cuda", or "auto" for the GPU if there is one.
+        device: "cpu", "cuda", "mps", "xpu", or "auto" for a GPU if there is one.
 
     Raises:
         UserError: for weights or data that cannot be read, or a class that the weights do not know.

@@ -16,6 +16,7 @@ from vitral.data.fetch import Decoder
 from vitral.data.loader import Batch, train_batches
 from vitral.data.records import Packed, Pixels, Records
 from vitral.errors import UserError
+from vitral.machine import synchronize
 
 BATCH = 256  # images at most of a batch that is measured
 ENDLESS = 1 << 40  # steps, of which only the first few are taken
@@ -151,9 +152,3 @@ def verdict(waited: float, *, packed: bool) -> str:
         f"input starves the model by {1 / (1 - waited):.1f}x: it waits {waited:.0%} of the time; "
         f"give more --data.workers where cores are idle{fix}"
     )
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU to finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
