@@ -14,6 +14,7 @@ from torchcodec.decoders import decode_jpeg
 from vitral.config import Config
 from vitral.data.fetch import Decoder
 from vitral.data.loader import Batch, train_batches
+from vitral.data.objects import Objects
 from vitral.data.records import Packed, Pixels, Records
 from vitral.errors import UserError
 from vitral.machine import synchronize
@@ -37,7 +38,7 @@ def choose_decoder(
     asked, found = config.data.decode, decoders(records, device)
     if asked == "gpu" and "gpu" not in found:
         got = f"a {device.type} device"
-        if isinstance(records, Packed | Pixels):
+        if isinstance(records, Packed | Pixels | Objects):
             got = "images that are decoded already"
         elif device.type == "cuda":
             got = "a torchcodec without nvJPEG"
@@ -57,7 +58,7 @@ def choose_decoder(
 
 def decoders(records: Records, device: torch.device) -> tuple[Decoder, ...]:
     """Who can decode these records here; "cpu" stands for all that needs no decoding, too."""
-    if isinstance(records, Packed | Pixels) or device.type != "cuda":
+    if isinstance(records, Packed | Pixels | Objects) or device.type != "cuda":
         return ("cpu",)
     content = io.BytesIO()
     Image.new("RGB", (16, 16)).save(content, "JPEG")
