@@ -32,6 +32,7 @@ PRESETS: dict[str, Shape] = {
     "h": Shape(1280, 32, 16, 4),
 }
 
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Policy = Literal[
     "none",
     "autoaugment-imagenet",
@@ -361,8 +362,8 @@ class TrainConfig:
     batch_size: int = 1024
     """Images of one optimiser step, however they are cut into processes and micro-batches."""
     micro_batch: int | None = None
-    """Images of one forward pass; None takes the largest cut of the batch that fits a GPU, and on a
-    CPU 64."""
+    """Images of one forward pass; None takes the largest cut of the batch that fits a CUDA GPU, and
+    elsewhere 64."""
     progressive: tuple[tuple[int, float], ...] = ()
     """Image sizes in a row, each with its share of the steps; none: model.image_size throughout."""
     loss: Literal["ce", "bce"] = "ce"
@@ -380,12 +381,13 @@ class TrainConfig:
     norm and the last N blocks."""
     probe_first: bool = False
     """Fit the head to frozen features before the first step (Kumar et al. 2022)."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU if there is one."""
+    device: Device = "auto"
+    """Where to train; auto uses a GPU if there is one. mps (Apple) and xpu (Intel) train in
+    float32 with torch's own kernels, in one process, and are untested on hardware."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 autocast or float32; auto takes bf16 on a GPU that has it."""
+    """bf16 autocast or float32; auto takes bf16 on a CUDA GPU that has it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile the model; auto does so on a GPU, where there is a C compiler."""
+    """torch.compile the model; auto does so on a CUDA GPU, where there is a C compiler."""
     deterministic: bool = False
     """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
     reproducible: bool = False

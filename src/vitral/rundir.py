@@ -8,7 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import IO, Any
 
 import torch
@@ -23,6 +23,14 @@ Row = dict[str, float]
 PACKAGES = ("vitral", "torch", "torchvision", "torchcodec", "numpy", "safetensors")
 WEIGHTS, CHECKPOINTS = "weights", "checkpoints"
 CONFIG, CURVES, REPORT = "config.yaml", "curves.png", "report.html"
+
+
+class RunPath(PosixPath):
+    """The path of a run directory. A notebook displays it with the curves of the run."""
+
+    def _repr_png_(self) -> bytes | None:
+        curves = RunDir(self).curves
+        return curves.read_bytes() if curves.is_file() else None
 
 
 class RunDir:

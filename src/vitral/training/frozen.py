@@ -23,6 +23,7 @@ from vitral.data.records import Records
 from vitral.data.sampling import Integers
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError
+from vitral.machine import input_device
 from vitral.model import ViT
 from vitral.training.resolved import Resolved
 
@@ -104,7 +105,11 @@ class FeaturePass:
         directory: Path,
     ) -> None:
         self.config, self.resolved, self.workers = config, resolved, workers
-        self.directory, self.device = directory, model.device
+        self.directory, self.device, self.place = (
+            directory,
+            model.device,
+            input_device(model.device),
+        )
         self.engine = for_inference(model) if resolved.precision == "fp32" else model
         self.engine.eval()
         data = dataclasses.replace(config.data, path="digits", workers=None)
@@ -189,7 +194,7 @@ class FeaturePass:
             check(len(index))
 
     def _fetch(self, records: Records, view: int, chosen: list[Integers]) -> Iterator[Fetched]:
-        where = self.workers, self.device, self.resolved.decoder
+        where = self.workers, self.place, self.resolved.decoder
         if view == 0:
             return fetch_still(records, self.config, chosen, *where)
         side = self.config.model.image_size
@@ -199,13 +204,13 @@ class FeaturePass:
     def _pixels(self, fetched: Fetched, view: int) -> Tensor:
         """The images of a batch as the model sees them, (B, C, S, S)."""
         config, request, plan = self.config, fetched.request, None
-        images = fetched.images.to(self.device, non_blocking=True)
+        images = fetched.images.to(self.place, non_blocking=True)
         if view:
             plan = augment.draw_plan(
                 config.augment, request.side, config.train.seed, request.epochs, request.indices
             )
             images = augment.augment(images, plan)
-        return augment.finish(images, plan, config.data.mean, config.data.std)
+        return augment.finish(images, plan, config.data.mean, config.data.std).to(self.device)
 
 
 def read_features(directory: Path) -> Features:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +13,9 @@ from vitral import weights
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
+from vitral.data.formats.objects import Given, open_objects
 from vitral.data.loader import Batch, train_batches
+from vitral.data.objects import PATH, Objects, Source
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
 from vitral.data.tools.rates import choose_decoder, verdict
@@ -21,7 +23,7 @@ from vitral.errors import UserError
 from vitral.evaluation import Scores
 from vitral.machine import pick_device
 from vitral.model import ViT, count_flops
-from vitral.rundir import RunDir
+from vitral.rundir import RunDir, RunPath
 from vitral.training import checkpoint as checkpoints
 from vitral.training import resume
 from vitral.training.broken import BrokenImages
@@ -33,6 +35,7 @@ from vitral.training.distributed import (
     World,
     check_processes,
     joined,
+    one_at_a_time,
 )
 from vitral.training.frozen import freeze, train_mode
 from vitral.training.head import HeadFit, Watch
@@ -60,12 +63,27 @@ PATIENCE = 10  # consecutive non-finite updates that stop a run
 OWN = Parts()
 
 
-def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) -> Path:
-    """Trains a model, or resumes an existing run, and returns the run directory.
+def train(
+    recipe: str | Config = "digits",
+    *options: str,
+    dataset: Source | None = None,
+    val_dataset: Source | None = None,
+    classes: Sequence[str] | None = None,
+    fingerprint: str | None = None,
+    parts: Parts = OWN,
+) -> RunPath:
+    """Trains a model, or resumes an existing run, and returns the path of the run directory.
 
     Args:
         recipe: the name of a recipe, a YAML file, or settings with `train.out`.
         options: changes to a recipe, as on the command line.
+        dataset: a map-style dataset to train on instead of `data.path`. Its items are (image,
+            label), or a mapping with both: a PIL image, a uint8 tensor (C, H, W) or a uint8 array
+            (H, W, C), and an integer.
+        val_dataset: one to validate on; None holds out `data.val_fraction` of each class.
+        classes: names of the classes; None takes them from `dataset.classes` or its `features`.
+        fingerprint: identifies the images of both datasets, so that a run resumes on the same
+            ones; None reads and hashes every image before the run starts or resumes.
         parts: another model or optimizer than vitral's, for an experiment.
 
     Raises:
@@ -73,18 +91,24 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
         Interrupted: after a signal, once a checkpoint is written.
     """
     config = recipe if isinstance(recipe, Config) else weights.load_settings(recipe, options)
+    given = None
+    if dataset is not None:
+        given = Given(dataset, val_dataset, classes, fingerprint)
+        config = replace(config, data=replace(config.data, path=PATH))
+    elif val_dataset is not None or classes is not None or fingerprint is not None:
+        raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
     if config.train.out is None:
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
     device = pick_device(config.train.device)
-    with joined(device.type == "cuda") as world, run:
+    with one_at_a_time(), joined(device.type == "cuda") as world, run:
         device = world.together(lambda: world.device(device))
-        notes, dataset, model = world.together(lambda: prepare(config, run, world, parts))
-        if len({*world.gather(dataset.fingerprint)}) > 1:
+        notes, data, model = world.together(lambda: prepare(config, run, world, parts, given))
+        if len({*world.gather(data.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same for all processes")
         checkpoint, warnings = resume.open_run(run, world)
         trainer = world.together(
-            lambda: Trainer(config, dataset, model, device, run, checkpoint, world, parts)
+            lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
         )
         try:
             if world.main:
@@ -94,16 +118,19 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
             trainer.fit()
         finally:
             trainer.close()
-    return run.path
+    return RunPath(run.path)
 
 
 def prepare(
-    config: Config, run: RunDir, world: World, parts: Parts = OWN
+    config: Config, run: RunDir, world: World, parts: Parts = OWN, given: Given | None = None
 ) -> tuple[list[str], Dataset, ViT]:
     """Notes, data set and model of a run; finds errors before anything is written."""
     check_processes(config, world.size)
     changes = resume.check_settings(run, config) if world.main else []
-    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    if given is not None:
+        dataset = open_objects(given, config.data, config.train.seed)
+    else:
+        dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
@@ -307,7 +334,7 @@ class Trainer:
         self.num_rows += 1
         # The first row includes the start of the workers and compilation.
         if self.num_rows == 2 and not isinstance(self.records, Pixels):
-            packed = isinstance(self.records, Packed)
+            packed = isinstance(self.records, Packed | Objects)
             self.console.message(verdict(pace["data_wait"], packed=packed))
 
     def _stop_if_diverged(self, worst: float) -> None:

@@ -97,7 +97,9 @@ class State:
         progress.step, progress.evaluated = checkpoint.step, state["evaluated"]
         progress.saved = (progress.step, progress.evaluated)
         progress.best, progress.metrics = state["best"], state["metrics"]
-        self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+        self.counters.values.copy_(
+            torch.tensor(state["counters"], dtype=self.counters.values.dtype)
+        )
 
 
 def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:

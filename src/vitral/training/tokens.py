@@ -13,6 +13,7 @@ from vitral.data import augment
 from vitral.data.loader import Batch, fetch_still, smoothed
 from vitral.data.records import Records
 from vitral.data.sampling import Order
+from vitral.machine import input_device
 from vitral.model import ViT
 from vitral.training.resolved import Resolved
 
@@ -73,11 +74,11 @@ class TokenCache:
         size = resolved.micro_batch
         chosen = [everything[i : i + size] for i in range(0, len(records), size)]
         model.eval()
-        for fetched in fetch_still(
-            records, config, chosen, workers, model.device, resolved.decoder
-        ):
-            images = fetched.images.to(model.device, non_blocking=True)
+        place = input_device(model.device)
+        for fetched in fetch_still(records, config, chosen, workers, place, resolved.decoder):
+            images = fetched.images.to(place, non_blocking=True)
             images = augment.finish(images, None, config.data.mean, config.data.std)
+            images = images.to(model.device)
             with resolved.autocast():
                 tokens = model.encode(*model.embed(images), end=_num_frozen(config))
             parts.append(tokens.float().cpu())
