@@ -134,7 +134,7 @@ def prepare(
     model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
-        new = ", ".join(weights.initialize(model, path)) or "none"
+        new = ", ".join(parts.initialize(model, path)) or "none"
         notes.append(f"initialized from {path}; newly initialized parameters: {new}")
     freeze(model, config.train.trainable)
     return notes, dataset, model
