@@ -99,9 +99,20 @@ class HeadFit:
         """
         features = self.features(signals, console)
         broken.add(features.broken.items())
-        started, stop = time.monotonic(), None if self.world.size > 1 else signals.check
-        num_classes, seed = len(self.dataset.classes), self.config.train.seed
-        found = fit(features, num_classes, seed, stop) if self.world.main else None
+        started = time.monotonic()
+
+        def check() -> None:
+            if console.due():
+                console.status(f"fitting the head  {duration(time.monotonic() - started)}", 1.0)
+            if self.world.size == 1:
+                signals.check()
+
+        def fitted() -> Probe:
+            device = self.model.device if self.model.device.type == "cuda" else "cpu"
+            num_classes, seed = len(self.dataset.classes), self.config.train.seed
+            return fit(features, num_classes, seed, check, device)
+
+        found = fitted() if self.world.main else None
         head = self.world.from_main(found)
         assert head is not None
         console.message(

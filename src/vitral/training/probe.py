@@ -18,7 +18,8 @@ HELD_OUT = 0.1  # of the images of each class, to select the strength with
 PATIENCE = 3  # weaker penalties that are tried after the best
 ITERATIONS = 200
 TOLERANCE = 1e-5  # largest component of the gradient
-LOGITS = 1 << 24  # computed at a time
+LOGITS = 1 << 22  # computed at a time
+EXACT = 1 << 24  # logits up to which they are computed in float64; more take float32's half
 
 
 Check = Callable[[], None]
@@ -43,7 +44,13 @@ class Probe(NamedTuple):
         return (vectors @ self.weight.T + self.bias).argmax(1)
 
 
-def fit(features: Features, num_classes: int, seed: int, check: Check | None = None) -> Probe:
+def fit(
+    features: Features,
+    num_classes: int,
+    seed: int,
+    check: Check | None = None,
+    device: str | torch.device = "cpu",
+) -> Probe:
     """Fits a head to standardized features, with the L2 strength that held-out images favor.
 
     The strengths are tried from strong to weak, each fit starting from the one before. The views of
@@ -52,21 +59,25 @@ def fit(features: Features, num_classes: int, seed: int, check: Check | None = N
 
     Args:
         check: called before each evaluation of the loss; may raise to stop.
+        device: one with float64, where the loss is computed.
     """
-    mean, deviation = standardization(features.vectors)
+    vectors, labels = features.vectors.to(device), features.labels.to(device)
+    mean, deviation = standardization(vectors)
+    dtype = torch.float64 if len(labels) * num_classes <= EXACT else torch.float32
     images, first, inverse = np.unique(features.images, return_index=True, return_inverse=True)
     held = held_out(images, features.labels.numpy()[first], HELD_OUT, seed, "probe")
     fitted, scored = torch.from_numpy(~held[inverse]), torch.from_numpy(first[held])
 
     def problem(rows: Tensor) -> Problem:
-        vectors = (features.vectors[rows].double() - mean) / deviation
-        return Problem(vectors, features.labels[rows], num_classes, check)
+        chosen = rows.to(device)
+        standardized = (vectors[chosen].double() - mean) / deviation
+        return Problem(standardized.to(dtype), labels[chosen], num_classes, check)
 
     strength, accuracy, head = select(problem(fitted), problem(scored))
     head, loss = problem(torch.arange(len(features.labels))).minimize(head, strength)
     weight = head[:, :-1] / deviation
     bias = head[:, -1] - weight @ mean
-    return Probe(weight.float(), bias.float(), strength, accuracy, loss)
+    return Probe(weight.float().cpu(), bias.float().cpu(), strength, accuracy, loss)
 
 
 def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +88,8 @@ def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 def select(fitted: Problem, scored: Problem) -> tuple[float, float, Tensor]:
     """The strength whose fit scores best, its accuracy, and its head; ties take the lower loss."""
-    head = torch.zeros(fitted.num_classes, fitted.vectors.shape[1] + 1, dtype=torch.float64)
+    shape = fitted.num_classes, fitted.vectors.shape[1] + 1
+    head = fitted.vectors.new_zeros(shape, dtype=torch.float64)
     found: list[tuple[float, float, float, Tensor]] = []
     for strength in STRENGTHS:
         head, _ = fitted.minimize(head, strength)
@@ -97,7 +109,7 @@ class Problem:
     """Mean cross-entropy of a linear classifier, with an L2 penalty on its weights.
 
     Args:
-        vectors: (n, D), float64.
+        vectors: (n, D); logits are computed in their dtype and added in float64.
         labels: (n,).
         check: called before each evaluation.
     """
@@ -141,9 +153,10 @@ class Problem:
         if self.check is not None:
             self.check()
         total, gradient = head.new_zeros(()), torch.zeros_like(head)
+        weight, bias = head[:, :-1].to(self.vectors.dtype), head[:, -1].to(self.vectors.dtype)
         for x, y in zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True):
-            log_p = F.log_softmax(x @ head[:, :-1].T + head[:, -1], 1)
-            total -= log_p.gather(1, y[:, None]).sum()
+            log_p = F.log_softmax(F.linear(x, weight, bias), 1)
+            total -= log_p.gather(1, y[:, None]).sum(dtype=head.dtype)
             error = log_p.exp_()
             error[torch.arange(len(y)), y] -= 1
             gradient[:, :-1] += error.T @ x
@@ -152,6 +165,10 @@ class Problem:
 
     def score(self, head: Tensor) -> tuple[float, float]:
         """Accuracy and mean cross-entropy."""
-        logits = self.vectors @ head[:, :-1].T + head[:, -1]
-        accuracy = (logits.argmax(1) == self.labels).double().mean()
-        return accuracy.item(), F.cross_entropy(logits, self.labels).item()
+        head = head.to(self.vectors.dtype)
+        right, loss = 0, 0.0
+        for x, y in zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True):
+            logits = F.linear(x, head[:, :-1], head[:, -1])
+            right += int((logits.argmax(1) == y).sum())
+            loss += F.cross_entropy(logits, y, reduction="sum").item()
+        return right / len(self.labels), loss / len(self.labels)
