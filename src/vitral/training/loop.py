@@ -5,17 +5,15 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
 from vitral import weights
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
-from vitral.data.formats import open_dataset
-from vitral.data.formats.objects import Given, open_objects
+from vitral.data.formats.objects import Given, given_data, open_data
 from vitral.data.loader import Batch, train_batches
-from vitral.data.objects import PATH, Objects, Source
+from vitral.data.objects import Objects, Source
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
 from vitral.data.tools.rates import choose_decoder, verdict
@@ -91,12 +89,7 @@ def train(
         Interrupted: after a signal, once a checkpoint is written.
     """
     config = recipe if isinstance(recipe, Config) else weights.load_settings(recipe, options)
-    given = None
-    if dataset is not None:
-        given = Given(dataset, val_dataset, classes, fingerprint)
-        config = replace(config, data=replace(config.data, path=PATH))
-    elif val_dataset is not None or classes is not None or fingerprint is not None:
-        raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
+    config, given = given_data(config, dataset, val_dataset, classes, fingerprint)
     if config.train.out is None:
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
@@ -127,10 +120,7 @@ def prepare(
     """Notes, data set and model of a run; finds errors before anything is written."""
     check_processes(config, world.size)
     changes = resume.check_settings(run, config) if world.main else []
-    if given is not None:
-        dataset = open_objects(given, config.data, config.train.seed)
-    else:
-        dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    dataset = open_data(config, given)
     model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
