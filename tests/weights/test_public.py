@@ -89,6 +89,28 @@ def test_models_for_any_image_size_are_compared_at_several(name, monkeypatch):
     assert len(shapes) == (1 if getattr(source, "rope", None) is not None else 3)
 
 
+QUICK = {"vit_wee_patch16_reg1_gap_256", "vit_small_patch16_rope_mixed_ape_224",
+         "vit_base_patch32_clip_quickgelu_224"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in TWINS]
+)
+def test_onnx_files_compute_timms_outputs(name, tmp_path):
+    """`export` also compares the file with vitral's model at other image sizes."""
+    source = twin(name)
+    model = public.convert(source).model
+    classes = public.class_names(source.num_classes)
+    description = weights.describe(Config(model=model.config), classes, "", {})
+    weights.save(tmp_path / "weights", {"model": model.state_dict()}, description)
+    export(tmp_path / "weights", out=tmp_path / "model.onnx", images=0)
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+    images = torch.randn(2, 3, *source.patch_embed.img_size)
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        assert relative(torch.from_numpy(found), source(images)) <= 1e-4
+
+
 EXACT = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "aimv2_large_patch14_224"]
 
 
