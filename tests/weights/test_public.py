@@ -1,6 +1,7 @@
 """Public models against timm's own, randomly initialized: outputs, features and gradients."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -226,6 +227,30 @@ def test_errors_are_one_line_and_leave_nothing(file, tmp_path, capsys, monkeypat
     assert "cannot be loaded" in refused(*other)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     assert "pip install 'vitral[timm]'" in refused("timm:vit_tiny_patch16_224", place)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pth_files_are_read_without_running_them(file, tmp_path, capsys):
+    _, source = file
+    words = ["import", "timm:vit_tiny_patch16_224", str(tmp_path / "made"), "--file"]
+    torch.save({**source.state_dict(), "x": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
+    assert main([*words, str(tmp_path / "bad.pth")]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: timm:\S+: \S+bad.pth: expected tensors alone, got .+\n", error)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "made").exists()
+    torch.save(source.state_dict(), tmp_path / "good.pth")
+    assert main([*words, str(tmp_path / "good.pth")]) == 0
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative(vitral.load(tmp_path / "made").model(images), source(images)) <= 1e-5
 
 
 def test_a_public_name_is_converted_once_and_verified(file, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -114,15 +115,24 @@ def create(name: str, file: str | None = None) -> Any:
         with warnings.catch_warnings(action="ignore"):
             return timm.create_model(tagged, pretrained=True, **changes).eval()
     except Exception as error:  # of timm or the Hub's client, of whatever kind
-        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
-        fix = (
-            "give the weights of this model, with timm's or the original keys"
-            if file
-            else "without a network, download its model.safetensors from huggingface.co/timm "
-            f"elsewhere and give it to `vitral import {PREFIX}{name} DIR --file`"
+        raise _failure(name, file, error) from None
+
+
+def _failure(name: str, file: str | None, error: Exception) -> UserError:
+    if isinstance(error.__cause__, pickle.UnpicklingError):
+        return UserError(
+            f"{PREFIX}{name}: {file}: expected tensors alone, got a pickle with other objects, "
+            "which could run code; save the state dict by itself, best as safetensors"
         )
-        what = f"{file} cannot be loaded" if file else "cannot be downloaded"
-        raise UserError(f"{PREFIX}{name}: {what}: {reason}; {fix}") from None
+    reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+    fix = (
+        "give the weights of this model, with timm's or the original keys"
+        if file
+        else "without a network, download its model.safetensors from huggingface.co/timm "
+        f"elsewhere and give it to `vitral import {PREFIX}{name} DIR --file`"
+    )
+    what = f"{file} cannot be loaded" if file else "cannot be downloaded"
+    return UserError(f"{PREFIX}{name}: {what}: {reason}; {fix}")
 
 
 def _pinned(name: str, revision: str) -> dict[str, Any]:
