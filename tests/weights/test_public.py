@@ -14,6 +14,7 @@ import vitral
 from vitral import weights
 from vitral.cli import main
 from vitral.config import Config
+from vitral.data.imagenet import wnids
 from vitral.errors import UserError
 from vitral.inference.export import export
 from vitral.model import ViT
@@ -295,6 +296,36 @@ def _fields(config):
     import dataclasses
 
     return {**dataclasses.asdict(config), "rope_grid": config.grid}
+
+
+@pytest.mark.parametrize(
+    ("count", "position", "wnid"),
+    [
+        (1000, 0, "n01440764"),  # tench
+        (1000, 999, "n15075141"),  # toilet tissue
+        (11221, 11220, "n15102894"),  # knothole
+        (11821, 0, "n00005787"),  # benthos
+        (21841, 0, "n00004475"),  # organism
+        (21843, 2, "n00006024"),  # heterotroph
+    ],
+)
+def test_classes_of_imagenet_heads_are_wordnet_ids(count, position, wnid):
+    names = public.class_names(count)
+    assert len(set(names)) == count
+    assert names[position] == wnid
+    if count == 1000:
+        assert names == wnids()
+
+
+def test_an_imported_head_has_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(TWINS, "vit_tiny_patch16_224", {**SMALL, "num_classes": 11821})
+    public.write("x", twin("vit_tiny_patch16_224"), tmp_path / "made")
+    assert weights.load(tmp_path / "made").description.classes[-1] == "n15102894"
+
+
+def test_classes_of_other_heads_are_numbered():
+    assert public.class_names(2) == ("class 0", "class 1")
+    assert public.class_names(0) == ()
 
 
 def test_old_descriptions_have_no_source(tmp_path):

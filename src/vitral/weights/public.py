@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vitral import hub, storage
 from vitral.config import Config, DataConfig
-from vitral.data.imagenet import wnids
 from vitral.errors import UserError, did_you_mean, printable
 from vitral.machine import cache_dir
 from vitral.model import ViT
@@ -218,7 +217,9 @@ def read_data(known: Mapping[str, Any]) -> DataConfig:
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """Names of a head's classes: those of ImageNet-1K for 1,000."""
-    if num_classes == len(wnids()):
-        return wnids()
+    """WordNet ids of a head's classes for a number that timm knows, such as ImageNet-12K's."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if subset := infer_imagenet_subset({"num_classes": num_classes}):
+        return tuple(ImageNetInfo(subset).label_names())
     return tuple(f"class {i}" for i in range(num_classes))
