@@ -25,7 +25,7 @@ import ledger_pages
 import ledger_rows
 import torch
 from ledger_rows import Row, held_out, quoted, summarise
-from variants import PARTS
+from variants import find
 
 from vitral.config import Config, DataConfig
 from vitral.data.formats import open_dataset
@@ -34,7 +34,7 @@ from vitral.errors import UserError
 from vitral.model import forward_flops
 from vitral.rundir import Run, RunDir, read_run
 from vitral.storage import replacing
-from vitral.training import Interrupted, Parts
+from vitral.training import Interrupted
 from vitral.training.resume import check_settings
 from vitral.weights import load_settings
 
@@ -71,7 +71,7 @@ class Variant:
     words: str = ""
     """Settings, as on the command line."""
     parts: str = ""
-    """One of `variants.PARTS`; none: vitral's own."""
+    """By the name of `variants.find`; none: vitral's own."""
 
     def at(self, out: Path, seed: int) -> Path:
         """The run folder of a seed."""
@@ -245,7 +245,7 @@ def size(run: Planned) -> tuple[int, float]:
     config = run.config
     classes, _ = counted(config.data, config.model.image_size)
     with torch.device("meta"):
-        model = PARTS.get(run.variant.parts, Parts()).model(config.model, classes).eval()
+        model = find(run.variant.parts).model(config.model, classes).eval()
     parameters = sum(p.numel() for p in model.parameters())
     return parameters, forward_flops(model, config.model.image_size)
 

@@ -1,7 +1,7 @@
 """The control: timm's ViT of the same shape, given a recipe's budget in vitral's own loop.
 
     python benchmarks/peer_accuracy.py RECIPE OUT [--data PATH] [--seeds 0 1 2]
-        [--peers timm timm-own timm-rope timm-rope-own] [-- --section.key value ...]
+        [--peers timm timm-own timm-rope timm-rope-own folded] [-- --section.key value ...]
     python benchmarks/peer_accuracy.py RECIPE OUT --dry-run | --summary | --ledger
 
 Seed by seed, each contestant sees the same images in the same order and augmentation, in the same
@@ -22,6 +22,13 @@ above 0, drops each epoch's last images, computes in float32 or with float16, an
 by timm's own code. What the recipe says goes for all here: augmentation, loss, smoothing, moving
 average, how long it warms up, where its cosine ends. vitral may run kernels of its own.
 
+With `train.init`, the directory of a model imported from timm, it is fine-tuning that is compared:
+
+* `vitral`: the import.
+* `timm`: timm's model of that name, with its own weights, a new head of zeros, and timm's choice of
+  what decays. The file DIR.safetensors next to the directory DIR is loaded, else downloaded.
+* `folded`: the import, with LayerScale multiplied into the weights before it.
+
 What follows `--` goes to every run. Seed by seed over all contestants, so that what was cut off has
 whole rows; the same command goes on. After each run OUT/peer_accuracy.md and OUT/peer_accuracy.svg
 are written anew: top-1 at the last step, never of the best validation.
@@ -41,14 +48,15 @@ from ledger_rows import ROOT, Row, data_of, differences, flags
 from timm_models import NAMES, own_settings
 from variants import exit_code
 
-from vitral import settings
+from vitral import weights
 from vitral.bench.peers import has_timm
 from vitral.config import Config, flatten
 from vitral.errors import UserError
+from vitral.weights import public
 
-STUDY = "control"
 OURS = Variant("vitral", "vitral")
-PEERS = [name for peer in NAMES for name in (peer, f"{peer}-own")]
+TUNED = ["timm", "folded"]  # of imported weights
+PEERS = [*(name for peer in NAMES for name in (peer, f"{peer}-own")), "folded"]
 CONTESTANTS = [OURS, *(Variant(name, name, parts=name.removesuffix("-own")) for name in PEERS)]
 ABOUT = """\
 The same order, augmentation, images seen, batch, schedule, loss and evaluation for all.
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="a recipe's name, or a YAML file")
-    add("--peers", nargs="+", choices=PEERS, default=["timm", "timm-own"], metavar="PEER")
+    add("--peers", nargs="+", choices=PEERS, metavar="PEER", help="else the first two that fit")
     options, words = experiments.parse(parser, arguments, "docs/results/RECIPE-CONTESTANT.json")
     return exit_code("peer_accuracy", lambda: run(options, words, root))
 
@@ -75,14 +83,18 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
     """
     recipe, name = options.recipe, Path(options.recipe).stem
     if options.ledger:
-        experiments.write_ledger(name, rows(options, name), root)
+        found = rows(options, name)
+        tuned = found[OURS.name]["study"] == "finetune"
+        experiments.write_ledger("finetune" if tuned else name, found, root)
         return 0
     if options.summary:
         write_summary(options, name)
         return 0
-    config = settings.load(recipe, words)
-    refuse(config)
-    contestants = [OURS, *(peer(name, config) for name in dict.fromkeys(options.peers))]
+    config = weights.load_settings(recipe, words)
+    fitting = TUNED if config.train.init else PEERS[:-1]
+    peers = [*dict.fromkeys(options.peers or fitting[:2])]
+    refuse(config, peers, fitting)
+    contestants = [OURS, *(peer(name, config) for name in peers)]
     experiment = Experiment(options.out, recipe, tuple(words), curves=True)
     runs = [experiment.plan(found, seed) for seed in options.seeds for found in contestants]
     if options.dry_run:
@@ -93,8 +105,11 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
 
 
 def peer(name: str, config: Config) -> Variant:
-    """A model of timm's, by the recipe's optimiser settings or, as NAME-own, by its own."""
+    """A model of timm's, by the recipe's optimizer settings or, as NAME-own, by its own."""
     parts = name.removesuffix("-own")
+    if name == "timm" and config.train.init:
+        parts = weights.read_description(config.train.init)[1].source
+        return Variant(name, name, parts=parts)
     if name == parts:
         return Variant(name, name, parts=parts)
     optim = own_settings(config.optim, config.train.batch_size)
@@ -104,8 +119,8 @@ def peer(name: str, config: Config) -> Variant:
     return Variant(name, name, " ".join(words), parts)
 
 
-def refuse(config: Config) -> None:
-    """Raises UserError where timm's models cannot be trained, or not as vitral's is."""
+def refuse(config: Config, peers: Sequence[str], fitting: Sequence[str]) -> None:
+    """Raises UserError where the peers cannot be trained, or not as vitral's model is."""
     if not has_timm():
         raise UserError("timm: expected it installed, got none; pip install timm")
     if config.train.progressive:
@@ -113,10 +128,16 @@ def refuse(config: Config) -> None:
             "train.progressive: expected none, as timm's models take images of one size, got "
             f"{config.train.progressive}; give a recipe without"
         )
-    if config.train.init is not None:
+    init = config.train.init
+    if init and not weights.read_description(init)[1].source.startswith(public.PREFIX):
         raise UserError(
-            f"train.init: expected none, as timm's models take no weights of vitral's, got "
-            f"{config.train.init}; give a recipe without"
+            f"train.init: expected weights imported from timm, got {init}; make some by "
+            "`vitral import timm:NAME DIR`"
+        )
+    if others := [name for name in peers if name not in fitting]:
+        raise UserError(
+            f"peers: expected some of {', '.join(fitting)} {'with' if init else 'without'} "
+            f"train.init, got {others[0]}"
         )
 
 
@@ -124,14 +145,15 @@ def differing(runs: Sequence[Planned]) -> Iterator[str]:
     """A line for each contestant: in what it differs from vitral's run."""
     for run in {run.variant.name: run for run in runs}.values():
         if run.variant != OURS:
-            yield f"{run.variant.name} differs in {changes(run.config, runs[0].config)}"
+            yield differing_in(run.variant.name, run.config, runs[0].config)
 
 
-def changes(config: Config, ours: Config) -> str:
-    """What a peer differs in from vitral."""
+def differing_in(name: str, config: Config, ours: Config) -> str:
+    """In what a peer differs from vitral."""
     found = differences(config, ours).items()
     settings = (" ".join(flags(name, value)).removeprefix("--") for name, value in found)
-    return ", ".join(["the model", "what decays", *settings])
+    model = ["LayerScale"] if name == "folded" else ["the model", "what decays"]
+    return f"{name} differs in {', '.join([*model, *settings])}"
 
 
 def write_summary(options: argparse.Namespace, recipe: str) -> None:
@@ -148,7 +170,7 @@ def write_summary(options: argparse.Namespace, recipe: str) -> None:
     parts += ["![Top-1 at the last step](peer_accuracy.svg)\n"]
     finished = {variant.name: [*variant.finished(options.out).values()] for variant in CONTESTANTS}
     ours, *others = ((name, runs[0].config) for name, runs in finished.items() if runs)
-    parts += [f"`{name}` differs in {changes(config, ours[1])}.\n" for name, config in others]
+    parts += [f"{differing_in(name, config, ours[1])}.\n" for name, config in others]
     experiments.write(options.out / "peer_accuracy.md", "\n".join(parts))
 
 
@@ -158,7 +180,7 @@ def rows(options: argparse.Namespace, recipe: str) -> dict[str, Row]:
     Raises:
         UserError: as `write_summary` does.
     """
-    found = experiments.rows(CONTESTANTS, options, STUDY)
+    found = experiments.rows(CONTESTANTS, options, "control")
     if OURS.name not in found:
         raise UserError(f"{options.out}: expected a finished run of vitral, got none")
     known: dict[int, str] = {}
@@ -171,6 +193,8 @@ def rows(options: argparse.Namespace, recipe: str) -> dict[str, Row]:
                     "give another OUT"
                 )
     for name, row in found.items():
+        if "train.init" in row["config"]:
+            row["study"] = "finetune"
         row["title"] = f"`{recipe}`" if name == OURS.name else f"`{recipe}`, {name}"
     return found
 

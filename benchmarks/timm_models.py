@@ -7,6 +7,8 @@ which timm starts at 1e-5. From the recipe come width, depth, heads, patch, imag
 the feed-forward network, dropout, stochastic depth (by timm, a coin an image), and what the head
 reads: the class token, as timm has it, or the mean, an option of timm's without which a recipe that
 pools so would favour vitral.
+
+`pretrained` is another control: a public model as timm loads it, to fine-tune next to its import.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from typing import Any
 
 from torch import nn
 
+from vitral import weights
 from vitral.bench.peers import has_timm, timm_shape
 from vitral.config import OptimConfig, ViTConfig
 from vitral.errors import UserError
 from vitral.training import Parts
 from vitral.training.optim import Optimizer
+from vitral.weights import public
 
 NAMES = {"timm": "vit_small_patch16_224", "timm-rope": "vit_small_patch16_rope_224"}
 
@@ -42,30 +46,78 @@ def build(name: str, config: ViTConfig, num_classes: int) -> nn.Module:
     return model
 
 
-class TimmGroups(Optimizer):
-    """vitral's optimiser with timm's choice of what decays.
+def pretrained(source: str) -> Parts:
+    """timm's model `timm:NAME` with its own pretrained weights and a new head of zeros.
 
-    That is every weight of two or more dimensions, the convolution that embeds the patches among
-    them; not biases, norms, LayerScale, positions or the class token.
+    `train.init` names the directory that they are imported to. The file DIR.safetensors next to it,
+    if there is one, is loaded instead of downloading the weights.
+    """
+    name = source.removeprefix(public.PREFIX)
+
+    def model(config: ViTConfig, num_classes: int) -> nn.Module:
+        import timm
+
+        built: Any = timm.create_model(
+            name,
+            img_size=config.image_size,
+            dynamic_img_size=True,
+            num_classes=num_classes,
+            proj_drop_rate=config.dropout,
+            drop_path_rate=config.stochastic_depth,
+        )
+        built.set_grad_checkpointing(config.activation_checkpointing)
+        for parameter in built.head.parameters():
+            nn.init.zeros_(parameter)
+        return built
+
+    return Parts(name=source, model=model, optimizer=TimmGroups, initialize=_load_timm)
+
+
+def _load_timm(model: Any, path: str) -> list[str]:
+    """Loads what `path` was imported from, without a head of other classes, as vitral does."""
+    directory, description = weights.read_description(path)
+    file = directory.parent / f"{directory.name}.safetensors"
+    state = public.create(
+        description.source.removeprefix(public.PREFIX),
+        str(file) if file.exists() else None,
+        img_size=model.patch_embed.img_size,  # positions are resampled once, as in vitral
+        num_classes=model.num_classes,
+    ).state_dict()
+    other = len(description.classes) != model.num_classes
+    new = [name for name in state if other and name.startswith("head.")]
+    model.load_state_dict({n: v for n, v in state.items() if n not in new}, strict=False)
+    return new
+
+
+class TimmGroups(Optimizer):
+    """vitral's optimizer with timm's choice of what decays, and vitral's layer decay.
+
+    Every weight of two or more dimensions decays, the convolution that embeds the patches among
+    them; biases, norms, LayerScale, positions and tokens do not.
 
     Raises:
-        UserError: where the learning rate is to decay from layer to layer.
+        UserError: for layer decay of a model whose last norm is not called `norm`.
     """
 
     def __init__(self, model: Any, config: OptimConfig) -> None:
         from timm.optim import param_groups_weight_decay
 
-        if config.layer_decay != 1:
+        if config.layer_decay != 1 and isinstance(model.norm, nn.Identity):
             raise UserError(
-                f"optim.layer_decay: expected 1 where timm groups parameters, got "
-                f"{config.layer_decay:g}; leave it out"
+                f"optim.layer_decay: expected 1 for timm's models that norm the mean of the "
+                f"patches, got {config.layer_decay:g}; leave it out"
             )
         super().__init__(model, config)
+        by_factor: dict[float, set[nn.Parameter]] = {}
+        for group in self.adamw.param_groups:
+            by_factor.setdefault(group["lr_factor"], set()).update(group["params"])
         self.adamw.param_groups.clear()
         never = model.no_weight_decay()
         for group in param_groups_weight_decay(model, config.weight_decay, True, never):
-            members = [p for p in group["params"] if p not in self.muon.state]
-            self.adamw.add_param_group({**group, "params": members, "lr_factor": 1.0})
+            for factor, alike in by_factor.items():
+                if members := [p for p in group["params"] if p in alike]:
+                    own = {**group, "params": members, "lr_factor": factor}
+                    self.adamw.add_param_group(own)
 
 
 def own_settings(optim: OptimConfig, batch_size: int) -> OptimConfig:

@@ -9,6 +9,8 @@ log, and the same command goes on with a run that was cut off. VARIANT is one of
     no-positions        none at all
     layer-norm          LayerNorm instead of RMSNorm
     timm, timm-rope     timm's Vision Transformers instead of vitral's (timm_models.py)
+    folded              LayerScale of `train.init` multiplied into the weights before it
+    timm:NAME           timm's model of that name, of which `train.init` is the import
 
 All models but timm's cost as many FLOPs as vitral's and start from the same weights at the same
 seed.
@@ -16,6 +18,7 @@ seed.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import sys
 from collections.abc import Callable, Sequence
@@ -26,10 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitral import weights
 from vitral.config import ViTConfig
 from vitral.errors import UserError
 from vitral.model import PatchEmbedding, RoPE2D, ViT
 from vitral.training import Interrupted, Parts, train
+from vitral.weights import public
 
 
 class Unturned(RoPE2D):
@@ -110,15 +115,43 @@ def _centre(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (x - x.mean(-1, keepdim=True), *others)
 
 
+def without_layer_scale(config: ViTConfig, num_classes: int) -> ViT:
+    """vitral's ViT without LayerScale."""
+    return ViT(dataclasses.replace(config, layer_scale=0.0), num_classes)
+
+
+def fold(model: ViT, path: str) -> list[str]:
+    """`weights.initialize`, with LayerScale multiplied into the weights and biases before it."""
+    scaled = ViT(dataclasses.replace(model.config, layer_scale=1.0), model.num_classes)
+    new = weights.initialize(scaled, path)
+    state = scaled.state_dict()
+    for branch, layer in (("attention", "attention.projection"), ("ffn", "ffn.contract")):
+        for i in range(len(model.blocks)):
+            scale = state.pop(f"blocks.{i}.{branch}_residual.scale")
+            state[f"blocks.{i}.{layer}.weight"] *= scale[:, None]
+            if f"blocks.{i}.{layer}.bias" in state:
+                state[f"blocks.{i}.{layer}.bias"] *= scale
+    model.load_state_dict(state)
+    return new
+
+
 PARTS = {
     parts.name: parts
     for parts in (
         Parts(name="learned-positions", model=LearnedPositions),
         Parts(name="no-positions", model=WithoutPositions),
         Parts(name="layer-norm", model=WithLayerNorm),
+        Parts(name="folded", model=without_layer_scale, initialize=fold),
         *timm_models.PARTS,
     )
 }
+
+
+def find(name: str) -> Parts:
+    """The parts of that name; without a name, vitral's own. Raises KeyError if there are none."""
+    if name.startswith(public.PREFIX):
+        return timm_models.pretrained(name)
+    return PARTS[name] if name else Parts()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,10 +166,11 @@ def run(words: Sequence[str]) -> int:
         UserError: for a mistake in them.
     """
     name, recipe = (*words, "", "")[:2]
-    if name not in PARTS or not recipe or recipe.startswith("-"):
-        got = " ".join(words[:2]) or "nothing"
-        raise UserError(f"expected {', '.join(PARTS)}, and then a recipe, got {got}")
-    train(recipe, *words[2:], parts=PARTS[name])
+    known = name in PARTS or name.startswith(public.PREFIX)
+    if not known or not recipe or recipe.startswith("-"):
+        names, got = ", ".join([*PARTS, f"{public.PREFIX}NAME"]), " ".join(words[:2]) or "nothing"
+        raise UserError(f"expected {names}, and then a recipe, got {got}")
+    train(recipe, *words[2:], parts=find(name))
     return 0
 
 

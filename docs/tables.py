@@ -93,8 +93,7 @@ def _value(kind: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in args)
     if origin in (UnionType, typing.Union):
-        (kind,) = (arg for arg in args if arg is not type(None))
-        return _value(kind)
+        return " or ".join(_value(arg) for arg in args if arg is not type(None))
     if origin is tuple:
         if args[-1] is not Ellipsis:
             count = {2: "two", 3: "three"}[len(args)]

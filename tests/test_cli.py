@@ -87,6 +87,8 @@ def user_error(capsys, tmp_path):
         ("recipes digits -x", ["-x: no such option"]),
         ("train nothing.yaml", ["nothing.yaml", "No such file"]),
         ("train digits --train.device cuda", ["GPU"]),
+        ("train digits --train.device mps", ["expected an mps device that torch can use"]),
+        ("predict /no/weights a.jpg --device xpu", ["expected an xpu device that torch can use"]),
         ("val", ["WEIGHTS"]),
         ("val /no/weights", ["/no/weights", "no such directory"]),
         ("val /no/weights --batch-size 0", ["batch_size"]),
@@ -100,6 +102,8 @@ def user_error(capsys, tmp_path):
 def test_mistakes_are_one_line(words, fragments, user_error, tmp_path):
     if words == "train digits --train.device cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    if torch.backends.mps.is_available() and "mps" in words:
+        pytest.skip("there is an mps device")
     words = words.split()
     if words[0] == "train":
         words += ["--out", tmp_path / "out"]

@@ -56,7 +56,8 @@ def parse(words):
         if (args.recipe or "").endswith(".yaml"):
             args.recipe = "digits"  # a file that the reader has
         # Not load_config, which would look at the reader's weights.
-        settings.load(args.recipe or settings.default_recipe(given), given)
+        recipe = args.recipe or settings.default_recipe(given, gpu=False)
+        settings.load(recipe, given)
     if name == "recipes" and args.name is not None:
         settings.recipe_text(args.name)
     if name == "completion":

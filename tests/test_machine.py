@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,52 @@ def test_without_a_gpu_only_one_that_was_asked_for_is_an_error(gpu):
     assert [machine.pick_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
     with pytest.raises(UserError, match="device: expected a GPU that torch can use, got none; "):
         machine.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("available", "auto"),
+    [
+        (set(), "cpu"),
+        ({"cuda"}, "cuda"),
+        ({"mps"}, "mps"),
+        ({"xpu"}, "xpu"),
+        ({"mps", "cuda"}, "cuda"),
+        ({"xpu", "cuda"}, "cuda"),
+        ({"xpu", "mps"}, "xpu"),
+        ({"xpu", "mps", "cuda"}, "cuda"),
+    ],
+)
+def test_auto_takes_an_accelerator_and_a_name_takes_that_one(available, auto):
+    assert machine.select_device("auto", available) == auto
+    assert machine.select_device("cpu", available) == "cpu"
+    for name, what in (("cuda", "a GPU"), ("mps", "an mps device"), ("xpu", "an xpu device")):
+        if name in available:
+            assert machine.select_device(name, available) == name
+        else:
+            with pytest.raises(UserError, match=f"device: expected {what} that torch can use, got"):
+                machine.select_device(name, available)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("mps", "mps"), ("xpu", "xpu"), ("hpu", None), (None, None)]
+)
+def test_other_accelerators_are_those_of_torch(gpu, monkeypatch, kind, expected):
+    """A device type without tests, such as hpu, is not picked by itself."""
+    gpu(None)
+    found = torch.device(kind) if kind else None
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: check_available and found
+    )
+    assert machine.accelerators() == ({expected} if expected else set())
+    assert machine.gpu_name() == expected
+    assert machine.pick_device("auto").type == (expected or "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu"), ("xpu", "cpu")]
+)
+def test_where_images_are_prepared(kind, place):
+    assert machine.input_device(torch.device(kind)) == torch.device(place)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +139,22 @@ def test_memory_is_the_peak_of_the_process(monkeypatch):
     assert machine.memory_gb("cpu") == pytest.approx(found / 1024, rel=0.05)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3_000_000_000)
     assert machine.memory_gb("cuda") == 3
+
+
+@pytest.mark.parametrize(
+    ("shell", "expected"),
+    [
+        (None, False),
+        (type("TerminalInteractiveShell", (), {})(), False),
+        (type("ZMQInteractiveShell", (), {})(), True),
+        (type("Shell", (type("ZMQInteractiveShell", (), {}),), {})(), True),  # Colab's
+    ],
+)
+def test_a_notebook_is_known_by_its_shell(monkeypatch, shell, expected):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert machine.in_notebook() is expected
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert not machine.in_notebook()
 
 
 def test_where_the_cache_and_the_downloads_are(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from vitral import settings, train
+from vitral import settings, train, weights
 from vitral.config import ViTConfig
 from vitral.errors import UserError
 from vitral.model import ViT, count_flops
 from vitral.training import Interrupted, Parts, checkpoint
+from vitral.weights import public
 
 timm = pytest.importorskip("timm")
 
@@ -135,8 +138,23 @@ def test_a_step_decays_as_said(models, optimizer):
     assert {"pos_embed", "cls_token", "norm.weight"} <= kept - shrunk
 
 
-def test_no_decay_from_layer_to_layer(models):
-    config = settings.load("digits", ["--optim.layer-decay", "0.7"])
+def test_layer_decay_is_by_block(models):
+    config = settings.load("digits", ["--model.depth", "2", "--optim.layer-decay", "0.5"])
+    model = by_name(models)["timm"].model(config.model, 10)
+    names = {id(p): name for name, p in named(model)}
+    groups = models.TimmGroups(model, config.optim).adamw.param_groups
+    found = {names[id(p)]: group["lr_factor"] for group in groups for p in group["params"]}
+    for name, _ in named(model):
+        expected = 0.125  # positions, class token and patches
+        for start, factor in (("blocks.0.", 0.25), ("blocks.1.", 0.5), ("norm.", 1), ("head.", 1)):
+            expected = factor if name.startswith(start) else expected
+        assert found.pop(name) == expected, name
+    assert not found
+
+
+def test_no_layer_decay_without_a_norm_of_that_name(models):
+    words = ["--optim.layer-decay", "0.7", "--model.pooling", "mean"]
+    config = settings.load("digits", words)
     with pytest.raises(UserError, match="layer_decay: expected 1"):
         models.TimmGroups(by_name(models)["timm"].model(config.model, 10), config.optim)
 
@@ -263,7 +281,7 @@ def test_the_page(contest, models):
         assert found[f"| {title}"][:7] == expected
     assert found["| `digits`, timm"][7] == f"{tops['timm'] - tops['vitral']:+.2f}"
     assert found["| `digits`"][7] == ""
-    assert "`timm` differs in the model, what decays." in lines
+    assert "timm differs in the model, what decays." in lines
     assert "timm" in (contest / "peer_accuracy.svg").read_text(encoding="utf-8")
 
 
@@ -326,12 +344,122 @@ def test_dry_run(program, tmp_path, capsys):
     ("words", "told"),
     [
         ("--train.progressive 4 0.5 8 0.5", "train.progressive: expected none"),
-        ("--train.init runs/digits", "train.init: expected none"),
+        ("--train.init runs/none", "runs/none: no such directory"),
     ],
 )
 def test_what_timm_cannot_do(program, tmp_path, capsys, words, told):
     assert program.main(["digits", str(tmp_path / "out"), "--dry-run", "--", *words.split()]) == 2
     assert told in capsys.readouterr().err
+
+
+SOURCE = "timm:test_vit"
+DEPTH = 2
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The import of a small random model of timm's with LayerScale, and timm's file next to it."""
+    from timm.models import _registry as registry
+
+    original = registry._model_entrypoints["test_vit"]
+
+    def small(**options):
+        return original(depth=DEPTH, init_values=1.0, **options)
+
+    place = tmp_path_factory.mktemp("imported") / "weights"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._model_entrypoints, "test_vit", small)
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", num_classes=0)
+        for parameter in model.parameters():
+            parameter.data += (0.05 if parameter.ndim > 1 else 0.3) * torch.randn_like(parameter)
+        file = place.with_name("weights.safetensors")
+        save_file(model.state_dict(), file)
+        public.write("test_vit", public.create("test_vit", str(file)), place)
+        yield place
+
+
+def started(imported, name, side=64):
+    """A contestant as training starts it, at another image size than that of its weights."""
+    import variants
+
+    words = ["--train.init", str(imported), "--model.image-size", str(side)]
+    config, parts = weights.load_settings("imagenet-finetune", words).model, variants.find(name)
+    assert config.layer_scale > 0
+    model = parts.model(dataclasses.replace(config, stochastic_depth=0.0), 5)
+    assert sorted(parts.initialize(model, str(imported))) == ["head.bias", "head.weight"]
+    assert not any(p.any() for p in model.head.parameters())
+    torch.manual_seed(3)
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def test_imported_contestants_compute_the_same(program, imported):
+    """vitral's import, the one with LayerScale folded, and timm's model with timm's weights."""
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    ours, theirs, folded = (started(imported, name) for name in ("", SOURCE, "folded"))
+    expected = theirs(images)
+    for model in (ours, folded):
+        error = (model(images) - expected).abs().max() / expected.square().mean().sqrt()
+        assert error < 1e-5
+    assert type(theirs).__module__ == "timm.models.vision_transformer"
+    scales = [name for name in ours.state_dict() if name.endswith("residual.scale")]
+    assert len(scales) == 2 * DEPTH
+    assert ours.state_dict().keys() - folded.state_dict().keys() == {*scales}
+
+
+TUNED = "--model.image-size 64 --model.stochastic-depth 0 --train.epochs 1 --train.batch-size 8 "
+TUNED += "--train.threads 1 --train.ema-decay 0 --train.log-every 1 "
+TUNED += "--optim.lr 0.01 --optim.weight-decay 0"
+
+
+@pytest.fixture(scope="module")
+def tuning(program, imported, image_folder, tmp_path_factory):
+    """Fine-tuning of all contestants that fit an import, by the command."""
+    out = tmp_path_factory.mktemp("tuning")
+    words = ["imagenet-finetune", str(out), "--seeds", "0", "--data", str(image_folder)]
+    assert program.main([*words, "--", "--train.init", str(imported), *TUNED.split()]) == 0
+    return out
+
+
+def test_fine_tuning_starts_alike(tuning):
+    """At the first step only the head of zeros has a gradient: so two losses are the same."""
+    losses = {
+        name: [row["loss"] for row in logged(tuning / "runs" / f"{name}-seed0")]
+        for name in ("vitral", "timm", "folded")
+    }
+    assert losses["vitral"][0] == pytest.approx(math.log(2), rel=1e-6)
+    assert abs(losses["vitral"][1] - losses["vitral"][0]) > 1e-3
+    for name in ("timm", "folded"):
+        assert losses[name][:2] == pytest.approx(losses["vitral"][:2], rel=1e-5)
+        assert losses[name][-1] != losses["vitral"][-1]
+
+
+def test_rows_of_fine_tuning(tuning, program, tmp_path):
+    words = ["imagenet-finetune", str(tuning), "--seeds", "0", "--ledger"]
+    assert program.main(words, root=tmp_path) == 0
+    folder = tmp_path / "docs" / "results"
+    rows = {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert rows.keys() == {"finetune-vitral", "finetune-timm", "finetune-folded"}
+    assert {row["study"] for row in rows.values()} == {"finetune"}
+    assert f"variants.py {SOURCE} imagenet-finetune" in rows["finetune-timm"]["command"]
+    page = (tuning / "peer_accuracy.md").read_text(encoding="utf-8")
+    assert "timm differs in the model, what decays.\n" in page
+    assert "folded differs in LayerScale.\n" in page
+
+
+def test_peers_fit_the_start(program, contest, imported, tmp_path, capsys):
+    def told(*words):
+        assert program.main(["imagenet-finetune", str(tmp_path / "out"), *words]) == 2
+        return capsys.readouterr().err
+
+    init = ["--dry-run", "--", "--train.init"]
+    own = str(contest / "runs" / "vitral-seed0")
+    assert "train.init: expected weights imported from timm" in told(*init, own)
+    assert "timm, folded with train.init" in told("--peers", "timm-own", *init, str(imported))
+    words = ["digits", str(tmp_path / "out"), "--peers", "folded", "--dry-run"]
+    assert program.main(words) == 2
+    assert "timm-rope-own without train.init, got folded" in capsys.readouterr().err
 
 
 def test_without_timm(program, monkeypatch, tmp_path, capsys):

@@ -165,7 +165,7 @@ def test_mistakes(throughput, capsys):
         ("--profile jax", "profile: expected vitral"),
         ("--rounds 0", "rounds, seconds: expected numbers above 0"),
         ("--recipe nothing", "recipe"),
-        ("--device cpu --largest-batch", "largest-batch: expected a GPU"),
+        ("--device cpu --largest-batch", "largest-batch: expected a CUDA GPU, got a cpu device"),
     ):
         assert throughput.main(words.split()) == 2
         assert expected in capsys.readouterr().err

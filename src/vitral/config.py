@@ -32,6 +32,7 @@ PRESETS: dict[str, Shape] = {
     "h": Shape(1280, 32, 16, 4),
 }
 
+Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Policy = Literal[
     "none",
     "autoaugment-imagenet",
@@ -298,6 +299,15 @@ class AugmentConfig:
         """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def off(self) -> bool:
+        """Whether training sees each image as evaluation does."""
+        strengths = (
+            self.flip, self.rotation, self.zoom, self.shear, self.shift, self.brightness,
+            self.contrast, self.saturation, self.hue, self.erasing, self.mixup, self.cutmix,
+        )  # fmt: skip
+        return self.crop == self.policy == "none" and not any(strengths)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -321,9 +331,11 @@ class OptimConfig:
     """Greatest global gradient norm; 0 turns clipping off."""
     layer_decay: float = 1.0
     """Factor on the learning rate per block below the head, for fine-tuning (Clark et al. 2020)."""
+    head_lr_factor: float = 1.0
+    """Factor on the learning rate of the head, for fine-tuning."""
 
     def __post_init__(self) -> None:
-        _check_positive(lr=self.lr, eps=self.eps)
+        _check_positive(lr=self.lr, eps=self.eps, head_lr_factor=self.head_lr_factor)
         _check_not_negative(weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs)
         _check_not_negative(clip_norm=self.clip_norm)
         _check(
@@ -350,8 +362,8 @@ class TrainConfig:
     batch_size: int = 1024
     """Images of one optimiser step, however they are cut into processes and micro-batches."""
     micro_batch: int | None = None
-    """Images of one forward pass; None takes the largest cut of the batch that fits a GPU, and on a
-    CPU 64."""
+    """Images of one forward pass; None takes the largest cut of the batch that fits a CUDA GPU, and
+    elsewhere 64."""
     progressive: tuple[tuple[int, float], ...] = ()
     """Image sizes in a row, each with its share of the steps; none: model.image_size throughout."""
     loss: Literal["ce", "bce"] = "ce"
@@ -361,14 +373,21 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of weights; 0 turns it off."""
     init: str | None = None
-    """Weights to start from, a path or hf-hub:owner/name; a recipe that names no model takes
-    theirs, and another number of classes gets a new head."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU if there is one."""
+    """Weights to start from: a path, hf-hub:owner/name or timm:name. A recipe that names no model
+    uses theirs, and a different number of classes gets a new head."""
+    trainable: int | Literal["all", "head"] = "all"
+    """What is trained. all: every parameter. head: the head alone, fitted to features that are
+    computed once per image and epoch (the first epoch without augmentation). N: the head, the last
+    norm and the last N blocks."""
+    probe_first: bool = False
+    """Fit the head to frozen features before the first step (Kumar et al. 2022)."""
+    device: Device = "auto"
+    """Where to train; auto uses a GPU if there is one. mps (Apple) and xpu (Intel) train in
+    float32 with torch's own kernels, in one process, and are untested on hardware."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 autocast or float32; auto takes bf16 on a GPU that has it."""
+    """bf16 autocast or float32; auto takes bf16 on a CUDA GPU that has it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile the model; auto does so on a GPU, where there is a C compiler."""
+    """torch.compile the model; auto does so on a CUDA GPU, where there is a C compiler."""
     deterministic: bool = False
     """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
     reproducible: bool = False
@@ -398,6 +417,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
         _check_share(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
+        self._check_frozen()
         shares = sum(share for _, share in self.progressive)
         _check(
             not self.progressive or math.isclose(shares, 1, abs_tol=1e-3),
@@ -412,6 +432,26 @@ class TrainConfig:
         _check(size % 2 == 0, f"batch_size: expected an even number, got {size}; take {size + 1}")
         _check(
             micro is None or micro % 2 == 0, f"micro_batch: expected an even number, got {micro}"
+        )
+
+    def _check_frozen(self) -> None:
+        _check(
+            not isinstance(self.trainable, int) or self.trainable > 0,
+            f"trainable: expected all, head, or 1 or more blocks, got {self.trainable}",
+        )
+        what = "probe_first" if self.probe_first else f"trainable {self.trainable}"
+        _check(
+            self.init is not None or (self.trainable == "all" and not self.probe_first),
+            f"init: expected pretrained weights with {what}, got None; add --init WEIGHTS",
+        )
+        head = self.trainable == "head"
+        _check(
+            not (head and self.ema_decay),
+            f"ema_decay: expected 0 with trainable head, got {self.ema_decay}",
+        )
+        _check(
+            not (head and self.progressive),
+            "progressive: expected none with trainable head, got some; use model.image_size",
         )
 
 
@@ -435,6 +475,16 @@ class Config:
             self.optim.warmup_epochs < self.train.epochs or self.optim.warmup_epochs == 0,
             f"optim.warmup_epochs: expected fewer than train.epochs {self.train.epochs}, "
             f"got {self.optim.warmup_epochs:g}; give both, or --optim.warmup-epochs 0",
+        )
+        depth, trainable = self.model.shape.depth, self.train.trainable
+        _check(
+            not isinstance(trainable, int) or trainable <= depth,
+            f"train.trainable: expected at most the model's {depth} blocks, got {trainable}",
+        )
+        _check(
+            trainable != "head" or not self.augment.mixes,
+            "augment.mixup, augment.cutmix: expected 0 with train.trainable head; "
+            "the recipe probe has settings for it",
         )
         patch = self.model.patch_size
         for side, _ in self.train.progressive:

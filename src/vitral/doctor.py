@@ -35,7 +35,10 @@ def examine() -> str:
         f"processor   cores: {available_cores()}, threads in torch: {torch.get_num_threads()}",
     ]
     device = pick_device("auto")
-    lines += _gpu() if device.type == "cuda" else ["GPU         none that torch can use"]
+    others = ["GPU         none that torch can use"]
+    if device.type != "cpu":
+        others = [f"GPU         {device.type}: float32 with torch's own kernels"]
+    lines += _gpu() if device.type == "cuda" else others
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         lines.append(f"attention   {name} on {device.type}: {', '.join(_kernels(device, dtype))}")

@@ -6,6 +6,7 @@ import functools
 import os
 import resource
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -37,22 +38,50 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def accelerators() -> set[str]:
+    """The types of accelerators that torch can use: "cuda", "mps" or "xpu"."""
+    if has_gpu():
+        return {"cuda"}
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return {found.type} & {"mps", "xpu"} if found else set()
+
+
 def gpu_name() -> str | None:
-    """The name of the current GPU, or None without one."""
-    return torch.cuda.get_device_name() if has_gpu() else None
+    """The name of the current GPU, "mps" or "xpu" for such an accelerator, or None without one."""
+    return torch.cuda.get_device_name() if has_gpu() else next(iter(accelerators()), None)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called "cpu" or "cuda"; "auto" is the GPU if there is one.
+    """The device called "cpu", "cuda", "mps" or "xpu"; "auto" is an accelerator if there is one.
 
     Raises:
-        UserError: if "cuda" is requested and there is no GPU.
+        UserError: if an accelerator is requested that torch cannot use.
     """
-    if name == "cuda" and not has_gpu():
-        raise UserError("device: expected a GPU that torch can use, got none; give --device cpu")
+    return torch.device(select_device(name, accelerators()))
+
+
+def select_device(name: str, available: Collection[str]) -> str:
+    """The type of device for a name, where these accelerators are available."""
     if name == "auto":
-        name = "cuda" if has_gpu() else "cpu"
-    return torch.device(name)
+        return next((kind for kind in ("cuda", "xpu", "mps") if kind in available), "cpu")
+    if name != "cpu" and name not in available:
+        what = "a GPU" if name == "cuda" else f"an {name} device"
+        raise UserError(f"device: expected {what} that torch can use, got none; give --device cpu")
+    return name
+
+
+def input_device(device: torch.device) -> torch.device:
+    """Where images are prepared for a model: on its device, or for mps and xpu on the CPU.
+
+    The preparation sums in float64, which mps does not have, and is tested on CPUs and GPUs only.
+    """
+    return torch.device("cpu") if device.type in ("mps", "xpu") else device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for an accelerator to finish."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_flops() -> float | None:
@@ -90,6 +119,12 @@ def memory_gb(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel, by the class of IPython's shell."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
+    return any(base.__name__ == "ZMQInteractiveShell" for base in type(get_shell()).__mro__)
 
 
 def cache_dir() -> Path:

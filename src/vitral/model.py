@@ -424,6 +424,11 @@ class ViT(nn.Module):
         Raises:
             UserError: for images of another shape.
         """
+        x = self.encode(*self.embed(images))
+        return x if self.config.pooling == "mean-norm" else self.norm(x)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, int, int]:
+        """What the first block reads, tokens (B, N, D), and the rows and columns of patches."""
         P = self.config.patch_size
         if images.ndim != 4 or images.shape[1] != CHANNELS:
             raise UserError(f"images: expected (B, {CHANNELS}, H, W), got {tuple(images.shape)}")
@@ -441,15 +446,21 @@ class ViT(nn.Module):
         x = self.add_prefix(x)
         if self.config.embed_norm == "tokens":
             x = self.embed_norm(x)
+        return x, rows, columns
+
+    def encode(
+        self, x: Tensor, rows: int, columns: int, first: int = 0, end: int | None = None
+    ) -> Tensor:
+        """Tokens (B, N, D) of a grid of patches, after the blocks `first` to `end`. (B, N, D)."""
         tables: list[Any] = [(None, None)] * len(self.blocks)
         if self.config.rope != "none":
             tables = self.rope(rows, columns, x.device)
-        for block, (cosine, sine) in zip(self.blocks, tables, strict=True):
+        for block, (cosine, sine) in [*zip(self.blocks, tables, strict=True)][first:end]:
             if self.training and self.config.activation_checkpointing:
                 x = checkpoint(block, x, cosine, sine, use_reentrant=False)
             else:
                 x = block(x, cosine, sine)
-        return x if self.config.pooling == "mean-norm" else self.norm(x)
+        return x
 
     def add_prefix(self, x: Tensor) -> Tensor:
         """Patch tokens (B, patches, D) with the CLS token and registers in front, (B, N, D)."""

@@ -8,7 +8,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import IO, Any
 
 import torch
@@ -25,6 +25,14 @@ WEIGHTS, CHECKPOINTS = "weights", "checkpoints"
 CONFIG, CURVES, REPORT = "config.yaml", "curves.png", "report.html"
 
 
+class RunPath(PosixPath):
+    """The path of a run directory. A notebook displays it with the curves of the run."""
+
+    def _repr_png_(self) -> bytes | None:
+        curves = RunDir(self).curves
+        return curves.read_bytes() if curves.is_file() else None
+
+
 class RunDir:
     """The paths in a run directory, and the lock that one process at a time holds."""
 
@@ -36,6 +44,7 @@ class RunDir:
         self.log = self.path / "train.log"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / CHECKPOINTS
+        self.features = self.path / "features"
         self.weights = self.path / WEIGHTS
         self.best = self.weights / "best"
         self.last = self.weights / "last"

@@ -112,8 +112,11 @@ def load(
     return dataclasses.replace(config, train=train)
 
 
-def default_recipe(given: Given) -> str:
-    """The recipe to use where none is named: by the data alone."""
+def default_recipe(given: Given, gpu: bool) -> str:
+    """The recipe to use where none is named: by the weights to start from, the data, the device."""
+    (weights,) = given.get("train.init", ["None"])
+    if weights != "None":
+        return "finetune" if gpu else "probe"
     (path,) = given.get("data.path", ["digits"])
     return "digits" if path == "digits" else "imagenette128"
 
@@ -208,13 +211,7 @@ def convert(kind: Any, words: Sequence[str]) -> Any:
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, UnionType):
-        if [*words] == ["None"]:
-            return None
-        (kind,) = (arg for arg in args if arg is not type(None))
-        try:
-            return convert(kind, words)
-        except ValueError as error:
-            raise ValueError(str(error).replace(", got", " or None, got", 1)) from None
+        return _convert_union(args, words)
     if origin is tuple:
         return _convert_tuple(args, words)
     found = repr(" ".join(words)) if words else "nothing"
@@ -230,6 +227,24 @@ def convert(kind: Any, words: Sequence[str]) -> Any:
     except ValueError:
         pass
     raise ValueError(f"expected {NAMES[kind]}, got {found}")
+
+
+def _convert_union(kinds: tuple[Any, ...], words: Sequence[str]) -> Any:
+    """The value of the first of some types that the words spell, or None if that is one of them."""
+    optional = type(None) in kinds
+    if optional and [*words] == ["None"]:
+        return None
+    expected, got = [], ""
+    for kind in kinds:
+        if kind is type(None):
+            continue
+        try:
+            return convert(kind, words)
+        except ValueError as error:
+            text, _, got = str(error).removeprefix("expected ").rpartition(", got ")
+            expected.append(text)
+    expected += ["None"] if optional else []
+    raise ValueError(f"expected {' or '.join(expected)}, got {got}")
 
 
 NAMES = {int: "an integer", float: "a number", str: "text"}
@@ -359,7 +374,8 @@ def _arity(kind: Any) -> tuple[int | str, Any]:
     """How many words an option takes, and what help calls them."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, UnionType):
-        return _arity(args[0])
+        some = [_arity(arg) for arg in args if arg is not type(None)]
+        return some[0] if len(some) == 1 else (1, "|".join(str(metavar) for _, metavar in some))
     if origin is tuple and args[-1] is Ellipsis:
         names = [METAVARS[arg] for arg in typing.get_args(args[0]) or args[:1]]
         return "*", " ".join(names)

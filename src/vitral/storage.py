@@ -213,13 +213,17 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> dict[str, Any]:
     """Writes a file and returns its entry in the manifest."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
-            size += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not name the file
+        raise
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

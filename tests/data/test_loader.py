@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 from torchvision.transforms.v2 import functional as reference
 
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
+from vitral.data import loader
 from vitral.data.decode import decode
 from vitral.data.formats import open_dataset
 from vitral.data.loader import STILL, eval_batches, train_batches
@@ -53,6 +54,36 @@ def test_cut_and_workers_change_nothing(image_folder, path, micro_batch, workers
     for name in ("images", "targets"):
         parts = [torch.cat([getattr(b, name) for b in found]) for found in (whole, cut)]
         assert torch.equal(*parts)
+
+
+class OnMeta(TorchDispatchMode):
+    """Records the operations whose result is on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.is_meta for x in tree_leaves(result)):
+            self.seen.add(func)
+        return result
+
+
+@pytest.mark.parametrize("path", ["folder", "digits"])
+def test_an_accelerator_other_than_cuda_gets_finished_batches(image_folder, path, monkeypatch):
+    """The meta device stands for one."""
+    monkeypatch.setattr(loader, "input_device", lambda device: CPU)
+    config = make_config(image_folder if path == "folder" else path)
+    dataset = open_dataset(config.data, 16, 0)
+    meta, count = torch.device("meta"), len(dataset.classes)
+    how = {"steps": range(2), "total_steps": 8, "micro_batch": 24, "workers": 0, "device": meta}
+    with OnMeta() as mode:
+        found = [*train_batches(dataset.train, config, count, **how)]
+        found += eval_batches(dataset.val, config, 8, 0, meta)
+    assert len(found) > 2
+    assert all(batch.images.is_meta and batch.targets.is_meta for batch in found)
+    assert mode.seen == {torch.ops.aten._to_copy.default}
 
 
 def test_any_step_can_be_the_first(image_folder):

@@ -125,6 +125,23 @@ def test_a_terminal_gets_a_bar_and_messages_above_it(run, monkeypatch):
     assert [line.split(" ", 2)[2] for line in run.log.read_text().splitlines()] == ["validated"]
 
 
+def test_a_notebook_gets_a_bar_too(run, monkeypatch):
+    monkeypatch.setattr(metrics, "in_notebook", lambda: True)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    console = Console(run.log, 100, 20, quiet=False)
+    for step in (40, 60):
+        console.progress(step, SEEN, PACE, 75.0)
+    console.close()
+    text = sys.stdout.getvalue()
+    assert "60/100" in text
+    assert TEXT in text
+    assert text.count("\n") == 1  # the end of the bar
+    quiet = Console(run.log, 100, 20, quiet=True)
+    quiet.progress(40, SEEN, PACE, 75.0)
+    quiet.close()
+    assert run.log.read_text() == ""
+
+
 @pytest.mark.parametrize(("stream", "seconds"), [(io.StringIO, 5.0), (Terminal, 0.5)])
 def test_progress_is_due_now_and_then(run, monkeypatch, stream, seconds):
     now = [100.0]

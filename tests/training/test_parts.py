@@ -134,3 +134,5 @@ def test_running_statistics_are_refused(tmp_path):
 def test_other_parts_need_a_name():
     with pytest.raises(ValueError, match="name"):
         Parts(model=Pixels)
+    with pytest.raises(ValueError, match="name"):
+        Parts(initialize=lambda model, path: [])

@@ -12,6 +12,7 @@ from vitral import kernels, settings
 from vitral.errors import UserError
 from vitral.rundir import RunDir
 from vitral.training import resolved as chosen
+from vitral.training import trial
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.resolved import (
@@ -53,6 +54,17 @@ def test_own_kernels_must_be_faster_for_every_process(model):
             return [value, False] if value is True else [value]
 
     assert not resolve(settings.load("digits"), model, CPU, Unlike()).fused
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_an_accelerator_other_than_cuda_runs_plain_float32(model, kind, monkeypatch):
+    monkeypatch.setattr(chosen, "fused_is_faster", trial.fused_is_faster)
+    resolved = resolve(settings.load("digits"), model, torch.device(kind))
+    assert resolved.device == kind
+    assert resolved.precision == "fp32"
+    assert not resolved.compile
+    assert not resolved.fused
+    assert resolved.micro_batch == 64
 
 
 @pytest.mark.parametrize("fused", [True, False])

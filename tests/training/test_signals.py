@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from vitral.training import signals
 from vitral.training.distributed import World
 from vitral.training.signals import Signals
 
@@ -18,10 +19,10 @@ def _without_torchrun(monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_recorded_and_announced_once(number, capfd):
-    with Signals(World()) as signals:
-        assert signals.received is None
+    with Signals(World()) as recorded:
+        assert recorded.received is None
         signal.raise_signal(number)
-        assert signals.received == number
+        assert recorded.received == number
     expected = f"\n{number.name}: writing a checkpoint; send it again to stop at once\n"
     assert capfd.readouterr() == ("", expected)
 
@@ -30,8 +31,8 @@ def test_handlers_are_put_back():
     before = {number: signal.getsignal(number) for number in Signals.NUMBERS}
 
     def interrupted():
-        with Signals(World()) as signals:
-            assert all(signal.getsignal(n) == signals._note for n in Signals.NUMBERS)
+        with Signals(World()) as recorded:
+            assert all(signal.getsignal(n) == recorded._note for n in Signals.NUMBERS)
             raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
@@ -60,10 +61,28 @@ def test_the_second_signal_ends_a_lone_process_at_once(monkeypatch):
     assert exit_code_after(both, World()) == 0
 
 
+def test_in_a_notebook_the_second_signal_ends_the_cell(monkeypatch):
+    monkeypatch.setattr(signals, "in_notebook", lambda: True)
+    with Signals(World()):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 @pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
 def test_the_main_process_of_several_speaks(rank, lines, capfd):
-    with Signals(World(rank, 2)) as signals:
+    with Signals(World(rank, 2)) as recorded:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGUSR1)
-        assert signals.received == signal.SIGUSR1
+        assert recorded.received == signal.SIGUSR1
     assert capfd.readouterr().err == "\nSIGTERM: writing a checkpoint\n" * lines
+
+
+def test_a_signal_is_recorded_without_stderr():
+    child = os.fork()
+    if not child:
+        os.close(2)
+        with Signals(World()) as recorded:
+            signal.raise_signal(signal.SIGTERM)
+        os._exit(recorded.received)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGTERM

@@ -13,11 +13,14 @@ from PIL import Image
 import vitral
 from vitral import weights
 from vitral.cli import main
-from vitral.config import Config
+from vitral.config import Config, OptimConfig
 from vitral.data.imagenet import wnids
+from vitral.engines.onednn import for_inference
 from vitral.errors import UserError
 from vitral.inference.export import export
 from vitral.model import ViT
+from vitral.training.frozen import freeze, train_mode
+from vitral.training.optim import Optimizer
 from vitral.weights import public
 
 timm = pytest.importorskip("timm")
@@ -75,6 +78,27 @@ def test_outputs_and_features_are_timms(name):
         features = source.forward_head(source.forward_features(images), pre_logits=True)
         own = imported.model.pool(imported.model.forward_features(images))
     assert relative(own, features) <= 1e-5
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_last_block_of_every_kind_can_be_trained_alone(name):
+    source = twin(name)
+    model = public.convert(source).model
+    images = torch.randn(2, 3, *source.patch_embed.img_size)
+    before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        features = model.pool(model.forward_features(images))
+        engine = for_inference(model)
+        assert relative(engine.pool(engine.forward_features(images)), features) <= 1e-5
+    freeze(model, 1)
+    train_mode(model, 1)
+    optimizer = Optimizer(model, OptimConfig())
+    loss = model(images).square().sum()
+    loss.backward()
+    optimizer.step(0.1, loss)
+    changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert {name.partition(".")[0] for name in changed} <= {"blocks", "norm", "head"}
+    assert {name.split(".")[1] for name in changed if name.startswith("blocks")} == {"1"}
 
 
 DYNAMIC = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "eva02_tiny_patch14_224",

@@ -21,7 +21,7 @@ from vitral.bench.rounds import in_turn, ratios
 from vitral.bench.work import Inference, Training, Work, describe_device
 from vitral.config import Config
 from vitral.errors import UserError
-from vitral.machine import has_gpu, pick_device
+from vitral.machine import has_gpu, pick_device, synchronize
 from vitral.model import forward_flops
 
 Mode = Literal["train", "infer"]
@@ -31,6 +31,7 @@ REFERENCE = "timm"  # that ratios are to
 WARMUP = 3  # steps, the first of which compiles
 LEAST, MOST = 3, 200  # steps of a round
 MATMULS = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384)}
+CLOCKS = {"cpu": "processor time", "cuda": "CUDA events"}
 
 
 def compare(
@@ -75,7 +76,7 @@ def compare(
         "num_classes": classes,
         "shape": {**config.model.shape._asdict(), "patch_size": config.model.patch_size},
         "device": describe_device(resolved),
-        "clock": "processor time" if resolved.device == "cpu" else "CUDA events",
+        "clock": CLOCKS.get(resolved.device, "wall clock"),
         "rounds": count,
         "matmul_tflops": matmul / 1e12,
         "contestants": rows,
@@ -139,16 +140,17 @@ class Contestant:
 
 def time_steps(work: Work, steps: int) -> Times:
     """The median time of a step, from its start to that of the next."""
-    if work.device.type == "cpu":
+    if work.device.type != "cuda":
         marks = [(time.perf_counter(), time.process_time())]
         for _ in range(steps):
             work.step(work.batch)
+            synchronize(work.device)
             marks.append((time.perf_counter(), time.process_time()))
         passed, busy = (
             statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(clock))
             for clock in zip(*marks, strict=True)
         )
-        return Times(passed, busy)
+        return Times(passed, busy if work.device.type == "cpu" else None)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:
@@ -163,20 +165,15 @@ def matmul_rate(device: str, precision: str) -> float:
     """FLOP/s of the fastest of some large square matrix products, the best of a few runs."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
-    for side in MATMULS[device]:
+    for side in MATMULS.get(device, MATMULS["cpu"]):
         a = torch.randn(side, side, device=device, dtype=dtype)
         for _ in range(5):
-            _wait(device)
+            synchronize(a.device)
             started = time.perf_counter()
             torch.mm(a, a)
-            _wait(device)
+            synchronize(a.device)
             best = max(best, 2 * side**3 / (time.perf_counter() - started))
     return best
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _row(

@@ -25,7 +25,7 @@ from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers, Order
 from vitral.data.tools.rates import BATCH, ENDLESS, decoders, images_per_second, measure_rate
 from vitral.errors import UserError
-from vitral.machine import available_cores, pick_device
+from vitral.machine import available_cores, input_device, pick_device
 from vitral.model import CHANNELS
 from vitral.training.resolved import prepare_device
 
@@ -66,6 +66,7 @@ def bench_data(config: Config) -> str:
 def _augmentation(config: Config, device: torch.device) -> str:
     """The time that all after the crops takes, Mixup and CutMix too, of a batch on the device."""
     side, seed, size = config.model.image_size, config.train.seed, 1024
+    device = input_device(device)
     if device.type == "cpu":
         size = 64
     images = torch.randint(256, (size, CHANNELS, side, side), dtype=torch.uint8, device=device)

@@ -22,8 +22,8 @@ def largest_batch(config: Config, build: Builder, num_classes: int) -> int:
         UserError: if there is no GPU.
     """
     device = pick_device(config.train.device)
-    if device.type == "cpu":
-        raise UserError("largest-batch: expected a GPU, whose memory ends at a batch; got a CPU")
+    if device.type != "cuda":
+        raise UserError(f"largest-batch: expected a CUDA GPU, got a {device.type} device")
 
     def fits(batch: int) -> bool:
         train = dataclasses.replace(config.train, batch_size=batch, micro_batch=batch)

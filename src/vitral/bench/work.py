@@ -13,8 +13,8 @@ from torch import nn
 
 from vitral.config import Config
 from vitral.data.loader import Batch
-from vitral.data.tools.rates import images_per_second, synchronize
-from vitral.machine import pick_device
+from vitral.data.tools.rates import images_per_second
+from vitral.machine import pick_device, synchronize
 from vitral.model import CHANNELS, ViT, count_flops
 from vitral.training.distributed import World
 from vitral.training.optim import Optimizer

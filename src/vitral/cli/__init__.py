@@ -146,7 +146,7 @@ def _config_for_help(parser: Parser, words: list[str]) -> Config:
     """The settings of the recipe that a command would use."""
     try:
         args = parser.parse(words)
-        return load(args.recipe or default_recipe(given_settings(args)))
+        return load(args.recipe or default_recipe(given_settings(args), gpu=False))
     except UserError:  # the words are incomplete
         return load("digits")
 

@@ -22,12 +22,12 @@ def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The settings that parsed arguments ask for: by RECIPE, options, and PATH of the data."""
-    given = given_settings(args)
-    if args.recipe is None:
-        return settings.load(settings.default_recipe(given), given)
+    from vitral.machine import num_gpus
     from vitral.weights import load_settings
 
-    return load_settings(args.recipe, given)
+    given = given_settings(args)
+    recipe = args.recipe or settings.default_recipe(given, gpu=num_gpus() > 0)
+    return load_settings(recipe, given)
 
 
 def check_writable(directory: str | Path) -> None:

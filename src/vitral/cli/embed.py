@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitral.cli.common import check_writable
+from vitral.config import Device
 from vitral.errors import UserError
 
 ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
@@ -29,8 +30,8 @@ class Options:
     """Images per forward pass."""
     workers: int | None = None
     """Decoding processes; None uses all cores but one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto uses the GPU if there is one."""
+    device: Device = "auto"
+    """Where to run; auto uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".npz", ".parquet"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitral.cli.common import check_writable
+from vitral.config import Device
 
 ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
 
@@ -24,8 +25,8 @@ class Options:
     """Side of the model's input, a multiple of its patch size; None uses that of training."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto uses the GPU if there is one."""
+    device: Device = "auto"
+    """Where to run; auto uses a GPU if there is one."""
     out: str = "explain"
     """Directory to write pictures to."""
 

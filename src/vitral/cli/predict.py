@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitral.cli.common import check_writable
+from vitral.config import Device
 from vitral.errors import UserError
 
 ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
@@ -27,8 +28,8 @@ class Options:
     """Images per forward pass."""
     workers: int | None = None
     """Decoding processes; None uses all cores but one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto uses the GPU if there is one."""
+    device: Device = "auto"
+    """Where to run; auto uses a GPU if there is one."""
     json: bool = False
     """Print one JSON object per image and line."""
     csv: bool = False

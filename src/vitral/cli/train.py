@@ -26,7 +26,13 @@ class Options:
     dry_run: bool = False
     """Print the settings, model size, number of steps and estimated time, and stop."""
 
+    folds: int | None = None
+    """Cross-validate on the training images in that many folds after training; needs
+    `train.trainable` head."""
+
     def __post_init__(self) -> None:
+        if self.folds is not None and self.folds < 2:
+            raise UserError(f"folds: expected 2 or more, got {self.folds}")
         if self.gpus is not None and self.gpus < 1:
             raise UserError(f"gpus: expected 1 or more, got {self.gpus}")
 
@@ -34,6 +40,11 @@ class Options:
 def run(args: argparse.Namespace, options: Options) -> int:
     """Trains; returns the exit code."""
     config = load_config(args)
+    if options.folds is not None and config.train.trainable != "head":
+        raise UserError(
+            f"folds: expected train.trainable head, got {config.train.trainable}; "
+            "the recipe probe has it"
+        )
     if options.dry_run:
         from vitral.bench.train import plan
         from vitral.training.distributed import check_processes
@@ -49,7 +60,11 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.training import Interrupted, train
 
     try:
-        train(config)
+        run = train(config)
     except Interrupted as interrupted:
         return interrupted.exit_code
+    if options.folds is not None and os.environ.get("RANK", "0") == "0":
+        from vitral.training.folds import cross_validate
+
+        print(cross_validate(run, options.folds))
     return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vitral.cli.common import check_writable
+from vitral.config import Device
 from vitral.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class Options:
     """Images per forward pass."""
     workers: int | None = None
     """Decoding processes; None uses all cores but one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto uses the GPU if there is one."""
+    device: Device = "auto"
+    """Where to run; auto uses a GPU if there is one."""
     out: str | None = None
     """Directory for per_class.csv and confused_pairs.csv, or image_sizes.csv, or suite.csv."""
 

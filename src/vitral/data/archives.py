@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
 from vitral.errors import data_error, first_few
+from vitral.machine import in_notebook
 
 T = TypeVar("T")
 AGAIN = "download or pack it again"
@@ -80,6 +82,14 @@ def refuse_doubles(place: Path | str, names: Iterable[str]) -> None:
         raise data_error(place, "each name once", f"{first_few(doubles)} more than once", AGAIN)
 
 
-def progress(parts: Sequence[T]) -> Iterator[T]:
-    """Goes over archives, with a bar on a terminal's stderr if that takes over two seconds."""
-    yield from tqdm(parts, "indexing", unit="tar", delay=2, disable=None, leave=False)
+def progress(
+    parts: Iterable[T], what: str = "indexing", unit: str = "tar", total: int | None = None
+) -> Iterator[T]:
+    """Goes over parts, with a bar if that takes over two seconds.
+
+    The bar is on stderr, of a terminal or a notebook.
+    """
+    hidden = False if in_notebook() else None
+    if sys.stderr is None:  # tqdm fails without stderr
+        hidden = True
+    yield from tqdm(parts, what, total, unit=unit, delay=2, disable=hidden, leave=False)

@@ -30,6 +30,7 @@ from vitral.compat import loader_workers, wrap_exception
 from vitral.config import Config, DataConfig
 from vitral.data import crops
 from vitral.data.decode import DecodeError, decode, decode_on_gpu, gpu_decodes
+from vitral.data.objects import Objects
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers
 from vitral.machine import available_cores
@@ -227,7 +228,9 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
     """
     for _ in range(CHUNK + len(records) // 1000):
         try:
-            return decode(records.read(index)), int(records.labels[index])
+            decoded = isinstance(records, Objects)
+            image = records.image(index) if decoded else decode(records.read(index))
+            return image, int(records.labels[index])
         except (DecodeError, FileNotFoundError, PermissionError) as error:
             broken.append((index, str(error)))
             index = (index + 1) % len(records)

@@ -22,6 +22,7 @@ from vitral.data.fetch import Decoder, Fetched, Request, describe, fetch
 from vitral.data.records import Records
 from vitral.data.sampling import Integers, Order
 from vitral.errors import UserError
+from vitral.machine import input_device
 
 EVAL_BATCH = 256  # images of a forward pass in evaluation
 STILL = AugmentConfig(crop="none", flip=0.0)
@@ -69,6 +70,7 @@ def train_batches(
         share: which part of every global batch, of how many equal ones, all of even size.
         parts: how many equal parts of that share no micro-batch goes across, of even size too.
     """
+    place = input_device(device)
     seed, smoothing = config.train.seed, config.train.label_smoothing
     size = config.train.batch_size // (share[1] * parts)
     starts = range(share[0] * parts * size, (share[0] + 1) * parts * size, size)
@@ -85,18 +87,23 @@ def train_batches(
     def prepare(fetched: Fetched) -> Batch:
         request, side = fetched.request, fetched.request.side
         plan = augment.draw_plan(config.augment, side, seed, request.epochs, request.indices)
-        images = augment.augment(fetched.images.to(device, non_blocking=True), plan)
+        images = augment.augment(fetched.images.to(place, non_blocking=True), plan)
         images = augment.finish(images, plan, config.data.mean, config.data.std)
-        labels = fetched.labels.to(device, non_blocking=True)
-        targets = F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+        labels = fetched.labels.to(place, non_blocking=True)
+        targets = smoothed(labels, num_classes, smoothing)
         if request.step < config.augment.mix_until * total_steps:
             mix = augment.draw_mix(config.augment, side, seed, request.step)
             if mix is not None:
                 images, targets = augment.mix(images, targets, mix)
         return Batch(request.step, request.first, images, targets, fetched.broken)
 
-    fetched = fetch(records, config, requests(), workers, device, decoder)
+    fetched = fetch(records, config, requests(), workers, place, decoder)
     return _beside(fetched, prepare, device)
+
+
+def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Targets (B, classes) for labels (B,), with a fraction spread evenly over the classes."""
+    return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def eval_batches(
@@ -119,6 +126,7 @@ def eval_batches(
     Raises:
         UserError: for an image that cannot be decoded.
     """
+    place = input_device(device)
     everything = np.arange(len(records))
     parts = [everything[first : first + batch_size] for first in range(0, len(records), batch_size)]
     mine = range(*(len(parts) * (share[0] + k) // share[1] for k in (0, 1)))
@@ -130,16 +138,16 @@ def eval_batches(
                 f"data: {describe(records, index)}: {reason}; "
                 "fix or remove it and start again; `vitral data check` finds all"
             )
-        images = fetched.images.to(device, non_blocking=True)
+        images = fetched.images.to(place, non_blocking=True)
         if len(images) < batch_size:
             filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
             images = torch.cat([images, filling])
         images = augment.finish(images, None, config.data.mean, config.data.std)
         first = int(fetched.request.indices[0])
-        labels = fetched.labels.to(device, non_blocking=True)
+        labels = fetched.labels.to(place, non_blocking=True)
         return Batch(first // batch_size, first, images, labels, [])
 
-    return _beside(fetch_still(records, config, chosen, workers, device, decoder), prepare, device)
+    return _beside(fetch_still(records, config, chosen, workers, place, decoder), prepare, device)
 
 
 def fetch_still(
@@ -160,12 +168,14 @@ def fetch_still(
 def _beside(
     fetched: Iterator[Fetched], prepare: Callable[[Fetched], Batch], device: torch.device
 ) -> Iterator[Batch]:
-    """Prepares each batch on a side stream of a GPU, while the step before it still runs there."""
+    """Prepares each batch; on a side stream of a GPU, while the step before it still runs there."""
     if device.type != "cuda":
         started = time.perf_counter()
         for item in fetched:
             waited = time.perf_counter() - started
-            yield dataclasses.replace(prepare(item), waited=waited)
+            batch = prepare(item)
+            images, targets = batch.images.to(device), batch.targets.to(device)
+            yield dataclasses.replace(batch, images=images, targets=targets, waited=waited)
             started = time.perf_counter()
         return
     side, before = torch.cuda.Stream(device), None

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitral.config import DataConfig
-from vitral.data.sampling import Integers, hashed
+from vitral.data.sampling import Integers, held_out
 from vitral.errors import data_error, first_few, printable
 
 Names = NDArray[np.bytes_]
@@ -309,15 +309,9 @@ def hold_out(
 
 
 def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which images to hold out: the rounded share of each class, at least one, never all. (N,)."""
+    """Which images to hold out. (N,)."""
     if isinstance(records, Pixels):
-        words = np.arange(len(records))
+        keys = np.arange(len(records))
     else:  # by base names, which an archive has in common with the folder that it was made of
-        words = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
-    order = np.lexsort((hashed(seed, crc32(b"held out"), words), records.labels))
-    counts = np.bincount(records.labels)
-    rank = np.arange(len(words)) - np.repeat(np.cumsum(counts) - counts, counts)
-    quota = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
-    held = np.empty(len(words), bool)
-    held[order] = rank < np.repeat(quota, counts)
-    return held
+        keys = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
+    return held_out(keys, records.labels, fraction, seed, "held out")

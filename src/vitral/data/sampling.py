@@ -70,6 +70,37 @@ def permutation(seed: int, epoch: int, size: int) -> Integers:
     return order
 
 
+def held_out(
+    keys: Integers, labels: Integers, fraction: float, seed: int, purpose: str
+) -> NDArray[np.bool_]:
+    """Which images to hold out of training: a fraction of each class, drawn by hashed keys.
+
+    Args:
+        keys: of the images, shape (N,); the choice depends on them and not on the order.
+        labels: shape (N,).
+        purpose: names independent draws.
+
+    Returns:
+        Shape (N,): the rounded fraction of each class, at least one image and never all.
+    """
+    counts = np.bincount(labels)
+    quota = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
+    return random_ranks(keys, labels, seed, purpose) < quota[labels]
+
+
+def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> Integers:
+    """The place of each image in a random order of its class: 0, 1, ... Shape (N,).
+
+    Args:
+        keys, labels, purpose: as for `held_out`.
+    """
+    order = np.lexsort((hashed(seed, crc32(purpose.encode()), keys), labels))
+    counts = np.bincount(labels)
+    ranks = np.empty(len(keys), np.int64)
+    ranks[order] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
+
+
 @dataclass(frozen=True)
 class Order:
     """The endless concatenation of permuted epochs, cut into global batches.

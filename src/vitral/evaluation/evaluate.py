@@ -13,7 +13,9 @@ from vitral.config import Config, ViTConfig
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.formats.known import KNOWN_SETS
+from vitral.data.formats.objects import own_names, records_of
 from vitral.data.loader import EVAL_BATCH, eval_batches
+from vitral.data.objects import PATH, Source
 from vitral.data.records import Dataset, Records, hold_out
 from vitral.errors import UserError
 from vitral.evaluation.scores import Scores, measure
@@ -23,7 +25,7 @@ from vitral.weights import Description, Weights, Which, load, require_head
 
 def evaluate(
     weights: Weights | str | Path,
-    data: str | Dataset | None = None,
+    data: str | Dataset | Source | None = None,
     *,
     which: Which | None = None,
     batch_size: int = EVAL_BATCH,
@@ -37,12 +39,12 @@ def evaluate(
 
     Args:
         weights: loaded weights, or a weight or run folder.
-        data: an image folder, a known set, or what `open_set` gave; None takes the set that the
-            weights were trained on.
+        data: an image folder, a known set, what `open_set` gave, or a Python dataset as for
+            `train`; None takes the set that the weights were trained on.
         which: "model" or "ema"; None takes the one that the weights name.
         batch_size: images of a forward pass.
         workers: decoding processes; None takes the cores but one.
-        device: "cpu", "cuda", or "auto" for the GPU if there is one.
+        device: "cpu", "cuda", "mps", "xpu", or "auto" for a GPU if there is one.
 
     Raises:
         UserError: for weights or data that cannot be read, or a class that the weights do not know.
@@ -55,7 +57,7 @@ def evaluate(
 def sweep(
     weights: Weights | str | Path,
     image_sizes: Sequence[int],
-    data: str | Dataset | None = None,
+    data: str | Dataset | Source | None = None,
     *,
     which: Which | None = None,
     batch_size: int = EVAL_BATCH,
@@ -187,11 +189,16 @@ def _as_trained_on(dataset: Dataset, description: Description, config: Config) -
 
 
 def _open(
-    description: Description, data: str | Dataset | None, workers: int | None
+    description: Description, data: str | Dataset | Source | None, workers: int | None
 ) -> tuple[Dataset, Config]:
     """The set to evaluate on, and the settings to read it with."""
-    dataset = data if isinstance(data, Dataset) else open_set(description, data)
     settings = dataclasses.replace(description.config.data, workers=workers)
+    if data is None or isinstance(data, str | Dataset):
+        dataset = data if isinstance(data, Dataset) else open_set(description, data)
+    else:
+        classes = own_names(data) or description.classes
+        _refuse_other_classes(description.classes, classes, description.config)
+        dataset = Dataset(PATH, classes, None, records_of("data", data, classes, settings, ""))
     return dataset, dataclasses.replace(description.config, data=settings)
 
 

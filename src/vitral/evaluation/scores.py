@@ -157,8 +157,9 @@ def measure(
         logits = forward(batch.images)[: len(truth)].float()
         likely = logits.softmax(1).topk(k)
         losses = F.cross_entropy(logits, truth, reduction="none")
-        found = (truth, likely.indices, likely.values[:, 0].double(), losses.double())
-        parts.append(tuple(column.cpu() for column in found))
+        found = (truth, likely.indices, likely.values[:, 0], losses)
+        truth, ranked, confidence, losses = (column.cpu() for column in found)
+        parts.append((truth, ranked, confidence.double(), losses.double()))
     return Scores(classes, *(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
 
 

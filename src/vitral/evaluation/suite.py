@@ -47,7 +47,7 @@ def evaluate_suite(
         which: "model" or "ema"; None takes the one that the weights name.
         batch_size: images of a forward pass.
         workers: decoding processes; None takes the cores but one.
-        device: "cpu", "cuda", or "auto" for the GPU if there is one.
+        device: "cpu", "cuda", "mps", "xpu", or "auto" for a GPU if there is one.
 
     Returns:
         A row for each of `suite.names()`. Where fewer than two classes are known to both, nothing

@@ -151,13 +151,13 @@ def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
     P, N = model.config.patch_size, len(order)
     counts = torch.linspace(0, N, min(STEPS, N) + 1, dtype=torch.float64).round()
     rank = order.argsort().view(1, H // P, W // P)
-    gone = rank < counts.to(rank.device).view(-1, 1, 1)
+    gone = rank < counts.to(rank.device, rank.dtype).view(-1, 1, 1)
     gone = gone.repeat_interleave(P, 1).repeat_interleave(P, 2)[:, None]
     mean = image.mean((1, 2), keepdim=True)
     probabilities = [
         model(torch.where(part, mean, image)).softmax(-1)[:, target] for part in gone.split(BATCH)
     ]
-    return Curve(counts / N, torch.cat(probabilities).double().cpu())
+    return Curve(counts / N, torch.cat(probabilities).cpu().double())
 
 
 @torch.inference_mode()

@@ -140,7 +140,7 @@ def explain(
     pixels = eval_crop(
         image, config.data.eval_crop, side, config.data.interpolation, config.data.fit
     )
-    batch = finish(pixels[None].to(model.device), None, config.data.mean, config.data.std)
+    batch = finish(pixels[None], None, config.data.mean, config.data.std).to(model.device)
     logits, attention = attention_weights(model, batch)
     N = attention[0].shape[-1]
     heads = torch.cat([read(model, w) for w in attention]).unflatten(-1, (grid, grid))

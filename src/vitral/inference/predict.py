@@ -32,7 +32,7 @@ from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, data_error, printable
-from vitral.machine import available_cores
+from vitral.machine import available_cores, input_device
 from vitral.model import ViT
 from vitral.storage import replacing
 
@@ -257,8 +257,9 @@ def _seen(
     for batch, (pixels, broken) in zip(batches, cropped, strict=True):
         found = iter(())
         if len(pixels):
-            pixels = pixels.to(like.device, non_blocking=True)
-            found = iter(look(augment.finish(pixels, None, mean, std).to(like.dtype)))
+            pixels = pixels.to(input_device(like.device), non_blocking=True)
+            finished = augment.finish(pixels, None, mean, std)
+            found = iter(look(finished.to(like.device, like.dtype)))
         for i in batch:
             yield (None, broken[i]) if i in broken else (next(found), None)
 

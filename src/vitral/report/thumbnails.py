@@ -60,7 +60,7 @@ def attended(weights: Weights, records: Records, index: int) -> tuple[str, str] 
     if fetched.broken:
         return None
     place = weights.model.device
-    images = finish(fetched.images.to(place), None, config.data.mean, config.data.std)
+    images = finish(fetched.images, None, config.data.mean, config.data.std).to(place)
     _, attention = attention_weights(weights.model, images)
     grid = config.model.image_size // config.model.patch_size
     flow = read(weights.model, rollout(attention)).view(1, 1, grid, grid).cpu()

@@ -9,6 +9,7 @@ import contextlib
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from vitral.errors import UserError
 from vitral.machine import num_gpus
 
 T = TypeVar("T")
+TRAINING = threading.Lock()  # held while this process trains
 SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
 
 
@@ -108,6 +110,24 @@ class World:
             received[name] = own.contiguous()
             dist.broadcast(received[name], src=0, group=self.group)
         return received
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Refuses a second training in this process: all threads share its random state.
+
+    Raises:
+        UserError: another thread is training.
+    """
+    if not TRAINING.acquire(blocking=False):
+        raise UserError(
+            "train: expected one training at a time in a process, got a second one in another "
+            "thread; wait for the first, or start another process"
+        )
+    try:
+        yield
+    finally:
+        TRAINING.release()
 
 
 @contextlib.contextmanager

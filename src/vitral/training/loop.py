@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +13,9 @@ from vitral import weights
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
+from vitral.data.formats.objects import Given, open_objects
 from vitral.data.loader import Batch, train_batches
+from vitral.data.objects import PATH, Objects, Source
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
 from vitral.data.tools.rates import choose_decoder, verdict
@@ -21,7 +23,7 @@ from vitral.errors import UserError
 from vitral.evaluation import Scores
 from vitral.machine import pick_device
 from vitral.model import ViT, count_flops
-from vitral.rundir import RunDir
+from vitral.rundir import RunDir, RunPath
 from vitral.training import checkpoint as checkpoints
 from vitral.training import resume
 from vitral.training.broken import BrokenImages
@@ -33,7 +35,10 @@ from vitral.training.distributed import (
     World,
     check_processes,
     joined,
+    one_at_a_time,
 )
+from vitral.training.frozen import freeze, train_mode
+from vitral.training.head import HeadFit, Watch
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA
@@ -41,21 +46,44 @@ from vitral.training.outputs import Outputs
 from vitral.training.parallel import Averaged, InFixedOrder
 from vitral.training.parts import Parts
 from vitral.training.plan import Plan
-from vitral.training.resolved import Resolved, build_model, prepare_device, resolve, resolve_again
+from vitral.training.resolved import (
+    Resolved,
+    build_model,
+    compiled,
+    prepare_device,
+    resolve,
+    resolve_again,
+)
 from vitral.training.resume import Progress, State
 from vitral.training.signals import Signals
+from vitral.training.tokens import TokenCache, TrainedBlocks, can_cache
 from vitral.training.validation import Validation
 
 PATIENCE = 10  # consecutive non-finite updates that stop a run
 OWN = Parts()
 
 
-def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) -> Path:
-    """Trains a model, or resumes an existing run, and returns the run directory.
+def train(
+    recipe: str | Config = "digits",
+    *options: str,
+    dataset: Source | None = None,
+    val_dataset: Source | None = None,
+    classes: Sequence[str] | None = None,
+    fingerprint: str | None = None,
+    parts: Parts = OWN,
+) -> RunPath:
+    """Trains a model, or resumes an existing run, and returns the path of the run directory.
 
     Args:
         recipe: the name of a recipe, a YAML file, or settings with `train.out`.
         options: changes to a recipe, as on the command line.
+        dataset: a map-style dataset to train on instead of `data.path`. Its items are (image,
+            label), or a mapping with both: a PIL image, a uint8 tensor (C, H, W) or a uint8 array
+            (H, W, C), and an integer.
+        val_dataset: one to validate on; None holds out `data.val_fraction` of each class.
+        classes: names of the classes; None takes them from `dataset.classes` or its `features`.
+        fingerprint: identifies the images of both datasets, so that a run resumes on the same
+            ones; None reads and hashes every image before the run starts or resumes.
         parts: another model or optimizer than vitral's, for an experiment.
 
     Raises:
@@ -63,18 +91,24 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
         Interrupted: after a signal, once a checkpoint is written.
     """
     config = recipe if isinstance(recipe, Config) else weights.load_settings(recipe, options)
+    given = None
+    if dataset is not None:
+        given = Given(dataset, val_dataset, classes, fingerprint)
+        config = replace(config, data=replace(config.data, path=PATH))
+    elif val_dataset is not None or classes is not None or fingerprint is not None:
+        raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
     if config.train.out is None:
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
     device = pick_device(config.train.device)
-    with joined(device.type == "cuda") as world, run:
+    with one_at_a_time(), joined(device.type == "cuda") as world, run:
         device = world.together(lambda: world.device(device))
-        notes, dataset, model = world.together(lambda: prepare(config, run, world, parts))
-        if len({*world.gather(dataset.fingerprint)}) > 1:
+        notes, data, model = world.together(lambda: prepare(config, run, world, parts, given))
+        if len({*world.gather(data.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same for all processes")
         checkpoint, warnings = resume.open_run(run, world)
         trainer = world.together(
-            lambda: Trainer(config, dataset, model, device, run, checkpoint, world, parts)
+            lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
         )
         try:
             if world.main:
@@ -84,21 +118,25 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
             trainer.fit()
         finally:
             trainer.close()
-    return run.path
+    return RunPath(run.path)
 
 
 def prepare(
-    config: Config, run: RunDir, world: World, parts: Parts = OWN
+    config: Config, run: RunDir, world: World, parts: Parts = OWN, given: Given | None = None
 ) -> tuple[list[str], Dataset, ViT]:
     """Notes, data set and model of a run; finds errors before anything is written."""
     check_processes(config, world.size)
     changes = resume.check_settings(run, config) if world.main else []
-    dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
+    if given is not None:
+        dataset = open_objects(given, config.data, config.train.seed)
+    else:
+        dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
-        new = ", ".join(weights.initialize(model, path)) or "none"
+        new = ", ".join(parts.initialize(model, path)) or "none"
         notes.append(f"initialized from {path}; newly initialized parameters: {new}")
+    freeze(model, config.train.trainable)
     return notes, dataset, model
 
 
@@ -130,23 +168,29 @@ class Trainer:
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
             model.load_state_dict(checkpoint.tensors["model"])
+        self.head_fit = None
+        if checkpoint is None and (config.train.trainable == "head" or config.train.probe_first):
+            self.head_fit = HeadFit(model, config, dataset, self.resolved, self.workers, run, world)
         passes = InFixedOrder if config.train.reproducible else Averaged
-        self.passes = passes(model, config.train, self.resolved, world)
+        self.cached = can_cache(config, len(self.records), world.size)
+        trained = TrainedBlocks(model, config) if self.cached else model
+        self.passes = passes(trained, config.train, self.resolved, world)
         self.optimizer = parts.optimizer(model, config.optim)
         self.ema = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
         self.counters, self.progress = Counters(device), Progress()
         self.state = State(
             config, dataset, self.resolved, parts.name,
-            self.optimizer, self.ema, self.counters, self.progress,
+            model, self.optimizer, self.ema, self.counters, self.progress,
         )  # fmt: skip
         if checkpoint is not None:
             self.state.restore(checkpoint)
+        forward = compiled(model, self.resolved) if self.cached else self.passes.forward
         self.validation = Validation(
-            config, dataset, model, self.passes, self.resolved, world, self.workers, device
+            config, dataset, model, forward, self.resolved, world, self.workers, device
         )
         sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
-        count = functools.partial(count_flops, config.model, len(dataset.classes))
-        self.flops = {side: count(side, training=True, build=parts.model) for side in sides}
+        flops = functools.partial(count_flops, config.model, len(dataset.classes), training=True)
+        self.flops = {side: flops(side, build=parts.model) for side in sides}
         # The row of a validation that has to be repeated is dropped from the log.
         step, evaluated = self.progress.step, self.progress.evaluated
         undone = step in self.plan.evaluations and evaluated != step
@@ -175,7 +219,9 @@ class Trainer:
         with Signals(self.world) as signals, profiling(profile, self.run.trace) as profiler:
             try:
                 self._check_images(signals)
-                batches = self._batches()  # its workers start at once
+                if self.head_fit is not None:
+                    self._fit_head(self.head_fit, signals)
+                batches = self._batches(signals)  # its workers start at once
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
                     self._step(batches)
@@ -183,10 +229,10 @@ class Trainer:
                         profiler.step()
                     self._log_if_due()
                     self._validate_if_due(signals)
-                    age = time.monotonic() - self.last_checkpoint
-                    late = self.world.main and age > 60 * self.config.train.checkpoint_minutes
+                    now, limit = time.monotonic(), 60 * self.config.train.checkpoint_minutes
+                    late = self.world.main and now - self.last_checkpoint > limit
                     if late:  # agreed on one step later, and not to be asked for twice
-                        self.last_checkpoint = time.monotonic()
+                        self.last_checkpoint = now
                     signal, late = self.agreement.exchange(signals.received or 0, late)
                     every = self.config.train.checkpoint_steps
                     if late or (every is not None and progress.step % every == 0):
@@ -198,9 +244,8 @@ class Trainer:
                 self.agreement.finish()
                 self._save_checkpoint()
                 self.world.gather(None)  # torchrun ends the others once one process has exited
-                self.console.message(
-                    f"stopped at step {progress.step}; repeat the command to resume"
-                )
+                text = f"stopped at step {progress.step}; repeat the command to resume"
+                self.console.message(text)
                 raise
         self._save_checkpoint()
         if self.outputs is not None:
@@ -214,21 +259,33 @@ class Trainer:
             self.log.close()
         self.console.close()
 
+    def _fit_head(self, head_fit: HeadFit, signals: Signals) -> None:
+        """Fits the head to frozen features; it is all that a run with trainable head does."""
+        loss, train = head_fit.run(signals, self.console, self.broken), self.config.train
+        if self.ema is not None:
+            self.ema.reset()
+        if train.trainable == "head":
+            # Without a backward pass, which takes two thirds of a step's FLOPs.
+            self.clock.count(train.epochs * len(self.records), min(self.flops.values()) / 3)
+            self.counters.add(*torch.tensor([loss, 0.0, 0.0]).to(self.device))
+            self.progress.step = self.plan.total
+
     def _step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the micro-batches of a global batch."""
         train, progress = self.config.train, self.progress
-        self.model.train()
+        train_mode(self.model, train.trainable)
         loss = torch.zeros((), device=self.device)
-        done, share, side = 0, train.batch_size // self.world.size, 0
+        done, share = 0, train.batch_size // self.world.size
+        side = self.config.image_size_at(progress.step / self.plan.total)
         while done < share:
             batch = next(batches)
             assert batch.step == progress.step
             self.clock.waited += batch.waited
             self.broken.add(batch.broken)
-            if self.outputs is not None and progress.step == batch.first == 0:
+            if self.outputs is not None and progress.step == batch.first == self.cached == 0:
                 self.outputs.save_batch(batch.images[:32])
             torch.manual_seed(derive_seed("dropout", train.seed, progress.step, batch.first))
-            done, side = done + len(batch.images), batch.images.shape[-1]
+            done += len(batch.images)
             loss += self.passes.accumulate(batch, last=done == share)
         loss = self.passes.reduce(loss)
         norm, skipped = self.optimizer.step(self.plan.schedule.lr(progress.step), loss)
@@ -277,7 +334,7 @@ class Trainer:
         self.num_rows += 1
         # The first row includes the start of the workers and compilation.
         if self.num_rows == 2 and not isinstance(self.records, Pixels):
-            packed = isinstance(self.records, Packed)
+            packed = isinstance(self.records, Packed | Objects)
             self.console.message(verdict(pace["data_wait"], packed=packed))
 
     def _stop_if_diverged(self, worst: float) -> None:
@@ -353,7 +410,14 @@ class Trainer:
         decoder, rates = world.from_main(found)
         return resolve(config, self.model, device, world, decoder), {**rates}
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, signals: Signals) -> Iterator[Batch]:
+        if self.cached:
+            steps = range(self.progress.step, self.plan.total)
+            check = Watch("activations", len(self.records), 1, signals, self.console)
+            what = self.model, self.config, self.records, self.resolved, self.workers
+            cache = TokenCache(*what, check)
+            self.broken.add(cache.broken.items())
+            return cache.batches(len(self.dataset.classes), steps)
         return train_batches(
             self.records,
             self.config,
@@ -370,12 +434,11 @@ class Trainer:
 
     def _announce(self) -> None:
         side, classes = self.config.model.image_size, len(self.dataset.classes)
+        flops = count_flops(self.config.model, classes, side, build=self.parts.model)
         facts = {
             "workers": self.workers,
-            "parameters": sum(p.numel() for p in self.optimizer.named.values()),
-            "flops_per_image": count_flops(
-                self.config.model, classes, side, training=False, build=self.parts.model
-            ),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "flops_per_image": flops,
             "training_flops_per_image": 3 * self.flops[side],
             "step": self.progress.step,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import replacing
 
@@ -59,10 +61,11 @@ class MetricsLog:
 
 
 class Console:
-    """What a person watches: a progress bar on a terminal, elsewhere a plain line now and then.
+    """What a person watches: a progress bar, or a plain line now and then.
 
-    Every message, and every plain line, goes to train.log as well. A quiet one is for a process
-    that another speaks for.
+    The bar is for a terminal and for a notebook, which both rewrite a line in place. Every message,
+    and every plain line, goes to train.log as well. A quiet console is for a process other than the
+    main one. stdout may be None, or any object with `write` and `flush`.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
@@ -73,7 +76,8 @@ class Console:
         self.stream = self.file if quiet else sys.stdout
         self.total = total
         self.bar = None
-        if self.stream.isatty():
+        terminal = hasattr(self.stream, "isatty") and self.stream.isatty()
+        if terminal or (in_notebook() and not quiet):
             layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
             self.bar = tqdm(
                 total=total, initial=step, bar_format=layout, file=self.stream, dynamic_ncols=True
@@ -88,8 +92,9 @@ class Console:
                 self.bar.write(text, file=self.stream)
             else:
                 print(text, file=self.stream, flush=True)
-        except BrokenPipeError:  # nobody listens any more: train.log still does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except BrokenPipeError:  # the reader has exited; train.log still has every message
+            with contextlib.suppress(AttributeError, OSError):  # a stream without a descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def due(self) -> bool:
         """Whether it is time to show progress again."""
@@ -119,6 +124,15 @@ class Console:
             self.bar.update(step - self.bar.n)
         else:
             self.message(f"step {step}/{self.total}  {text}  left {duration(seconds_left)}")
+
+    def status(self, text: str, done: float) -> None:
+        """Shows how far work before the first step is, `done` from 0 to 1."""
+        self.last = time.monotonic()
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(int(done * self.total) - self.bar.n)
+        else:
+            self.message(text)
 
     def close(self) -> None:
         """Ends the bar and the file."""

@@ -24,7 +24,8 @@ class Counters:
 
     def __init__(self, device: torch.device) -> None:
         # losses, norms and steps since the last row; skipped steps in all, in a row, worst row
-        self.values = torch.zeros(6, dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+        self.values = torch.zeros(6, dtype=dtype, device=device)
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """Counts a step; the loss and norm of a skipped one stay out of the means."""

@@ -22,18 +22,22 @@ def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of equal weight decay and equal factor `lr_factor` on the learning rate.
 
     Decay is for the matrices of linear layers alone: not for biases, norms, tokens, LayerScale or
-    rotary frequencies. A parameter k blocks below the head has the factor layer_decay^k: the head
-    and the last norm 1, the last block layer_decay, the embedding layer_decay^(depth + 1).
+    rotary frequencies. A parameter k blocks below the head has the factor layer_decay^k: the last
+    norm 1, the last block layer_decay, the embedding layer_decay^(depth + 1). The factor of the
+    head is head_lr_factor. Frozen parameters are in no group.
     """
     decayed, depth = matrices(model), len(model.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name.startswith("blocks."):
             below = depth - int(name.split(".")[1])
         else:
             below = 0 if name.startswith(("norm.", "head.")) else depth + 1
         decay = config.weight_decay if parameter in decayed else 0.0
-        groups.setdefault((decay, config.layer_decay**below), []).append(parameter)
+        factor = config.head_lr_factor if name.startswith("head.") else config.layer_decay**below
+        groups.setdefault((decay, factor), []).append(parameter)
     return [
         {"params": members, "weight_decay": decay, "lr_factor": factor}
         for (decay, factor), members in groups.items()
@@ -64,7 +68,7 @@ class Optimizer:
 
     def __init__(self, model: ViT, config: OptimConfig) -> None:
         self.config = config
-        self.named = dict(model.named_parameters())
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(model, config)
         self.muon = Muon(take_matrices(model, groups) if config.name == "muon" else [])
         groups = [group for group in groups if group["params"]]
@@ -165,6 +169,12 @@ class EMA:
             weights = parameter.clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(weights)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Sets the averages to the model's weights."""
+        for name, value in self.average.items():
+            value.copy_(self.model[name])
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the averages of a checkpoint."""

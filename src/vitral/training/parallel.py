@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -28,10 +28,13 @@ class Averaged:
     Zhao et al. 2023); a model spread so is changed in place.
     """
 
-    def __init__(self, model: ViT, train: TrainConfig, resolved: Resolved, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, resolved: Resolved, world: World
+    ) -> None:
         self.train, self.resolved, self.world = train, resolved, world
         self.wrapped: DistributedDataParallel | FSDPModule | None = None
         if world.size > 1 and train.parallel == "fsdp":
+            assert isinstance(model, ViT)
             self.wrapped = _spread(model, resolved, world)
             self.forward = model
             return
@@ -70,9 +73,11 @@ class InFixedOrder:
     costs a copy of the gradients for each level, and nothing is sent before the backward pass ends.
     """
 
-    def __init__(self, model: ViT, train: TrainConfig, resolved: Resolved, world: World) -> None:
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, resolved: Resolved, world: World
+    ) -> None:
         self.train, self.resolved, self.world = train, resolved, world
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.forward = compiled(model, resolved)
         self.shard = train.batch_size // SHARDS
         self.sums: list[tuple[int, list[Tensor]]] = []

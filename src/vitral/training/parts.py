@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vitral import weights
 from vitral.config import OptimConfig, ViTConfig
 from vitral.model import ViT
 from vitral.training.optim import Optimizer
@@ -13,7 +14,7 @@ from vitral.training.optim import Optimizer
 
 @dataclass(frozen=True)
 class Parts:
-    """The makers of a run's model and optimiser, of which an experiment gives others.
+    """How a run makes and initializes its model and optimizer, which an experiment can replace.
 
     So a control or an ablation runs in vitral's own loop: with the same order, augmentation,
     schedule, checkpoints and log. Where the model is another, no weight folders are written, as
@@ -28,9 +29,13 @@ class Parts:
     `num_classes`, and keeps nothing besides its parameters: no running statistics."""
     optimizer: Callable[[ViT, OptimConfig], Optimizer] = Optimizer
     """Makes an optimiser of the model and the settings."""
+    initialize: Callable[[Any, str], list[str]] = weights.initialize
+    """Copies the weights of `train.init` into a new model, and returns the names of the parameters
+    that are not copied."""
 
     def __post_init__(self) -> None:
-        if not self.name and (self.model is not ViT or self.optimizer is not Optimizer):
+        own = (ViT, Optimizer, weights.initialize)
+        if not self.name and (self.model, self.optimizer, self.initialize) != own:
             raise ValueError("name: expected one for parts that are not vitral's own, got none")
 
     @property

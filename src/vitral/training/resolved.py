@@ -26,14 +26,15 @@ from vitral.training.optim import loss_sum
 from vitral.training.trial import autocast, can_compile, fused_is_faster
 
 GRAPHS = 64  # that a run may compile at most
-CPU_BATCH = 64  # images of a micro-batch: larger ones take memory, and gain nothing
+CPU_BATCH = 64  # images of a micro-batch: on a CPU, larger ones take memory and are no faster
 
 
 @dataclass(frozen=True)
 class Resolved:
     """Choices that the sums hang on: another number of threads adds up in another order."""
 
-    device: Literal["cpu", "cuda"]
+    device: str
+    """The type of the device: cpu, cuda, mps or xpu."""
     precision: Literal["bf16", "fp32"]
     compile: bool
     threads: int
@@ -84,7 +85,7 @@ def resolve(
     share = train.batch_size // (SHARDS if reproducible else world.size)
     threads = 1 if reproducible else max(1, min(16, available_cores() // world.local_size))
     resolved = Resolved(
-        device="cuda" if gpu else "cpu",
+        device=device.type,
         precision=precision,
         compile=compiled,
         threads=train.threads or threads,
@@ -116,10 +117,11 @@ def resolve(
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
-    """Sets a GPU up, before anything runs there: TF32, and determinism if it is asked for."""
+    """Sets an accelerator up: TF32 on a GPU, and determinism if the settings ask for it."""
     if device.type == "cpu":
         return
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     deterministic = config.train.deterministic or config.train.reproducible
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:

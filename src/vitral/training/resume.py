@@ -12,6 +12,7 @@ from vitral import settings
 from vitral.config import CHANGEABLE, Config, flatten
 from vitral.data.records import Dataset
 from vitral.errors import UserError
+from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 from vitral.storage import CorruptError
 from vitral.training import checkpoint as checkpoints
@@ -52,6 +53,7 @@ class State:
     resolved: Resolved
     parts: str
     """The name of the parts that replace vitral's own."""
+    model: ViT
     optimizer: Optimizer
     ema: EMA | None
     counters: Counters
@@ -59,7 +61,7 @@ class State:
 
     def weights(self, world: World) -> dict[str, dict[str, torch.Tensor]]:
         """Full tensors of "model" and, if the run keeps one, "ema"; every process takes part."""
-        states = {"model": full(self.optimizer.named, world)}
+        states = {"model": full(dict(self.model.named_parameters()), world)}
         if self.ema is not None:
             states["ema"] = full(self.ema.average, world)
         return states
@@ -95,7 +97,9 @@ class State:
         progress.step, progress.evaluated = checkpoint.step, state["evaluated"]
         progress.saved = (progress.step, progress.evaluated)
         progress.best, progress.metrics = state["best"], state["metrics"]
-        self.counters.values.copy_(torch.tensor(state["counters"], dtype=torch.float64))
+        self.counters.values.copy_(
+            torch.tensor(state["counters"], dtype=self.counters.values.dtype)
+        )
 
 
 def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:

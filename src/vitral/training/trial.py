@@ -20,7 +20,7 @@ ROUNDS, STEPS = 5, 10
 
 
 def autocast(
-    device: Literal["cpu", "cuda"], precision: Literal["bf16", "fp32"]
+    device: str, precision: Literal["bf16", "fp32"]
 ) -> contextlib.AbstractContextManager[Any]:
     """bf16 autocast, or nothing."""
     if precision == "fp32":
@@ -46,27 +46,27 @@ def can_compile(device: torch.device) -> bool:
 @functools.cache
 def fused_is_faster(
     config: ViTConfig,
-    device: Literal["cpu", "cuda"],
+    device: str,
     precision: Literal["bf16", "fp32"],
     compile: bool,
     micro_batch: int,
 ) -> bool:
     """On a GPU tries a norm and a feed-forward network on noise, both passes, in turn.
 
-    False where there are no kernels for that, or where they fail. A CPU is known by its maker, so
-    that the same run is the same to the last bit, whatever else the machine has to do.
+    False where there are no kernels for that, as on mps and xpu, or where they fail. A CPU is known
+    by its maker, so that the same run is the same to the last bit, whatever else the machine has to
+    do.
     """
     if device == "cpu":
         eager = config.kernels == "auto" and not compile
         with autocast(device, precision):
             return eager and kernels.can_train_by_onednn(torch.empty(1))
+    if config.kernels == "plain" or not kernels.has_feed_forward(torch.device(device)):
+        return False
     side = config.image_size // config.patch_size
     tokens = micro_batch * (config.num_prefix + side**2)
     with autocast(device, precision):
-        probe = torch.empty(1, device=device)
-        if config.kernels == "plain" or not (
-            kernels.has_feed_forward(probe.device) and kernels.can_fuse(probe)
-        ):
+        if not kernels.can_fuse(torch.empty(1, device=device)):
             return False
         x = torch.randn(tokens, config.shape.dim, device=device, requires_grad=True)
         fused, plain = (_passes(config, x, compile, kind) for kind in (True, False))

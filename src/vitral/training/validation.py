@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vitral.data.records import Dataset, Packed, Pixels
 from vitral.evaluation import Scores, measure, merge
 from vitral.model import ViT
 from vitral.training.distributed import Interrupted, World
-from vitral.training.parallel import Averaged, InFixedOrder, gathered
+from vitral.training.parallel import gathered
 from vitral.training.resolved import Resolved
 from vitral.training.signals import Signals
 
@@ -27,7 +27,7 @@ class Validation:
         config: Config,
         dataset: Dataset,
         model: ViT,
-        passes: Averaged | InFixedOrder,
+        forward: Callable[[Tensor], Tensor],
         resolved: Resolved,
         world: World,
         workers: int,
@@ -35,7 +35,7 @@ class Validation:
     ) -> None:
         assert dataset.val is not None
         self.config, self.records, self.classes = config, dataset.val, dataset.classes
-        self.model, self.passes = model, passes
+        self.model, self.call = model, forward
         self.resolved, self.world = resolved, world
         self.workers, self.device = workers, device
 
@@ -49,7 +49,7 @@ class Validation:
 
         def forward(images: Tensor) -> Tensor:
             with self.resolved.autocast():
-                return self.passes.forward(images)
+                return self.call(images)
 
         with gathered(self.model):
             part = self.world.together(

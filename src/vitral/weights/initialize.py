@@ -14,13 +14,15 @@ from vitral.rundir import CONFIG, RunDir
 from vitral.settings import Given
 from vitral.weights.store import load, read_description
 
+PREPROCESSING = ("fit", "interpolation", "eval_crop", "mean", "std")
+
 
 def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
     """`settings.load`, where a recipe without a model uses that of the weights in `train.init`.
 
-    It also uses the mean and standard deviation that their images are normalized with. What the
-    recipe or the options give, such as the image size, has priority; the grid of rotary positions
-    stays that of the weights. A run's own config.yaml names its model.
+    It also uses their preprocessing. What the recipe or the options give, such as the image size,
+    has priority; the grid of rotary positions stays that of the weights. A run's own config.yaml
+    names its model.
 
     Raises:
         UserError: for an unknown recipe, key or value, or weights that are missing.
@@ -37,7 +39,7 @@ def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
         raise UserError(
             f"{error}; --init names the weights to start from; resume a run with its {CONFIG}"
         ) from None
-    data = DataConfig(mean=known.data.mean, std=known.data.std)
+    data = DataConfig(**{name: getattr(known.data, name) for name in PREPROCESSING})
     model = dataclasses.replace(_as_preset(known.model), rope_grid=known.model.grid)
     return settings.load(source, given, default=Config(model=model, data=data))
 

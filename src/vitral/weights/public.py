@@ -78,12 +78,13 @@ def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
     return imported, description
 
 
-def create(name: str, file: str | None = None) -> Any:
+def create(name: str, file: str | None = None, **changes: Any) -> Any:
     """timm's pretrained model of a name.
 
     Args:
         name: NAME or NAME.tag, as timm has it, also with @revision of the Hub.
         file: weights with timm's or the original keys, to load instead of downloading.
+        changes: other arguments of `timm.create_model`.
 
     Raises:
         UserError: timm is missing, there is no such model, or its weights cannot be loaded.
@@ -105,9 +106,9 @@ def create(name: str, file: str | None = None) -> Any:
             f"{', '.join(FAMILIES)}; this is another kind of model"
         )
     # So that `convert` can compare the two models at several image sizes.
-    changes: dict[str, Any] = {"dynamic_img_size": True}
+    changes = {"dynamic_img_size": True, **changes}
     if file and not _has_head(file):
-        changes["num_classes"] = 0
+        changes.setdefault("num_classes", 0)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
     try:
         changes["pretrained_cfg_overlay"] = {"file": file} if file else _pinned(tagged, revision)

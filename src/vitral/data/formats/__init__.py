@@ -13,6 +13,7 @@ from pathlib import Path
 from vitral.config import DataConfig
 from vitral.data.formats import folder, ilsvrc, packed, parquet, shards
 from vitral.data.formats.known import KNOWN_SETS, open_known
+from vitral.data.objects import PATH
 from vitral.data.records import Dataset, hold_out
 from vitral.errors import data_error
 
@@ -31,6 +32,9 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
     Raises:
         UserError: the data set cannot be used; the message says why and how to fix it.
     """
+    if config.path == PATH:
+        fix = "call vitral.train(..., dataset=...) in Python to resume its run, or give --data PATH"
+        raise data_error(PATH, "a path", "a dataset of a Python program", fix)
     try:
         if config.path in KNOWN_SETS:
             dataset = open_known(config, image_size, seed, train)

@@ -14,8 +14,10 @@ from torchcodec.decoders import decode_jpeg
 from vitral.config import Config
 from vitral.data.fetch import Decoder
 from vitral.data.loader import Batch, train_batches
+from vitral.data.objects import Objects
 from vitral.data.records import Packed, Pixels, Records
 from vitral.errors import UserError
+from vitral.machine import synchronize
 
 BATCH = 256  # images at most of a batch that is measured
 ENDLESS = 1 << 40  # steps, of which only the first few are taken
@@ -36,7 +38,7 @@ def choose_decoder(
     asked, found = config.data.decode, decoders(records, device)
     if asked == "gpu" and "gpu" not in found:
         got = f"a {device.type} device"
-        if isinstance(records, Packed | Pixels):
+        if isinstance(records, Packed | Pixels | Objects):
             got = "images that are decoded already"
         elif device.type == "cuda":
             got = "a torchcodec without nvJPEG"
@@ -56,7 +58,7 @@ def choose_decoder(
 
 def decoders(records: Records, device: torch.device) -> tuple[Decoder, ...]:
     """Who can decode these records here; "cpu" stands for all that needs no decoding, too."""
-    if isinstance(records, Packed | Pixels) or device.type != "cuda":
+    if isinstance(records, Packed | Pixels | Objects) or device.type != "cuda":
         return ("cpu",)
     content = io.BytesIO()
     Image.new("RGB", (16, 16)).save(content, "JPEG")
@@ -151,9 +153,3 @@ def verdict(waited: float, *, packed: bool) -> str:
         f"input starves the model by {1 / (1 - waited):.1f}x: it waits {waited:.0%} of the time; "
         f"give more --data.workers where cores are idle{fix}"
     )
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU to finish."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,0 +1,77 @@
+"""Cross-validation of a linear classifier on the features that a run has kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vitral import weights
+from vitral.data.imagenet import display
+from vitral.data.sampling import random_ranks
+from vitral.errors import UserError
+from vitral.evaluation.table import write_csv
+from vitral.rundir import RunDir
+from vitral.training.frozen import Features, read_features
+from vitral.training.probe import fit
+
+FOLDS = "folds.csv"
+
+
+def cross_validate(path: Path, count: int) -> str:
+    """Accuracy in each of `count` folds of the training images, in all and for each class.
+
+    Writes folds.csv in the run directory.
+
+    Args:
+        path: of a finished run whose `train.trainable` is head.
+
+    Raises:
+        UserError: a class has fewer images than there are folds.
+    """
+    run = RunDir(path)
+    known = weights.read_description(path)[1]
+    features, seed = read_features(run.features), known.config.train.seed
+    names = [display(name) for name in known.classes]
+    right, labels, fold = predict_folds(features, len(names), count, seed, names)
+    groups = {"all": np.ones(len(labels), bool)}
+    groups |= {name: labels == i for i, name in enumerate(names)}
+    table = {
+        name: [float(right[members & (fold == k)].mean()) for k in range(count)]
+        for name, members in groups.items()
+    }
+    header = ("class", *(f"fold{k + 1}" for k in range(count)))
+    write_csv(path / FOLDS, header, [(name, *values) for name, values in table.items()])
+    width = max(map(len, [*table, "class"]))
+    lines = [f"{count} folds of {len(labels):,} training images", f"{'class':{width}}  top-1"]
+    for name, values in table.items():
+        mean, deviation = statistics.fmean(values), statistics.stdev(values)
+        lines.append(f"{name:{width}}  {mean:.2%} ± {deviation:.2%}")
+    return "\n".join(lines)
+
+
+def predict_folds(
+    features: Features, num_classes: int, count: int, seed: int, names: Sequence[str]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
+    """Whether each image is classified correctly by the other folds; its label; its fold. (n,)."""
+    images, first, inverse = np.unique(features.images, return_index=True, return_inverse=True)
+    labels = features.labels.numpy()[first]
+    counts = np.bincount(labels, minlength=num_classes)
+    if counts.min() < count:
+        raise UserError(
+            f"folds: expected at least {count} training images of each class, got "
+            f"{counts.min()} of {names[int(counts.argmin())]}; give fewer folds or more images"
+        )
+    fold = random_ranks(images, labels, seed, "folds") % count
+    right = np.empty(len(images), bool)
+    for k in range(count):
+        rows = torch.from_numpy(fold[inverse] != k)
+        part = Features(features.vectors[rows], features.labels[rows], features.images[rows], {})
+        own = fold == k
+        predicted = fit(part, num_classes, seed).predict(features.vectors[first[own]])
+        right[own] = predicted.numpy() == labels[own]
+    return right, labels, fold

@@ -1,0 +1,236 @@
+"""Frozen backbones: what is trained, and the features of a backbone that does not change."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitral import storage
+from vitral.config import Config
+from vitral.data import augment
+from vitral.data.fetch import Fetched, Request, fetch
+from vitral.data.loader import fetch_still
+from vitral.data.records import Records
+from vitral.data.sampling import Integers
+from vitral.engines.onednn import for_inference
+from vitral.errors import UserError
+from vitral.machine import input_device
+from vitral.model import ViT
+from vitral.training.resolved import Resolved
+
+PART = 1024  # images whose features are stored together
+Trainable = int | Literal["all", "head"]
+
+
+def freeze(model: ViT, trainable: Trainable) -> None:
+    """Marks the parameters that are not trained, by `train.trainable`."""
+    if trainable == "all":
+        return
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    if trainable != "head":
+        model.norm.requires_grad_(True)
+        model.blocks[-trainable:].requires_grad_(True)
+
+
+def train_mode(model: ViT, trainable: Trainable) -> None:
+    """Puts a model in training mode, but its frozen blocks in evaluation mode, without dropout."""
+    model.train()
+    if trainable != "all":
+        count = 0 if trainable == "head" else trainable
+        for block in model.blocks[: len(model.blocks) - count]:
+            block.eval()
+
+
+class Place(NamedTuple):
+    """Which images a part holds: those from `first` on, in one view."""
+
+    view: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Vectors of images, and what they are of."""
+
+    vectors: Tensor
+    """(n, D), float32: what the head reads."""
+    labels: Tensor
+    """(n,), int64."""
+    images: Tensor
+    """(n,), int64: the index of the image in its split."""
+    broken: Mapping[int, str]
+    """Images that cannot be decoded, which have no vector, and why."""
+
+    @classmethod
+    def joined(cls, parts: Iterable[Features]) -> Features:
+        """The features of all parts, in order."""
+        parts = list(parts)
+        vectors, labels, images = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("vectors", "labels", "images")
+        )
+        return cls(vectors, labels, images, {i: why for p in parts for i, why in p.broken.items()})
+
+
+class FeaturePass:
+    """Computes features part by part, and keeps each part in a directory.
+
+    An interrupted pass continues with the first part that is missing. The images of a part and of a
+    batch are the same however often it is interrupted and however many processes share the work,
+    and so are the features, to the bit.
+
+    Args:
+        model: the backbone, with its pretrained weights, on its device.
+        fingerprint: of the data set.
+        directory: where the parts are kept.
+    """
+
+    def __init__(
+        self,
+        model: ViT,
+        config: Config,
+        resolved: Resolved,
+        workers: int,
+        fingerprint: str,
+        directory: Path,
+    ) -> None:
+        self.config, self.resolved, self.workers = config, resolved, workers
+        self.directory, self.device, self.place = (
+            directory,
+            model.device,
+            input_device(model.device),
+        )
+        self.engine = for_inference(model) if resolved.precision == "fp32" else model
+        self.engine.eval()
+        data = dataclasses.replace(config.data, path="digits", workers=None)
+        train = config.train
+        settings = [dataclasses.asdict(part) for part in (config.model, data, config.augment)]
+        # Other weights, images or settings are an error, other hardware is a reason to start again.
+        self.source = _digest([_weights_digest(model), fingerprint, train.seed, *settings])
+        self.hardware = _digest(dataclasses.asdict(dataclasses.replace(resolved, processes=1)))
+
+    def __call__(
+        self,
+        records: Records,
+        split: Literal["train", "val"],
+        views: int,
+        share: tuple[int, int],
+        check: Callable[[int], None],
+    ) -> dict[Place, Features]:
+        """The features of this process's share of the parts.
+
+        Args:
+            views: of each image: the evaluation crop, then augmented ones as of epoch 1, 2, ...
+            share: which part of the work, of how many.
+            check: called with the number of images after each batch; may raise to stop.
+
+        Raises:
+            UserError: the directory holds features of other weights, images or settings.
+        """
+        first = range(0, len(records), PART)
+        places = [Place(view, start) for view in range(views) for start in first]
+        return {
+            place: self._read(records, split, place, check)
+            for place in places[share[0] :: share[1]]
+        }
+
+    def _read(
+        self, records: Records, split: str, place: Place, check: Callable[[int], None]
+    ) -> Features:
+        """A part from its directory, or computed and written there."""
+        part = self.directory / f"{split}-view{place.view}-{place.first:07d}"
+        try:
+            known = storage.read_json(part, "part.json")
+            if known["source"] != self.source:
+                raise UserError(
+                    f"features: {part} was computed with other weights, images or settings; "
+                    f"remove {self.directory} to compute it again, or start another run with --out"
+                )
+            if known["hardware"] == self.hardware:
+                tensors = storage.read_tensors(part, "features")
+                return Features(**tensors, broken=dict(known["broken"]))
+        except storage.CorruptError:
+            pass  # missing, or damaged
+        features = Features.joined(self._compute(records, place, check))
+        tensors = {name: getattr(features, name) for name in ("vectors", "labels", "images")}
+        document = {
+            "source": self.source,
+            "hardware": self.hardware,
+            "broken": sorted(features.broken.items()),
+        }
+        self.directory.mkdir(parents=True, exist_ok=True)
+        storage.write(part, {"features": tensors}, {"part": document})
+        return features
+
+    @torch.no_grad()
+    def _compute(
+        self, records: Records, place: Place, check: Callable[[int], None]
+    ) -> Iterator[Features]:
+        indices = np.arange(place.first, min(place.first + PART, len(records)))
+        size = self.resolved.micro_batch
+        chosen = [indices[i : i + size] for i in range(0, len(indices), size)]
+        for fetched in self._fetch(records, place.view, chosen):
+            index = fetched.request.indices
+            pixels = self._pixels(fetched, place.view)
+            with self.resolved.autocast():
+                vectors = self.engine.pool(self.engine.forward_features(pixels)).float().cpu()
+            good = torch.from_numpy(~np.isin(index, [i for i, _ in fetched.broken]))
+            yield Features(
+                vectors[good],
+                fetched.labels.cpu()[good],
+                torch.from_numpy(index)[good],
+                dict(fetched.broken),
+            )
+            check(len(index))
+
+    def _fetch(self, records: Records, view: int, chosen: list[Integers]) -> Iterator[Fetched]:
+        where = self.workers, self.place, self.resolved.decoder
+        if view == 0:
+            return fetch_still(records, self.config, chosen, *where)
+        side = self.config.model.image_size
+        requests = [Request(0, 0, side, np.full_like(part, view), part) for part in chosen]
+        return fetch(records, self.config, requests, *where)
+
+    def _pixels(self, fetched: Fetched, view: int) -> Tensor:
+        """The images of a batch as the model sees them, (B, C, S, S)."""
+        config, request, plan = self.config, fetched.request, None
+        images = fetched.images.to(self.place, non_blocking=True)
+        if view:
+            plan = augment.draw_plan(
+                config.augment, request.side, config.train.seed, request.epochs, request.indices
+            )
+            images = augment.augment(images, plan)
+        return augment.finish(images, plan, config.data.mean, config.data.std).to(self.device)
+
+
+def read_features(directory: Path) -> Features:
+    """The features of the training images that a finished pass left in a directory."""
+    found = {}
+    for part in directory.glob("train-view*"):
+        view, first = part.name.removeprefix("train-view").split("-")
+        broken = dict(storage.read_json(part, "part.json")["broken"])
+        tensors = storage.read_tensors(part, "features")
+        found[Place(int(view), int(first))] = Features(**tensors, broken=broken)
+    return Features.joined(found[place] for place in sorted(found))
+
+
+def _weights_digest(model: ViT) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head."):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _digest(document: object) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,147 @@
+"""Fitting the head of a run's model to the features of its frozen backbone."""
+
+from __future__ import annotations
+
+import copy
+import time
+
+import torch
+
+from vitral.config import Config
+from vitral.data.records import Dataset
+from vitral.errors import UserError
+from vitral.model import ViT
+from vitral.rundir import RunDir, duration
+from vitral.training.broken import BrokenImages
+from vitral.training.distributed import Interrupted, World, spread_like
+from vitral.training.frozen import FeaturePass, Features
+from vitral.training.metrics import Console
+from vitral.training.probe import Probe, fit
+from vitral.training.resolved import Resolved
+from vitral.training.signals import Signals
+
+
+@torch.no_grad()
+def set_head(model: ViT, probe: Probe) -> None:
+    """Gives a model, sharded or not, a fitted head."""
+    for name, value in (("head.weight", probe.weight), ("head.bias", probe.bias)):
+        own = model.get_parameter(name)
+        own.copy_(spread_like(value, own))
+
+
+class Watch:
+    """Shows how far a pass over images is, and stops it after a signal.
+
+    Args:
+        what: is computed.
+        total: images.
+        processes: that share them.
+    """
+
+    def __init__(
+        self, what: str, total: int, processes: int, signals: Signals, console: Console
+    ) -> None:
+        self.what, self.total, self.processes = what, total, processes
+        self.signals, self.console = signals, console
+        self.done, self.started = 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        """Notes that a process is through `count` more images. Raises Interrupted."""
+        self.done = min(self.total, self.done + count * self.processes)
+        if self.console.due():
+            rate = self.done / (time.monotonic() - self.started)
+            self.console.status(
+                f"{self.what} of {self.done:,}/{self.total:,} images  {rate:,.0f} img/s  "
+                f"ETA {duration((self.total - self.done) / rate)}",
+                self.done / self.total,
+            )
+        self.signals.check()
+
+
+class HeadFit:
+    """Computes features in all processes, and fits a head to them in the main one.
+
+    Args:
+        model: on its device, before its parameters are sharded.
+
+    Raises:
+        UserError: for another model than a ViT.
+    """
+
+    def __init__(
+        self,
+        model: ViT,
+        config: Config,
+        dataset: Dataset,
+        resolved: Resolved,
+        workers: int,
+        run: RunDir,
+        world: World,
+    ) -> None:
+        if not isinstance(model, ViT):
+            raise UserError("train.trainable: expected all for a model that is not a ViT")
+        sharded = world.size > 1 and config.train.parallel == "fsdp"
+        self.model, self.config, self.dataset, self.world = model, config, dataset, world
+        self.compute = FeaturePass(
+            copy.deepcopy(model) if sharded else model,
+            config,
+            resolved,
+            workers,
+            dataset.fingerprint,
+            run.features,
+        )
+
+    def run(self, signals: Signals, console: Console, broken: BrokenImages) -> float:
+        """Gives the model a fitted head in every process, and returns its training loss.
+
+        Raises:
+            Interrupted: a signal arrived in one of the processes.
+        """
+        features = self.features(signals, console)
+        broken.add(features.broken.items())
+        started = time.monotonic()
+
+        def check() -> None:
+            if console.due():
+                console.status(f"fitting the head  {duration(time.monotonic() - started)}", 1.0)
+            if self.world.size == 1:
+                signals.check()
+
+        def fitted() -> Probe:
+            device = self.model.device if self.model.device.type == "cuda" else "cpu"
+            num_classes, seed = len(self.dataset.classes), self.config.train.seed
+            return fit(features, num_classes, seed, check, device)
+
+        found = fitted() if self.world.main else None
+        head = self.world.from_main(found)
+        assert head is not None
+        console.message(
+            f"head fitted to {len(features.labels):,} vectors in "
+            f"{duration(time.monotonic() - started)}: L2 strength {head.strength:.3g}, "
+            f"held-out top-1 {head.held_out:.2%}"
+        )
+        set_head(self.model, head)
+        return head.loss
+
+    def features(self, signals: Signals, console: Console) -> Features:
+        """The features of the training images, in every process.
+
+        The first epoch is the evaluation crop; each later one has its own augmentation.
+        """
+        records, world, train = self.dataset.train, self.world, self.config.train
+        assert records is not None
+        views = train.epochs if train.trainable == "head" else 1
+        check = Watch("features", views * len(records), world.size, signals, console)
+
+        def compute() -> tuple[dict, int | None]:
+            try:
+                share = world.rank, world.size
+                return self.compute(records, "train", views, share, check), None
+            except Interrupted:
+                return {}, signals.received
+
+        parts = world.gather(world.together(compute))
+        if received := max(number or 0 for _, number in parts):
+            raise Interrupted(received)
+        found = {place: part for some, _ in parts for place, part in some.items()}
+        return Features.joined(found[place] for place in sorted(found))

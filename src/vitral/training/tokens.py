@@ -1,0 +1,105 @@
+"""Training the last blocks on the output of the frozen ones, which is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitral.config import Config
+from vitral.data import augment
+from vitral.data.loader import Batch, fetch_still, smoothed
+from vitral.data.records import Records
+from vitral.data.sampling import Order
+from vitral.machine import input_device
+from vitral.model import ViT
+from vitral.training.resolved import Resolved
+
+LIMIT = 4e9  # bytes of tokens that are kept in memory
+
+
+def can_cache(config: Config, num_images: int, processes: int) -> bool:
+    """Whether the inputs of the trained blocks are computed once instead of in each epoch.
+
+    They must be the same in each epoch, so there is no augmentation, and fit in memory. Several
+    processes would each need all of them. This depends on settings alone, so that a resumed run
+    does the same.
+    """
+    model, train = config.model, config.train
+    if not isinstance(train.trainable, int) or train.progressive or train.reproducible:
+        return False
+    tokens = model.num_prefix + (model.image_size // model.patch_size) ** 2
+    size = 4 * num_images * tokens * model.shape.dim
+    return processes == 1 and config.augment.off and size <= LIMIT
+
+
+class TrainedBlocks(nn.Module):
+    """The part of a model that is trained: tokens (B, N, D) to logits (B, classes)."""
+
+    def __init__(self, model: ViT, config: Config) -> None:
+        super().__init__()
+        self.model = model
+        self.first = _num_frozen(config)
+        self.side = config.model.image_size // config.model.patch_size
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        model = self.model
+        x = model.encode(tokens, self.side, self.side, self.first)
+        return model.head(model.pool(x if model.config.pooling == "mean-norm" else model.norm(x)))
+
+
+class TokenCache:
+    """The inputs of the trained blocks for each image, computed in order.
+
+    Args:
+        model: on its device.
+        check: called with the number of images after each batch; may raise to stop.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: ViT,
+        config: Config,
+        records: Records,
+        resolved: Resolved,
+        workers: int,
+        check: Callable[[int], None],
+    ) -> None:
+        self.config, self.device, self.micro_batch = config, model.device, resolved.micro_batch
+        self.broken: dict[int, str] = {}
+        parts, labels, everything = [], [], np.arange(len(records))
+        size = resolved.micro_batch
+        chosen = [everything[i : i + size] for i in range(0, len(records), size)]
+        model.eval()
+        place = input_device(model.device)
+        for fetched in fetch_still(records, config, chosen, workers, place, resolved.decoder):
+            images = fetched.images.to(place, non_blocking=True)
+            images = augment.finish(images, None, config.data.mean, config.data.std)
+            images = images.to(model.device)
+            with resolved.autocast():
+                tokens = model.encode(*model.embed(images), end=_num_frozen(config))
+            parts.append(tokens.float().cpu())
+            labels.append(fetched.labels.cpu())
+            self.broken |= dict(fetched.broken)
+            check(len(images))
+        self.tokens, self.labels = torch.cat(parts), torch.cat(labels)
+
+    def batches(self, num_classes: int, steps: range) -> Iterator[Batch]:
+        """The micro-batches of the global batches `steps`, in the order of `train_batches`."""
+        train = self.config.train
+        order = Order(train.seed, len(self.labels), train.batch_size, self.config.augment.repeats)
+        for step in steps:
+            for first in range(0, train.batch_size, self.micro_batch):
+                stop = min(first + self.micro_batch, train.batch_size)
+                chosen = torch.from_numpy(order.samples(step, first, stop)[1])
+                targets = smoothed(self.labels[chosen], num_classes, train.label_smoothing)
+                tokens = self.tokens[chosen].to(self.device)
+                yield Batch(step, first, tokens, targets.to(self.device), [])
+
+
+def _num_frozen(config: Config) -> int:
+    assert isinstance(config.train.trainable, int)
+    return config.model.shape.depth - config.train.trainable

@@ -1,0 +1,109 @@
+"""Training where signals and terminals are not what a command has: threads, event loops, streams.
+
+Each run must equal `finished`, which a process of its own trained.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+
+import pytest
+
+from vitral.errors import UserError
+from vitral.rundir import RunDir
+from vitral.training import train
+from vitral.training.distributed import one_at_a_time
+from vitral.training.signals import Signals
+
+from .processes import digests, make_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+class Stream:
+    """Has `write` and `flush` only, as the replacement of stdout in an embedding program may."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.fixture
+def config(image_folder, tmp_path):
+    return make_config(image_folder, tmp_path / "run", data__workers=2)
+
+
+def display(result):
+    """The pictures that a notebook displays for a result, by type; None if there are none."""
+    if find_spec("IPython"):
+        from IPython.core.interactiveshell import InteractiveShell
+
+        shell = InteractiveShell()
+        shell.display_formatter.active_types = ["image/png"]
+        return shell.display_formatter.format(result)[0] or None
+    picture = result._repr_png_()
+    return {"image/png": picture} if picture else None
+
+
+def check(run, finished):
+    assert digests(run) == digests(finished)
+    assert RunDir(run).report.is_file()
+
+
+def test_in_a_thread(config, finished):
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(train, config).result()
+    check(run, finished)
+    assert os.fspath(run) == config.train.out
+    picture = (run / "curves.png").read_bytes()
+    assert display(run)["image/png"] == picture
+    assert display(run / "weights") is None
+
+
+def test_in_an_event_loop(config, finished):
+    before = [signal.getsignal(number) for number in Signals.NUMBERS]
+
+    async def main():
+        return train(config)
+
+    check(asyncio.run(main()), finished)
+    assert [signal.getsignal(number) for number in Signals.NUMBERS] == before
+
+
+@pytest.mark.parametrize("kind", [Stream, lambda: None])
+def test_with_other_streams(config, finished, monkeypatch, kind):
+    stream = kind()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", kind())
+    check(train(config), finished)
+    if stream is not None:
+        assert "\nfinished: val top-1 " in stream.text
+
+
+def test_a_second_training_is_refused_while_one_runs(config):
+    seen, end = threading.Event(), threading.Event()
+
+    def first():
+        with one_at_a_time():
+            seen.set()
+            end.wait()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    seen.wait()
+    with pytest.raises(UserError, match="expected one training at a time in a process"):
+        train(config)
+    end.set()
+    thread.join()
+    assert not RunDir(config.train.out).path.exists()
+    with one_at_a_time():  # the lock is free again
+        pass

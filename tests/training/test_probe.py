@@ -1,0 +1,96 @@
+"""The linear classifier on features."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from vitral.training import probe
+from vitral.training.frozen import Features
+from vitral.training.probe import Problem, fit, select, standardization
+
+CLASSES, DIM = 4, 12
+
+
+def make_features(count, views=1, noise=1.0, labels=None):
+    """Gaussian clusters around a mean of each class, on scales from 0.01 to 100."""
+    draw = torch.Generator().manual_seed(0)
+    centers = torch.randn(CLASSES, DIM, generator=draw)
+    images = torch.arange(count).repeat(views)
+    if labels is None:
+        labels = torch.arange(count) % CLASSES
+    drawn = noise * torch.randn(count * views, DIM, generator=draw)
+    vectors = (centers[labels[images]] + drawn) * torch.logspace(-2, 2, DIM)
+    return Features(vectors, labels[images], images, {})
+
+
+def test_the_fit_is_that_of_scikit_learn():
+    features = make_features(300)
+    found = fit(features, CLASSES, seed=0)
+    mean, deviation = (part.numpy() for part in standardization(features.vectors))
+    vectors = features.vectors.double().numpy()
+    expected = LogisticRegression(C=1 / (300 * found.strength), tol=1e-8, max_iter=10_000)
+    expected.fit((vectors - mean) / deviation, features.labels)
+    # The loss does not change when the same number is added to the logits of all classes.
+    logits = vectors @ found.weight.double().numpy().T + found.bias.double().numpy()
+    wanted = expected.decision_function((vectors - mean) / deviation)
+    difference = (logits - logits.mean(1)[:, None]) - (wanted - wanted.mean(1)[:, None])
+    assert np.abs(difference).max() < 2e-3 * np.abs(wanted).max()
+
+
+def test_the_gradient_is_that_of_autograd(monkeypatch):
+    monkeypatch.setattr(probe, "LOGITS", 10 * CLASSES)  # ten rows at a time
+    vectors, labels = torch.randn(37, DIM).double(), torch.randint(CLASSES, (37,))
+    head = torch.randn(CLASSES, DIM + 1, dtype=torch.float64, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(vectors @ head[:, :-1].T + head[:, -1], labels)
+    (gradient,) = torch.autograd.grad(expected, head)
+    loss, found = Problem(vectors, labels, CLASSES).loss(head.detach())
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(found, gradient)
+
+
+def test_the_strength_with_the_best_held_out_score_is_selected():
+    features = make_features(120, noise=3.0)
+    mean, deviation = standardization(features.vectors)
+    vectors = (features.vectors.double() - mean) / deviation
+    fitted, scored = (
+        Problem(vectors[part], features.labels[part], CLASSES)
+        for part in (slice(0, 80), slice(80, 120))
+    )
+    strength, accuracy, _ = select(fitted, scored)
+    scores = {}
+    for tried in probe.STRENGTHS:
+        model = LogisticRegression(C=1 / (80 * tried), tol=1e-8, max_iter=10_000)
+        model.fit(fitted.vectors, fitted.labels)
+        scores[tried] = model.score(scored.vectors, scored.labels)
+    assert accuracy == pytest.approx(scores[strength])
+    assert accuracy == max(scores.values())
+
+
+def test_the_views_of_an_image_are_held_out_together():
+    """Random labels cannot be predicted, unless another view of the same image was fitted."""
+    labels = torch.randint(CLASSES, (200,), generator=torch.Generator().manual_seed(1))
+    one = make_features(200, labels=torch.zeros(200, dtype=torch.long))
+    twice = Features(
+        torch.cat([one.vectors, one.vectors]), labels.repeat(2), one.images.repeat(2), {}
+    )
+    assert fit(twice, CLASSES, seed=0).held_out < 0.6
+
+
+def test_a_constant_feature_and_a_class_with_one_image():
+    features = make_features(41, labels=torch.tensor([0, 1] * 20 + [2]))
+    features.vectors[:, 3] = 7.0
+    found = fit(features, 3, seed=0)
+    assert all(part.isfinite().all() for part in (found.weight, found.bias))
+    assert found.predict(features.vectors)[-1] == 2
+
+
+def test_stopping_is_asked_for_before_each_evaluation():
+    class StopError(Exception):
+        pass
+
+    def stop():
+        raise StopError
+
+    with pytest.raises(StopError):
+        fit(make_features(40), CLASSES, seed=0, check=stop)
