@@ -2,9 +2,10 @@
 
     python examples/linear_probe.py WEIGHTS FOLDER
 
-WEIGHTS is a run or weight folder. FOLDER has train/ and val/, and in each a folder for every class,
-which need not be those that the model was trained on. The model is not changed: scikit-learn fits a
-logistic regression to the vectors of train/, and its accuracy is that on val/.
+WEIGHTS is a run or weight folder, or a public model, such as timm:vit_small_patch14_dinov2. FOLDER
+has train/ and val/, and in each a folder for every class, which need not be those that the model
+was trained on. The model is not changed: scikit-learn fits a logistic regression to the vectors of
+train/, and its accuracy is that on val/.
 """
 
 import sys
@@ -19,20 +20,20 @@ from sklearn.preprocessing import StandardScaler
 import vitral
 from vitral.errors import UserError
 from vitral.inference import Classifier
+from vitral.inference.embed import embed
 
 
 def embedded(classifier: Classifier, split: Path) -> tuple[NDArray[np.float32], list[str]]:
     """The vectors of the images in the folders of `split`, and the names of those folders."""
-    paths = sorted(path for path in split.glob("*/*") if path.is_file())
-    vectors = classifier.embed(paths)
-    good = ~np.isnan(vectors).any(1)
-    print(f"{split}: {len(paths):,} files, {good.sum():,} of them images")
-    classes = [path.parent.name for path, ok in zip(paths, good, strict=True) if ok]
+    paths = sorted(str(path) for path in split.glob("*/*") if path.is_file())
+    found = embed(classifier, paths)
+    print(f"{split}: {len(paths):,} files, {len(found.paths):,} of them images")
+    classes = [Path(path).parent.name for path in found.paths]
     if len(set(classes)) < 2:
         raise SystemExit(
             f"{split}: expected images in two folders or more, a folder for each class"
         )
-    return vectors[good], classes
+    return found.vectors, classes
 
 
 def main(weights: str, folder: str) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from huggingface_hub import constants
@@ -22,6 +23,7 @@ from vitral import settings, storage, weights
 from vitral.cli import main
 from vitral.config import Config, DataConfig, TrainConfig, ViTConfig
 from vitral.model import ViT
+from vitral.weights.equivalents import TIMM
 
 # The client uploads by an argument that its HTTP library no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -378,8 +380,78 @@ def test_what_has_no_weights_is_not_downloaded(hub, capsys, caplog):
     large = {"config.json": b"{}", "model.safetensors": b"much"}
     hub.repositories["bo/llm"] = Repository(large)
     refused(capsys, ["val", "hf-hub:bo/llm"], "bo/llm holds no weights of vitral", "manifest.json")
-    assert hub.downloads() == set()
+    assert hub.downloads() == {"config.json"}
     assert caplog.text == ""  # the client would warn that nothing matched
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "fragments"),
+    [
+        ("facebook/dinov2-small", "dinov2", ["; give timm:vit_small_patch14_dinov2.lvd142m, the"]),
+        ("bo/x", "dinov3_vit", ["(dinov3_vit); look for", "?search=dinov3 and give timm:NAME"]),
+        ("bo/x", "siglip", ["?search=siglip_gap and"]),
+        ("bo/x", "bert", ["(bert); vitral loads its own weights and Vision Transformers of timm"]),
+        ("bo/x", "a b\n", ["bo/x holds no weights of vitral"]),
+        ("bo/x", ["vit"], ["bo/x holds no weights of vitral"]),
+    ],
+)
+def test_models_of_transformers_are_named_as_in_timm(hub, capsys, name, model_type, fragments):
+    config = json.dumps({"model_type": model_type}).encode()
+    hub.repositories[name] = Repository({"config.json": config, "model.safetensors": b"much"})
+    name = f"hf-hub:{name}"
+    for words in (["val", name], ["embed", name, "x"], ["train", "digits", "--init", name]):
+        refused(capsys, words, *fragments)
+    assert hub.downloads() == {"config.json"}
+
+
+def test_names_in_timm_exist():
+    get = pytest.importorskip("timm").models.get_pretrained_cfg
+    for name in TIMM.values():
+        assert get(name, allow_unregistered=False).hf_hub_id, name
+
+
+TINY = "vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def tiny(hub, tmp_path, monkeypatch):
+    """A repository of timm with two commits, and a cache of its own for public models."""
+    create, commits = pytest.importorskip("timm").create_model, []
+    monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "cache"))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        state = create(TINY, pretrained=False).state_dict()
+        commits.append({"model.safetensors": safetensors.torch.save(state)})
+    repository = Repository(commits[0])
+    repository.commit(commits[1], "new")
+    hub.repositories[f"timm/{TINY}.augreg_in21k_ft_in1k"] = repository
+    return repository
+
+
+def test_public_models_say_their_commit_and_stay(hub, tiny):
+    first, second = (commit[0] for commit in tiny.commits)
+    new, old = (vitral.load(f"{name}") for name in (f"timm:{TINY}", f"hf-hub:timm/{TINY}@{first}"))
+    assert new.description.source == f"timm:{TINY}@{second}"
+    assert old.description.source == f"timm:{TINY}@{first}"
+    assert not new.model.cls.equal(old.model.cls)
+    hub.asked.clear()
+    tiny.commit({}, "empty")
+    assert vitral.load(f"timm:{TINY}").model.cls.equal(new.model.cls)
+    assert hub.asked == []
+
+
+def test_public_models_without_the_hub(hub, tiny, monkeypatch, tmp_path, capsys):
+    """One request, which is not repeated; weights that timm has downloaded need none."""
+    words = ["import", f"timm:{TINY}", tmp_path / "made"]
+    hub.failing, hub.status = "/", 503
+    refused(capsys, words, f"timm:{TINY}: cannot be downloaded: ", "--file")
+    assert len(hub.asked) == 1
+    hub.failing = None
+    huggingface_hub.hf_hub_download(f"timm/{TINY}.augreg_in21k_ft_in1k", "model.safetensors")
+    turn_to("http://127.0.0.1:9", monkeypatch)
+    assert vitral.load(f"timm:{TINY}").description.source.endswith(tiny.commits[1][0])
+    other = f"timm:{TINY}.augreg_in21k"
+    refused(capsys, ["import", other, tmp_path / "other"], "cannot reach http://127.0.0.1:9")
 
 
 def test_a_revision_is_a_tag_or_a_commit(hub, run, tmp_path, capsys):

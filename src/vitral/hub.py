@@ -7,6 +7,7 @@ that prefix is ever asked of the network.
 from __future__ import annotations
 
 import errno
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "hf-hub:"
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ../x is none
+PATIENCE = 10.0  # seconds for the Hub's first answer
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -32,39 +34,94 @@ def check_name(name: str) -> None:
         raise UserError(f"hub: expected owner/name, got {name!r}")
 
 
-def download(name: str) -> Path:
-    """The folder, in the Hub's cache, with the weights called `hf-hub:owner/name[@revision]`.
+class NoWeightsError(UserError):
+    """A repository exists but has no weights of vitral."""
 
-    Of what the repository holds, config.json, manifest.json and *.safetensors come, and no more.
-    What came before is taken from the cache where the Hub cannot be reached.
+    def __init__(self, repository: str, model_type: str) -> None:
+        super().__init__(
+            f"hub: {repository} holds no weights of vitral; "
+            f"expected what `vitral push` writes, with a {MANIFEST}"
+        )
+        self.repository = repository
+        self.model_type = model_type
+        """Of the package transformers, from config.json; empty if there is none."""
+
+
+def download(name: str) -> Path:
+    """The directory, in the Hub's cache, of the weights `hf-hub:owner/name[@revision]`.
+
+    Only config.json, manifest.json and *.safetensors are downloaded. If the Hub cannot be reached,
+    the cached files are used.
 
     Raises:
-        UserError: for a name without weights, one that may not be read, or no way to the Hub.
+        NoWeightsError: the repository has no weights of vitral.
+        UserError: the name is not valid, access is denied, or the Hub cannot be reached.
     """
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     check_name(repository)
     api = client()
-
-    def fetch(revision: str | None, patterns: list[str]) -> Path:
-        return Path(
-            api.snapshot_download(
-                repository,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],  # an asterisk matches slashes too
-            )
-        )
-
     with _explained(repository, revision):
-        # First the file that only weights have, lest gigabytes come of what has none.
-        folder = fetch(revision or None, [MANIFEST])
+        if cached := _cached_if_unreachable(api, repository, revision, MANIFEST):
+            return cached
+        # First the file that only weights of vitral have, to not download gigabytes in vain.
+        folder = _fetch(api, repository, revision, MANIFEST)
         if (folder / MANIFEST).exists():
-            # By commit, as which the cache calls the folder, so that all files are of one.
-            return fetch(folder.name, ["config.json", "*.safetensors"])
-    raise UserError(
-        f"hub: {repository} holds no weights of vitral; "
-        f"expected what `vitral push` writes, with a {MANIFEST}"
+            # By commit, which is the folder's name, so that all files are of one.
+            return _fetch(api, repository, folder.name, "config.json", "*.safetensors")
+        model_type = _model_type(
+            _fetch(api, repository, folder.name, "config.json") / "config.json"
+        )
+    raise NoWeightsError(repository, model_type)
+
+
+def download_file(repository: str, revision: str, file: str) -> str:
+    """Downloads a file, if the repository has it, to the Hub's cache; returns its commit.
+
+    Raises:
+        UserError: as `download`.
+    """
+    api = client()
+    with _explained(repository, revision):
+        cached = _cached_if_unreachable(api, repository, revision, file)
+        return (cached or _fetch(api, repository, revision, file)).name
+
+
+def _fetch(api: HfApi, repository: str, revision: str, *patterns: str) -> Path:
+    return Path(
+        api.snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*"],  # an asterisk matches slashes too
+        )
     )
+
+
+def _cached_if_unreachable(api: HfApi, repository: str, revision: str, file: str) -> Path | None:
+    """None if the Hub can be reached, otherwise the cached folder that has the file.
+
+    The client would repeat its requests for a minute, or wait for an answer without a limit.
+    """
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    try:
+        api.model_info(repository, revision=revision or None, timeout=PATIENCE)
+    except errors.RevisionNotFoundError:
+        raise
+    except (errors.HTTPError, ConnectionError):
+        cached = try_to_load_from_cache(repository, file, revision=revision or None)
+        if not isinstance(cached, str):
+            raise
+        return Path(cached).parent
+    return None
+
+
+def _model_type(config: Path) -> str:
+    try:
+        found = json.loads(config.read_bytes())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) and re.fullmatch(r"[\w-]{1,40}", found) else ""
 
 
 def upload(name: str, folder: Path, *, private: bool, message: str) -> str:

@@ -1,6 +1,7 @@
 """Public models against timm's own, randomly initialized: outputs, features and gradients."""
 
 import json
+import re
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ import vitral
 from vitral import weights
 from vitral.cli import main
 from vitral.config import Config, OptimConfig
+from vitral.data.imagenet import wnids
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError
 from vitral.inference.export import export
@@ -111,6 +113,28 @@ def test_models_for_any_image_size_are_compared_at_several(name, monkeypatch):
     source.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape[2:])))
     assert public.convert(source).error <= 1e-5
     assert len(shapes) == (1 if getattr(source, "rope", None) is not None else 3)
+
+
+QUICK = {"vit_wee_patch16_reg1_gap_256", "vit_small_patch16_rope_mixed_ape_224",
+         "vit_base_patch32_clip_quickgelu_224"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in TWINS]
+)
+def test_onnx_files_compute_timms_outputs(name, tmp_path):
+    """`export` also compares the file with vitral's model at other image sizes."""
+    source = twin(name)
+    model = public.convert(source).model
+    classes = public.class_names(source.num_classes)
+    description = weights.describe(Config(model=model.config), classes, "", {})
+    weights.save(tmp_path / "weights", {"model": model.state_dict()}, description)
+    export(tmp_path / "weights", out=tmp_path / "model.onnx", images=0)
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "model.onnx")
+    images = torch.randn(2, 3, *source.patch_embed.img_size)
+    (found,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        assert relative(torch.from_numpy(found), source(images)) <= 1e-4
 
 
 EXACT = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "aimv2_large_patch14_224"]
@@ -230,6 +254,30 @@ def test_errors_are_one_line_and_leave_nothing(file, tmp_path, capsys, monkeypat
     assert "pip install 'vitral[timm]'" in refused("timm:vit_tiny_patch16_224", place)
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pth_files_are_read_without_running_them(file, tmp_path, capsys):
+    _, source = file
+    words = ["import", "timm:vit_tiny_patch16_224", str(tmp_path / "made"), "--file"]
+    torch.save({**source.state_dict(), "x": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
+    assert main([*words, str(tmp_path / "bad.pth")]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: timm:\S+: \S+bad.pth: expected tensors alone, got .+\n", error)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "made").exists()
+    torch.save(source.state_dict(), tmp_path / "good.pth")
+    assert main([*words, str(tmp_path / "good.pth")]) == 0
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert relative(vitral.load(tmp_path / "made").model(images), source(images)) <= 1e-5
+
+
 def test_a_public_name_is_converted_once_and_verified(file, tmp_path, monkeypatch):
     path, _ = file
     monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "cache"))
@@ -272,6 +320,36 @@ def _fields(config):
     import dataclasses
 
     return {**dataclasses.asdict(config), "rope_grid": config.grid}
+
+
+@pytest.mark.parametrize(
+    ("count", "position", "wnid"),
+    [
+        (1000, 0, "n01440764"),  # tench
+        (1000, 999, "n15075141"),  # toilet tissue
+        (11221, 11220, "n15102894"),  # knothole
+        (11821, 0, "n00005787"),  # benthos
+        (21841, 0, "n00004475"),  # organism
+        (21843, 2, "n00006024"),  # heterotroph
+    ],
+)
+def test_classes_of_imagenet_heads_are_wordnet_ids(count, position, wnid):
+    names = public.class_names(count)
+    assert len(set(names)) == count
+    assert names[position] == wnid
+    if count == 1000:
+        assert names == wnids()
+
+
+def test_an_imported_head_has_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(TWINS, "vit_tiny_patch16_224", {**SMALL, "num_classes": 11821})
+    public.write("x", twin("vit_tiny_patch16_224"), tmp_path / "made")
+    assert weights.load(tmp_path / "made").description.classes[-1] == "n15102894"
+
+
+def test_classes_of_other_heads_are_numbered():
+    assert public.class_names(2) == ("class 0", "class 1")
+    assert public.class_names(0) == ()
 
 
 def test_old_descriptions_have_no_source(tmp_path):

@@ -177,7 +177,7 @@ def _on_the_hub(name: str) -> str | None:
     if name.startswith(hub.PREFIX):
         return name.removeprefix(hub.PREFIX).partition("@")[0]
     if name.startswith(PREFIX):
-        return f"timm/{name.removeprefix(PREFIX)}"
+        return f"timm/{name.removeprefix(PREFIX).partition('@')[0]}"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vitral import storage
+from vitral import hub, storage
 from vitral.config import Config, DataConfig
-from vitral.data.imagenet import wnids
 from vitral.errors import UserError, did_you_mean, printable
 from vitral.machine import cache_dir
 from vitral.model import ViT
@@ -40,14 +40,17 @@ class Imported(NamedTuple):
 def fetch(name: str) -> Path:
     """The weight directory of a public model, converted at the first use and then cached.
 
+    A cached model needs neither timm nor a network. It stays the same if its publisher changes it;
+    `source` in config.json has the commit.
+
     Args:
-        name: `timm:NAME` or `timm:NAME.tag`.
+        name: `timm:NAME` or `timm:NAME.tag`, of the newest commit or `@revision`.
 
     Raises:
         UserError: there is no such model, it cannot be downloaded, or it is not supported.
     """
     bare = name.removeprefix(PREFIX)
-    place = cache_dir() / "public" / bare
+    place = cache_dir() / "public" / bare.replace("/", "--")  # as revisions may have a slash
     if not (place / "config.json").is_file():
         place.parent.mkdir(parents=True, exist_ok=True)
         write(bare, create(bare), place)
@@ -57,6 +60,7 @@ def fetch(name: str) -> Path:
 def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
     """Converts a timm model and writes it as a weight directory. Raises UserError, OSError."""
     imported, source = convert(public), public.pretrained_cfg
+    commit = "" if source.get("file") else (source.get("hf_hub_id") or "").partition("@")[2]
     description = Description(
         config=Config(model=imported.model.config, data=read_data(source)),
         classes=class_names(public.num_classes),
@@ -64,7 +68,7 @@ def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
         default="model",
         metrics={},
         vitral=version("vitral"),
-        source=f"{PREFIX}{name}",
+        source=f"{PREFIX}{name.partition('@')[0]}@{commit}" if commit else f"{PREFIX}{name}",
         license=source.get("license") or "",
         difference=imported.error,
     )
@@ -78,7 +82,7 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
     """timm's pretrained model of a name.
 
     Args:
-        name: NAME or NAME.tag, as timm has it.
+        name: NAME or NAME.tag, as timm has it, also with @revision of the Hub.
         file: weights with timm's or the original keys, to load instead of downloading.
         changes: other arguments of `timm.create_model`.
 
@@ -91,7 +95,8 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
         raise UserError(
             f"{PREFIX}{name}: expected the package timm, got none; pip install 'vitral[timm]'"
         ) from None
-    base = name.partition(".")[0]
+    tagged, _, revision = name.partition("@")
+    base = tagged.partition(".")[0]
     if not timm.is_model(base):
         hint = did_you_mean(base, timm.list_models())
         raise UserError(f"{PREFIX}{name}: timm has no model of that name{hint}")
@@ -102,24 +107,47 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
         )
     # So that `convert` can compare the two models at several image sizes.
     changes = {"dynamic_img_size": True, **changes}
-    if file:
-        changes["pretrained_cfg_overlay"] = {"file": file}
     if file and not _has_head(file):
         changes.setdefault("num_classes", 0)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
     try:
+        changes["pretrained_cfg_overlay"] = {"file": file} if file else _pinned(tagged, revision)
         with warnings.catch_warnings(action="ignore"):
-            return timm.create_model(name, pretrained=True, **changes).eval()
+            return timm.create_model(tagged, pretrained=True, **changes).eval()
     except Exception as error:  # of timm or the Hub's client, of whatever kind
-        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
-        fix = (
-            "give the weights of this model, with timm's or the original keys"
-            if file
-            else "without a network, download its model.safetensors from huggingface.co/timm "
-            f"elsewhere and give it to `vitral import {PREFIX}{name} DIR --file`"
+        raise _failure(name, file, error) from None
+
+
+def _failure(name: str, file: str | None, error: Exception) -> UserError:
+    if isinstance(error.__cause__, pickle.UnpicklingError):
+        return UserError(
+            f"{PREFIX}{name}: {file}: expected tensors alone, got a pickle with other objects, "
+            "which could run code; save the state dict by itself, best as safetensors"
         )
-        what = f"{file} cannot be loaded" if file else "cannot be downloaded"
-        raise UserError(f"{PREFIX}{name}: {what}: {reason}; {fix}") from None
+    reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+    fix = (
+        "give the weights of this model, with timm's or the original keys"
+        if file
+        else "without a network, download its model.safetensors from huggingface.co/timm "
+        f"elsewhere and give it to `vitral import {PREFIX}{name} DIR --file`"
+    )
+    what = f"{file} cannot be loaded" if file else "cannot be downloaded"
+    return UserError(f"{PREFIX}{name}: {what}: {reason}; {fix}")
+
+
+def _pinned(name: str, revision: str) -> dict[str, Any]:
+    """Downloads a model; returns changes to timm's description of it that name the commit.
+
+    Fails within seconds if there is no network, where timm's download tries for minutes.
+    """
+    from timm.models import get_pretrained_cfg
+
+    known = get_pretrained_cfg(name)
+    if known is None or not known.hf_hub_id:
+        return {}
+    file = known.hf_hub_filename or "model.safetensors"
+    commit = hub.download_file(known.hf_hub_id, revision, file)
+    return {"hf_hub_id": f"{known.hf_hub_id}@{commit}", "custom_load": known.custom_load}
 
 
 def _has_head(file: str) -> bool:
@@ -190,7 +218,9 @@ def read_data(known: Mapping[str, Any]) -> DataConfig:
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """Names of a head's classes: those of ImageNet-1K for 1,000."""
-    if num_classes == len(wnids()):
-        return wnids()
+    """WordNet ids of a head's classes for a number that timm knows, such as ImageNet-12K's."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if subset := infer_imagenet_subset({"num_classes": num_classes}):
+        return tuple(ImageNetInfo(subset).label_names())
     return tuple(f"class {i}" for i in range(num_classes))

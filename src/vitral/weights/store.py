@@ -14,6 +14,7 @@ from vitral.model import ViT
 from vitral.rundir import CONFIG, RunDir
 from vitral.weights import public
 from vitral.weights.description import Description, Weights, Which
+from vitral.weights.equivalents import explain
 
 DESCRIPTION = "config.json"
 
@@ -46,7 +47,7 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
     Args:
         path: a weight directory, a run directory, whose best weights are used, weights on the
             Hugging Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`, or a public
-            model, `timm:NAME` or `timm:NAME.tag`.
+            model, `timm:NAME` or `timm:NAME.tag`, also with `@revision`.
         which: "model" or "ema"; None uses the default of the weights.
         device: where to put the model.
 
@@ -83,7 +84,10 @@ def find(path: str | Path) -> Path:
     if name := public_name(str(path)):
         return public.fetch(name)
     if str(path).startswith(hub.PREFIX):
-        return hub.download(str(path))
+        try:
+            return hub.download(str(path))
+        except hub.NoWeightsError as error:
+            raise explain(error) from None
     path = Path(path)
     run = RunDir(path)
     for candidate in (path, run.best, run.last):
