@@ -24,13 +24,14 @@ from vitral.training.distributed import World
 from vitral.training.loop import prepare
 
 
-def plan(config: Config) -> str:
+def plan(request: settings.Request) -> str:
     """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`).
 
     Raises:
         UserError: where `train` would raise it before its first step, apart from errors in images,
             in the tensors of checkpoints, or of the machine.
     """
+    config = request.config
     run = RunDir(config.train.out or "")
     notes, dataset, model = prepare(config, run, World())
     assert dataset.train is not None
@@ -46,7 +47,7 @@ def plan(config: Config) -> str:
         settings.dump(config),
         *describe_size(config, training.model, classes),
         f"data        {_describe(dataset)}",
-        *(f"note        {note}" for note in notes if note not in dataset.notes),
+        *(f"note        {note}" for note in (*request.notes, *notes) if note not in dataset.notes),
         f"steps       {steps:,} of {train.batch_size} images, {micro} micro-batches each",
         f"time        about {duration(seconds)} for the steps on "
         f"{training.device.type}, if the input keeps up",

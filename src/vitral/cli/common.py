@@ -22,12 +22,17 @@ def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The settings that parsed arguments ask for: by RECIPE, options, and PATH of the data."""
+    return load_request(args).config
+
+
+def load_request(args: argparse.Namespace) -> settings.Request:
+    """`load_config`, with what the options give."""
     given = given_settings(args)
     if args.recipe is None:
-        return settings.load(settings.default_recipe(given), given)
-    from vitral.weights import load_settings
+        return settings.request(settings.default_recipe(given), given)
+    from vitral.weights import request
 
-    return load_settings(args.recipe, given)
+    return request(args.recipe, given)
 
 
 def check_writable(directory: str | Path) -> None:

@@ -22,6 +22,7 @@ from vitral.evaluation import Scores
 from vitral.machine import pick_device
 from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
+from vitral.settings import Request
 from vitral.training import checkpoint as checkpoints
 from vitral.training import resume
 from vitral.training.broken import BrokenImages
@@ -50,7 +51,7 @@ PATIENCE = 10  # consecutive non-finite updates that stop a run
 OWN = Parts()
 
 
-def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) -> Path:
+def train(recipe: str | Config | Request = "digits", *options: str, parts: Parts = OWN) -> Path:
     """Trains a model, or resumes an existing run, and returns the run directory.
 
     Args:
@@ -62,7 +63,10 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
         UserError: for an error in the settings or the data.
         Interrupted: after a signal, once a checkpoint is written.
     """
-    config = recipe if isinstance(recipe, Config) else weights.load_settings(recipe, options)
+    if isinstance(recipe, str):
+        recipe = weights.request(recipe, options)
+    request = Request(recipe) if isinstance(recipe, Config) else recipe
+    config = request.config
     if config.train.out is None:
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
@@ -79,7 +83,7 @@ def train(recipe: str | Config = "digits", *options: str, parts: Parts = OWN) ->
         try:
             if world.main:
                 run.write_config(config)
-            for text in (*notes, *warnings):
+            for text in (*request.notes, *notes, *warnings):
                 trainer.console.message(text)
             trainer.fit()
         finally:

@@ -11,12 +11,17 @@ from vitral.config import PRESETS, Config, DataConfig, ViTConfig
 from vitral.errors import UserError
 from vitral.model import ViT, resample
 from vitral.rundir import CONFIG, RunDir
-from vitral.settings import Given
+from vitral.settings import Given, Request
 from vitral.weights.store import load, read_description
 
 
 def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
-    """`settings.load`, where a recipe without a model uses that of the weights in `train.init`.
+    """The settings of a recipe, changed by options, as `request` finds them."""
+    return request(source, given).config
+
+
+def request(source: str, given: Given | Sequence[str] = ()) -> Request:
+    """`settings.request`, where a recipe without a model uses that of the weights in `train.init`.
 
     It also uses the mean and standard deviation that their images are normalized with. What the
     recipe or the options give, such as the image size, has priority; the grid of rotary positions
@@ -30,7 +35,7 @@ def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
     values = {**recipe, **given}
     (path,) = values.get("train.init", ["None"])
     if path in ("None", "") or {"model.size", "model.dim"} & recipe.keys():
-        return settings.load(source, given)
+        return settings.request(source, given)
     try:
         known = read_description(path)[1].config
     except UserError as error:
@@ -39,7 +44,7 @@ def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
         ) from None
     data = DataConfig(mean=known.data.mean, std=known.data.std)
     model = dataclasses.replace(_as_preset(known.model), rope_grid=known.model.grid)
-    return settings.load(source, given, default=Config(model=model, data=data))
+    return settings.request(source, given, default=Config(model=model, data=data))
 
 
 def _as_preset(model: ViTConfig) -> ViTConfig:
