@@ -92,13 +92,17 @@ def train(recipe: str | Config | Request = "digits", *options: str, parts: Parts
 
 
 def prepare(
-    config: Config, run: RunDir, world: World, parts: Parts = OWN
+    config: Config, run: RunDir, world: World, parts: Parts = OWN, device: str = "cpu"
 ) -> tuple[list[str], Dataset, ViT]:
-    """Notes, data set and model of a run; finds errors before anything is written."""
+    """Notes, data set and model of a run; finds errors before anything is written.
+
+    On the device "meta" the model and the weights to start from are compared by shapes alone.
+    """
     check_processes(config, world.size)
     changes = resume.check_settings(run, config) if world.main else []
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
-    model = build_model(config, len(dataset.classes), parts.model)
+    with torch.device(device):
+        model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
         new = ", ".join(weights.initialize(model, path)) or "none"

@@ -58,12 +58,13 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
     """Copies weights into `model` and returns the names of parameters that were not copied.
 
     The head is not copied if the number of classes differs. The image size may differ as long as
-    the grid of rotary positions is the same.
+    the grid of rotary positions is the same. For a model on the meta device only the shapes are
+    read and compared.
 
     Raises:
         UserError: if the architectures differ, or the grids of rotary positions.
     """
-    given = load(path).model
+    given = load(path, device=model.device.type).model
     source, own = given.state_dict(), model.state_dict()
     if given.num_classes != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}

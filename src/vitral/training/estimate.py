@@ -1,0 +1,145 @@
+"""How long a training takes on this machine, extrapolated from one encoder block."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from vitral.config import Config
+from vitral.data.tools.rates import synchronize
+from vitral.machine import has_gpu
+from vitral.model import ViT, count_flops
+from vitral.settings import replaced
+from vitral.training.optim import EMA
+from vitral.training.resolved import compiled
+from vitral.training.work import Training
+
+SAMPLE = 2  # images that a CPU is timed with at first, and twice as many until it takes ENOUGH
+ENOUGH = 0.3  # seconds
+TRIALS = 3  # of which the fastest counts: the others include what else the machine does
+
+
+class Estimate(NamedTuple):
+    """The time of training, without that of reading and augmenting images."""
+
+    per_image: float
+    """Seconds of the forward and backward pass of an image, the mean over all image sizes."""
+    per_step: float
+    """Seconds of the optimizer and the moving average after the passes of a batch."""
+
+
+def estimate(config: Config, num_classes: int) -> Estimate:
+    """Times a model of one block, and the block alone, for the depth of `config`.
+
+    Further blocks take as long as the first, in proportion to their FLOPs, which are fewer where
+    stochastic depth skips work. The optimizer takes time in proportion to the parameters.
+    """
+    flops = partial(count_flops, num_classes=num_classes, training=True)
+    shallow = replaced(config, {"model.depth": 1, "model.stochastic_depth": 0.0})
+    deeper = replaced(shallow, {"model.depth": 2}).model
+    block_flops = flops(deeper) - flops(shallow.model)
+    further = (flops(config.model) - flops(shallow.model)) / block_flops
+    with undisturbed():
+        training = Training(shallow, num_classes, config.model.image_size)
+        most, parameters = len(training.batch.images), training.model.num_parameters
+        first = _seconds_per_image(partial(_passes, training), most, training.device)
+        block = _seconds_per_image(block_passes(training), most, training.device)
+        step = _seconds_of_step(training)
+    per_image = (first + further * block) * _mean_work(config, num_classes)
+    return Estimate(per_image, step * outline(config, num_classes).num_parameters / parameters)
+
+
+def outline(config: Config, num_classes: int) -> ViT:
+    """The model of a run on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return ViT(config.model, num_classes)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restores torch's random state and number of threads afterwards."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng([torch.cuda.current_device()] if has_gpu() else []):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def block_passes(training: Training) -> Callable[[int], None]:
+    """Both passes of the first block, for a number of images."""
+    model, resolved = training.model, training.resolved
+    config, device, block = model.config, training.device, compiled(model.blocks[0], resolved)
+    side = config.image_size // config.patch_size
+    tables = (None, None)
+    if config.rope != "none":
+        with torch.no_grad():
+            tables = model.rope(side, side, device)[0]
+    if config.activation_checkpointing:
+        block = partial(checkpoint, block, use_reentrant=False)
+    shape = (len(training.batch.images), config.num_prefix + side**2, config.shape.dim)
+    tokens = torch.randn(shape, device=device, requires_grad=True)
+
+    def run(count: int) -> None:
+        with resolved.autocast():
+            out = block(tokens[:count], *tables)
+        out.backward(torch.ones_like(out))
+
+    return run
+
+
+def _passes(training: Training, count: int) -> torch.Tensor:
+    """Both passes of the model for a number of images; returns their loss."""
+    images, targets = training.batch.images[:count], training.batch.targets[:count]
+    batch = dataclasses.replace(training.batch, images=images, targets=targets)
+    return training.passes.accumulate(batch, last=True)
+
+
+def _seconds_per_image(run: Callable[[int], object], most: int, device: torch.device) -> float:
+    """The time of `run`, which does its work for a number of images, `most` at most."""
+    count = min(SAMPLE, most) if device.type == "cpu" else most
+    while True:
+        run(count)  # allocates, imports and compiles
+        seconds = min(_seconds(partial(run, count), device) for _ in range(TRIALS))
+        if count == most or seconds > ENOUGH:
+            return seconds / count
+        count = min(2 * count, most)  # a small model spends its time between the operations
+
+
+def _seconds_of_step(training: Training) -> float:
+    config, model = training.config, training.model
+    average = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
+
+    def step() -> None:
+        training.optimizer.step(config.optim.lr, loss)
+        if average is not None:
+            average.update(1)
+
+    times = []
+    for _ in range(1 + TRIALS):  # the first makes the optimizer's state
+        loss = _passes(training, SAMPLE)
+        times.append(_seconds(step, training.device))
+    return min(times[1:])
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def _mean_work(config: Config, num_classes: int) -> float:
+    """Work of a mean step over that of one at the model's image size."""
+    parts = [
+        share * count_flops(config.model, num_classes, n) for n, share in config.train.progressive
+    ]
+    return sum(parts) / count_flops(config.model, num_classes) if parts else 1.0
