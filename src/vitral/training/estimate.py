@@ -12,17 +12,25 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from vitral.config import Config
+from vitral.config import Config, TrainConfig, ViTConfig
+from vitral.data.records import Dataset
 from vitral.data.tools.rates import synchronize
 from vitral.machine import has_gpu
 from vitral.model import ViT, count_flops
 from vitral.settings import replaced
 from vitral.training.optim import EMA
 from vitral.training.resolved import compiled
-from vitral.training.work import Training
+from vitral.training.work import Inference, Training
 
 SAMPLE = 2  # images that a CPU is timed with at first, and twice as many until it takes ENOUGH
 ENOUGH = 0.3  # seconds
+LONG = 1800.0  # seconds of training, above which it is compared with a public model's features
+SLOWEST = 5e9  # FLOP/s that any machine has
+PUBLIC = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+PUBLIC_SHAPE = ViTConfig(
+    size="s", num_kv_heads=6, patch_size=14, image_size=14, num_registers=4, layer_scale=1e-5,
+    positions="learned", rope="none", activation="gelu",
+)  # fmt: skip
 TRIALS = 3  # of which the fastest counts: the others include what else the machine does
 
 
@@ -54,6 +62,26 @@ def estimate(config: Config, num_classes: int) -> Estimate:
         step = _seconds_of_step(training)
     per_image = (first + further * block) * _mean_work(config, num_classes)
     return Estimate(per_image, step * outline(config, num_classes).num_parameters / parameters)
+
+
+def compare_with_frozen(config: Config, dataset: Dataset, num_steps: int) -> str:
+    """What a run takes on this machine, and one pass of all images through a public model.
+
+    Empty for a run of at most LONG seconds, and for one that starts from weights.
+    """
+    train, classes = config.train, len(dataset.classes)
+    flops = 3 * count_flops(config.model, classes) * num_steps * train.batch_size
+    if train.init is not None or flops < LONG * SLOWEST:  # not worth the time of an estimate
+        return ""
+    found = estimate(config, classes)
+    scratch = num_steps * (train.batch_size * found.per_image + found.per_step)
+    if scratch <= LONG:
+        return ""
+    images = sum(len(records) for records in (dataset.train, dataset.val) if records is not None)
+    return (
+        f"from scratch: about {_rounded(scratch)} on this machine; "
+        f"with --init {PUBLIC}: about {_rounded(images * _frozen_seconds(config))}"
+    )
 
 
 def outline(config: Config, num_classes: int) -> ViT:
@@ -93,6 +121,28 @@ def block_passes(training: Training) -> Callable[[int], None]:
         out.backward(torch.ones_like(out))
 
     return run
+
+
+def _frozen_seconds(config: Config) -> float:
+    """The time of a forward pass of PUBLIC for an image of about the run's size."""
+    patch = PUBLIC_SHAPE.patch_size
+    side = max(1, round(config.model.image_size / patch)) * patch
+    whole = dataclasses.replace(PUBLIC_SHAPE, image_size=side)
+    shallow = dataclasses.replace(whole, depth=1)
+    train = TrainConfig(device=config.train.device, threads=config.train.threads)
+    with undisturbed():
+        work = Inference(Config(model=shallow, train=train), 0, side)
+
+        def run(count: int) -> None:
+            images = work.batch.images[:count]
+            work.step(dataclasses.replace(work.batch, images=images))
+
+        seconds = _seconds_per_image(run, len(work.batch.images), work.device)
+    return seconds * count_flops(whole, 0) / count_flops(shallow, 0)
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds / 3600:,.0f} h" if seconds >= 7200 else f"{max(1.0, seconds / 60):.0f} min"
 
 
 def _passes(training: Training, count: int) -> torch.Tensor:
