@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+import time
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
 import yaml
 
-from vitral.config import Config, flatten
+from vitral.config import Config, Seconds, flatten
 from vitral.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ SHORTCUTS = {
     "train.init": "init",
     "train.out": "out",
     "train.epochs": "epochs",
+    "train.time_budget": "time-budget",
     "train.batch_size": "batch-size",
     "optim.lr": "lr",
     "model.size": "model-size",
@@ -90,6 +92,8 @@ class Request:
     """Paths of the settings that options gave."""
     notes: tuple[str, ...] = ()
     """What the run prints when it starts."""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    """When it was made, from which `train.time_budget` counts."""
 
 
 def load(
@@ -119,6 +123,7 @@ def request(
     base = default or Config()
     try:
         own, asked = flatten(base) | converted(base, recipe), converted(base, given)
+        own |= _forget_budget(asked)
         shorter = shorten(own, asked)
         config = replaced(base, own | shorter | asked)
     except UserError:
@@ -132,7 +137,22 @@ def request(
     changes = [f"{path} {own[path]:g} -> {value:g}" for path, value in shorter.items()]
     epochs = config.train.epochs
     note = f"adjusted to {epochs} epoch{'s' * (epochs > 1)}: {', '.join(changes)}"
-    return Request(config, frozenset(given), (note,) if changes else ())
+    names = {*given}
+    if "train.epochs" not in {*recipe, *given}:  # beside epochs it is the record of a choice
+        names |= {"train.time_budget"} & {*recipe}
+    return Request(config, frozenset(names), (note,) if changes else ())
+
+
+def _forget_budget(given: Mapping[str, Any]) -> dict[str, None]:
+    """The recipe's time budget where options give the epochs: none. Raises UserError for both."""
+    if "train.epochs" not in given:
+        return {}
+    if given.get("train.time_budget") is not None:
+        raise UserError(
+            "train.time_budget: expected no train.epochs beside it, got "
+            f"{given['train.epochs']}; give one of the two"
+        )
+    return {"train.time_budget": None}
 
 
 def shorten(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,6 +213,7 @@ def dump(config: Config) -> str:
     for path, value in flatten(config).items():
         section, key = path.split(".")
         plain = list(value) if isinstance(value, tuple) else value
+        plain = float(value) if isinstance(value, Seconds) else plain
         sections.setdefault(section, {})[key] = plain
     return yaml.safe_dump(sections, sort_keys=False, default_flow_style=False)
 
@@ -303,7 +324,8 @@ def convert(kind: Any, words: Sequence[str]) -> Any:
 
 
 NAMES = {int: "an integer", float: "a number", str: "text"}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+NAMES[Seconds] = "a time such as 600, 90s, 10m or 1h30m"
+METAVARS = {int: "N", float: "X", str: "TEXT", Seconds: "TIME"}
 CHOICES = {bool: {"true": True, "false": False}}
 
 

@@ -18,7 +18,7 @@ from vitral.data.sampling import Order
 from vitral.data.tools.rates import choose_decoder, endless_batches
 from vitral.machine import available_cores, pick_device
 from vitral.rundir import RunDir, duration
-from vitral.training import resume
+from vitral.training import budget, resume
 from vitral.training.distributed import World
 from vitral.training.estimate import estimate
 from vitral.training.loop import prepare
@@ -34,8 +34,9 @@ def plan(request: settings.Request) -> str:
         UserError: where `train` would raise it before its first step, apart from errors in images,
             in the tensors of checkpoints, or of the machine.
     """
+    run, device = RunDir(request.config.train.out or ""), pick_device(request.config.train.device)
+    request = budget.fit(request, run, World())
     config = request.config
-    run, device = RunDir(config.train.out or ""), pick_device(config.train.device)
     notes, dataset, model = prepare(config, run, World(), device="meta")
     assert dataset.train is not None
     resume.check_unstarted(config, run, dataset)

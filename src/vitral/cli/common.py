@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -27,12 +29,12 @@ def load_config(args: argparse.Namespace) -> Config:
 
 def load_request(args: argparse.Namespace) -> settings.Request:
     """`load_config`, with what the options give."""
-    given = given_settings(args)
+    started, given = time.monotonic(), given_settings(args)
     if args.recipe is None:
         return settings.request(settings.default_recipe(given), given)
-    from vitral.weights import request
+    from vitral.weights import request  # imports torch
 
-    return request(args.recipe, given)
+    return dataclasses.replace(request(args.recipe, given), started=started)
 
 
 def check_writable(directory: str | Path) -> None:

@@ -60,7 +60,7 @@ def estimate(config: Config, num_classes: int) -> Estimate:
         first = _seconds_per_image(partial(_passes, training), most, training.device)
         block = _seconds_per_image(block_passes(training), most, training.device)
         step = _seconds_of_step(training)
-    per_image = (first + further * block) * _mean_work(config, num_classes)
+    per_image = (first + further * block) * mean_work(config, num_classes)
     return Estimate(per_image, step * outline(config, num_classes).num_parameters / parameters)
 
 
@@ -149,7 +149,7 @@ def _passes(training: Training, count: int) -> torch.Tensor:
     """Both passes of the model for a number of images; returns their loss."""
     images, targets = training.batch.images[:count], training.batch.targets[:count]
     batch = dataclasses.replace(training.batch, images=images, targets=targets)
-    return training.passes.accumulate(batch, last=True)
+    return training.accumulate(batch)
 
 
 def _seconds_per_image(run: Callable[[int], object], most: int, device: torch.device) -> float:
@@ -187,7 +187,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _mean_work(config: Config, num_classes: int) -> float:
+def mean_work(config: Config, num_classes: int) -> float:
     """Work of a mean step over that of one at the model's image size."""
     parts = [
         share * count_flops(config.model, num_classes, n) for n, share in config.train.progressive

@@ -23,8 +23,8 @@ from vitral.machine import pick_device
 from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
 from vitral.settings import Request
+from vitral.training import budget, resume
 from vitral.training import checkpoint as checkpoints
-from vitral.training import resume
 from vitral.training.broken import BrokenImages
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
@@ -73,6 +73,8 @@ def train(recipe: str | Config | Request = "digits", *options: str, parts: Parts
     device = pick_device(config.train.device)
     with joined(device.type == "cuda") as world, run:
         device = world.together(lambda: world.device(device))
+        request = budget.fit(request, run, world)
+        config = request.config
         notes, dataset, model = world.together(lambda: prepare(config, run, world, parts))
         if len({*world.gather(dataset.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same for all processes")

@@ -60,8 +60,12 @@ class Training(Work):
         self.optimizer = Optimizer(self.model, config.optim)
         self.passes = Averaged(self.model, config.train, self.resolved, World())
 
+    def accumulate(self, batch: Batch) -> torch.Tensor:
+        """Both passes of a batch; returns its loss."""
+        return self.passes.accumulate(batch, last=True)
+
     def step(self, batch: Batch) -> int:
-        loss = self.passes.accumulate(batch, last=True)
+        loss = self.accumulate(batch)
         self.optimizer.step(self.config.optim.lr, loss)
         return len(batch.images)
 
