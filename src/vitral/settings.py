@@ -100,11 +100,12 @@ def load(
     base = default or Config()
     try:
         config = build(base, {**recipe, **given})
-    except UserError:
+    except UserError as error:
         try:
             build(base, recipe)
-        except UserError as error:  # the recipe's fault alone
-            raise UserError(f"{source}: {error}") from None
+        except UserError as alone:
+            if str(alone) == str(error):  # the options have no part in it
+                raise UserError(f"{source}: {error}") from None
         raise
     if config.train.out is not None:
         return config
