@@ -411,6 +411,7 @@ def test_names_in_timm_exist():
 
 
 TINY = "vit_tiny_patch16_224"
+TAGGED = f"{TINY}.augreg_in21k_ft_in1k"
 
 
 @pytest.fixture
@@ -424,15 +425,15 @@ def tiny(hub, tmp_path, monkeypatch):
         commits.append({"model.safetensors": safetensors.torch.save(state)})
     repository = Repository(commits[0])
     repository.commit(commits[1], "new")
-    hub.repositories[f"timm/{TINY}.augreg_in21k_ft_in1k"] = repository
+    hub.repositories[f"timm/{TAGGED}"] = repository
     return repository
 
 
 def test_public_models_say_their_commit_and_stay(hub, tiny):
     first, second = (commit[0] for commit in tiny.commits)
     new, old = (vitral.load(f"{name}") for name in (f"timm:{TINY}", f"hf-hub:timm/{TINY}@{first}"))
-    assert new.description.source == f"timm:{TINY}@{second}"
-    assert old.description.source == f"timm:{TINY}@{first}"
+    assert new.description.source == f"timm:{TAGGED}@{second}"
+    assert old.description.source == f"timm:{TAGGED}@{first}"
     assert not new.model.cls.equal(old.model.cls)
     hub.asked.clear()
     tiny.commit({}, "empty")
@@ -447,7 +448,7 @@ def test_public_models_without_the_hub(hub, tiny, monkeypatch, tmp_path, capsys)
     refused(capsys, words, f"timm:{TINY}: cannot be downloaded: ", "--file")
     assert len(hub.asked) == 1
     hub.failing = None
-    huggingface_hub.hf_hub_download(f"timm/{TINY}.augreg_in21k_ft_in1k", "model.safetensors")
+    huggingface_hub.hf_hub_download(f"timm/{TAGGED}", "model.safetensors")
     turn_to("http://127.0.0.1:9", monkeypatch)
     assert vitral.load(f"timm:{TINY}").description.source.endswith(tiny.commits[1][0])
     other = f"timm:{TINY}.augreg_in21k"

@@ -234,6 +234,16 @@ def test_what_is_no_recipe_is_refused(user_error, content, parts):
     user_error(content, (), ["own.yaml", *parts])
 
 
+def test_an_error_of_the_options_is_not_blamed_on_the_recipe(tmp_path):
+    """Whose own value the options replace."""
+    (tmp_path / "own.yaml").write_text("model: {image_size: 30}")
+    own = str(tmp_path / "own.yaml")
+    with pytest.raises(UserError, match=r"own.yaml: model.image_size: .+ got 30"):
+        settings.load(own, ["--train.epochs", "3"])
+    with pytest.raises(UserError, match=r"^optim.lr: expected"):
+        settings.load(own, ["--model.image-size", "32", "--optim.lr", "-1"])
+
+
 @pytest.mark.parametrize(
     ("source", "parts"),
     [

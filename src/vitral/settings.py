@@ -126,11 +126,12 @@ def request(
         own |= _forget_budget(asked)
         shorter = shorten(own, asked)
         config = replaced(base, own | shorter | asked)
-    except UserError:
+    except UserError as error:
         try:
             build(base, recipe)
-        except UserError as error:  # the recipe's fault alone
-            raise UserError(f"{source}: {error}") from None
+        except UserError as alone:
+            if str(alone) == str(error):  # the options have no part in it
+                raise UserError(f"{source}: {error}") from None
         raise
     if config.train.out is None:
         config = replaced(config, {"train.out": f"runs/{Path(source).stem}"})

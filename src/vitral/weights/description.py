@@ -89,7 +89,7 @@ def require_head(weights: Weights) -> Weights:
         return weights
     raise UserError(
         f"weights: {weights.path}: no classifier, only features; train one, `vitral train "
-        f"imagenet-finetune --init {weights.description.source or weights.path} --data FOLDER`, "
+        f"--init {weights.description.source or weights.path} --data FOLDER`, "
         "or write the features of images, `vitral embed`"
     )
 

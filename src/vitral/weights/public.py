@@ -61,6 +61,9 @@ def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
     """Converts a timm model and writes it as a weight directory. Raises UserError, OSError."""
     imported, source = convert(public), public.pretrained_cfg
     commit = "" if source.get("file") else (source.get("hf_hub_id") or "").partition("@")[2]
+    if commit:  # with the tag, as another timm may have another default
+        tagged = filter(None, (source["architecture"], source.get("tag")))
+        name = f"{'.'.join(tagged)}@{commit}"
     description = Description(
         config=Config(model=imported.model.config, data=read_data(source)),
         classes=class_names(public.num_classes),
@@ -68,7 +71,7 @@ def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
         default="model",
         metrics={},
         vitral=version("vitral"),
-        source=f"{PREFIX}{name.partition('@')[0]}@{commit}" if commit else f"{PREFIX}{name}",
+        source=f"{PREFIX}{name}",
         license=source.get("license") or "",
         difference=imported.error,
     )
