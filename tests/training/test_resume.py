@@ -23,6 +23,7 @@ from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
+from vitral.training.signals import Signals
 
 from .processes import (
     damage,
@@ -58,7 +59,7 @@ def test_killed_at_random_steps(image_folder, tmp_path, whole, workers):
     assert digests(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", Signals.NUMBERS)
 def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_path, whole, number):
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     assert signal_at(config, 5, number) == 128 + number

@@ -240,12 +240,12 @@ class Trainer:
                     if signal and progress.step < total:
                         raise Interrupted(signal)
                 self.agreement.finish()
-            except Interrupted:
+            except Interrupted as interrupted:
                 self.agreement.finish()
                 self._save_checkpoint()
                 self.world.gather(None)  # torchrun ends the others once one process has exited
                 text = f"stopped at step {progress.step}; repeat the command to resume"
-                self.console.message(text)
+                self.console.message(f"{interrupted}: {text}")
                 raise
         self._save_checkpoint()
         if self.outputs is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from vitral.errors import Messages
 from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import replacing
@@ -65,7 +65,8 @@ class Console:
 
     The bar is for a terminal and for a notebook, which both rewrite a line in place. Every message,
     and every plain line, goes to train.log as well. A quiet console is for a process other than the
-    main one. stdout may be None, or any object with `write` and `flush`.
+    main one. stdout may be None, or any object with `write` and `flush`; what it cannot take is in
+    train.log alone.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
@@ -73,7 +74,7 @@ class Console:
     def __init__(self, path: Path, total: int, step: int, quiet: bool) -> None:
         path = Path(os.devnull) if quiet else path
         self.file = path.open("a", encoding="utf-8")
-        self.stream = self.file if quiet else sys.stdout
+        self.stream = Messages(self.file if quiet else sys.stdout)
         self.total = total
         self.bar = None
         terminal = hasattr(self.stream, "isatty") and self.stream.isatty()
@@ -87,14 +88,10 @@ class Console:
     def message(self, text: str) -> None:
         """Something to be read now and kept."""
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
-        try:
-            if self.bar is not None:
-                self.bar.write(text, file=self.stream)
-            else:
-                print(text, file=self.stream, flush=True)
-        except BrokenPipeError:  # the reader has exited; train.log still has every message
-            with contextlib.suppress(AttributeError, OSError):  # a stream without a descriptor
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
 
     def due(self) -> bool:
         """Whether it is time to show progress again."""

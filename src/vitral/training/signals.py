@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -13,14 +14,16 @@ from vitral.training.distributed import Interrupted, World
 
 
 class Signals:
-    """Records SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends a lone process at once.
+    """Records signals while in use; a second one ends a lone process at once.
 
-    Of several processes each may receive a signal twice, from the terminal and from torchrun.
-    In a notebook the second one ends the cell. Outside the main thread, where Python installs no
-    handlers, nothing is recorded.
+    SIGHUP never counts as the second one: the kernel and the shell each send it when a terminal
+    disappears, and systemd sends it after SIGTERM. Where it is ignored, as under nohup, it stays
+    ignored. Each of several processes may receive a signal twice, from the terminal and from
+    torchrun. In a notebook the second signal ends the cell. Outside the main thread, where Python
+    installs no handlers, nothing is recorded.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -29,6 +32,8 @@ class Signals:
         self.received: int | None = None
         main = threading.current_thread() is threading.main_thread()
         numbers = self.NUMBERS if main else ()
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers = numbers[:-1]
         self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -42,17 +47,19 @@ class Signals:
             raise Interrupted(self.received)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        again = self.received is not None
+        first = self.received is None
         # torchrun forwards signals that a scheduler may have sent to its children already.
         lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-        if again and lone:
+        if lone and signal.SIGHUP not in (number, self.received or signal.SIGHUP):
             if in_notebook():
                 raise KeyboardInterrupt
             os._exit(128 + number)
-        self.received = number
-        if again or not self.world.main:
+        if first or number != signal.SIGHUP:
+            self.received = number
+        # Without stderr another file may have its number.
+        if not first or not self.world.main or sys.__stderr__ is None:
             return
         hint = "; send it again to stop at once" if lone else ""
         text = f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n"
-        with contextlib.suppress(OSError):  # a process without stderr
+        with contextlib.suppress(OSError):  # its reader or terminal is gone
             os.write(2, text.encode())
