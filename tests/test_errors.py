@@ -86,9 +86,12 @@ def unread():
     return os.fdopen(writer, "w")
 
 
-@pytest.mark.parametrize(
-    "stream", [unread, hung_up, lambda: Path("/dev/full").open("w"), Path(os.devnull).open]
-)
+def full():
+    """A stream to a full disk."""
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+@pytest.mark.parametrize("stream", [unread, hung_up, full, Path(os.devnull).open])
 def test_messages_are_lost_without_an_error(stream):
     with stream() as real:
         print("first\nsecond", file=Messages(real), flush=True)

@@ -23,7 +23,7 @@ def use(descriptor):
     """Makes a descriptor standard output and standard error."""
     for number, name, buffering in ((1, "stdout", -1), (2, "stderr", 1)):
         os.dup2(descriptor, number)
-        setattr(sys, name, open(number, "w", buffering, closefd=False))  # noqa: PTH123, SIM115
+        setattr(sys, name, open(number, "w", buffering, closefd=False))  # noqa: SIM115
 
 
 def start(command, kind):

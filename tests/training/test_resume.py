@@ -21,6 +21,7 @@ from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
+from vitral.training.parallel import Averaged
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
 from vitral.training.signals import Signals
@@ -67,6 +68,31 @@ def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_pa
     steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert last >= 5
     assert steps[-1] <= last
+    assert finish_alone(config) == 0
+    assert digests(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_a_signal_drops_the_unfinished_step(
+    image_folder, tmp_path, whole, micro_batch, monkeypatch
+):
+    """A step has two micro-batches of 8 and 4 images."""
+    accumulate, calls = Averaged.accumulate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == micro_batch:
+            signal.raise_signal(signal.SIGTERM)
+        return accumulate(*arguments, **options)
+
+    config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Averaged, "accumulate", interrupted)
+        assert finish_alone(config) == 128 + signal.SIGTERM
+    complete = micro_batch // 2
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == ([complete] if complete else [])
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"SIGTERM: stopped at step {complete}; " in log
     assert finish_alone(config) == 0
     assert digests(tmp_path / "run") == whole
 

@@ -221,7 +221,7 @@ class Trainer:
                 self._check_images(signals)
                 if self.head_fit is not None:
                     self._fit_head(self.head_fit, signals)
-                batches = self._batches(signals)  # its workers start at once
+                batches = signals.interrupting(self._batches(signals))  # its workers start at once
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
                     self._step(batches)

@@ -7,10 +7,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 from vitral.machine import in_notebook
 from vitral.training.distributed import Interrupted, World
+
+T = TypeVar("T")
 
 
 class Signals:
@@ -45,6 +49,17 @@ class Signals:
         """Raises Interrupted if a signal has arrived."""
         if self.received is not None:
             raise Interrupted(self.received)
+
+    def interrupting(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a lone process receives a signal: raises Interrupted before the next.
+
+        So a lone process drops the optimizer step that it is in after the current micro-batch.
+        Several processes would have to agree on each micro-batch, so they finish the step.
+        """
+        for item in items:
+            if self.world.size == 1:
+                self.check()
+            yield item
 
     def _note(self, number: int, _: FrameType | None) -> None:
         first = self.received is None
