@@ -381,12 +381,14 @@ class Trainer:
         improved = top1 > progress.best["top1"]
         if improved:
             progress.best = {"step": progress.step, "top1": top1}
-            # Before the weights: where there are weights, there was a checkpoint.
+        # The checkpoint implies the tables, and weights imply that there was a checkpoint.
+        if self.outputs is not None:
+            self.outputs.note_scores(scores[kind], progress)
+        if improved:
             self._save_checkpoint()
         if self.outputs is not None:
             names = ["last", "best"] if improved else ["last"]
             self.outputs.save_weights(states, names, progress.metrics)
-            self.outputs.note_scores(scores[kind], progress)
 
     def _save_checkpoint(self) -> None:
         progress = self.progress
@@ -396,7 +398,7 @@ class Trainer:
         self.broken.agree()
         checkpoint = self.state.checkpoint(self.world, self.broken.known)
         if self.log is not None:
-            self.log.flush()
+            self.log.sync()
             checkpoints.save(self.run.checkpoints, checkpoint, int(progress.best["step"]))
         progress.saved = (progress.step, progress.evaluated)
         self.last_checkpoint = time.monotonic()
