@@ -291,7 +291,7 @@ class Trainer:
         norm, skipped = self.optimizer.step(self.plan.schedule.lr(progress.step), loss)
         progress.step += 1
         if self.ema is not None:
-            self.ema.update(progress.step)
+            self.ema.update(progress.step, skipped)
         self.counters.add(loss, norm, skipped)
         self.clock.count(train.batch_size, self.flops[side])
 
