@@ -112,7 +112,7 @@ def train(
         )
         try:
             if world.main:
-                run.write_config(config)
+                run.write_config(weights.absolute_paths(config))
             for text in (*notes, *warnings):
                 trainer.console.message(text)
             trainer.fit()
@@ -156,7 +156,7 @@ class Trainer:
     ) -> None:
         assert dataset.train is not None
         if checkpoint is not None:
-            resume.check_data(config, run, dataset, checkpoint.state["fingerprint"])
+            resume.check_checkpoint(config, run, dataset, checkpoint.step, checkpoint.state)
             resume.check_parts(run, checkpoint.state.get("parts", ""), parts.name)
         prepare_device(config, device)
         self.config, self.dataset, self.model, self.device = config, dataset, model, device
