@@ -404,6 +404,8 @@ class TrainConfig:
     """Steps between checkpoints; None leaves it to checkpoint_minutes."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others of the run before it fails."""
     profile: bool = False
     """Write a torch.profiler trace of ten steps."""
 
@@ -413,6 +415,7 @@ class TrainConfig:
             _check(getattr(self, name) != "", f"{name}: expected a folder, got nothing")
         _check_positive(epochs=self.epochs, batch_size=self.batch_size, eval_every=self.eval_every)
         _check_positive(log_every=self.log_every, checkpoint_minutes=self.checkpoint_minutes)
+        _check_positive(timeout_minutes=self.timeout_minutes)
         for name in ("micro_batch", "threads", "checkpoint_steps"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
@@ -516,6 +519,7 @@ CHANGEABLE = frozenset(
         "train.log_every",
         "train.checkpoint_steps",
         "train.checkpoint_minutes",
+        "train.timeout_minutes",
         "train.profile",
     }
 )

@@ -8,7 +8,7 @@ import pytest
 
 from vitral.training import signals
 from vitral.training.distributed import World
-from vitral.training.signals import Signals
+from vitral.training.signals import NUMBERS, Signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -18,7 +18,7 @@ def _without_torchrun(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
-@pytest.mark.parametrize("number", Signals.NUMBERS)
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_recorded_and_announced_once(number, capfd):
     with Signals(World()) as recorded:
         assert recorded.received is None
@@ -29,16 +29,16 @@ def test_a_signal_is_recorded_and_announced_once(number, capfd):
 
 
 def test_handlers_are_put_back():
-    before = {number: signal.getsignal(number) for number in Signals.NUMBERS}
+    before = {number: signal.getsignal(number) for number in NUMBERS}
 
     def interrupted():
         with Signals(World()) as recorded:
-            assert all(signal.getsignal(n) == recorded._note for n in Signals.NUMBERS)
+            assert all(signal.getsignal(n) == recorded._note for n in NUMBERS)
             raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
         interrupted()
-    assert {number: signal.getsignal(number) for number in Signals.NUMBERS} == before
+    assert {number: signal.getsignal(number) for number in NUMBERS} == before
 
 
 def exit_code_after(numbers, world):

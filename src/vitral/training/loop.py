@@ -101,7 +101,8 @@ def train(
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
     device = pick_device(config.train.device)
-    with one_at_a_time(), joined(device.type == "cuda") as world, run:
+    gpu, minutes = device.type == "cuda", config.train.timeout_minutes
+    with one_at_a_time(), joined(gpu, minutes) as world, run:
         device = world.together(lambda: world.device(device))
         notes, data, model = world.together(lambda: prepare(config, run, world, parts, given))
         if len({*world.gather(data.fingerprint)}) > 1:

@@ -15,19 +15,23 @@ from vitral.machine import in_notebook
 from vitral.training.distributed import Interrupted, World
 
 T = TypeVar("T")
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def handled() -> list[signal.Signals]:
+    """The signals that end a run in good order. A hangup that is ignored, as by nohup, does not."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in NUMBERS if number != signal.SIGHUP or not ignored]
 
 
 class Signals:
     """Records signals while in use; a second one ends a lone process at once.
 
     SIGHUP never counts as the second one: the kernel and the shell each send it when a terminal
-    disappears, and systemd sends it after SIGTERM. Where it is ignored, as under nohup, it stays
-    ignored. Each of several processes may receive a signal twice, from the terminal and from
-    torchrun. In a notebook the second signal ends the cell. Outside the main thread, where Python
-    installs no handlers, nothing is recorded.
+    disappears, and systemd sends it after SIGTERM. Each of several processes may receive a signal
+    twice, from the terminal and from torchrun. In a notebook the second signal ends the cell.
+    Outside the main thread, where Python installs no handlers, nothing is recorded.
     """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -35,9 +39,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self.received: int | None = None
         main = threading.current_thread() is threading.main_thread()
-        numbers = self.NUMBERS if main else ()
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            numbers = numbers[:-1]
+        numbers = handled() if main else ()
         self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
