@@ -91,7 +91,7 @@ def test_what_a_checkpoint_implies_is_on_disk_before_it(failures):
         assert run.config.read_bytes() == RunDir(out).config.read_bytes()
         assert run.environment.read_bytes() == RunDir(out).environment.read_bytes()
         assert read_rows(run.metrics)[: found.step] == rows[: found.step]
-        assert list(run.tensorboard.iterdir())[0].stat().st_size > 0
+        assert next(run.tensorboard.iterdir()).stat().st_size > 0
         assert " starts: " in run.log.read_text()
         if found.state["evaluated"]:
             for name in ("per_class.csv", "confused_pairs.csv"):
