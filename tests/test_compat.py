@@ -25,6 +25,7 @@ def pair():
     ("function", "arguments", "expected"),
     [
         (compat.lerp_all, (0.25,), lambda a, b: a + 0.25 * (b - a)),
+        (compat.lerp_all, (torch.tensor(0.25).double(),), lambda a, b: a + 0.25 * (b - a)),
         (compat.add_all, (), lambda a, b: a + b),
         (compat.add_all, (-3.0,), lambda a, b: a - 3 * b),
         (compat.copy_all, (), lambda a, b: b),

@@ -1,11 +1,13 @@
 """How errors are worded, and that no name can break the line they are on."""
 
 import os
+import pty
+import sys
 from pathlib import Path
 
 import pytest
 
-from vitral.errors import UserError, data_error, did_you_mean, first_few, printable
+from vitral.errors import Messages, UserError, data_error, did_you_mean, first_few, printable
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,36 @@ def test_only_a_close_name_is_suggested(word, meant):
 
 def test_the_last_part_of_a_name_comes_before_a_similar_name():
     assert did_you_mean("path", ["paths", "data.path"]) == "; did you mean data.path?"
+
+
+def hung_up():
+    """A stream to a terminal that has gone."""
+    own, other = pty.openpty()
+    os.close(own)
+    return os.fdopen(other, "w")
+
+
+def unread():
+    """A stream to a pipe without a reader."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+def full():
+    """A stream to a full disk."""
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+
+
+@pytest.mark.parametrize("stream", [unread, hung_up, full, Path(os.devnull).open])
+def test_messages_are_lost_without_an_error(stream):
+    with stream() as real:
+        print("first\nsecond", file=Messages(real), flush=True)
+        print("third", file=Messages(real), flush=True)
+    print("fourth", file=Messages(real), flush=True)  # closed
+    print("fifth", file=Messages(None), flush=True)
+
+
+def test_messages_reach_a_stream_that_takes_them(capsys):
+    print("one", file=Messages(sys.stderr))
+    assert capsys.readouterr() == ("", "one\n")

@@ -60,8 +60,16 @@ def test_no_file_is_a_pickle(written):
         assert data[:2] not in (b"\x80\x02", b"PK")
 
 
+@pytest.fixture(params=[True, False], ids=["exchanged", "renamed twice"])
+def exchange(request, monkeypatch):
+    """Whether the system can exchange two directories."""
+    if not request.param:
+        monkeypatch.setattr(storage, "_exchange", lambda *_: False)
+    return request.param
+
+
 @pytest.mark.parametrize("old", ["replaced", "none", "half of a write", "half of a replacement"])
-def test_write_replaces_what_is_there(tmp_path, old):
+def test_write_replaces_what_is_there(tmp_path, old, exchange):
     folder = tmp_path / "made"
     storage.write(folder, {"more": {"x": torch.zeros(5)}}, {})
     if old == "none":
@@ -132,6 +140,7 @@ def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, failure, the
     elif failure == "flush":
         fail_at(os, "fsync", 3)
     else:
+        monkeypatch.setattr(storage, "_exchange", lambda *_: False)
         fail_at(type(folder), "rename", 1 + (failure == "second rename"))
     with pytest.raises(error):
         storage.write(folder, tensors, documents)
@@ -349,7 +358,9 @@ def test_other_files_are_not_needed_to_read_one(written):
 
 def test_sizes_are_checked_without_reading_a_file(written, monkeypatch):
     opened, reads = storage._opened, []
-    monkeypatch.setattr(storage, "_opened", lambda path: reads.append(path.name) or opened(path))
+    monkeypatch.setattr(
+        storage, "_opened", lambda path, *more: reads.append(path.name) or opened(path, *more)
+    )
     manifest = storage.check_files(written)
     assert sorted([*manifest, "manifest.json"]) == FILES
     (written / "model.safetensors").write_bytes(bytes(manifest["model.safetensors"]["bytes"]))
@@ -401,6 +412,182 @@ def test_one_large_tensor_is_not_copied(tmp_path):
     assert read["x"].equal(group["x"])
 
 
+HOSTILE = ["../made/config.json", "/dev/zero", "..", ".", "", "a/b.json", "config.json\0", "x.bin"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_in_a_manifest_are_plain(written, name):
+    manifest = json.loads((written / "manifest.json").read_text())
+    entry = manifest.pop("config.json")
+    (written / "manifest.json").write_text(json.dumps({**manifest, name: entry}))
+    for read in (storage.check_files, storage.verify):
+        with pytest.raises(CorruptError, match=r"manifest\.json: not a manifest"):
+            read(written)
+    with pytest.raises(CorruptError, match=r"manifest\.json: not a manifest"):
+        storage.read_json(written, name)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"bytes": True}, {"bytes": 1.0}, {"bytes": "1"}, {"sha256": 5}, {"sha256": None}]
+)
+def test_entries_in_a_manifest_have_their_types(written, entry):
+    manifest = json.loads((written / "manifest.json").read_text())
+    manifest["config.json"] |= entry
+    (written / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptError, match=r"manifest\.json: not a manifest"):
+        storage.verify(written)
+
+
+SPECIAL = {
+    "pipe": os.mkfifo,
+    "link to an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "link to a pipe": lambda path: (os.mkfifo(f"{path}.pipe"), path.symlink_to(f"{path}.pipe")),
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to nothing": lambda path: path.symlink_to("gone"),
+    "link to a file of the system": lambda path: path.symlink_to("/proc/self/pagemap"),
+    "directory": os.mkdir,
+}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", FILES)
+def test_special_files_are_refused_at_once(written, name, kind):
+    """Reading them would wait forever, or have no end."""
+    path = written / name
+    path.unlink()
+    SPECIAL[kind](path)
+    for read in (
+        lambda: storage.verify(written),
+        lambda: storage.read_json(written, name),
+        lambda: storage.read_tensors(written, path.stem),
+    ):
+        with pytest.raises(CorruptError, match=str(written)):
+            read()
+
+
+def test_a_link_to_the_file_itself_is_followed(written):
+    """The cache of the Hugging Face Hub consists of links."""
+    for name in FILES:
+        (written / name).rename(written.parent / name)
+        (written / name).symlink_to(f"../{name}")
+    storage.verify(written)
+    assert storage.read_json(written, "config.json") == DOCUMENTS["config"]
+    assert storage.read_tensors(written, "model").keys() == TENSORS["model"].keys()
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+def test_documents_are_read_up_to_a_size(written, name):
+    with (written / name).open("r+b") as file:
+        file.truncate(1 << 40)  # sparse
+    if name == "config.json":
+        manifest = json.loads((written / "manifest.json").read_text())
+        manifest[name]["bytes"] = 1 << 40
+        (written / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CorruptError, match=r"\.json: larger than"):
+        storage.read_json(written, "config.json")
+
+
+def test_nothing_is_allocated_for_tensors_beyond_the_file(written):
+    data = header(x={**GOOD, "shape": [1 << 30], "data_offsets": [0, 1 << 32]})
+    put_listed(written, "model.safetensors", data)
+
+    def read():
+        with pytest.raises(CorruptError, match="not a safetensors file"):
+            storage.read_tensors(written, "model")
+
+    assert peak_growth(read)[0] < 24
+
+
+def test_deep_json_is_corrupt(written):
+    put_listed(written, "config.json", b"[" * 100_000)
+    with pytest.raises(CorruptError, match=r"config\.json: not valid JSON"):
+        storage.read_json(written, "config.json")
+
+
+@pytest.mark.parametrize("what", ["file", "link to nothing", "link to a directory"])
+@pytest.mark.parametrize("name", ["made", ".made.new", ".made.old"])
+def test_write_replaces_what_is_no_directory(tmp_path, name, what, exchange):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "kept").touch()
+    if what == "file":
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).symlink_to("target" if what == "link to a directory" else "gone")
+    for _ in range(2):
+        storage.write(tmp_path / "made", TENSORS, DOCUMENTS)
+        storage.verify(tmp_path / "made")
+    assert sorted(names(tmp_path)) == ["made", "target"]
+    assert names(tmp_path / "target") == ["kept"]
+
+
+def read_versions(folder, find):
+    """Reads a directory until it is removed, and exits; both files must be of one version."""
+    count = 0
+    try:
+        while folder.parent.exists():
+            try:
+                number, tensors = storage.consistent(
+                    folder,
+                    lambda: (
+                        storage.read_json(find(folder), "config.json")["number"],
+                        storage.read_tensors(find(folder), "model"),
+                    ),
+                )
+            except CorruptError:
+                if folder.parent.exists():
+                    raise
+                break
+            assert tensors["x"].eq(number).all()
+            count += 1
+        os._exit(0 if count > 10 else 3)
+    finally:
+        os._exit(4)
+
+
+def in_place(folder):
+    return folder
+
+
+def in_places(folder):
+    return next((place for place in storage.places(folder) if place.exists()), folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_readers_find_the_old_or_the_new_version(tmp_path, exchange):
+    folder = tmp_path / "parent" / "made"
+    folder.parent.mkdir()
+    if exchange and not storage._exchange(tmp_path, tmp_path):
+        pytest.skip("the file system does not exchange directories")
+
+    def write(number):
+        tensors = {"model": {"x": torch.full((1000,), float(number))}}
+        storage.write(folder, tensors, {"config": {"number": number}})
+
+    write(0)
+    child = os.fork()
+    if not child:
+        read_versions(folder, in_place if exchange else in_places)
+    for number in range(1, 201):
+        write(number)
+    folder.parent.rename(tmp_path / "gone")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_a_link_in_the_way_is_not_followed(tmp_path, what):
+    (tmp_path / "precious").write_text("kept")
+    if what == "link":
+        (tmp_path / ".made.txt.new").symlink_to("precious")
+    else:
+        (tmp_path / ".made.txt.new").write_text("of a kill")
+    with storage.replacing(tmp_path / "made.txt") as building:
+        assert not building.is_symlink()
+        building.write_text("new")
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert (tmp_path / "made.txt").read_text() == "new"
+    assert sorted(names(tmp_path)) == ["made.txt", "precious"]
+
+
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_a_file_is_replaced_as_a_whole(tmp_path, error):
     path = tmp_path / "made.txt"
@@ -423,5 +610,8 @@ def test_what_a_kill_between_two_renames_left_is_restored(written):
     written.rename(written.with_name(".made.old"))
     storage.recover(written)
     assert contents(written) == before
+    for left in (".made.new", ".made.old"):
+        written.with_name(left).mkdir()
     storage.recover(written)
     assert names(written.parent) == ["made"]
+    assert contents(written) == before

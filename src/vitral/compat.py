@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 
-def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float) -> None:
-    """Moves each tensor toward its end by `weight`, in place, in one kernel launch."""
-    torch._foreach_lerp_(list(tensors), list(ends), weight)
+def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float | Tensor) -> None:
+    """Moves each tensor toward its end by `weight`, in place.
+
+    A number takes one kernel launch, a scalar tensor on the device one for each tensor.
+    """
+    if isinstance(weight, Tensor):
+        torch._foreach_lerp_(list(tensors), list(ends), [weight] * len(tensors))
+    else:
+        torch._foreach_lerp_(list(tensors), list(ends), weight)
 
 
 def add_all(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float = 1.0) -> None:

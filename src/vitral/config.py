@@ -420,6 +420,8 @@ class TrainConfig:
     """Steps between checkpoints; None leaves it to checkpoint_minutes."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others of the run before it fails."""
     profile: bool = False
     """Write a torch.profiler trace of ten steps."""
 
@@ -431,6 +433,7 @@ class TrainConfig:
             _check_positive(time_budget=self.time_budget)
         _check_positive(epochs=self.epochs, batch_size=self.batch_size, eval_every=self.eval_every)
         _check_positive(log_every=self.log_every, checkpoint_minutes=self.checkpoint_minutes)
+        _check_positive(timeout_minutes=self.timeout_minutes)
         for name in ("micro_batch", "threads", "checkpoint_steps"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
@@ -534,6 +537,7 @@ CHANGEABLE = frozenset(
         "train.log_every",
         "train.checkpoint_steps",
         "train.checkpoint_minutes",
+        "train.timeout_minutes",
         "train.profile",
     }
 )

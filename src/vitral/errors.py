@@ -1,11 +1,13 @@
-"""User errors: the exception, how messages are worded, and safe printing of untrusted names."""
+"""User errors, how messages are worded, safe printing of names, and output that may be lost."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -16,6 +18,39 @@ class UserError(Exception):
 
     shared = False
     """Whether every process of a training run raises it; then only rank 0 prints it."""
+
+
+class Messages:
+    """A stream for messages, which are lost without an error where it cannot take them.
+
+    The stream may be None, closed, or without its reader or terminal. After a failure its
+    descriptor leads to the null device, because the interpreter flushes it again at exit.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Writes text, or loses it."""
+        self._attempt("write", text)
+
+    def flush(self) -> None:
+        """Writes what is buffered, or loses it."""
+        self._attempt("flush")
+
+    def _attempt(self, name: str, *arguments: str) -> None:
+        if self.stream is None:
+            return
+        try:
+            getattr(self.stream, name)(*arguments)
+        except (OSError, ValueError):  # ValueError: a closed stream
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # no descriptor
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self.stream.fileno())
+                os.close(null)
 
 
 def printable(name: str | bytes | os.PathLike[str]) -> str:

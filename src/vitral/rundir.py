@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from vitral import machine, settings
 from vitral.config import Config
 from vitral.errors import UserError
-from vitral.storage import replacing
+from vitral.storage import make_directory, replacing
 
 Row = dict[str, float]
 """A row of the metrics log, by column."""
@@ -67,9 +68,10 @@ class RunDir:
             UserError: it cannot be written, or another process is training in it.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "w")
             # flock would survive a SIGKILL in forked workers; this lock ends with its process.
-            self._lock = (self.path / ".lock").open("w")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
@@ -77,8 +79,9 @@ class RunDir:
                 "another --out"
             ) from None
         except OSError as error:
+            place = error.filename or self.path
             raise UserError(
-                f"out: cannot write {self.path}: {error.strerror}; give another --out"
+                f"out: cannot write {place}: {error.strerror}; give another --out"
             ) from None
 
     def unlock(self) -> None:
@@ -117,7 +120,8 @@ class RunDir:
             "cuda": torch.version.cuda if gpu else None,
             **facts,
         }
-        self.environment.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        with replacing(self.environment) as file:
+            file.write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,37 @@
 A directory holds NAME.safetensors, NAME.json and, written last, manifest.json with the size and
 SHA-256 of every other file. safetensors loads a flipped bit without an error; the manifest detects
 it. Each file is read and written once, a tensor at a time, and hashed on the way. No pickles.
+
+What is read may be hostile: names in a manifest are plain, files are regular, and nothing is read
+or allocated beyond the sizes that were checked.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 TENSORS = ".safetensors"
+NAME = re.compile(r"\w[\w.-]*\.(json|safetensors)", re.ASCII)
 CHUNK = 1 << 22
+MAX_JSON = 1 << 25  # bytes
+MAX_HEADER = 100_000_000  # bytes, of a safetensors file, as in its own library
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 # In the order in which safetensors lays tensors out, the last first.
 DTYPES = {
     "BOOL": torch.bool,
@@ -49,7 +60,9 @@ def write(
 ) -> None:
     """Writes or replaces `directory`: built next to it, flushed to disk, renamed.
 
-    A kill at any time leaves the old content or the new; at worst `recover` has to rename it.
+    A kill at any time leaves the old content or the new. Readers find either, too, if the system
+    can exchange two directories; otherwise the old one is at the second of `places` for a moment,
+    and after a kill there until `recover` renames it.
 
     Args:
         directory: where to write; its parent must exist.
@@ -62,8 +75,6 @@ def write(
     building = directory.with_name(f".{directory.name}.new")
     retired = directory.with_name(f".{directory.name}.old")
     recover(directory)
-    shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
     building.mkdir()
     try:
         manifest = {}
@@ -74,37 +85,109 @@ def write(
             file = f"{name}.json"
             manifest[file] = _write_file(building / file, iter([_to_json(document)]))
         _write_file(building / MANIFEST, iter([_to_json(manifest)]))
-        _sync(building)
-        if directory.exists():
-            directory.rename(retired)
-        try:
-            building.rename(directory)
-        except OSError:
-            if retired.exists():
-                retired.rename(directory)
-            raise
-        _sync(directory.parent)
+        sync(building)
+        there = os.path.lexists(directory)
+        if not (there and _exchange(building, directory)):
+            if there:
+                directory.rename(retired)
+            try:
+                building.rename(directory)
+            except OSError:
+                if there:
+                    retired.rename(directory)
+                raise
+        sync(directory.parent)
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-    shutil.rmtree(retired, ignore_errors=True)
+        remove(building)
+    remove(retired)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path next to `path`, renamed to it unless an exception is raised."""
+    """An empty file next to `path`, flushed and renamed to it unless an exception is raised.
+
+    Raises:
+        OSError: with the name of the file, also on a full disk.
+    """
     building = path.with_name(f".{path.name}.new")
+    with naming(path):
+        remove(building)
+        os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # follows no link
+        try:
+            yield building
+            sync(building)
+            building.replace(path)
+            sync(path.parent)
+        finally:
+            building.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the name of a file to errors that lack one, as those of a full disk do."""
     try:
-        yield building
-        building.replace(path)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory and its parents, so that their entries survive a power failure."""
+    if path.is_dir():
+        return
+    if not path.parent.exists():
+        make_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a directory, or a file or link in its place, but nothing that a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a directory may be written but not read
+        return
+    try:
+        os.fsync(descriptor)
     finally:
-        building.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def places(directory: Path) -> tuple[Path, ...]:
+    """Where to look for a directory, in this order, while `write` may be replacing it."""
+    return directory, directory.with_name(f".{directory.name}.old"), directory
 
 
 def recover(directory: Path) -> None:
-    """Restores what a kill between the two renames of `write` left under another name."""
+    """Completes or undoes a `write` that was killed."""
     retired = directory.with_name(f".{directory.name}.old")
-    if retired.exists() and not directory.exists():
+    if retired.exists() and not os.path.lexists(directory):
         retired.rename(directory)
+    remove(directory.with_name(f".{directory.name}.new"))
+    remove(retired)
+
+
+def consistent(directory: Path, read: Callable[[], T]) -> T:
+    """What `read` reads of a directory: all of one version, even if it is replaced meanwhile."""
+    while True:
+        version = _version(directory)
+        try:
+            found = read()
+        except Exception:
+            if version == _version(directory):
+                raise
+        else:
+            if version == _version(directory):
+                return found
 
 
 def check_files(directory: Path) -> dict[str, Any]:
@@ -119,28 +202,28 @@ def check_files(directory: Path) -> dict[str, Any]:
             raise CorruptError(f"{path}: not in the manifest")
     for name, expected in manifest.items():
         try:
-            found = (directory / name).stat().st_size
+            _check(directory / name, (directory / name).stat(), expected)
         except OSError as error:
             raise CorruptError(f"{directory / name}: {error.strerror}") from None
-        if found != expected["bytes"]:
-            raise CorruptError(f"{directory / name}: its content is not what was written")
     return manifest
 
 
 def verify(directory: Path) -> None:
     """Compares names, sizes and SHA-256 of all files with the manifest. Raises CorruptError."""
     for name, expected in check_files(directory).items():
-        digest = hashlib.sha256()
-        with _opened(directory / name) as file:
-            while chunk := file.read(CHUNK):
+        digest, left = hashlib.sha256(), expected["bytes"]
+        with _opened(directory / name, expected) as file:
+            while chunk := file.read(min(CHUNK, left)):
                 digest.update(chunk)
+                left -= len(chunk)
         _compare(directory / name, digest.hexdigest(), expected)
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in a file of `directory`, verified. Raises CorruptError."""
-    content = _read_bytes(directory / name)
-    _compare(directory / name, hashlib.sha256(content).hexdigest(), _listed(directory, name))
+    expected = _listed(directory, name)
+    content = _read_bytes(directory / name, expected)
+    _compare(directory / name, hashlib.sha256(content).hexdigest(), expected)
     return _parse_json(directory / name, content)
 
 
@@ -152,9 +235,8 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     """
     path = directory / f"{name}{TENSORS}"
     expected, digest = _listed(directory, path.name), hashlib.sha256()
-    with _opened_tensors(path) as file:
-        tensors = dict(_deserialized(file, digest))
-        digest.update(file.read())
+    with _opened_tensors(path, expected) as file:
+        tensors = dict(_deserialized(file, expected["bytes"], digest))
     _compare(path, digest.hexdigest(), expected)
     return tensors
 
@@ -191,15 +273,18 @@ def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield _bytes_of(tensors[name].detach().cpu().contiguous())
 
 
-def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, which is hashed while it is read."""
+def _deserialized(file: IO[bytes], size: int, digest: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file of a number of bytes, which is hashed while it is read."""
     header, content = _read_header(file)
     digest.update(content)
+    size -= len(content)
+    if size < 0:
+        raise ValueError
     end = 0
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[facts["dtype"]], facts["shape"]
         first, last = facts["data_offsets"]
-        if first != end or last - first != prod(shape) * dtype.itemsize:
+        if first != end or last > size or last - first != prod(shape) * dtype.itemsize:
             raise ValueError
         tensor, end = torch.empty(shape, dtype=dtype), last
         view = _bytes_of(tensor)
@@ -207,13 +292,15 @@ def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
             raise ValueError
         digest.update(view)
         yield name, tensor
+    if end != size:
+        raise ValueError
 
 
 def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], bytes]:
     """The facts about each tensor of a safetensors file, and the bytes that hold them."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
-    if length > os.fstat(file.fileno()).st_size:
+    if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size):
         raise ValueError
     text = file.read(length)
     header = json.loads(text)
@@ -229,26 +316,31 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _write_file(path: Path, chunks: Iterator[bytes | memoryview]) -> dict[str, Any]:
     """Writes a file and returns its entry in the manifest."""
     digest, size = hashlib.sha256(), 0
-    try:
-        with path.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not name the file
-        raise
+    with naming(path), path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
     manifest = _parse_json(directory / MANIFEST, _read_bytes(directory / MANIFEST))
-    for entry in manifest.values():
-        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+    for name, entry in manifest.items():
+        facts = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else ()
+        if not NAME.fullmatch(name) or [*map(type, facts)] != [int, str]:
             raise CorruptError(f"{directory / MANIFEST}: not a manifest")
     return manifest
+
+
+def _version(directory: Path) -> bytes | None:
+    """The manifest, which differs between any two contents; None without one."""
+    try:
+        return _read_bytes(directory / MANIFEST)
+    except CorruptError:
+        return None
 
 
 def _listed(directory: Path, name: str) -> dict[str, Any]:
@@ -265,33 +357,49 @@ def _compare(path: Path, sha256: str, expected: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path, expected: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
+    """Opens a regular file of the size in its manifest entry, or raises CorruptError at once.
+
+    Devices and pipes could block or have no end. A link is followed, since the cache of the Hugging
+    Face Hub consists of links; what it leads to must be such a file.
+    """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            _check(path, os.fstat(file.fileno()), expected)
             yield file
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror}") from None
 
 
 @contextmanager
-def _opened_tensors(path: Path) -> Iterator[IO[bytes]]:
+def _opened_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
     """An open safetensors file. Raises CorruptError if it is missing, or is not one."""
-    with _opened(path) as file:
+    with _opened(path, expected) as file:
         try:
             yield file
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError):
             raise CorruptError(f"{path}: not a safetensors file") from None
 
 
-def _read_bytes(path: Path) -> bytes:
-    with _opened(path) as file:
-        return file.read()
+def _check(path: Path, facts: os.stat_result, expected: Mapping[str, Any] | None) -> None:
+    if not stat.S_ISREG(facts.st_mode):
+        raise CorruptError(f"{path}: not a regular file")
+    if expected is not None and facts.st_size != expected["bytes"]:
+        raise CorruptError(f"{path}: its content is not what was written")
+
+
+def _read_bytes(path: Path, expected: Mapping[str, Any] | None = None) -> bytes:
+    with _opened(path, expected) as file:
+        content = file.read(MAX_JSON + 1)
+    if len(content) > MAX_JSON:
+        raise CorruptError(f"{path}: larger than {MAX_JSON:,} bytes")
+    return content
 
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     try:
         document = json.loads(content.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptError(f"{path}: not valid JSON") from None
     if not isinstance(document, dict):
         raise CorruptError(f"{path}: not a JSON object")
@@ -302,10 +410,10 @@ def _to_json(document: Any) -> bytes:
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def _sync(directory: Path) -> None:
-    """Makes the entries of a directory survive a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchanges two paths at once; False if the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return rename(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0

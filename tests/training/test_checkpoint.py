@@ -121,3 +121,40 @@ def test_one_between_two_renames_is_found(folder):
     assert_same(checkpoint.latest(folder, pytest.fail), made(9))
     checkpoint.save(folder, Checkpoint(10, {}, {}), None)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_one_of_another_step_is_passed_over(folder):
+    shutil.copytree(folder / "step_0000006", folder / "step_0000018")
+    warnings = []
+    assert_same(checkpoint.latest(folder, warnings.append), made(9))
+    (warning,) = warnings
+    assert "step_0000018: step 6, not 18" in warning
+
+
+def test_what_is_no_checkpoint_is_left_alone(folder):
+    (folder / "step_0000001").touch()
+    (folder / "step_0000002").symlink_to("gone")
+    (folder / ".step_0000004.new").symlink_to("gone")
+    assert sorted(checkpoint.steps(folder)) == [3, 6, 9]
+    for step in (12, 15):
+        checkpoint.save(folder, made(step), None)
+    assert sorted(checkpoint.steps(folder)) == [9, 12, 15]
+    assert_same(checkpoint.latest(folder, pytest.fail), made(15))
+
+
+def test_a_link_to_a_checkpoint_is_read_and_pruned(folder):
+    elsewhere = folder.parent / "elsewhere"
+    (folder / "step_0000003").rename(elsewhere)
+    (folder / "step_0000003").symlink_to(elsewhere)
+    assert_same(checkpoint.read(folder, 3), made(3))
+    checkpoint.save(folder, made(12), None)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"step_{step:07d}" for step in (6, 9, 12)
+    ]
+    assert (elsewhere / "manifest.json").exists()
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_replaced(folder):
+    (folder / "step_0000012").touch()
+    checkpoint.save(folder, made(12), None)
+    assert_same(checkpoint.latest(folder, pytest.fail), made(12))

@@ -178,7 +178,7 @@ def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
     """The other processes keep no memory of it, which is scarce on a GPU."""
 
     def gather(rank):
-        with joined(gpu=False) as world:
+        with joined(gpu=False, timeout_minutes=5) as world:
             spread = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)])
             whole = full({"weight": spread}, world)["weight"]
         right = rank or whole.tolist() == [0, 1, 2, 3, 4, 5]

@@ -18,6 +18,8 @@ from vitral.cli import main
 from vitral.errors import UserError
 from vitral.rundir import read_rows
 from vitral.training import launch as launcher
+from vitral.training.distributed import LAUNCHER, World, end_with_launcher
+from vitral.training.signals import Signals
 
 from .processes import PATIENCE, REPRODUCIBLE, digests, newest, words
 
@@ -55,9 +57,53 @@ def test_processes_repeat_the_command(launched, monkeypatch):
     assert launched["words"] == ("-m", "vitral", "train", "digits", *CPU)
     plan = launched["plan"]
     assert (plan.min_nodes, plan.max_nodes, plan.nproc_per_node, plan.max_restarts) == (1, 1, 2, 0)
-    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(plan.signals_to_handle.split(","))
+    handled = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT"}
+    assert set(plan.signals_to_handle.split(",")) == handled
+    assert launched["environment"][LAUNCHER] == str(os.getpid())
     assert launched["environment"]["OMP_NUM_THREADS"] == "3"  # what the user set has priority
     assert int(launched["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(launched):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launcher.launch(settings.load("digits", CPU), 2, []) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "SIGHUP" not in launched["plan"].signals_to_handle.split(",")
+
+
+@pytest.mark.parametrize("killed", ["before", "after"])
+def test_processes_end_with_the_one_that_started_them(tmp_path, killed):
+    """It is killed before or after they ask for that."""
+    reader, writer = os.pipe()
+
+    def rank():
+        os.environ[LAUNCHER] = str(os.getppid())
+        if killed == "before":
+            os.kill(os.getppid(), signal.SIGKILL)
+            while os.getppid() == int(os.environ[LAUNCHER]):
+                time.sleep(0.001)
+        with Signals(World()) as signals:
+            end_with_launcher()
+            os.write(writer, b"asked ")
+            while not signals.received:
+                signal.sigtimedwait([], 0.01)
+            os.write(writer, signal.Signals(signals.received).name.encode())
+        os._exit(0)
+
+    parent = os.fork()
+    if not parent:
+        if not os.fork():
+            rank()
+        signal.pause()
+    assert os.read(reader, 6) == b"asked "
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    os.close(writer)
+    assert os.read(reader, 99) == b"SIGTERM"
+    os.close(reader)
 
 
 def failure(code):
@@ -140,11 +186,31 @@ def test_launched_run_stops_at_a_signal_and_goes_on(pictures, tmp_path, pair):
 
 
 @pytest.mark.slow
+def test_processes_write_a_checkpoint_when_their_parent_is_killed(pictures, tmp_path, pair):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vitral", *words(pictures, out), "--gpus", "2"]
+    command += ["--train.checkpoint-steps", "1000"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not any(row["step"] >= 4 for row in read_rows(out / "metrics.jsonl")):
+        time.sleep(0.001)
+        assert parent.poll() is None
+    parent.kill()
+    parent.wait(PATIENCE)
+    end = time.monotonic() + PATIENCE
+    while processes_of(out):
+        time.sleep(0.01)
+        assert time.monotonic() < end
+    assert "SIGTERM: stopped at step " in (out / "train.log").read_text()
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0
+    assert digests(out) == pair
+
+
+@pytest.mark.slow
 def test_torchrun_recovers_from_a_killed_process(pictures, tmp_path, pair):
     out = tmp_path / "run"
     torchrun = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m vitral"
     command = [sys.executable, "-m", *torchrun.split(), *words(pictures, out)]
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     parent = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

@@ -174,7 +174,7 @@ def test_a_checkpoint_is_written_when_it_is_time(tmp_path, monkeypatch):
     assert sorted(checkpoint.steps(run.checkpoints)) == [4, STEPS]
 
 
-def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch):
+def test_a_signal_ends_the_run(tmp_path, monkeypatch):
     update = loop.Trainer._step
 
     def interrupted(self, batches):
@@ -188,8 +188,8 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, monkeypatch):
             trained(tmp_path / "run")
     assert error.value.exit_code == 143
     run = RunDir(tmp_path / "run")
-    assert checkpoint.steps(run.checkpoints) == [7]
-    assert "stopped at step 7; repeat the command to resume" in run.log.read_text()
-    assert read_rows(run.metrics)[-1]["step"] == 7
+    assert checkpoint.steps(run.checkpoints) == [6]
+    assert "SIGTERM: stopped at step 6; repeat the command to resume" in run.log.read_text()
+    assert read_rows(run.metrics)[-1]["step"] == 6
     run.lock()  # which the interrupted run has released
     run.unlock()

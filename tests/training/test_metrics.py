@@ -3,12 +3,13 @@
 import io
 import json
 import os
+import resource
 import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from vitral.rundir import RunDir, read_rows
 from vitral.training import metrics
@@ -52,9 +53,7 @@ def test_rows_after_the_step_of_a_resume_are_removed(run, tail):
     assert not list(run.path.glob(".*"))
 
 
-def test_tensorboard_shows_each_step_once(run, monkeypatch):
-    # Files are read in the order of their names, which end with this number: 10 before 9.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+def test_tensorboard_shows_each_step_once(run):
     write(run, 0, [row(k, loss=float(k)) for k in range(1, 7)])
     write(run, 4, [row(k, loss=10.0 * k) for k in (5, 6)])
     found = EventAccumulator(str(run.tensorboard)).Reload()
@@ -66,11 +65,39 @@ def test_tensorboard_shows_each_step_once(run, monkeypatch):
 def test_tensorboard_has_the_first_batch(run):
     log = MetricsLog(run, 0)
     log.picture(torch.zeros(3, 5, 7, dtype=torch.uint8))
-    log.flush()
     found = EventAccumulator(str(run.tensorboard)).Reload()
     log.close()
     (image,) = found.Images("train_batch")
     assert (image.height, image.width) == (5, 7)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "tensorboard"])
+def test_a_file_that_cannot_grow_is_named(run, name, tmp_path):
+    """In one error, and by no other thread; the limit is that of a process here."""
+    log, console = MetricsLog(run, 0), Console(run.log, 100, 0, quiet=False)
+    run.metrics.write_text("x" * 990)
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        code = 99
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            for step in range(1, 10_000):
+                if name == "train.log":
+                    console.message("x" * 100)
+                elif name == "tensorboard":
+                    log.board.write(step, Summary(value=[Summary.Value(tag="x", simple_value=1)]))
+                else:
+                    log.write(row(step, text=1.0))
+        except OSError as error:
+            code = 0 if f"{tmp_path}/{name}" in str(error.filename) else 1
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tmp_path / "stderr").read_text() == ""
+    log.close()
+    console.close()
 
 
 SEEN = {"epoch": 1.25, "loss": 2.3456, "lr": 0.00123, "grad_norm": 0.876}

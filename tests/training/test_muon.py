@@ -175,7 +175,7 @@ def test_steps_of_a_sharded_model(tmp_path, size):
     whole = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
 
     def step(rank):
-        with joined(gpu=False) as world:
+        with joined(gpu=False, timeout_minutes=5) as world:
             model, optimizer = trained(world)
             state = full(optimizer.state(), world)
             parts = full(dict(model.named_parameters()), world)

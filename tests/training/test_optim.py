@@ -157,6 +157,24 @@ def test_state_continues_to_the_bit(name, kept):
     assert_equal(bits(model, optimizer), bits(again, resumed))
 
 
+TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_skipped_step_does_not_move_the_average(device):
+    model = tiny().to(device)
+    optimizer, ema = Optimizer(model, OptimConfig()), EMA(model, 0.5)
+    fill_gradients(model, 0)
+    ema.update(1, optimizer.step(0.1, torch.tensor(1.0, device=device))[1])
+    before = {name: value.clone() for name, value in ema.average.items()}
+    fill_gradients(model, 1)
+    _, skipped = optimizer.step(0.1, torch.tensor(torch.nan, device=device))
+    assert skipped.item() == 1
+    ema.update(2, skipped)
+    assert_equal(ema.average, before)
+    assert all(not value.equal(model.get_parameter(name)) for name, value in before.items())
+
+
 def test_average_by_hand():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
@@ -164,10 +182,10 @@ def test_average_by_hand():
     # decays 1/10, 2/11, then 3/12 is above 0.2
     for step, (weight, average) in enumerate([(1.0, 0.9), (2.0, 1.8), (3.0, 2.76)], start=1):
         nn.init.constant_(model.weight, weight)
-        ema.update(step)
+        ema.update(step, TAKEN)
         assert ema.average["weight"].item() == pytest.approx(average, rel=1e-6)
         assert model.weight.item() == weight
-    ema.update(10**6)
+    ema.update(10**6, TAKEN)
     assert ema.average["weight"].item() == pytest.approx(0.2 * 2.76 + 0.8 * 3, rel=1e-6)
 
 
@@ -193,7 +211,7 @@ def test_average_is_applied_for_a_while(error):
     other = EMA(tiny(), 0.9)
     other.load_state(average)
     assert_equal(other.average, average)
-    ema.update(5)
+    ema.update(5, TAKEN)
     weight = 1 - 5 / 14  # of the model's own, which has lost none of its part in it
     moved = {name: torch.lerp(average[name], own[name], weight) for name in own}
     assert_equal(ema.average, moved)

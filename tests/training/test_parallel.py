@@ -56,7 +56,7 @@ def test_gradients_are_added_as_one_tree(tmp_path, size):
     losses = [torch.randn((), generator=draw) * scale for scale in scales]
 
     def add_up(rank):
-        with joined(gpu=False) as world:
+        with joined(gpu=False, timeout_minutes=5) as world:
             model = torch.nn.Linear(3, 5, bias=False)
             resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu", False)
             passes = InFixedOrder(model, Config().train, resolved, world)

@@ -21,8 +21,10 @@ from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
+from vitral.training.parallel import Averaged
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
+from vitral.training.signals import NUMBERS
 
 from .processes import (
     damage,
@@ -58,7 +60,7 @@ def test_killed_at_random_steps(image_folder, tmp_path, whole, workers):
     assert digests(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_path, whole, number):
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     assert signal_at(config, 5, number) == 128 + number
@@ -66,6 +68,31 @@ def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_pa
     steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert last >= 5
     assert steps[-1] <= last
+    assert finish_alone(config) == 0
+    assert digests(tmp_path / "run") == whole
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_a_signal_drops_the_unfinished_step(
+    image_folder, tmp_path, whole, micro_batch, monkeypatch
+):
+    """A step has two micro-batches of 8 and 4 images."""
+    accumulate, calls = Averaged.accumulate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == micro_batch:
+            signal.raise_signal(signal.SIGTERM)
+        return accumulate(*arguments, **options)
+
+    config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Averaged, "accumulate", interrupted)
+        assert finish_alone(config) == 128 + signal.SIGTERM
+    complete = micro_batch // 2
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == ([complete] if complete else [])
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"SIGTERM: stopped at step {complete}; " in log
     assert finish_alone(config) == 0
     assert digests(tmp_path / "run") == whole
 
@@ -210,11 +237,11 @@ def state_of(seed, **train):
             parameter.grad = torch.randn_like(parameter)
         norm, skipped = optimizer.step(1e-2, torch.tensor(1.0))
         counters.add(torch.rand(()), norm, skipped)
-        ema.update(step)
+        ema.update(step, skipped)
         progress.step = step
     progress.evaluated, progress.best = 4, {"step": 4, "top1": seed / 10}
     progress.metrics = {"val_top1": seed / 10}
-    parts = config, dataset, resolved, "", optimizer, ema, counters, progress
+    parts = config, dataset, resolved, "", model, optimizer, ema, counters, progress
     return State(*parts), model
 
 
@@ -268,6 +295,77 @@ def test_settings_that_change_the_results_are_refused(tmp_path, name):
         resume.check_settings(run, changed)
 
 
+@pytest.mark.parametrize("config_file", ["edited", "removed"])
+@pytest.mark.parametrize("name", ["train.seed", "optim.weight-decay", "optim.lr"])
+def test_the_settings_in_a_checkpoint_count(image_folder, half_done, tmp_path, name, config_file):
+    """Not only those in config.yaml, which can be edited or removed."""
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(half_done, run.path)
+    changed = make_config(image_folder, run.path, **{name.replace(".", "__"): 7})
+    run.config.unlink()
+    if config_file == "edited":
+        run.write_config(changed)
+    field = name.replace("-", "_")
+    with pytest.raises(UserError, match=rf"{field}: the run in {run.path} has .*, not 7"):
+        train(changed)
+
+
+def rewritten(half_done, out, **changes):
+    """A copy of a run whose newest checkpoint has another state, signed like any other."""
+    shutil.copytree(half_done, out)
+    folder = RunDir(out).checkpoints
+    found = checkpoint.latest(folder, pytest.fail)
+    step = changes.pop("step", found.step)
+    state = {**found.state, **changes, "step": step}
+    checkpoint.save(folder, Checkpoint(step, found.tensors, state), None)
+
+
+def test_a_checkpoint_beyond_the_end_is_refused(image_folder, half_done, tmp_path):
+    out = tmp_path / "run"
+    rewritten(half_done, out, step=STEPS + 1)
+    with pytest.raises(UserError, match=rf"checkpoint of step 28, but the run has 27 .*{out}-2"):
+        train(make_config(image_folder, out))
+
+
+@pytest.mark.parametrize(
+    "config", [None, {}, {"model": 5}, {"train": {"no_such_setting": 1}}, {"train": {"epochs": 0}}]
+)
+def test_settings_of_another_version_are_refused(image_folder, half_done, tmp_path, config):
+    out = tmp_path / "run"
+    rewritten(half_done, out, config=config)
+    with pytest.raises(UserError, match=r"not of this version of vitral|has .*, not"):
+        train(make_config(image_folder, out))
+
+
+def test_a_run_is_repeated_from_another_directory(image_folder, tmp_path, monkeypatch):
+    """Its config.yaml has absolute paths, and a relative path is still the same."""
+    monkeypatch.chdir(image_folder.parent)
+    config = make_config(image_folder.name, tmp_path / "run", train__epochs=2)
+    assert finish_alone(config) == 0
+    kept = settings.load(str(tmp_path / "run" / "config.yaml"))
+    assert kept.data.path == str(image_folder)
+    assert resume.check_settings(RunDir(tmp_path / "run"), config) == []
+    monkeypatch.chdir(tmp_path)
+    assert resume.check_settings(RunDir(tmp_path / "run"), kept) == []
+    assert finish_alone(kept) == 0
+    assert "this run is finished" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_paths_that_exist_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "weights", "digits"):
+        (tmp_path / name).mkdir()
+    for path, init, expected in (
+        ("images", "weights", (str(tmp_path / "images"), str(tmp_path / "weights"))),
+        ("digits", "timm:vit_tiny", ("digits", "timm:vit_tiny")),  # a known data set
+        ("gone", None, ("gone", None)),
+        ("x" * 5000, None, ("x" * 5000, None)),
+    ):
+        config = settings.load("digits", {"data.path": [path], "train.init": [str(init)]})
+        absolute = weights.absolute_paths(config)
+        assert (absolute.data.path, absolute.train.init) == expected
+
+
 def test_settings_that_do_not_are_noted(tmp_path):
     run = RunDir(tmp_path)
     assert resume.check_settings(run, settings.load("digits")) == []
@@ -297,10 +395,11 @@ def test_a_dry_run_refuses_what_a_run_would(tmp_path):
     dataset = open_dataset(config.data, 8, 0)
     resume.check_unstarted(config, run, dataset)
     saved = functools.partial(checkpoint.save, run.checkpoints, best_step=None)
-    saved(Checkpoint(3, {"model": {}}, {"fingerprint": dataset.fingerprint}))
+    state = {"fingerprint": dataset.fingerprint, "config": dataclasses.asdict(config)}
+    saved(Checkpoint(3, {"model": {}}, state))
     damage(newest(run.path) / "model.safetensors", "flipped")  # which is not read
     resume.check_unstarted(config, run, dataset)
-    saved(Checkpoint(3, {"model": {}}, {"fingerprint": "f" * 64}))
+    saved(Checkpoint(3, {"model": {}}, {**state, "fingerprint": "f" * 64}))
     with pytest.raises(UserError, match="not the data set"):
         resume.check_unstarted(config, run, dataset)
     shutil.rmtree(run.checkpoints)

@@ -1,13 +1,14 @@
-"""Signals are recorded, the second one ends a lone process, and handlers are put back."""
+"""Signals are recorded, the second one ends a lone process, and handlers are restored."""
 
 import os
 import signal
+import sys
 
 import pytest
 
 from vitral.training import signals
 from vitral.training.distributed import World
-from vitral.training.signals import Signals
+from vitral.training.signals import NUMBERS, Signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -17,7 +18,7 @@ def _without_torchrun(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_is_recorded_and_announced_once(number, capfd):
     with Signals(World()) as recorded:
         assert recorded.received is None
@@ -28,16 +29,16 @@ def test_a_signal_is_recorded_and_announced_once(number, capfd):
 
 
 def test_handlers_are_put_back():
-    before = {number: signal.getsignal(number) for number in Signals.NUMBERS}
+    before = {number: signal.getsignal(number) for number in NUMBERS}
 
     def interrupted():
         with Signals(World()) as recorded:
-            assert all(signal.getsignal(n) == recorded._note for n in Signals.NUMBERS)
+            assert all(signal.getsignal(n) == recorded._note for n in NUMBERS)
             raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
         interrupted()
-    assert {number: signal.getsignal(number) for number in Signals.NUMBERS} == before
+    assert {number: signal.getsignal(number) for number in NUMBERS} == before
 
 
 def exit_code_after(numbers, world):
@@ -56,6 +57,10 @@ def test_the_second_signal_ends_a_lone_process_at_once(monkeypatch):
     assert exit_code_after(both[:1], World()) == 0
     assert exit_code_after(both, World()) == 128 + signal.SIGINT
     assert exit_code_after(both[::-1], World()) == 128 + signal.SIGTERM
+    hangup = signal.SIGHUP  # which the kernel, the shell and systemd repeat
+    assert exit_code_after([hangup] * 3, World()) == 0
+    assert exit_code_after([hangup, signal.SIGTERM, hangup], World()) == 0
+    assert exit_code_after([hangup, *both], World()) == 128 + signal.SIGINT
     assert exit_code_after(both, World(0, 2)) == 0  # torchrun forwards what the terminal sent
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     assert exit_code_after(both, World()) == 0
@@ -78,11 +83,42 @@ def test_the_main_process_of_several_speaks(rank, lines, capfd):
     assert capfd.readouterr().err == "\nSIGTERM: writing a checkpoint\n" * lines
 
 
-def test_a_signal_is_recorded_without_stderr():
+def test_hangup_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals(World()) as recorded:
+            signal.raise_signal(signal.SIGHUP)
+            assert recorded.received is None
+            signal.raise_signal(signal.SIGTERM)
+            assert recorded.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_hangup_does_not_replace_the_signal_before_it():
+    with Signals(World()) as recorded:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert recorded.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("what", ["closed", "without a reader", "another file's"])
+def test_a_signal_is_recorded_without_stderr(what, tmp_path):
     child = os.fork()
     if not child:
         os.close(2)
+        if what == "without a reader":
+            reader, writer = os.pipe()
+            os.dup2(writer, 2)
+            os.close(reader)
+            os.close(writer)
+        elif what == "another file's":
+            sys.__stderr__ = None  # as in a process that was started without
+            os.dup2(os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT), 2)
         with Signals(World()) as recorded:
             signal.raise_signal(signal.SIGTERM)
         os._exit(recorded.received)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert not any(path.stat().st_size for path in tmp_path.iterdir())

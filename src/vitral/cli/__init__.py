@@ -16,11 +16,12 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType, ModuleType
 
 from vitral.cli.common import given_settings
 from vitral.config import Config
-from vitral.errors import UserError, did_you_mean
+from vitral.errors import Messages, UserError, did_you_mean
 from vitral.settings import Parser, default_recipe, load, options
 
 COMMANDS = {
@@ -58,30 +59,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     That is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _open_streams()
     plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if plain and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         # For an error that only some processes have, the first process of each machine prints it.
         rank = "RANK" if error.shared else "LOCAL_RANK"
         if os.environ.get(rank, "0") == "0":
-            print(f"vitral: {error}", file=sys.stderr)
+            print(f"vitral: {error}", file=Messages(sys.stderr))
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader has exited, as `head` does; the interpreter must not try to flush again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # the reader has exited, as `head` does
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"vitral: {place}{error.strerror}; make room and repeat the command", file=sys.stderr)
+        text = f"vitral: {place}{error.strerror}; make room and repeat the command"
+        print(text, file=Messages(sys.stderr))
         return 1
     finally:
+        for stream in (sys.stdout, sys.stderr):  # the interpreter would fail to flush them
+            Messages(stream).flush()
         if signal.getsignal(signal.SIGINT) is _interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -108,6 +113,21 @@ def overview() -> str:
         summary = (parser.description or "").splitlines()[0]
         lines += [f"  {parser.usage}", f"      {summary}"]
     return "\n".join(lines) + "\n" + NOTES
+
+
+def _open_streams() -> None:
+    """Opens the null device for standard streams that are closed.
+
+    Otherwise another file would get the number of one, and what is printed.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    while null <= 2:
+        os.set_inheritable(null, True)
+        null = os.dup(null)
+    os.close(null)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _run(words: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
     Raises:
         OSError, CorruptError: older checkpoints are untouched.
     """
-    folder.mkdir(exist_ok=True)
+    storage.make_directory(folder)
     directory = folder / f"step_{checkpoint.step:07d}"
     state = {"schema": SCHEMA, "step": checkpoint.step, **checkpoint.state}
     storage.write(directory, checkpoint.tensors, {"state": state})
@@ -40,9 +39,9 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
     present = sorted(steps(folder), reverse=True)
     for step in present[KEEP:]:
         if step != best_step:
-            shutil.rmtree(folder / f"step_{step:07d}")
+            storage.remove(folder / f"step_{step:07d}")
     for stray in folder.glob(".step_*"):  # of a write that was killed
-        shutil.rmtree(stray, ignore_errors=True)
+        storage.remove(stray)
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -71,14 +70,16 @@ def read_state(folder: Path, step: int) -> dict[str, Any]:
     """The plain values of the checkpoint of a step; raises CorruptError."""
     directory = folder / f"step_{step:07d}"
     state = storage.read_json(directory, "state.json")
-    if state.get("schema") != SCHEMA:
-        raise storage.CorruptError(f"{directory}: schema {state.get('schema')}, not {SCHEMA}")
+    for name, expected in (("schema", SCHEMA), ("step", step)):
+        if state.get(name) != expected:
+            raise storage.CorruptError(f"{directory}: {name} {state.get(name)}, not {expected}")
     return state
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that there are checkpoints of, whole or not."""
+    """The steps that there are checkpoints of, whole or not: directories, or links to them."""
     if not folder.is_dir():
         return []
-    matches = (re.fullmatch(r"step_(\d{7,})", path.name) for path in folder.iterdir())
+    directories = (path for path in folder.iterdir() if path.is_dir())
+    matches = (re.fullmatch(r"step_(\d{7,})", path.name) for path in directories)
     return [int(match[1]) for match in matches if match]

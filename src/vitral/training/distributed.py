@@ -6,6 +6,8 @@ torchrun starts them. Without it a training is a world of one, which agrees with
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import datetime
 import math
 import os
 import signal
@@ -24,6 +26,8 @@ from vitral.errors import UserError
 from vitral.machine import num_gpus
 
 T = TypeVar("T")
+LAUNCHER = "VITRAL_LAUNCHER"  # environment variable with the process ID of `vitral train --gpus N`
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 TRAINING = threading.Lock()  # held while this process trains
 SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
 
@@ -131,21 +135,28 @@ def one_at_a_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def joined(gpu: bool) -> Iterator[World]:
+def joined(gpu: bool, timeout_minutes: float) -> Iterator[World]:
     """The world that torchrun's environment describes, for as long as it is in use.
 
     Args:
         gpu: whether training is on GPUs.
+        timeout_minutes: how long to wait for the other processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+    end_with_launcher()
     if gpu and local_rank < num_gpus():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    group = dist.new_group(backend="gloo")
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    if store := _store_of_attempt(timeout):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+    group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     try:
         yield World(rank, size, local_rank, local_size, group)
@@ -154,6 +165,34 @@ def joined(gpu: bool) -> Iterator[World]:
         raise
     # Not after a failure: the others would be waited for.
     dist.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """Has the kernel send SIGTERM to this process when `vitral train --gpus N` is killed.
+
+    Without it the processes would train on, and keep the run and the GPUs. Linux only.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if launcher is None or prctl is None:
+        return
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # it was killed before
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store | None:
+    """The store through which the processes find each other, if torchrun's would mislead them.
+
+    torchrun's own store outlives a restart, with the addresses of the processes before it. On one
+    machine the number of the restart separates them; several machines do not agree on it.
+    """
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not own or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"vitral/{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def check_processes(config: Config, processes: int) -> None:

@@ -168,9 +168,9 @@ def _seconds_of_step(training: Training) -> float:
     average = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
 
     def step() -> None:
-        training.optimizer.step(config.optim.lr, loss)
+        _, skipped = training.optimizer.step(config.optim.lr, loss)
         if average is not None:
-            average.update(1)
+            average.update(1, skipped)
 
     times = []
     for _ in range(1 + TRIALS):  # the first makes the optimizer's state

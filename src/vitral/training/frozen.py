@@ -168,7 +168,7 @@ class FeaturePass:
             "hardware": self.hardware,
             "broken": sorted(features.broken.items()),
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(self.directory)
         storage.write(part, {"features": tensors}, {"part": document})
         return features
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from vitral.data.formats import open_dataset
 from vitral.errors import UserError
 from vitral.machine import num_gpus
 from vitral.rundir import RunDir
-from vitral.training.distributed import check_processes
+from vitral.training.distributed import LAUNCHER, check_processes
 from vitral.training.resume import check_settings
+from vitral.training.signals import handled
 
 
 def launch(config: Config, processes: int, words: Sequence[str]) -> int:
@@ -33,6 +35,7 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # train.threads is set later on
     # Seconds between a signal and a kill: a large checkpoint takes more than torch's 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ[LAUNCHER] = str(os.getpid())
     logging.disable()  # the processes speak for themselves
     plan = LaunchConfig(
         min_nodes=1,
@@ -42,15 +45,15 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        signals_to_handle=",".join(number.name for number in (*handled(), signal.SIGQUIT)),
     )
     try:
         elastic_launch(plan, sys.executable)("-m", "vitral", "train", *words)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 1
-    except SignalException as signal:
-        return 128 + signal.sigval
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 

@@ -69,7 +69,7 @@ class Trainer:
     ) -> None:
         assert dataset.train is not None
         if checkpoint is not None:
-            resume.check_data(config, run, dataset, checkpoint.state["fingerprint"])
+            resume.check_checkpoint(config, run, dataset, checkpoint.step, checkpoint.state)
             resume.check_parts(run, checkpoint.state.get("parts", ""), parts.name)
         prepare_device(config, device)
         self.config, self.dataset, self.model, self.device = config, dataset, model, device
@@ -134,7 +134,7 @@ class Trainer:
                 self._check_images(signals)
                 if self.head_fit is not None:
                     self._fit_head(self.head_fit, signals)
-                batches = self._batches(signals)  # its workers start at once
+                batches = signals.interrupting(self._batches(signals))  # its workers start at once
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
                     self._step(batches)
@@ -153,12 +153,12 @@ class Trainer:
                     if signal and progress.step < total:
                         raise Interrupted(signal)
                 self.agreement.finish()
-            except Interrupted:
+            except Interrupted as interrupted:
                 self.agreement.finish()
                 self._save_checkpoint()
                 self.world.gather(None)  # torchrun ends the others once one process has exited
                 text = f"stopped at step {progress.step}; repeat the command to resume"
-                self.console.message(text)
+                self.console.message(f"{interrupted}: {text}")
                 raise
         self._save_checkpoint()
         if self.outputs is not None:
@@ -204,7 +204,7 @@ class Trainer:
         norm, skipped = self.optimizer.step(self.plan.schedule.lr(progress.step), loss)
         progress.step += 1
         if self.ema is not None:
-            self.ema.update(progress.step)
+            self.ema.update(progress.step, skipped)
         self.counters.add(loss, norm, skipped)
         self.clock.count(train.batch_size, self.flops[side])
 
@@ -294,12 +294,14 @@ class Trainer:
         improved = top1 > progress.best["top1"]
         if improved:
             progress.best = {"step": progress.step, "top1": top1}
-            # Before the weights: where there are weights, there was a checkpoint.
+        # The checkpoint implies the tables, and weights imply that there was a checkpoint.
+        if self.outputs is not None:
+            self.outputs.note_scores(scores[kind], progress)
+        if improved:
             self._save_checkpoint()
         if self.outputs is not None:
             names = ["last", "best"] if improved else ["last"]
             self.outputs.save_weights(states, names, progress.metrics)
-            self.outputs.note_scores(scores[kind], progress)
 
     def _save_checkpoint(self) -> None:
         progress = self.progress
@@ -309,7 +311,7 @@ class Trainer:
         self.broken.agree()
         checkpoint = self.state.checkpoint(self.world, self.broken.known)
         if self.log is not None:
-            self.log.flush()
+            self.log.sync()
             checkpoints.save(self.run.checkpoints, checkpoint, int(progress.best["step"]))
         progress.saved = (progress.step, progress.evaluated)
         self.last_checkpoint = time.monotonic()

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import image, scalar
 from tqdm import tqdm
 
+from vitral.errors import Messages
 from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
-from vitral.storage import replacing
+from vitral.storage import make_directory, naming, replacing, sync
 
 # Columns that depend on the machine and the time; an exact resume does not reproduce them.
 CLOCK = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
@@ -38,26 +42,66 @@ class MetricsLog:
         last = rows[-1] if rows else {}
         self.totals = float(last.get("seconds", 0)), float(last.get("energy_kwh", 0))
         """Seconds and kWh that the run has used so far."""
-        self.board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+        self.run, self.board = run, Board(run.tensorboard, step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Appends a row."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
-        for name, value in row.items():
-            self.board.add_scalar(name, value, int(row["step"]))
+        self.board.write(int(row["step"]), *(scalar(name, row[name]) for name in row))
 
     def picture(self, grid: Tensor) -> None:
         """Shows a picture (C, H, W), uint8, in TensorBoard."""
-        self.board.add_image("train_batch", grid, 0)
+        self.board.write(0, image("train_batch", grid, dataformats="CHW"))
 
-    def flush(self) -> None:
-        """Writes what TensorBoard has buffered."""
-        self.board.flush()
+    def sync(self) -> None:
+        """Flushes to disk what a checkpoint implies: all logs so far, and what the run contains."""
+        run = self.run
+        for path in (self.path, run.log, self.board.path, run.tensorboard, run.path):
+            with naming(path):
+                sync(path)
 
     def close(self) -> None:
         """Closes TensorBoard's file."""
         self.board.close()
+
+
+class Board:
+    """A file of TensorBoard events.
+
+    torch's SummaryWriter writes in a thread, which prints a traceback on a full disk.
+
+    Args:
+        directory: where to create the file.
+        step: events of this step and later ones in older files are hidden.
+    """
+
+    def __init__(self, directory: Path, step: int) -> None:
+        make_directory(directory)
+        # TensorBoard reads files in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        self.path = directory / name
+        self.file = self.path.open("xb")
+        self.records = RecordWriter(self.file)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, *summaries: Summary) -> None:
+        """Writes what was measured at a step."""
+        for summary in summaries:
+            self._write(Event(step=step, summary=summary))
+        with naming(self.path):
+            self.file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with naming(self.path):
+            self.file.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        with naming(self.path):
+            self.records.write(event.SerializeToString())
 
 
 class Console:
@@ -65,15 +109,16 @@ class Console:
 
     The bar is for a terminal and for a notebook, which both rewrite a line in place. Every message,
     and every plain line, goes to train.log as well. A quiet console is for a process other than the
-    main one. stdout may be None, or any object with `write` and `flush`.
+    main one. stdout may be None, or any object with `write` and `flush`; what it cannot take is in
+    train.log alone.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
 
     def __init__(self, path: Path, total: int, step: int, quiet: bool) -> None:
-        path = Path(os.devnull) if quiet else path
-        self.file = path.open("a", encoding="utf-8")
-        self.stream = self.file if quiet else sys.stdout
+        self.path = Path(os.devnull) if quiet else path
+        self.file = self.path.open("a", encoding="utf-8")
+        self.stream = Messages(self.file if quiet else sys.stdout)
         self.total = total
         self.bar = None
         terminal = hasattr(self.stream, "isatty") and self.stream.isatty()
@@ -86,15 +131,12 @@ class Console:
 
     def message(self, text: str) -> None:
         """Something to be read now and kept."""
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
-        try:
-            if self.bar is not None:
-                self.bar.write(text, file=self.stream)
-            else:
-                print(text, file=self.stream, flush=True)
-        except BrokenPipeError:  # the reader has exited; train.log still has every message
-            with contextlib.suppress(AttributeError, OSError):  # a stream without a descriptor
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        with naming(self.path):
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
 
     def due(self) -> bool:
         """Whether it is time to show progress again."""

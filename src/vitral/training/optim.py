@@ -149,10 +149,16 @@ class EMA:
         self.average = {n: p.detach().clone() for n, p in self.model.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves towards the model after its optimiser step number `step` = 1, 2, ..."""
+    def update(self, step: int, skipped: Tensor) -> None:
+        """Moves toward the model after its optimizer step number `step` = 1, 2, ...
+
+        Args:
+            skipped: 1.0 if the step was skipped, which leaves the averages as they are, else 0.0.
+        """
         weight = 1 - min(self.decay, step / (step + 9))
-        lerp_all([*self.average.values()], [*self.model.values()], weight)
+        on_cpu = skipped.device.type == "cpu"  # elsewhere, reading it would wait for the device
+        factor = weight * (1 - (skipped.item() if on_cpu else skipped))
+        lerp_all([*self.average.values()], [*self.model.values()], factor)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

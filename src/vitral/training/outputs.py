@@ -106,7 +106,7 @@ class Outputs:
     def save_weights(self, states: States, names: list[str], metrics: Mapping[str, float]) -> None:
         """Writes weights/NAME for each of `names`."""
         if self.parts.describable:
-            self.run.weights.mkdir(exist_ok=True)
+            storage.make_directory(self.run.weights)
             for name in names:
                 weights.save(self.run.weights / name, states, self._describe(metrics))
 
@@ -120,6 +120,8 @@ class Outputs:
         """Writes weights again that are damaged, older than their checkpoint, or of moved data."""
         if not self.parts.describable:
             return
+        for directory in (self.run.best, self.run.last):
+            storage.recover(directory)
         steps = {"best": int(progress.best["step"])} if progress.evaluated else {}
         if progress.evaluated == progress.step > 0:  # otherwise the next validation writes them
             steps["last"] = progress.step

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from vitral import settings
-from vitral.config import CHANGEABLE, Config, flatten
+from vitral import settings, weights
+from vitral.config import CHANGEABLE, Config, flatten, from_sections
 from vitral.data.records import Dataset
 from vitral.errors import UserError
 from vitral.model import ViT
@@ -20,6 +21,7 @@ from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World, full
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
+from vitral.training.plan import Plan
 from vitral.training.resolved import Resolved
 
 
@@ -149,7 +151,11 @@ def check_settings(run: RunDir, config: Config) -> list[str]:
     """
     if not run.config.exists():
         return []
-    was, now = flatten(settings.load(str(run.config))), flatten(config)
+    return _compare_settings(run, settings.load(str(run.config)), config)
+
+
+def _compare_settings(run: RunDir, before: Config, after: Config) -> list[str]:
+    was, now = (flatten(weights.absolute_paths(config)) for config in (before, after))
     changed = [name for name in now if now[name] != was[name] and name != "train.out"]
     for name in changed:
         if name not in CHANGEABLE:
@@ -170,6 +176,30 @@ def check_checkpoints_exist(run: RunDir) -> None:
         raise UserError(
             f"out: the run in {run.path} cannot be resumed, because its checkpoints are gone; any "
             f"weights there can still be used; start another run: --out {run.unused_name()}"
+        )
+
+
+def check_checkpoint(
+    config: Config, run: RunDir, dataset: Dataset, step: int, state: dict[str, Any]
+) -> None:
+    """Raises UserError unless a checkpoint has the settings, data and steps of this run.
+
+    config.yaml, which `check_settings` reads, may have been edited or removed.
+    """
+    try:
+        before = from_sections(state["config"])
+    except (AttributeError, KeyError, TypeError, UserError) as error:
+        raise UserError(
+            f"out: the checkpoint of step {step} in {run.path} is not of this version of vitral: "
+            f"{error}; resume it with the one that wrote it, or start another run with --out"
+        ) from None
+    _compare_settings(run, before, config)
+    check_data(config, run, dataset, state["fingerprint"])
+    assert dataset.train is not None
+    if step > (total := Plan.of(config, len(dataset.train)).total):
+        raise UserError(
+            f"out: {run.path} has a checkpoint of step {step}, but the run has {total} steps; "
+            f"remove it, or start another run: --out {run.unused_name()}"
         )
 
 
@@ -199,4 +229,4 @@ def check_unstarted(config: Config, run: RunDir, dataset: Dataset) -> None:
     with contextlib.suppress(CorruptError):
         for step in steps:
             state = checkpoints.read_state(run.checkpoints, step)
-            check_data(config, run, dataset, state["fingerprint"])
+            check_checkpoint(config, run, dataset, step, state)

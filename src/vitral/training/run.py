@@ -64,7 +64,8 @@ def train(
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
     device = pick_device(config.train.device)
-    with one_at_a_time(), joined(device.type == "cuda") as world, run:
+    gpu, minutes = device.type == "cuda", config.train.timeout_minutes
+    with one_at_a_time(), joined(gpu, minutes) as world, run:
         device = world.together(lambda: world.device(device))
         request = budget.fit(request, run, world, given)
         config = request.config
@@ -77,7 +78,7 @@ def train(
         )
         try:
             if world.main:
-                run.write_config(config)
+                run.write_config(weights.absolute_paths(config))
             for text in (*request.notes, *notes, *warnings):
                 trainer.console.message(text)
             trainer.fit()

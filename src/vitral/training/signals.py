@@ -5,22 +5,33 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 from vitral.machine import in_notebook
 from vitral.training.distributed import Interrupted, World
 
+T = TypeVar("T")
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def handled() -> list[signal.Signals]:
+    """The signals that end a run in good order. A hangup that is ignored, as by nohup, does not."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in NUMBERS if number != signal.SIGHUP or not ignored]
+
 
 class Signals:
-    """Records SIGTERM, SIGINT and SIGUSR1 while in use; a second one ends a lone process at once.
+    """Records signals while in use; a second one ends a lone process at once.
 
-    Of several processes each may receive a signal twice, from the terminal and from torchrun.
-    In a notebook the second one ends the cell. Outside the main thread, where Python installs no
-    handlers, nothing is recorded.
+    SIGHUP never counts as the second one: the kernel and the shell each send it when a terminal
+    disappears, and systemd sends it after SIGTERM. Each of several processes may receive a signal
+    twice, from the terminal and from torchrun. In a notebook the second signal ends the cell.
+    Outside the main thread, where Python installs no handlers, nothing is recorded.
     """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -28,7 +39,7 @@ class Signals:
     def __enter__(self) -> Signals:
         self.received: int | None = None
         main = threading.current_thread() is threading.main_thread()
-        numbers = self.NUMBERS if main else ()
+        numbers = handled() if main else ()
         self.before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -41,18 +52,31 @@ class Signals:
         if self.received is not None:
             raise Interrupted(self.received)
 
+    def interrupting(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, until a lone process receives a signal: raises Interrupted before the next.
+
+        So a lone process drops the optimizer step that it is in after the current micro-batch.
+        Several processes would have to agree on each micro-batch, so they finish the step.
+        """
+        for item in items:
+            if self.world.size == 1:
+                self.check()
+            yield item
+
     def _note(self, number: int, _: FrameType | None) -> None:
-        again = self.received is not None
+        first = self.received is None
         # torchrun forwards signals that a scheduler may have sent to its children already.
         lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-        if again and lone:
+        if lone and signal.SIGHUP not in (number, self.received or signal.SIGHUP):
             if in_notebook():
                 raise KeyboardInterrupt
             os._exit(128 + number)
-        self.received = number
-        if again or not self.world.main:
+        if first or number != signal.SIGHUP:
+            self.received = number
+        # Without stderr another file may have its number.
+        if not first or not self.world.main or sys.__stderr__ is None:
             return
         hint = "; send it again to stop at once" if lone else ""
         text = f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n"
-        with contextlib.suppress(OSError):  # a process without stderr
+        with contextlib.suppress(OSError):  # its reader or terminal is gone
             os.write(2, text.encode())

@@ -13,7 +13,7 @@ from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.evaluation import Scores, measure, merge
 from vitral.model import ViT
-from vitral.training.distributed import Interrupted, World
+from vitral.training.distributed import World
 from vitral.training.parallel import gathered
 from vitral.training.resolved import Resolved
 from vitral.training.signals import Signals
@@ -81,8 +81,4 @@ class Validation:
             (self.world.rank, self.world.size),
             self.resolved.decoder,
         )
-        for batch in batches:
-            # A lone process may stop at once; of many, all continue to the next step.
-            if signals.received and self.world.size == 1:
-                raise Interrupted(signals.received)
-            yield batch
+        return signals.interrupting(batches)

@@ -6,7 +6,14 @@ ema.safetensors     their moving average, if the run kept one
 manifest.json       sizes and SHA-256 of the other files
 """
 
-from vitral.weights.description import Description, Weights, Which, describe, require_head
+from vitral.weights.description import (
+    Description,
+    Weights,
+    Which,
+    absolute_paths,
+    describe,
+    require_head,
+)
 from vitral.weights.initialize import initialize, load_settings, request
 from vitral.weights.store import find, load, read_description, save
 
@@ -14,6 +21,7 @@ __all__ = [
     "Description",
     "Weights",
     "Which",
+    "absolute_paths",
     "describe",
     "find",
     "initialize",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -94,21 +95,35 @@ def require_head(weights: Weights) -> Weights:
     )
 
 
+def absolute_paths(config: Config) -> Config:
+    """The settings with absolute paths of the data and the initial weights, where they exist.
+
+    So a run can be repeated from another directory.
+    """
+    from vitral.data.formats.known import KNOWN_SETS  # imports Pillow
+
+    def absolute(path: str) -> str:
+        place = os.path.expanduser(path)  # noqa: PTH111
+        return os.path.realpath(place) if os.path.exists(place) else path  # noqa: PTH110
+
+    path, init = config.data.path, config.train.init
+    data = dataclasses.replace(config.data, path=path if path in KNOWN_SETS else absolute(path))
+    train = dataclasses.replace(config.train, init=init and absolute(init))
+    return dataclasses.replace(config, data=data, train=train)
+
+
 def describe(
     config: Config, classes: tuple[str, ...], fingerprint: str, metrics: Mapping[str, float]
 ) -> Description:
     """The description of a run's weights; the default is the better of raw and EMA weights.
 
-    The architecture is written in full, in case a preset changes later. The path of an image folder
-    is made absolute.
+    The architecture is written in full, in case a preset changes later, and the path of the data is
+    absolute.
     """
     better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
     model = dataclasses.replace(config.model, **config.model.shape._asdict())
-    place = Path(config.data.path).expanduser()
-    path = str(place.resolve()) if place.is_dir() else config.data.path
-    data = dataclasses.replace(config.data, path=path)
     return Description(
-        config=dataclasses.replace(config, model=model, data=data),
+        config=dataclasses.replace(config, model=model, data=absolute_paths(config).data),
         classes=classes,
         fingerprint=fingerprint,
         default="ema" if better else "model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,13 @@ def read_description(path: str | Path) -> tuple[Path, Description]:
         UserError: as `load`.
     """
     directory = find(path)
-    try:
+
+    def read() -> dict[str, Any]:
         storage.check_files(directory)
-        document = storage.read_json(directory, DESCRIPTION)
+        return storage.read_json(directory, DESCRIPTION)
+
+    try:
+        document = storage.consistent(directory, read)
     except storage.CorruptError as error:
         raise UserError(f"weights: {error}; {_fix(path)}") from None
     return directory, Description.from_document(document, directory)
@@ -55,6 +60,10 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
     Raises:
         UserError: there are no weights at the path, they are corrupt, or a newer vitral wrote them.
     """
+    return storage.consistent(find(path), lambda: _load(path, which, device))
+
+
+def _load(path: str | Path, which: Which | None, device: str) -> Weights:
     directory, description = read_description(path)
     which = which or description.default
     file = directory / f"{which}.safetensors"
@@ -93,8 +102,9 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     run = RunDir(path)
     for candidate in (path, run.best, run.last):
-        if (candidate / DESCRIPTION).is_file():
-            return candidate
+        for place in storage.places(candidate):
+            if (place / DESCRIPTION).is_file():
+                return place
     what = "no such directory" if not path.exists() else "it holds no weights"
     named = hub.NAME.fullmatch(str(path).partition("@")[0]) and not path.exists()
     hint = f"; if it is on the Hugging Face Hub, give {hub.PREFIX}{path}" if named else ""
