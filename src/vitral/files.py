@@ -49,3 +49,8 @@ def require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> os.
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return status
+
+
+def is_exhausted(error: Exception) -> bool:
+    """Whether a limit of the process or the machine is reached, which is no fault of a file."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
