@@ -296,7 +296,7 @@ def test_another_error_of_sending_is_not_called_a_full_disk(monkeypatch):
         worker.join()
 
 
-@pytest.mark.parametrize("spare", [5, 14, 24])
+@pytest.mark.parametrize("spare", [5, 10, 14])
 def test_too_few_file_descriptors_end_in_fewer_workers_or_a_message(spare, capfd):
     """At every place where a start can fail; it always ends, with no process left."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from vitral.config import DataConfig
 from vitral.data.sampling import Integers, held_out
 from vitral.data.skipped import note
-from vitral.errors import data_error, first_few, printable
+from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import MAX_IMAGE, open_regular, read_regular, require_regular
 
 Names = NDArray[np.bytes_]
@@ -341,8 +341,8 @@ def hold_out(
         got = f"none: {why}, and no class has two images to hold one out"
         raise data_error(place, "validation images", got, "add images")
     choice = (
-        f"{why}: {held.sum():,} of {len(held):,} training images ({fraction:.0%} of each class) "
-        f"are held out, drawn by seed {seed}"
+        f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({fraction:.0%} of each "
+        f"class) {'is' if held.sum() == 1 else 'are'} held out, drawn by seed {seed}"
     )
     train, val = records.take(~held), records.take(held)
     return replace(dataset, train=train, val=val, held_out=True, choices=(choice,))

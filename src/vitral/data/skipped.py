@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 from vitral.data.decode import HEIC
-from vitral.errors import first_few, printable
+from vitral.errors import counted, first_few, printable
 
 SYSTEM = frozenset(
     name.lower()
@@ -65,5 +65,5 @@ def note(name: str, skipped: Mapping[str, int]) -> tuple[str, ...]:
     total = sum(skipped.values())
     if not total:
         return ()
-    files = "1 file is" if total == 1 else f"{total:,} files are"
-    return (f"{name}: {files} skipped: {kinds(skipped)}",)
+    verb = "is" if total == 1 else "are"
+    return (f"{name}: {counted(total, 'file')} {verb} skipped: {kinds(skipped)}",)

@@ -17,6 +17,7 @@ from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.folder import holds_only_validation
 from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.sampling import Integers
+from vitral.errors import counted
 
 FEW_CLASSES = 30
 BATCH = 64  # files that a worker looks at in one go
@@ -112,9 +113,9 @@ class _Looking(Dataset[list[Look]]):
 
 def format_report(report: Report) -> str:
     """The report as plain text; of more than thirty classes only the rarest and most frequent."""
-    lines = [f"{report.name}: {len(report.classes):,} classes", *report.notes]
+    lines = [f"{report.name}: {counted(len(report.classes), 'class')}", *report.notes]
     for split, counts in report.counts.items():
-        lines += [f"{split}: {counts.sum():,} images, {_spread(counts, 'a class')}"]
+        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_spread(counts, 'a class')}"]
         rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
         if len(rising) > FEW_CLASSES:
             rising[5:-5] = ["..."]
