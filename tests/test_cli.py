@@ -311,6 +311,41 @@ def test_val_scores_some_of_the_classes_and_says_so(three_classes, tmp_path, cap
     assert scores.loss < whole.loss
 
 
+def test_val_chooses_what_predictions_compete_with(three_classes, user_error, tmp_path, capsys):
+    out, some, one = tmp_path / "three", tmp_path / "some", tmp_path / "one"
+    assert main(folder_settings(three_classes, out)) == 0
+    shutil.copytree(three_classes / "val", some, ignore=lambda _, names: {"dark"} & {*names})
+    shutil.copytree(some / "white", one / "white")
+    capsys.readouterr()
+    expected = [
+        (some, ["--classes", "subset"], "2 of the 3", "with the logits of the others removed"),
+        (some, ["--classes", "all"], "2 of the 3", "among all of them"),
+        (one, [], "1 of the 3", "among all of them"),
+        (one, ["--classes", "subset"], "1 of the 3", "with the logits of the others removed"),
+    ]
+    for place, words, part, others in expected:
+        assert main(["val", str(out), "--data", str(place), *words]) == 0
+        told = capsys.readouterr().out
+        assert f"scored on {part} classes of the weights, {others}\n" in told
+    assert "6 images, 1 class\n" in told
+    found = weights.load(out)
+    data = dataclasses.replace(found.description.config.data, path=str(some))
+    records = open_dataset(data, 16, 0, train=False).val
+    (batch,) = eval_batches(records, found.description.config, 12, 0, torch.device("cpu"))
+    with torch.no_grad():
+        shares = found.model(batch.images).double().softmax(1)[range(12), records.labels + 1]
+    scores = evaluate(out, str(some), classes="all")
+    assert scores.classes == ("light", "white", "dark")
+    assert scores.loss == pytest.approx(-shares.log().mean().item())
+    assert [row[:2] for row in scores.per_class()] == [("light", 6), ("white", 6)]
+    (some / "dark").mkdir()  # a class of the set without images
+    assert evaluate(out, str(some)).loss == pytest.approx(scores.loss)
+    shutil.copytree(some / "white", some / "grey")
+    user_error(["val", out, "--data", some], "got 4: grey, which they do not know", out=one / "x")
+    words = ["val", out, "--suite", some, "--classes", "all"]
+    user_error(words, "suite, classes: expected one of the two, got both", out=one / "x")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
 def test_corrupt_weights_are_refused(run, user_error, tmp_path, name):
     shutil.copytree(run / "weights" / "last", tmp_path / "weights")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -223,6 +224,10 @@ def test_wrong_values_are_refused(user_error, monkeypatch, content, arguments, p
         ("model: {? [1, 2] : 3}", ["not valid YAML"]),
         ("a: !!python/object/apply:os.getcwd []", ["not valid YAML"]),
         ("--- {}\n--- {}", ["not valid YAML"]),
+        ("a: &a [x, x]\nmodel: {dim: *a}", ["not valid YAML", "an alias"]),
+        ("model: " + "[" * 20_000, ["deeper nesting"]),
+        ("[" + "x, " * 20_000 + "]", ["expected sections", "'x',..."]),
+        ("model:\n" + "".join(f"  k{i}: 1\n" for i in range(30_000)), ["65,536 bytes"]),
         ("- model\n- data", ["expected sections", "['model', 'data']"]),
         ("just words", ["expected sections", "'just words'"]),
         ("model: [dim, 64]", ["model:", "'key: value'", "['dim', 64]"]),
@@ -253,12 +258,14 @@ def test_an_error_of_the_options_is_not_blamed_on_the_recipe(tmp_path):
         ("../digits", ["'../digits'"]),
         ("no/such.yaml", ["no/such.yaml", "No such file"]),
         ("folder.yaml", ["folder.yaml", "directory"]),
+        ("fifo.yaml", ["fifo.yaml", "not a regular file"]),
         ("latin.yml", ["latin.yml", "UTF-8"]),
     ],
 )
 def test_unknown_sources_are_refused(user_error, tmp_path, monkeypatch, source, parts):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.yaml").mkdir()
+    os.mkfifo(tmp_path / "fifo.yaml")
     (tmp_path / "latin.yml").write_bytes("# \xe9".encode("latin-1"))
     user_error(source, (), parts, read=settings.load)
 

@@ -90,3 +90,25 @@ def wrap_exception(error: Exception) -> Any:
     from torch._utils import ExceptionWrapper
 
     return ExceptionWrapper((type(error), error, error.__traceback__))
+
+
+def abandon_loader(error: BaseException) -> None:
+    """Stops a DataLoader's iterator, whose start failed with this error, from cleaning up.
+
+    It would print a second error about what it does not have yet.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        started: Any = trace.tb_frame.f_locals.get("self")
+        if type(started).__name__ == "_MultiProcessingDataLoaderIter":
+            started._shutdown = True
+            if hasattr(started, "_pin_memory_thread_done_event"):
+                started._pin_memory_thread_done_event.set()
+        trace = trace.tb_next
+
+
+def is_loader_timeout(error: RuntimeError, batches: Any) -> bool:
+    """Whether a DataLoader's iterator raised this because its `timeout` passed; it may go on."""
+    thread = getattr(batches, "_pin_memory_thread", None)
+    alive = thread is None or thread.is_alive()
+    return alive and str(error).startswith("DataLoader timed out")

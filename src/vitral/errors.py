@@ -69,6 +69,12 @@ def first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"
 
 
+def counted(n: int, noun: str) -> str:
+    """A number of things, such as `1 image` or `1,234 classes`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{n:,} {noun if n == 1 else plural}"
+
+
 def did_you_mean(word: str, words: Iterable[str]) -> str:
     """A suffix for an error message that suggests the closest of `words`, or nothing.
 

@@ -15,6 +15,7 @@ import inspect
 import sys
 import time
 import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -26,6 +27,7 @@ import yaml
 
 from vitral.config import Config, Seconds, flatten
 from vitral.errors import UserError, did_you_mean
+from vitral.files import read_regular
 
 T = TypeVar("T")
 Given = Mapping[str, Sequence[str]]
@@ -43,6 +45,7 @@ SHORTCUTS = {
     "train.seed": "seed",
 }
 YAML_SUFFIXES = (".yaml", ".yml")
+MAX_YAML = 1 << 16  # bytes; a file with all settings has a tenth of that
 
 
 def recipes() -> list[str]:
@@ -484,19 +487,25 @@ def _hyphenated(word: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, of which YAML's keeps the last."""
+    """A SafeLoader that refuses double keys, and aliases: a few can stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="an alias; write the value again instead")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        mapping = super().construct_mapping(node, deep)  # refuses unhashable keys
+        for key, count in Counter(keys).items():
+            if count > 1:  # YAML's keeps the last
                 raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice")
-        return super().construct_mapping(node, deep)
+        return mapping
 
 
 def _read_file(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_regular(path, MAX_YAML).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(
@@ -510,20 +519,27 @@ def _values(content: str) -> Iterator[tuple[str, list[str]]]:
         document = yaml.load(content, _StrictLoader) or {}
     except yaml.YAMLError as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError("expected sections of 'key: value' lines, got deeper nesting") from None
     if not isinstance(document, dict):
-        raise UserError(f"expected sections such as 'model:', got {document!r}")
+        raise UserError(f"expected sections such as 'model:', got {_short(document)}")
     known = flatten(Config())
     texts = {field.path for field in fields(Config()) if field.kind in (str, str | None)}
     for section, values in document.items():
         if not isinstance(values, dict):
-            raise UserError(f"{section}: expected 'key: value' lines below, got {values!r}")
+            raise UserError(f"{section}: expected 'key: value' lines below, got {_short(values)}")
         for key, value in values.items():
             path = f"{section}.{key}".replace("-", "_")
             if path not in known:
                 raise UserError(f"{path}: no such setting{did_you_mean(path, known)}")
             if path in texts and not isinstance(value, str | None):
-                raise UserError(f"{path}: expected text, got {value!r}; quote it")
+                raise UserError(f"{path}: expected text, got {_short(value)}; quote it")
             yield path, _words(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _words(value: Any) -> list[str]:

@@ -56,6 +56,7 @@ def looping():
         (two((header("c.jpg", tarfile.LNKTYPE), b"")), "c.jpg: expected a plain file"),
         (two((header("c.cls", tarfile.CHRTYPE), b"")), "c.cls: expected a plain file"),
         (sparse(), "a.jpg: expected a plain file"),
+        (two(("d/" * 3000 + "c.jpg", b"?")), "names of at most 4,096 characters, got 6,005"),
     ],
 )
 def test_a_damaged_or_unsafe_archive_is_refused(tmp_path, content, words, cache):

@@ -1,5 +1,6 @@
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -223,6 +224,80 @@ def test_a_decompression_bomb_is_refused_from_its_header(monkeypatch, kind, widt
     bomb = claim(small, width, height) if kind == "JPEG" else png(width, height, 8, 2, b"\0" * 99)
     with pytest.raises(DecodeError, match="exceeds the cap of 64,000,000 pixels"):
         decode(bomb)
+
+
+def tiled(width, height, side):
+    """A TIFF of one tile."""
+    content = zlib.compress(bytes(1 << 20))
+    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side}
+    entries = {**tags, 324: 200, 325: len(content)}
+    packed = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    header = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + packed
+    return header.ljust(200, b"\0") + content
+
+
+def test_tiles_count_against_the_cap(monkeypatch):
+    monkeypatch.setattr(module, "decode_pillow", None)
+    with pytest.raises(DecodeError, match="tiles of 2,116,000,000 pixels exceed the cap"):
+        decode(tiled(8, 8, 46_000))
+    monkeypatch.undo()
+    assert decode(tiled(8, 8, 1024)).shape == (3, 8, 8)
+
+
+def repeated(data, times):
+    """A JPEG whose last scan is there again and again."""
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + data[start:end] * times + data[end:]
+
+
+def separate(data):
+    """A sequential JPEG whose one scan, of three channels, claims to hold the first alone."""
+    at = data.index(b"\xff\xda")
+    return data[: at + 2] + b"\0\x08\1\1\0\0\x3f\0" + data[at + 14 :]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_scans_count_against_the_cap(monkeypatch, progressive):
+    monkeypatch.setattr(module, "decode_image", None)
+    monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH)
+    data = encoded(Image.fromarray(picture()), "JPEG", progressive=progressive)
+    data = repeated(data if progressive else separate(data), module.MAX_SCANS)
+    assert not module.gpu_decodes(data)
+    with pytest.raises(DecodeError, match=r"4\d|3\d scans of 36x24 pixels exceed the cap"):
+        decode(data)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_usual_scans_are_few_enough(monkeypatch, mode):
+    monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH)
+    data = encoded(Image.fromarray(picture()).convert(mode), "JPEG", progressive=True)
+    assert decode(data).shape == (3, HEIGHT, WIDTH)
+
+
+def test_scans_are_counted_only_where_there_are_several(monkeypatch):
+    """Counting reads all of the file."""
+    monkeypatch.setattr(module, "MAX_SCANS", 0)
+    assert decode(encoded(Image.fromarray(picture()), "JPEG")).shape == (3, HEIGHT, WIDTH)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
+
+
+def test_heic_without_its_library_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DecodeError, match=r"^HEIC; pip install 'vitral\[heic\]' to read it$"):
+        decode(HEIC)
+
+
+def test_heic():
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    data = encoded(Image.fromarray(picture()), "HEIF", quality=95)
+    assert_as(data, reference(data))
+    assert_as(data, torch.from_numpy(picture()).permute(2, 0, 1), tolerance=12)
+    with pytest.raises(DecodeError):
+        decode(HEIC)
+    assert ".heic" in module.SUFFIXES
 
 
 def test_an_image_of_the_cap_is_let_through(monkeypatch):

@@ -88,7 +88,7 @@ def test_the_fingerprint_tells_pixel_sets_apart():
     sets += [Dataset("", ("a", "c"), one, one), Dataset("", ("a", "b"), other, one)]
     sets += [Dataset("", ("a", "b"), one, None), Dataset("", ("a", "b"), None, one)]
     assert len({dataset.fingerprint for dataset in sets}) == len(sets)
-    again = Dataset("elsewhere", ("a", "b"), one, one, notes=("read me",))
+    again = Dataset("elsewhere", ("a", "b"), one, one, choices=("read me",))
     assert again.fingerprint == sets[0].fingerprint
 
 

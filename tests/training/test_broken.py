@@ -52,7 +52,7 @@ def test_those_known_before_a_resume_count_and_are_not_reported(lines):
     broken = BrokenImages(files(2000), World(), [[1, "a"], [2, "b"]], lines.append)  # from JSON
     broken.add([(2, "b")])
     assert lines == []
-    with pytest.raises(UserError, match="3 of 2000 training images are broken"):
+    with pytest.raises(UserError, match="3 of 2,000 training images are broken"):
         broken.add([(3, "c")])
 
 
@@ -64,7 +64,8 @@ def test_one_in_a_thousand_is_allowed(lines, count, allowed):
     with pytest.raises(UserError) as error:
         broken.add([(allowed, "cut short")])
     message = str(error.value)
-    assert f"data: {allowed + 1} of {count} training images are broken" in message
+    verb = "are" if allowed else "is"
+    assert f"data: {allowed + 1} of {count:,} training images {verb} broken" in message
     assert "more than 0.1%: /data/0.jpg" in message
     assert f"(the first: {'empty' if allowed else 'cut short'})" in message
 

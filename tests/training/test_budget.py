@@ -65,7 +65,7 @@ def measured(monkeypatch):
     """Fixed costs in the place of a measurement, in proportion to the image's area."""
     sides = []
 
-    def measure(config, processes):
+    def measure(config, processes, data):
         side = config.model.image_size
         sides.append(side)
         return Costs(1.0, 0.05 * (side / 8) ** 2, 0.5 * (side / 8) ** 2), 1437

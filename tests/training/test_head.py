@@ -167,7 +167,7 @@ def test_two_processes(image_folder, pretrained, tmp_path, recipe, changes):
     changes = changes | {"train__epochs": 2, "train__device": "cpu"}
     if recipe == "finetune":
         changes |= {"optim__warmup_epochs": 0, "model__stochastic_depth": 0}
-        changes |= {"train__trainable": 1}
+        changes |= {"train__trainable": 1, "optim__lr": 1e-6}
     config = head_config(image_folder, tmp_path / "one", pretrained, recipe, **changes)
     assert finish_alone(config) == 0
     file = tmp_path / "recipe.yaml"

@@ -108,7 +108,7 @@ class Flaky:
 
 def test_a_part_is_held_out_and_a_label_that_changes_is_an_error(tmp_path):
     config = make_config("digits", tmp_path / "run", data__workers=0, data__val_fraction=0.2)
-    with pytest.raises(UserError, match=r"1 of 8 training images are broken.*item 3 \(the first"):
+    with pytest.raises(UserError, match=r"1 of 8 training images is broken.*item 3 \(the first"):
         train(config, dataset=Flaky())
     log = (tmp_path / "run/train.log").read_text()
     assert "2 of 10 training images (20% of each class) are held out" in log

@@ -32,6 +32,9 @@ class Options:
     """Image sizes to evaluate at, multiples of the patch size, with the same relative crop."""
     suite: str | None = None
     """Folder that contains the ImageNet test sets, each in a folder of its own."""
+    classes: Literal["subset", "all"] | None = None
+    """What predictions compete with if the set has only some of the classes: these, or all that the
+    weights know; None is subset, but all for a set of one class."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     batch_size: int = 256
@@ -50,6 +53,8 @@ class Options:
             if getattr(self, name) in ("", ()):
                 option = name.replace("_", "-")
                 raise UserError(f"{option}: expected a value after --{option}, got nothing")
+        if self.suite is not None and self.classes is not None:
+            raise UserError("suite, classes: expected one of the two, got both")
         if self.suite is not None and (self.data is not None or self.image_sizes):
             other = "image-sizes" if self.data is None else "data"
             raise UserError(f"suite, {other}: expected one of the two, got both")
@@ -72,6 +77,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     scores = evaluate(
         weights,
         dataset,
+        classes=options.classes,
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,
@@ -84,13 +90,17 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
 
 def _about(weights: Weights, dataset: Dataset | None, options: Options) -> str:
+    from vitral.evaluation.evaluate import competitors
+
     known = weights.description
     place = options.suite or options.data or known.config.data.path
     place += ", held-out training images" if dataset and dataset.held_out else ""
     about = f"{weights.path} ({options.which or known.default}) on {place}"
     if dataset and len(dataset.classes) < len(known.classes):
         part = f"{len(dataset.classes):,} of the {len(known.classes):,} classes"
-        about += f"\nscored on {part} of the weights, with the logits of the others removed"
+        removed = len(competitors(known, dataset.classes, options.classes)) < len(known.classes)
+        others = "with the logits of the others removed" if removed else "among all of them"
+        about += f"\nscored on {part} of the weights, {others}"
     return about
 
 
@@ -110,7 +120,7 @@ def _table(weights: Weights, dataset: Dataset | None, options: Options, about: s
         title, file, names = "image size", "image_sizes.csv", [*map(str, sizes)]
         share = weights.description.config.data.eval_crop
         about = f"{about}, the central {100 * share:g}% of the short side at every size"
-        found = sweep(weights, sizes, dataset, **how)
+        found = sweep(weights, sizes, dataset, classes=options.classes, **how)
         rows = (scores.row(str(size)) for size, scores in found)
     if options.out is not None:
         check_writable(options.out)

@@ -11,23 +11,31 @@ from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
+from vitral.data.skipped import ending, system_part
 from vitral.errors import data_error, first_few
 from vitral.machine import in_notebook
 
 T = TypeVar("T")
 AGAIN = "download or pack it again"
+MAX_NAME = 4096  # of a member, as of a path in Linux
 
 
 def members(
-    file: BinaryIO, place: str, suffixes: tuple[str, ...], start: int = 0, end: int | None = None
+    file: BinaryIO,
+    place: str,
+    suffixes: tuple[str, ...],
+    start: int = 0,
+    end: int | None = None,
+    skipped: Counter[str] | None = None,
 ) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Name and header of each file with one of `suffixes` in a tar archive; hidden ones are not.
+    """Name and header of each file with one of `suffixes` in a tar archive, but for system files.
 
     `offset_data` of a header counts from the beginning of `file`, which may be read in between.
 
     Args:
         place: what to call the archive in messages.
         start: first byte of the archive in `file`; `end` is the byte behind it.
+        skipped: counts the other files, by kind.
 
     Raises:
         UserError: it is no tar archive, is cut off, or holds what is no plain file inside it.
@@ -45,13 +53,16 @@ def members(
                 raise tarfile.ReadError
             # Else it keeps all of them, at a kilobyte each.
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
-            if last.lower().endswith(suffixes) and _is_visible(last):
+            kind = system_part(last)
+            if kind is None and last.lower().endswith(suffixes):
                 if not member.isreg() or member.issparse():
                     got = "a folder, link, device or sparse file"
                     raise data_error(
                         f"{place}: {last}", "a plain file", got, "pack the file itself"
                     )
                 yield last, member
+            elif skipped is not None and member.isreg():
+                skipped[kind or ending(last)] += 1
         file.seek(tar.offset)
         # Where archives end too early between two members, only this block is missing.
         if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
@@ -68,11 +79,10 @@ def _check_name(name: str, place: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
         fix = "do not trust this archive, or pack it again"
         raise data_error(place, "names that stay inside the archive", name, fix)
+    if len(name) > MAX_NAME:
+        got = f"{len(name):,}, {name[:40]}..."
+        raise data_error(place, f"names of at most {MAX_NAME:,} characters", got, AGAIN)
     return name.removeprefix("./")
-
-
-def _is_visible(name: str) -> bool:
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def refuse_doubles(place: Path | str, names: Iterable[str]) -> None:

@@ -7,15 +7,19 @@ packed squares are gathered by workers, and pixel sets lie on the device: both a
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
+import secrets
 import signal
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
@@ -26,19 +30,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitral.compat import loader_workers, wrap_exception
+from vitral.compat import (
+    abandon_loader,
+    is_loader_timeout,
+    loader_workers,
+    wrap_exception,
+)
 from vitral.config import Config, DataConfig
 from vitral.data import crops
 from vitral.data.decode import DecodeError, decode, decode_on_gpu, gpu_decodes
 from vitral.data.objects import Objects
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers
+from vitral.errors import UserError, first_few
+from vitral.files import is_exhausted
 from vitral.machine import available_cores
 
 T = TypeVar("T")
 Decoder = Literal["cpu", "gpu"]
 _started = weakref.WeakSet[BaseProcess]()  # workers
 CHUNK = 16  # images decoded before their crops are drawn together
+TICK, PATIENCE = 5, 60  # seconds without a batch, until it is looked into and said
 GPU_CHUNK = 32  # images that the GPU decodes and crops together
 
 
@@ -113,7 +125,42 @@ def describe(records: Records, index: int) -> str:
 def in_workers(
     dataset: Dataset[T], requests: Iterable[Any], workers: int, pin_memory: bool = False
 ) -> Iterator[T]:
-    """What `dataset` has for each request, in order, fetched by worker processes."""
+    """What `dataset` has for each request, in order, fetched by worker processes.
+
+    Where they cannot be started, fewer or none do the work, and a line on stderr says so. Another
+    line says what is waited for if nothing comes for a minute; a dataset's `places(request)` names
+    it.
+    """
+    pending: deque[Any] = deque()
+    asked, reason = workers, ""
+    if workers and multiprocessing.current_process().daemon:
+        workers, reason = 0, "a daemonic process may not have children"
+
+    def handed_out() -> Iterator[Any]:
+        for request in requests:
+            pending.append(request)
+            yield request
+
+    source = handed_out()
+    while True:
+        try:
+            batches = _start(dataset, source, workers, pin_memory)
+            break
+        except (OSError, RuntimeError) as error:
+            if not workers:
+                raise
+            workers, reason = workers // 2, getattr(error, "strerror", None) or str(error)
+    if reason:
+        _say(f"{workers} of {asked} data workers can be started: {reason}")
+    _started.update(loader_workers(batches))
+    return _watched(batches, pending, getattr(dataset, "places", None))
+
+
+def _start(
+    dataset: Dataset[T], requests: Iterator[Any], workers: int, pin_memory: bool
+) -> Iterator[T]:
+    """The batches of a DataLoader. Raises OSError or RuntimeError, with no worker left."""
+    before = {*multiprocessing.active_children()}
     with warnings.catch_warnings():
         # More workers than cores is what was asked for. And CUDA has threads in every process that
         # uses it, which Python 3.12 warns of: workers use no CUDA.
@@ -126,28 +173,58 @@ def in_workers(
             num_workers=workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
+            timeout=TICK if workers else 0,
             worker_init_fn=_prepare_worker,
             multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
         )
         try:
-            batches = iter(loader)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                error.filename = "/dev/shm"  # where its semaphores lie
+            return iter(loader)
+        except BaseException as error:
+            abandon_loader(error)
+            for child in {*multiprocessing.active_children()} - before:
+                child.kill()  # it ignores SIGTERM, by which Python would end it
+                child.join()
             raise
-    _started.update(loader_workers(batches))
-    return _watched(batches)
 
 
-def _watched(batches: Iterator[T]) -> Iterator[T]:
-    """The batches; raises OSError where a worker found shared memory full."""
-    try:
-        yield from batches
-    except RuntimeError as error:
-        # Not by the reason that it gives, which torch 2.11 has wrong.
-        if "unable to allocate shared memory" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
-        raise
+def _watched(
+    batches: Iterator[T], pending: deque[Any], places: Callable[[Any], list[str]] | None
+) -> Iterator[T]:
+    """The batches; says once what it waits for.
+
+    Raises:
+        OSError: a worker found shared memory full.
+        UserError: there are too few file descriptors.
+    """
+    waited = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if is_loader_timeout(error, batches):
+                waited += TICK
+                if waited == PATIENCE:
+                    what = first_few(places(pending[0])) if places else "the data workers"
+                    _say(f"waiting for {what}, for {PATIENCE} seconds so far")
+                continue
+            # Not by the reason that it gives, which torch 2.11 has wrong.
+            if "unable to allocate shared memory" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
+            if "Too many open files" in str(error):
+                fix = "raise the limit, as by `ulimit -n 4096`, or give --data.workers 0"
+                raise UserError(f"data: too many open files; {fix}") from None
+            raise
+        waited = 0
+        pending.popleft()
+        yield batch
+
+
+def _say(line: str) -> None:
+    """Prints a line to stderr, if it is there."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        print(f"vitral: {line}", file=sys.stderr, flush=True)
 
 
 def _as_it_is(fetched: Any) -> Any:
@@ -162,6 +239,17 @@ def _prepare_worker(_: int) -> None:
     # multiprocessing's thread would print that the reader has gone; errors of the data set go
     # another way.
     sys.excepthook = lambda *_: None
+    if sys.platform == "linux":
+        multiprocessing.connection.arbitrary_address = _abstract_address  # pyright: ignore
+
+
+def _abstract_address(_: str) -> str:
+    """An address of a socket that is no file.
+
+    A worker sends open files through it. Else its folder would be left behind by SIGKILL, and a
+    long TMPDIR would not fit into the address.
+    """
+    return f"\0vitral-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def _send_error(
@@ -198,11 +286,23 @@ def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> In
     )
 
 
-class _Decoding(Dataset[Fetched]):
-    """Decodes and crops the samples of a request; runs in worker processes."""
+class _Fetching(Dataset[T]):
+    """What worker processes run."""
+
+    def __init__(self, records: Records) -> None:
+        self.records = records
+
+    def places(self, request: Request) -> list[str]:
+        """What the samples of a request are called in messages."""
+        return [describe(self.records, int(i)) for i in request.indices]
+
+
+class _Decoding(_Fetching[Fetched]):
+    """Decodes and crops the samples of a request."""
 
     def __init__(self, records: Encoded, config: Config) -> None:
-        self.records = records
+        super().__init__(records)
+        self.encoded = records
         self.config = config
 
     def __getitem__(self, request: Request) -> Fetched:
@@ -212,7 +312,7 @@ class _Decoding(Dataset[Fetched]):
         broken: list[tuple[int, str]] = []
         for first in range(0, len(images), CHUNK):
             part = slice(first, first + CHUNK)
-            decoded = [_decode(self.records, int(i), broken) for i in request.indices[part]]
+            decoded = [_decode(self.encoded, int(i), broken) for i in request.indices[part]]
             sizes = np.array([image.shape[1:] for image, _ in decoded])
             boxes = _boxes(self.config, sizes, request, part)
             for k, ((image, label), box) in enumerate(zip(decoded, boxes, strict=True), first):
@@ -231,25 +331,28 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
             decoded = isinstance(records, Objects)
             image = records.image(index) if decoded else decode(records.read(index))
             return image, int(records.labels[index])
-        except (DecodeError, FileNotFoundError, PermissionError) as error:
+        except (DecodeError, OSError) as error:
+            if is_exhausted(error):
+                raise
             broken.append((index, str(error)))
             index = (index + 1) % len(records)
     return torch.zeros(3, 1, 1, dtype=torch.uint8), int(records.labels[index])
 
 
-class _Gathering(Dataset[Fetched]):
+class _Gathering(_Fetching[Fetched]):
     """Copies the packed squares of a request together, and crops them if no GPU does."""
 
     def __init__(self, records: Packed, config: Config, crop: bool) -> None:
-        self.records = records
+        super().__init__(records)
+        self.packed = records
         self.config = config
         self.crop = crop
 
     def __getitem__(self, request: Request) -> Fetched:
-        images = torch.from_numpy(self.records.squares(request.indices))
-        labels = torch.from_numpy(self.records.labels[request.indices])
+        images = torch.from_numpy(self.packed.squares(request.indices))
+        labels = torch.from_numpy(self.packed.labels[request.indices])
         fetched = Fetched(request, images, labels, [])
-        return _crop(self.records, self.config, fetched) if self.crop else fetched
+        return _crop(self.packed, self.config, fetched) if self.crop else fetched
 
 
 def _crop(records: Packed, config: Config, squares: Fetched) -> Fetched:
@@ -295,11 +398,12 @@ class _Read:
     """Which of them the GPU's decoder can read. Shape (B,)."""
 
 
-class _Reading(Dataset[_Read]):
-    """Reads the samples of a request for the GPU to decode; runs in worker processes."""
+class _Reading(_Fetching[_Read]):
+    """Reads the samples of a request for the GPU to decode."""
 
     def __init__(self, records: Encoded) -> None:
-        self.records = records
+        super().__init__(records)
+        self.encoded = records
 
     def __getitem__(self, request: Request) -> _Read:
         contents = [self._read(int(index)) for index in request.indices]
@@ -309,8 +413,10 @@ class _Reading(Dataset[_Read]):
 
     def _read(self, index: int) -> bytes:
         try:
-            return self.records.read(index)
-        except (DecodeError, FileNotFoundError, PermissionError):
+            return self.encoded.read(index)
+        except (DecodeError, OSError) as error:
+            if is_exhausted(error):
+                raise
             return b""  # decoding it fails once more, and puts another in its place
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from vitral.data.records import Names, Spans, stamp
 from vitral.data.sampling import Integers
 from vitral.machine import cache_dir
 
-SCHEMA = 1  # to be raised with any change of what is stored, or of how it is found
+SCHEMA = 2  # to be raised with any change of what is stored, or of how it is found
 COLUMNS = ("archive", "offsets", "sizes", "names")
+KEYS = ("values", "wnids", "skipped")
 Row = tuple[bytes, bytes, int, int, int]
 """An image: what labels it, its name, position of its archive, first byte, bytes."""
 
@@ -32,6 +35,8 @@ class Found:
     """The WordNet id that all images of a value are named after; else empty. Shape (L,)."""
     spans: Spans
     """The images; their labels are positions in `values`."""
+    skipped: Mapping[str, int]
+    """Number of files in the archives that are not used, by kind."""
 
     def relabelled(self, labels: Integers) -> Spans:
         """The images under these labels, shape (N,), in order of (label, name)."""
@@ -40,8 +45,8 @@ class Found:
         return replace(self.spans, labels=labels[order], **columns)
 
 
-Reader = Callable[[Sequence[Path]], tuple[list[Row], dict[bytes, bytes]]]
-"""Reads archives: an image a row, and wnids by value."""
+Reader = Callable[[Sequence[Path]], tuple[list[Row], dict[bytes, bytes], Counter[str]]]
+"""Reads archives: an image a row, wnids by value, and the kinds of files that are not used."""
 
 
 def find(archives: Sequence[Path], read: Reader) -> Found:
@@ -55,7 +60,7 @@ def find(archives: Sequence[Path], read: Reader) -> Found:
         OSError: an archive cannot be read.
     """
     archives = tuple(path.absolute() for path in archives)
-    stamps = tuple(stamp(path.stat()) for path in archives)
+    stamps = tuple(stamp(path) for path in archives)
     key = repr((SCHEMA, read.__name__, [*map(os.fsencode, archives)], stamps))
     place = cache_dir() / "index" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     columns = _load(place)
@@ -64,23 +69,26 @@ def find(archives: Sequence[Path], read: Reader) -> Found:
         # Without the cache the next run only starts later.
         with contextlib.suppress(OSError):
             _save(place, columns)
-    values, wnids = columns.pop("values"), columns.pop("wnids")
-    return Found(values, wnids, Spans(archives, stamps, **columns))
+    values, wnids, skipped = (columns.pop(name) for name in KEYS)
+    return Found(values, wnids, Spans(archives, stamps, **columns), json.loads(skipped.item()))
 
 
-def _arrange(rows: list[Row], wnids: dict[bytes, bytes]) -> dict[str, np.ndarray]:
+def _arrange(
+    rows: list[Row], wnids: dict[bytes, bytes], skipped: Counter[str]
+) -> dict[str, np.ndarray]:
     rows.sort()
     value, names, *numbers = zip(*rows, strict=True)
     values, labels = np.unique(np.array(value), return_inverse=True)
     columns = dict(zip(COLUMNS, [*map(np.array, numbers), np.array(names)], strict=True))
     named = np.array([wnids.get(each, b"") for each in values.tolist()])
-    return {"values": values, "wnids": named, "labels": labels, **columns}
+    facts = (values, named, np.array(json.dumps(skipped).encode()))
+    return {**dict(zip(KEYS, facts, strict=True)), "labels": labels, **columns}
 
 
 def _load(place: Path) -> dict[str, np.ndarray] | None:
     try:
         with place.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return {name: stored[name] for name in ("values", "wnids", "labels", *COLUMNS)}
+            return {name: stored[name] for name in (*KEYS, "labels", *COLUMNS)}
     except Exception:
         # Nearly anything is raised for a damaged zip, whose checksums tell; it is written again.
         return None

@@ -6,11 +6,13 @@ is mapped into memory) or pixels in memory. Record i is image i of a split, what
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, Self
@@ -22,7 +24,9 @@ from numpy.typing import NDArray
 
 from vitral.config import DataConfig
 from vitral.data.sampling import Integers, held_out
-from vitral.errors import data_error, first_few, printable
+from vitral.data.skipped import note
+from vitral.errors import counted, data_error, first_few, printable
+from vitral.files import MAX_IMAGE, open_regular, read_regular, require_regular
 
 Names = NDArray[np.bytes_]
 OPEN = 64  # archives that a process keeps open
@@ -33,8 +37,9 @@ Stamp = tuple[int, int]
 """Size of a file in bytes, and its time of change in nanoseconds."""
 
 
-def stamp(status: os.stat_result) -> Stamp:
-    """What is another once a file has changed."""
+def stamp(path: Path, status: os.stat_result | None = None) -> Stamp:
+    """The stamp of a regular file. Raises OSError, for another file too."""
+    status = require_regular(path.stat() if status is None else status, path)
     return status.st_size, status.st_mtime_ns
 
 
@@ -87,7 +92,7 @@ class Files:
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image `i`. Raises OSError."""
-        return (self.root / os.fsdecode(self.names[i])).read_bytes()
+        return read_regular(self.root / os.fsdecode(self.names[i]))
 
     def where(self, i: int) -> str:
         """The path of image `i`, for messages."""
@@ -132,14 +137,16 @@ class Spans:
         """The encoded bytes of image `i`. Raises OSError, if its archive has changed too."""
         which = int(self.archive[i])
         if which not in self._open:
-            descriptor = os.open(self.archives[which], os.O_RDONLY)
-            if stamp(os.fstat(descriptor)) != self.stamps[which]:
-                os.close(descriptor)
-                raise FileNotFoundError(f"{self.archives[which]} has changed since it was opened")
-            self._open[which] = descriptor
+            path = self.archives[which]
+            with open_regular(path) as file:
+                if stamp(path, os.fstat(file.fileno())) != self.stamps[which]:
+                    raise FileNotFoundError(f"{path} has changed since it was opened")
+                self._open[which] = os.dup(file.fileno())
             if len(self._open) > OPEN:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(which)
+        if self.sizes[i] > MAX_IMAGE:
+            raise OSError(errno.EFBIG, f"more than {MAX_IMAGE:,} bytes", self.where(i))
         return os.pread(self._open[which], int(self.sizes[i]), int(self.offsets[i]))
 
     def where(self, i: int) -> str:
@@ -235,8 +242,15 @@ class Dataset:
     val: Records | None
     held_out: bool = False
     """Whether `val` is a part of the training images."""
-    notes: tuple[str, ...] = ()
-    """What the user should be told."""
+    choices: tuple[str, ...] = ()
+    """How the splits were chosen where the user may have meant others."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Number of files that are not used, by kind."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should be told."""
+        return (*self.choices, *note(self.name, self.skipped))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -252,23 +266,30 @@ class Dataset:
 
 
 def combine(
-    root: Path, training: Split | None, val: Split | None, config: DataConfig, seed: int
+    root: Path,
+    training: Split | None,
+    val: Split | None,
+    config: DataConfig,
+    seed: int,
+    skipped: Mapping[str, int] | None = None,
 ) -> Dataset:
     """The data set of the splits found in `root`; without `val` a part of `training` is held out.
 
-    `training` is None where only the validation split is needed.
+    `training` is None where only the validation split is needed. Class names become NFC.
 
     Raises:
-        UserError: the classes differ, or nothing can be held out.
+        UserError: the classes differ, two become one name, or nothing can be held out.
     """
-    name = printable(root.resolve().name)
+    name, skipped = printable(root.resolve().name), skipped or {}
+    training, val = (_with_names_in_nfc(root, split) for split in (training, val))
     if val is None:
         assert training is not None
         why = f"{name} has no validation split"
-        return hold_out(Dataset(name, *training, None), root, config.val_fraction, seed, why)
+        dataset = Dataset(name, *training, None, skipped=skipped)
+        return hold_out(dataset, root, config.val_fraction, seed, why)
     classes, held_out = val
     if training is None:
-        return Dataset(name, classes, None, held_out)
+        return Dataset(name, classes, None, held_out, skipped=skipped)
     known, records = training
     if known != classes:
         missing, extra = sorted({*known} - {*classes}), sorted({*classes} - {*known})
@@ -278,7 +299,26 @@ def combine(
         )
         expected = "the same classes in both splits"
         raise data_error(root, expected, got, "rename or remove them")
-    return Dataset(name, classes, records, held_out)
+    return Dataset(name, classes, records, held_out, skipped=skipped)
+
+
+def nfc(name: str) -> str:
+    """A name as Unicode composes it: file systems disagree on how to spell an accented letter."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _with_names_in_nfc(root: Path, split: Split | None) -> Split | None:
+    """A split with class names in NFC. Raises UserError if two become one."""
+    if split is None:
+        return None
+    spellings: dict[str, list[str]] = {}
+    for name in split[0]:
+        spellings.setdefault(nfc(name), []).append(name)
+    for several in spellings.values():
+        if len(several) > 1:
+            got = f"{' and '.join(map(ascii, several))}, which are the same to Unicode"
+            raise data_error(root, "each class once", got, "rename or merge them")
+    return tuple(spellings), split[1]
 
 
 def hold_out(
@@ -300,12 +340,12 @@ def hold_out(
     if not held.any():
         got = f"none: {why}, and no class has two images to hold one out"
         raise data_error(place, "validation images", got, "add images")
-    note = (
-        f"{why}: {held.sum():,} of {len(held):,} training images ({fraction:.0%} of each class) "
-        f"are held out, drawn by seed {seed}"
+    choice = (
+        f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({fraction:.0%} of each "
+        f"class) {'is' if held.sum() == 1 else 'are'} held out, drawn by seed {seed}"
     )
     train, val = records.take(~held), records.take(held)
-    return replace(dataset, train=train, val=val, held_out=True, notes=(note,))
+    return replace(dataset, train=train, val=val, held_out=True, choices=(choice,))
 
 
 def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.bool_]:

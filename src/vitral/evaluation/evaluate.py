@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,11 +17,13 @@ from vitral.data.formats.known import KNOWN_SETS
 from vitral.data.formats.objects import own_names, records_of
 from vitral.data.loader import EVAL_BATCH, eval_batches
 from vitral.data.objects import PATH, Source
-from vitral.data.records import Dataset, Records, hold_out
-from vitral.errors import UserError
+from vitral.data.records import Dataset, Records, hold_out, nfc
+from vitral.errors import UserError, first_few, printable
 from vitral.evaluation.scores import Scores, measure
 from vitral.machine import pick_device
 from vitral.weights import Description, Weights, Which, load, require_head
+
+Compared = Literal["subset", "all"]
 
 
 def evaluate(
@@ -28,20 +31,24 @@ def evaluate(
     data: str | Dataset | Source | None = None,
     *,
     which: Which | None = None,
+    classes: Compared | None = None,
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
 ) -> Scores:
     """Top-1, top-5, per-class accuracy and calibration over every validation image once.
 
-    Where the set has but some of the classes that the weights know, the others' logits are left out
-    and `Scores.classes` are those of the set.
+    Where the set has only some of the classes that the weights know, `classes` says what its
+    predictions compete with.
 
     Args:
         weights: loaded weights, or a weight or run folder.
         data: an image folder, a known set, what `open_set` gave, or a Python dataset as for
             `train`; None takes the set that the weights were trained on.
         which: "model" or "ema"; None takes the one that the weights name.
+        classes: "subset" removes the logits of classes that the set does not have, "all" keeps
+            them, behind those of the set in `Scores.classes`; None is "all" for a set of one class
+            and else "subset".
         batch_size: images of a forward pass.
         workers: decoding processes; None takes the cores but one.
         device: "cpu", "cuda", "mps", "xpu", or "auto" for a GPU if there is one.
@@ -51,7 +58,8 @@ def evaluate(
     """
     weights = prepare(weights, which, device)
     dataset, config = _open(weights.description, data, workers)
-    return score(weights, _to_validate(dataset), dataset.classes, config, batch_size)
+    competing = competitors(weights.description, dataset.classes, classes)
+    return score(weights, _to_validate(dataset), competing, config, batch_size)
 
 
 def sweep(
@@ -60,6 +68,7 @@ def sweep(
     data: str | Dataset | Source | None = None,
     *,
     which: Which | None = None,
+    classes: Compared | None = None,
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
@@ -73,7 +82,7 @@ def sweep(
 
     Args:
         image_sizes: sides of the images that the model sees, in pixels.
-        data, which, batch_size, workers, device: as for `evaluate`.
+        data, which, classes, batch_size, workers, device: as for `evaluate`.
 
     Raises:
         UserError: for a size that is no multiple of the patch size, before anything is evaluated,
@@ -82,10 +91,11 @@ def sweep(
     weights = prepare(weights, which, device)
     models = at_sizes(weights.description, image_sizes)
     dataset, config = _open(weights.description, data, workers)
-    records, classes = _to_validate(dataset), dataset.classes
+    records = _to_validate(dataset)
+    competing = competitors(weights.description, dataset.classes, classes)
     configs = [dataclasses.replace(config, model=model) for model in models]
     return (
-        (config.model.image_size, score(weights, records, classes, config, batch_size))
+        (config.model.image_size, score(weights, records, competing, config, batch_size))
         for config in configs
     )
 
@@ -123,8 +133,8 @@ def score(
     Args:
         weights: on the device to evaluate on.
         records: labelled by positions in `classes`.
-        classes: some of those that the weights know, or all; the others' logits are left out, as
-            if the weights had never known them.
+        classes: those that predictions compete with, some that the weights know or all; the others'
+            logits are left out.
         config: how images are read and cropped, and in `model.image_size` how large they become.
         batch_size: images of a forward pass.
 
@@ -132,11 +142,20 @@ def score(
         UserError: for an image that cannot be decoded.
     """
     place = weights.model.device
-    position = {name: i for i, name in enumerate(weights.description.classes)}
+    position = {nfc(name): i for i, name in enumerate(weights.description.classes)}
     columns = torch.tensor([position[name] for name in classes], device=place)
     workers = resolve_workers(config.data, records)
     batches = eval_batches(records, config, batch_size, workers, place)
     return measure(lambda images: weights.model(images)[:, columns], batches, tuple(classes))
+
+
+def competitors(
+    description: Description, classes: tuple[str, ...], compared: Compared | None
+) -> tuple[str, ...]:
+    """The classes of a set, followed by the others that its predictions compete with."""
+    if compared == "subset" or (compared is None and len(classes) > 1):
+        return classes
+    return classes + tuple(name for name in map(nfc, description.classes) if name not in classes)
 
 
 def open_set(description: Description, data: str | None) -> Dataset:
@@ -208,11 +227,16 @@ def _to_validate(dataset: Dataset) -> Records:
 
 
 def _refuse_other_classes(ours: tuple[str, ...], theirs: tuple[str, ...], config: Config) -> None:
-    if ours == theirs or {*theirs} < {*ours}:  # by name: what is none of ours is refused
+    ours = tuple(map(nfc, ours))
+    strange = [name for name in theirs if name not in ours]
+    if not strange:
         return
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
     first = ", ".join(f"class {i} is {b!r}, not {a!r}" for i, a, b in pairs[:3])
+    if len(ours) != len(theirs):
+        first = f"{first_few(strange)}, which they do not know"
+    place = printable(config.data.path)
     raise UserError(
-        f"data: {config.data.path}: expected the {len(ours)} classes that the weights know, got "
-        f"{len(theirs)}{': ' + first if first else ''}; evaluate on a set with the same classes"
+        f"data: {place}: expected the {len(ours)} classes that the weights know, got "
+        f"{len(theirs)}: {printable(first)}; evaluate on a set with the same classes"
     )

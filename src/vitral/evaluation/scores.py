@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitral.data.imagenet import display, human_name
 from vitral.data.loader import Batch
+from vitral.errors import counted
 from vitral.evaluation.table import Row, write_csv
 
 BINS = 15
@@ -173,7 +174,7 @@ def merge(parts: Sequence[Scores]) -> Scores:
 def summarise(scores: Scores) -> str:
     """The figures as text, with a table of the classes: above twenty the worst and the best."""
     lines = [
-        f"{len(scores.labels):,} images, {len(scores.classes)} classes",
+        f"{counted(len(scores.labels), 'image')}, {counted(len(scores.classes), 'class')}",
         f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}   "
         f"calibration error {scores.calibration_error:.2%}",
     ]

@@ -20,8 +20,11 @@ from vitral.data.formats.parquet import Rows
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.records import Files, Spans
 from vitral.data.sampling import Integers
+from vitral.data.skipped import is_system
 from vitral.errors import data_error, first_few, printable
+from vitral.files import read_regular
 
+MAX_REAL = 1 << 26  # bytes of ReaL's labels, which have a hundredth of that
 DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
 WNID = "n[0-9]{8}"
 CLASS = f"{WNID}|[0-9]{{1,3}}"  # not a year, as in imagenet/2012
@@ -157,7 +160,7 @@ def read_real(path: Path) -> list[list[int]]:
     count, most = len(validation_labels()), len(wnids()) - 1
     expected, fix = f"a list of {count:,} lists of labels from 0 to {most}", "download it again"
     try:
-        labels = json.loads(path.read_bytes())
+        labels = json.loads(read_regular(path, MAX_REAL))
     except (OSError, ValueError, RecursionError) as error:
         raise data_error(path, expected, str(error), fix) from error
     if not isinstance(labels, list) or len(labels) != count:
@@ -209,7 +212,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
-        inner = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        inner = sorted(name for name in folders if not is_system(name))
         yield folder, inner, sorted(files)
         deeper = len(folder.relative_to(root).parts) < DEPTH
         folders[:] = [name for name in inner if deeper and not re.fullmatch(CLASS, name)]
@@ -284,7 +287,7 @@ def _open_archives(place: Path) -> LabelledSet:
     dataset = open_dataset(config, image_size=1, seed=0, train=False)
     records, classes = dataset.val, dataset.classes
     strangers = [name for name in classes if name not in wnids()]
-    if strangers or dataset.notes or not isinstance(records, Files | Spans | Rows):
+    if strangers or dataset.choices or not isinstance(records, Files | Spans | Rows):
         expected = "ImageNet's validation images, labelled by wnid"
         got = f"classes {first_few(strangers)}" if strangers else "other images"
         raise data_error(place, expected, got, "move them away")

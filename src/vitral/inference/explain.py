@@ -36,6 +36,7 @@ from vitral.data.crops import eval_crop
 from vitral.data.decode import decode
 from vitral.data.imagenet import display
 from vitral.errors import UserError, printable
+from vitral.files import read_regular
 from vitral.inference.attention import (
     Curve,
     attention_weights,
@@ -192,7 +193,7 @@ def explanations(
             name = f"{stem}-{number}"
         used.add(name)
         try:
-            pixels = decode(Path(image).read_bytes())
+            pixels = decode(read_regular(image))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             print(f"vitral: {printable(image)}: {reason}", file=sys.stderr)

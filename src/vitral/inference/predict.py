@@ -32,6 +32,7 @@ from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, data_error, printable
+from vitral.files import read_regular
 from vitral.machine import available_cores, input_device
 from vitral.model import ViT
 from vitral.storage import replacing
@@ -314,7 +315,7 @@ def _pixels(image: Picture) -> Tensor:
     if isinstance(image, Image.Image):
         return decode_pillow(image)
     if isinstance(image, str | os.PathLike):
-        return decode(Path(image).read_bytes())
+        return decode(read_regular(image))
     kind, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
     if kind != "uint8" or len(shape) != 3 or 3 not in (shape[0], shape[2]) or 0 in shape:
         raise UserError(

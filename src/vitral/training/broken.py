@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from vitral.data.fetch import describe
 from vitral.data.records import Records
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.training.distributed import World
 
 REPORTED = 10  # broken images that are named at once
@@ -55,8 +55,9 @@ class BrokenImages:
         if len(self.known) > MAX_SHARE * len(self.records):
             first = sorted(self.known)[:REPORTED]
             names = ", ".join(describe(self.records, i) for i in first)
+            verb = "is" if len(self.known) == 1 else "are"
             raise UserError(
-                f"data: {len(self.known)} of {len(self.records)} training images are broken, more "
-                f"than {MAX_SHARE:.1%}: {names} (the first: {self.known[first[0]]}); "
+                f"data: {len(self.known)} of {counted(len(self.records), 'training image')} {verb} "
+                f"broken, more than {MAX_SHARE:.1%}: {names} (the first: {self.known[first[0]]}); "
                 "fix or remove them and start again; `vitral data check` finds all"
             )

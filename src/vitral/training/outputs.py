@@ -12,7 +12,7 @@ from vitral import storage, weights
 from vitral.config import Config
 from vitral.data.records import Dataset
 from vitral.data.tools import preview
-from vitral.errors import UserError
+from vitral.errors import UserError, first_few, printable
 from vitral.evaluation import Scores
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.storage import CorruptError
@@ -70,13 +70,14 @@ class Outputs:
             decode_rates=rates,
             **facts,
         )
-        train, val = self.dataset.train, self.dataset.val
+        train, val, classes = self.dataset.train, self.dataset.val, self.dataset.classes
         assert train is not None
         assert val is not None
         start = f"resumes from step {facts['step']}" if facts["step"] else "starts"
         self.console.message(
             f"{self.run.path} {start}: {self.dataset.name}, {len(train):,} training images, "
-            f"{len(val):,} validation images, {len(self.dataset.classes)} classes"
+            f"{len(val):,} validation images, {len(classes):,} classes: "
+            f"{printable(first_few(classes))}"
         )
         if rates:
             measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from vitral.data.decode import decode
+from vitral.data.decode import SUFFIXES, decode
 from vitral.data.formats import folder
 from vitral.data.records import Files
 
@@ -146,7 +146,7 @@ def test_the_fingerprint_does_not_hang_on_the_order_of_listing(tmp_path, monkeyp
     put_split(tmp_path, "train", 5)
     before = opened(tmp_path)
     listed = folder._entries
-    monkeypatch.setattr(folder, "_entries", lambda place: reversed(list(listed(place))))
+    monkeypatch.setattr(folder, "_entries", lambda *given: reversed(list(listed(*given))))
     after = opened(tmp_path)
     assert paths(after.train) == paths(before.train)
     assert after.fingerprint == before.fingerprint
@@ -163,7 +163,7 @@ def test_no_images_at_all(tmp_path, folders):
 def test_folders_without_images_tell_what_images_are(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif)" in refusal(
+    assert "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif" in refusal(
         tmp_path
     )
 
@@ -234,5 +234,131 @@ def test_one_class_only(tmp_path, split):
 
 def test_a_folder_that_vanishes(tmp_path, monkeypatch):
     put_split(tmp_path, "train")
-    monkeypatch.setattr(folder, "_class_folders", lambda base, split: ["cat", "gone"])
+    monkeypatch.setattr(folder, "_class_folders", lambda *_: ["cat", "gone"])
     assert "train/gone: expected to read it, got No such file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_folders_of_classes_are_splits_whatever_lies_beside_them(tmp_path, val):
+    put_split(tmp_path, "train", 4)
+    put(tmp_path, "train/stray.png", "unlabeled/1.png", "unlabeled/2.png")
+    if val:
+        put_split(tmp_path, "val")
+        put(tmp_path, "val/stray.png")
+    dataset = opened(tmp_path)
+    assert dataset.classes == ("cat", "dog")
+    used = paths(dataset.train) + paths(dataset.val)
+    assert len(used) == (8 + 6 if val else 8)
+    assert not any("stray" in path or "unlabeled" in path for path in used)
+    assert f"{tmp_path.name}: not used, beside train/: unlabeled" in dataset.notes
+    files = "2 files are" if val else "1 file is"
+    count = 2 if val else 1
+    line = f"{tmp_path.name}: {files} skipped: images outside class folders {count}"
+    assert line in dataset.notes
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["train/1.png", "unlabeled/1.png"],  # a class train, or images to be found classes for
+        ["train/1.png", "val/1.png", "bus/1.png", "car/1.png"],
+        ["train/steam/1.png", "train/diesel/1.png", "bus/1.png", "car/1.png"],
+        ["train/cat/1.png", "train/dog/1.png", "Train/cat/1.png", "Train/dog/1.png"],
+        ["train/cat/1.png", "train/dog/1.png", "train/1.png", "train/2.png", "train/3.png"],
+    ],
+)
+def test_unclear_folders_are_refused(tmp_path, folders):
+    put(tmp_path, *folders)
+    assert refusal(tmp_path)
+
+
+def test_a_class_called_train_beside_others(tmp_path):
+    put(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "car", "train") for i in range(3)))
+    assert opened(tmp_path).classes == ("bus", "car", "train")
+
+
+SYSTEM = ["@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information"]
+
+
+@pytest.mark.parametrize("name", [*SYSTEM, "__MACOSX", ".git", "@EADIR"])
+def test_what_systems_put_there_is_skipped_and_counted(tmp_path, name):
+    put_split(tmp_path, ".", 3)
+    clean = opened(tmp_path)
+    put(tmp_path, f"{name}/x.png", f"cat/{name}/000.png/thumb_m.jpg", f"cat/{name}/deep/y.png")
+    dataset = opened(tmp_path)
+    assert dataset.fingerprint == clean.fingerprint
+    assert dataset.notes[-1] == f"{tmp_path.name}: 3 files are skipped: {name} 3"
+
+
+@pytest.mark.parametrize("name", SYSTEM)
+def test_an_empty_system_folder_is_no_class(tmp_path, name):
+    put_split(tmp_path, ".")
+    (tmp_path / name).mkdir()
+    assert opened(tmp_path).classes == ("cat", "dog")
+
+
+@pytest.mark.skipif(".heic" in SUFFIXES, reason="HEIC is read")
+def test_heic_that_is_not_read_is_counted(tmp_path):
+    put_split(tmp_path, ".")
+    put(tmp_path, *(f"cat/{i}.HEIC" for i in range(100)), "dog/notes.txt")
+    (note,) = opened(tmp_path).notes[1:]
+    assert note == (
+        f"{tmp_path.name}: 101 files are skipped: .heic 100, .txt 1; "
+        "pip install 'vitral[heic]' to read .heic"
+    )
+    put(tmp_path, "eel/1.heif")
+    assert "got none of eel, but .heic 100, .heif 1, .txt 1; pip install" in refusal(tmp_path)
+
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_class_names_are_the_same_however_unicode_spells_them(tmp_path):
+    put_split(tmp_path, "train", 2, (COMPOSED, "caff"))
+    put_split(tmp_path, "val", 1, (DECOMPOSED, "caff"))
+    dataset = opened(tmp_path)
+    assert dataset.classes == ("caff", COMPOSED)  # in order of the composed names
+    assert [path.split("/")[1] for path in paths(dataset.val)] == ["caff", DECOMPOSED]
+    assert dataset.val.labels.tolist() == [0, 1]
+    assert opened(tmp_path / "val", train=False).classes == dataset.classes
+
+
+def test_folders_that_become_one_class_are_refused(tmp_path):
+    put_split(tmp_path, ".", 2, (COMPOSED, DECOMPOSED, "dog"))
+    assert r"got 'cafe\u0301' and 'caf\xe9', which" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_splits_in_a_folder_alone_are_found(tmp_path, depth):
+    inner = tmp_path.joinpath(*["flowers"] * depth)
+    put_split(inner, "train")
+    put_split(inner, "val")
+    assert opened(tmp_path).fingerprint == opened(inner).fingerprint
+    assert opened(tmp_path, train=False).fingerprint == opened(inner, train=False).fingerprint
+
+
+def test_classes_in_a_folder_alone_are_named(tmp_path):
+    put_split(tmp_path, "flowers", 2, ("daisy", "rose"))
+    message = refusal(tmp_path)
+    assert "got flowers alone; if daisy, rose in it are the classes, give " in message
+    assert message.endswith(f"give {tmp_path / 'flowers'}")
+
+
+def test_a_test_set_may_have_one_class_or_an_empty_one(tmp_path):
+    put(tmp_path, "cat/1.png")
+    assert opened(tmp_path, train=False).classes == ("cat",)
+    (tmp_path / "eel").mkdir()
+    dataset = opened(tmp_path, train=False)
+    assert dataset.classes == ("cat", "eel")
+    assert dataset.val.labels.tolist() == [0]
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    put_split(tmp_path, ".", 2)
+    os.mkfifo(tmp_path / "cat/fifo.jpg")
+    (tmp_path / "cat/zero.jpg").symlink_to("/dev/zero")
+    val = opened(tmp_path, train=False).val
+    assert paths(val)[2:4] == ["cat/fifo.jpg", "cat/zero.jpg"]
+    for i in (2, 3):
+        with pytest.raises(OSError, match="not a regular file"):
+            val.read(i)

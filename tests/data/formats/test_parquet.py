@@ -203,21 +203,34 @@ def set_column(path, name, values):
 
 
 def other_columns(path):
-    pq.write_table(pa.table({"img": pa.array([b"x"]), "label": pa.array([0])}), path)
+    pq.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"x"]), "label": [0]}), path)
+
+
+def describe(path, described):
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"huggingface": described}), path)
+
+
+def names(value):
+    return json.dumps({"info": {"features": {"label": {"names": value}}}})
 
 
 BAD = {
     "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "a Parquet file, got Parquet"),
     "no Parquet": (lambda p: p.write_bytes(b"PAR?" * 9), "a Parquet file, got Parquet magic"),
     "empty file": (lambda p: p.write_bytes(b""), "a Parquet file, got Parquet file size is 0"),
-    "other columns": (other_columns, "image: struct.*, got img: binary, label: int64;"),
-    "plain bytes": (lambda p: set_column(p, "image", pa.array([b"x"] * 9)), "got image: binary,"),
+    "other columns": (other_columns, "image or img .*, got a: binary, b: binary, label"),
+    "plain bytes": (lambda p: set_column(p, "image", pa.array([b"x"] * 9)), "columns, labels and"),
     "fractions": (lambda p: set_column(p, "label", pa.array([0.5] * 9)), "label: double"),
     "no label": (lambda p: set_column(p, "label", pa.array([0] * 8 + [None])), "got 1 without"),
     "test split": (lambda p: set_column(p, "label", pa.array([-1] * 9)), "0 to 2, got -1; if it"),
     "too large": (lambda p: set_column(p, "label", pa.array([3] * 9)), "from 0 to 2, got 3"),
     "other names": (lambda p: write_rows(p, draw(9), ("cat", "dog", "eel")), "class names as in"),
     "other type": (lambda p: set_column(p, "label", pa.array(["cat"] * 9)), "labels and class"),
+    "no JSON": (lambda p: describe(p, "{not"), "expected JSON in its metadata, got Expecting"),
+    "deep JSON": (lambda p: describe(p, "[" * 100_000), "JSON in its metadata, got maximum"),
+    "a number": (lambda p: describe(p, names(7)), "a list of class names in its metadata, got 7"),
+    "no names": (lambda p: describe(p, names([None])), "a list of class names in its metadata"),
     "no split": (lambda p: p.rename(p.with_name("more.parquet")), "test in the name of each file"),
 }
 
@@ -233,6 +246,54 @@ def test_bad_files_are_named(tmp_path, case):
     at = "more.parquet" if case == "no split" else "train-1.parquet"
     assert str(error.value).startswith(f"data: {tmp_path / at}: expected ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("described", ["[]", '{"info": 3}', '{"info": {"features": []}}'])
+def test_metadata_of_another_kind_says_nothing_of_classes(tmp_path, described):
+    write_rows(tmp_path / "train.parquet", draw(9), column="label")
+    describe(tmp_path / "train.parquet", described)
+    assert open_at(tmp_path).classes == ("0", "1", "2")
+
+
+def test_class_names_are_text(tmp_path):
+    write_rows(tmp_path / "train.parquet", draw(9))
+    describe(tmp_path / "train.parquet", names([7, 8, 9]))
+    assert open_at(tmp_path).classes == ("7", "8", "9")
+
+
+STRUCTS = [{"bytes": jpeg(i), "path": f"{i:03d}.jpg"} for i in range(9)]
+BYTES = [jpeg(i) for i in range(9)]
+NUMBERS = [i % 2 for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "classes"),
+    [
+        ({"img": STRUCTS, "label": NUMBERS}, ("0", "1")),  # CIFAR-10 as published
+        ({"img": STRUCTS, "fine_label": NUMBERS, "coarse_label": NUMBERS}, ("0", "1")),
+        ({"image": BYTES, "label": NUMBERS}, ("0", "1")),
+        ({"jpg": BYTES, "cls": NUMBERS}, ("0", "1")),  # the only ones of their types
+        ({"image": STRUCTS, "mask": BYTES, "label": NUMBERS, "width": NUMBERS}, ("0", "1")),
+        ({"image": STRUCTS, "label": [n == 1 for n in NUMBERS]}, ("false", "true")),
+        (
+            {"image": STRUCTS, "label": pa.array(["b" * (1 + n) for n in NUMBERS])},
+            ("b", "bb"),
+        ),
+        (
+            {"image": STRUCTS, "label": pa.array(["dc"[n] for n in NUMBERS]).dictionary_encode()},
+            ("c", "d"),
+        ),
+    ],
+)
+def test_columns_are_found_by_name_or_type(tmp_path, columns, classes):
+    pq.write_table(pa.table(columns), tmp_path / "val.parquet")
+    dataset = open_at(tmp_path, train=False)
+    assert dataset.classes == classes
+    images = [dataset.val.read(i) for i in range(9)]
+    assert sorted(images) == sorted(BYTES)
+    truth = ["dc"[n] if classes[-1] == "d" else classes[n] for n in NUMBERS]
+    found = [classes[label] for label in dataset.val.labels]
+    assert dict(zip(images, found, strict=True)) == dict(zip(BYTES, truth, strict=True))
 
 
 def test_no_rows_no_training_and_no_library_are_said(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tar shards, against the same images in folders."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -163,6 +164,13 @@ def test_validation_alone_leaves_the_training_archives_alone(tmp_path):
         (two(("a.cls", b"2")), "each name once, got a.cls more than once"),
         (two(("c.jpg", b"?"), ("c.cls", b"cat")), "all numbers or all text, got 1, 2 beside cat"),
         (two(("c.jpg", b"?"), ("c.cls", b"-1")), "all numbers or all text, got 1, 2 beside -1"),
+        (two(("c.jpg", b"?"), ("c.cls", b"1" * 5000)), "at most 255 bytes, got one of 5,000"),
+        (two(("c.jpg", b"?"), ("c.cls", b" " * 2**20 + b"1")), "at most 1,048,576 bytes, got"),
+        (two(("c.jpg", b"?"), ("c.json", b"[" * 100_000)), "c.json: expected JSON, got maximum"),
+        (
+            two(("c.left.jpg", b"?"), ("c.right.jpg", b"?"), ("c.cls", b"1")),
+            "for the label of c, got c.left.jpg and c.right.jpg; name the one to use c.jpg",
+        ),
         (tarred([("README", b"?"), ("._a.jpg", b"?"), ("__MACOSX/a.jpg", b"?")]), "got none"),
         (tarred([]), "got none"),
     ],
@@ -191,3 +199,45 @@ def test_bad_folders_of_shards_are_refused(tmp_path):
     assert "train shards beside those of val" in refusal(tmp_path)
     (tmp_path / "val-0.tar").write_bytes(tarred([("c.jpg", b"?"), ("c.cls", b"3")]))
     assert "two classes or more, got 3 alone" in refusal(tmp_path, train=False)
+
+
+def test_what_systems_put_in_archives_is_skipped_and_counted(tmp_path, cache):
+    members = [("@eaDir/a.jpg/thumb.jpg", b"?"), ("x/#recycle/b.jpg", b"?"), ("c.heic", b"?")]
+    (tmp_path / "val-0.tar").write_bytes(two(*members))
+    for _ in range(2):  # the second time from the cache
+        dataset = opened(tmp_path, train=False)
+        assert dataset.val.names.tolist() == [b"a.jpg", b"b.jpg"]
+        assert dataset.skipped == {"@eaDir": 1, "#recycle": 1, ".heic": 1}
+        assert "3 files are skipped: #recycle 1, .heic 1, @eaDir 1" in dataset.notes[-1]
+    assert len([*cache.iterdir()]) == 1
+
+
+def test_the_key_of_a_label_ends_at_the_first_dot(tmp_path):
+    """As in webdataset; or at the last one, where a label has that name."""
+    images = [("a.left.jpg", b"1"), ("b.2.jpg", b"2"), ("c.jpg", b"3"), ("c.mask.png", b"?")]
+    labels = [("a.cls", b"0"), ("b.2.cls", b"1"), ("c.cls", b"1")]
+    (tmp_path / "val-0.tar").write_bytes(tarred([*labels, *images]))
+    val = opened(tmp_path, train=False).val
+    assert val.names.tolist() == [b"a.left.jpg", b"b.2.jpg", b"c.jpg"]
+    assert contents(val) == [b"1", b"2", b"3"]
+    assert val.labels.tolist() == [0, 1, 1]
+    assert opened(tmp_path, train=False).skipped == {".mask.png": 1}
+
+
+def test_numbers_of_any_length_are_in_order(tmp_path):
+    long = b"7" * 250
+    (tmp_path / "val-0.tar").write_bytes(two(("c.jpg", b"?"), ("c.cls", long)))
+    classes = opened(tmp_path, train=False).classes
+    assert classes == ("1", "2", long.decode())
+
+
+def test_a_fifo_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "val-0.tar")
+    assert "got not a regular file" in refusal(tmp_path, train=False)
+
+
+def test_names_of_text_labels_are_composed(tmp_path):
+    labels = [b"caff", "cafe\u0301".encode()]
+    members = [member for i in (0, 1) for member in ((f"{i}.jpg", b"?"), (f"{i}.cls", labels[i]))]
+    (tmp_path / "val-0.tar").write_bytes(tarred(members))
+    assert opened(tmp_path, train=False).classes == ("caff", "caf\u00e9")

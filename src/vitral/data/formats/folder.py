@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from vitral.config import DataConfig
 from vitral.data.decode import SUFFIXES
-from vitral.data.records import VALIDATION, Dataset, Files, Split, combine
+from vitral.data.records import VALIDATION, Dataset, Files, Split, combine, nfc
+from vitral.data.skipped import OUTSIDE, count_files, ending, is_system, kinds
 from vitral.errors import data_error, first_few, printable
+
+SPLITS = ("train", *VALIDATION)
+DEPTH = 3  # folders around the splits, each alone in another
 
 
 def matches(root: Path) -> bool:
@@ -24,59 +28,122 @@ def matches(root: Path) -> bool:
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     """The data set in class folders; without a validation split a part is held out.
 
+    With `train` False, classes may be few or empty, as in a test set.
+
     Raises:
         UserError: the folder cannot be used.
         OSError: it cannot be read.
     """
-    training, val = find_splits(root)
+    root = _unnested(root)
+    training, val = find_splits(root, train)
+    skipped = Counter[str]()
+    if training or val:
+        _count_files(root, skipped)
     if val is None:
-        found = _scan(root, training or "")
-        if not train and training is None:
-            return combine(root, None, found, config, seed)
-        if training is None:
+        found = _scan(root, training or "", skipped, train)
+        if train and training is None:
             _refuse_unnamed_splits(root)
-        return combine(root, found, None, config, seed)
-    held_out = _scan(root, val)
-    if train and training is None:
-        raise data_error(root, f"train/ beside {val}/", "none", "put the training images there")
-    known = _scan(root, training) if train and training is not None else None
-    dataset = combine(root, known, held_out, config, seed)
-    if val.lower() != "test":
-        return dataset
-    note = f"{dataset.name} has no val/: {val}/ is validated on"
-    return dataclasses.replace(dataset, notes=(note,))
+        splits = (found, None) if train or training else (None, found)
+    else:
+        held_out = _scan(root, val, skipped, train)
+        if train and training is None:
+            raise data_error(root, f"train/ beside {val}/", "none", "put the training images there")
+        known = _scan(root, training, skipped, train) if train and training is not None else None
+        splits = known, held_out
+    dataset = combine(root, *splits, config, seed, skipped)
+    choices = (*dataset.choices, *_choices(root, dataset.name, training, val))
+    return dataclasses.replace(dataset, choices=choices)
 
 
-def find_splits(root: Path) -> tuple[str | None, str | None]:
+def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
     """Names of the training and the validation folder; None twice where root holds classes.
 
+    A folder named like a split is one if it holds class folders. If none does, all may be classes,
+    as CIFAR-100 has a class train.
+
+    Args:
+        train: whether the images are trained on; then unclear cases are refused.
+
     Raises:
+        UserError: it is unclear which folders are splits and which are classes.
         OSError: it is no folder, or one that cannot be read.
     """
-    folders = {entry.name.lower(): entry.name for entry in _entries(root) if entry.is_dir()}
-    named = [folders[name] for name in ("train", *VALIDATION) if name in folders]
-    # A class may be called train, as one of CIFAR-100 is.
-    if len(folders) > len(named) and all(_holds_images(root / name) for name in named):
+    named: dict[str, str] = {}
+    for name in _folders(root):
+        if name.lower() in named:
+            got = f"{named[name.lower()]} and {name}"
+            raise data_error(root, "one folder for each split", got, "merge or rename them")
+        if name.lower() in SPLITS:
+            named[name.lower()] = name
+    if not named:
         return None, None
-    val = (folders[name] for name in VALIDATION if name in folders)
-    return folders.get("train"), next(val, None)
+    with_classes = [name for name in named.values() if _holds_classes(root / name)]
+    flat = all(_holds_images(root / name) for name in named.values())
+    others = _other_folders(root)
+    classes = flat and not with_classes and bool(others)
+    if classes:
+        unclear = len(named) > 1 or len(others) == 1
+    else:
+        beside = [name for name in others if _holds_images(root / name)]
+        unclear = bool(with_classes) and len(named) == 1 and len(beside) > 1
+    if train and unclear:
+        got = f"{first_few([*named.values()])} beside {first_few(others)}"
+        fix = "if they are classes, move them all into train/; if not, move the others elsewhere"
+        raise data_error(root, "either splits or classes", got, fix)
+    val = next((named[name] for name in VALIDATION if name in named), None)
+    return (None, None) if classes else (named.get("train"), val)
 
 
-def _scan(root: Path, split: str) -> Split:
+def holds_only_validation(root: Path) -> bool:
+    """Whether `root` has a validation split, but none to train on."""
+    training, val = find_splits(_unnested(root), train=False)
+    return training is None and val is not None
+
+
+def _unnested(root: Path) -> Path:
+    """`root`, or the folder with splits that it holds alone: archives are often unpacked so."""
+    folder = root
+    for _ in range(DEPTH):
+        names = _folders(folder)
+        if len(names) != 1 or names[0].lower() in SPLITS:
+            break
+        folder = folder / names[0]
+        if any(find_splits(folder, train=False)):
+            return folder
+    return root
+
+
+def _choices(root: Path, name: str, training: str | None, val: str | None) -> Iterator[str]:
+    """What to say about the folders that were chosen as splits, and about others beside them."""
+    if val is not None and val.lower() == "test":
+        yield f"{name} has no val/: {val}/ is validated on"
+    others = _other_folders(root) if training or val else []
+    if others:
+        yield f"{name}: not used, beside {training or val}/: {first_few(others)}"
+
+
+def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     """Class names and records of the class folders in one split, both in order of name."""
     base = root / split
-    names = _class_folders(base, split)
+    names = _class_folders(base, split, train)
+    before = skipped[OUTSIDE]
+    _count_files(base, skipped)
+    inside = [os.fsencode(f"{split}/{n}" if split else n) for n in names]
     found = [
-        sorted(walk_images(base / n, os.fsencode(f"{split}/{n}" if split else n))) for n in names
+        sorted(walk_images(base / n, path, skipped)) for n, path in zip(names, inside, strict=True)
     ]
     empty = [name for name, images in zip(names, found, strict=True) if not images]
     if len(empty) == len(names):
         expected = f"images ({', '.join(SUFFIXES)}), a folder for each class"
-        raise data_error(base, expected, "none", "put images there, or give another folder")
-    if empty:
-        raise data_error(
-            base, "images of each class", f"none of {first_few(empty)}", "add or remove it"
-        )
+        got = f"other files: {kinds(skipped)}" if skipped else "none"
+        raise data_error(base, expected, got, "put images there, or give another folder")
+    if empty and train:
+        got = f"none of {first_few(empty)}" + (f", but {kinds(skipped)}" if skipped else "")
+        raise data_error(base, "images of each class", got, "add or remove it")
+    strays, count = skipped[OUTSIDE] - before, sum(map(len, found))
+    if strays > count:
+        got = f"{strays:,} images directly in it beside {count:,} in class folders"
+        raise data_error(base, "a folder for each class", got, "move or remove them")
     paths, sizes = zip(*(image for images in found for image in images), strict=True)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in found])
     return tuple(map(printable, names)), Files(root, np.array(paths), np.array(sizes), labels)
@@ -84,10 +151,10 @@ def _scan(root: Path, split: str) -> Split:
 
 def _refuse_unnamed_splits(root: Path) -> None:
     """Splits by other names would be learned as classes: `training` as against `testing`."""
-    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    names = _folders(root)
     first: list[str] = []
     for name in names:
-        inside = sorted(entry.name for entry in _entries(root / name) if entry.is_dir())
+        inside = _folders(root / name)
         first = first or inside
         if len(inside) < 2 or inside != first or _holds_images(root / name):
             return
@@ -96,11 +163,14 @@ def _refuse_unnamed_splits(root: Path) -> None:
     raise data_error(root, "train/ and val/, or a folder for each class", got, fix)
 
 
-def _class_folders(base: Path, split: str) -> list[str]:
-    """Names of the class folders, in order of their bytes."""
-    names = sorted((entry.name for entry in _entries(base) if entry.is_dir()), key=os.fsencode)
+def _class_folders(base: Path, split: str, train: bool) -> list[str]:
+    """Names of the class folders, in order of the bytes of their NFC."""
+    names = sorted(_folders(base), key=lambda name: os.fsencode(nfc(name)))
     fix = "make one folder a class"
-    if len(names) == 1:
+    if len(names) == 1 and train:
+        inside = _folders(base / names[0])
+        if len(inside) > 1:
+            fix = f"if {first_few(inside)} in it are the classes, give {base / names[0]}"
         raise data_error(base, "two classes or more", f"{names[0]} alone", fix)
     if not names and _holds_images(base):
         if split.lower() in VALIDATION:
@@ -109,34 +179,60 @@ def _class_folders(base: Path, split: str) -> list[str]:
     return names
 
 
-def walk_images(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, int]]:
-    """Path below the root, and size, of each image in a class folder and the folders in it."""
-    for path, entry in _walk(folder, prefix):
-        if _is_image(entry.name):
-            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+def walk_images(
+    folder: Path, prefix: bytes, skipped: Counter[str] | None = None
+) -> Iterator[tuple[bytes, int]]:
+    """Path below the root, and size, of each image in a class folder and the folders in it.
 
-
-def count_others(root: Path, used: Iterable[bytes]) -> Counter[str]:
-    """How many files below `root` are not among those `used`, paths from it, by their endings."""
-    known = {*used}
-    others = (entry.name for path, entry in _walk(root, b"") if path[1:] not in known)
-    return Counter(Path(name).suffix.lower() or "none" for name in others)
-
-
-def _walk(folder: Path, prefix: bytes) -> Iterator[tuple[bytes, os.DirEntry[str]]]:
-    for entry in _entries(folder):
+    Other files are counted in `skipped`, by kind.
+    """
+    for entry in _entries(folder, skipped):
         path = prefix + b"/" + os.fsencode(entry.name)
         if entry.is_dir():
             around = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
             if not around:  # such a link would be walked forty times over
-                yield from _walk(folder / entry.name, path)
-        else:
-            yield path, entry
+                yield from walk_images(folder / entry.name, path, skipped)
+        elif _is_image(entry.name):
+            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+        elif skipped is not None:
+            skipped[ending(entry.name)] += 1
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _count_files(folder: Path, skipped: Counter[str]) -> None:
+    """Counts the files directly in a folder that holds folders of images."""
+    for entry in _entries(folder, skipped):
+        if not entry.is_dir():
+            skipped[OUTSIDE if _is_image(entry.name) else ending(entry.name)] += 1
+
+
+def _entries(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder, but for what systems put there; its files are counted in `skipped`."""
     with os.scandir(folder) as entries:
-        yield from (e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX")
+        for entry in entries:
+            if not is_system(entry.name):
+                yield entry
+            elif skipped is not None:
+                skipped[entry.name] += count_files(entry)
+
+
+def _folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, in order."""
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
+
+
+def _other_folders(root: Path) -> list[str]:
+    """Names of the folders beside splits that hold images, or folders with images."""
+    others = [root / name for name in _folders(root) if name.lower() not in SPLITS]
+    return [
+        folder.name
+        for folder in others
+        if _holds_images(folder) or any(_holds_images(folder / name) for name in _folders(folder))
+    ]
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Whether there are images in a folder of this folder, at any depth."""
+    return any(next(walk_images(folder / name, b""), None) for name in _folders(folder))
 
 
 def _holds_images(folder: Path) -> bool:

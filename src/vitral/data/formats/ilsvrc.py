@@ -10,6 +10,7 @@ import os
 import re
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -23,9 +24,11 @@ from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import Row, find
 from vitral.data.records import VALIDATION, Dataset, Split, combine
 from vitral.errors import data_error, first_few, printable
+from vitral.files import open_regular, read_regular
 
 TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
 META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+MAX_KIT = 1 << 26  # bytes of a file of the kit, far above those of the original
 MEND = "put archives and development kit that belong together there"
 
 
@@ -49,11 +52,12 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     has_train, has_val = training.is_file(), (folder / VAL).is_file()
     if train and not has_train:
         raise data_error(folder, training.name, "none", "download it into that folder")
-    known = _open_train(training) if train or not has_val else None
+    skipped = Counter[str]()
+    known = _open_train(training, skipped) if train or not has_val else None
     if not has_val:
-        return combine(folder, known, None, config, seed)
+        return combine(folder, known, None, config, seed, skipped)
     classes = known[0] if known else _class_names(training) if has_train else None
-    return combine(folder, known, _open_val(folder, classes), config, seed)
+    return combine(folder, known, _open_val(folder, classes, skipped), config, seed, skipped)
 
 
 def _places(root: Path) -> tuple[Path, Path]:
@@ -64,14 +68,16 @@ def _places(root: Path) -> tuple[Path, Path]:
 
 
 def _class_names(archive: Path) -> tuple[str, ...]:
-    with archive.open("rb") as file:
+    with open_regular(archive) as file:
         names = sorted(os.fsencode(name) for name, _, _ in _class_tars(archive, file))
     return tuple(map(printable, names))
 
 
-def _class_tars(archive: Path, file: BinaryIO) -> list[tuple[str, str, tarfile.TarInfo]]:
+def _class_tars(
+    archive: Path, file: BinaryIO, skipped: Counter[str] | None = None
+) -> list[tuple[str, str, tarfile.TarInfo]]:
     """Class, name and header of each tar in the train tar."""
-    found = list(members(file, printable(archive), (".tar", *SUFFIXES)))
+    found = list(members(file, printable(archive), (".tar", *SUFFIXES), skipped=skipped))
     others = [name for name, _ in found if not name.lower().endswith(".tar")]
     if others or len(found) < 2:
         got = first_few(others or [name for name, _ in found])
@@ -82,18 +88,20 @@ def _class_tars(archive: Path, file: BinaryIO) -> list[tuple[str, str, tarfile.T
     return classes
 
 
-def _open_train(archive: Path) -> Split:
+def _open_train(archive: Path, skipped: Counter[str]) -> Split:
     found = find([archive], read_train)
+    skipped.update(found.skipped)
     return tuple(map(printable, found.values.tolist())), found.spans
 
 
-def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]:
+def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
     """The images in the tars in the train tar, labelled by the names of these."""
     rows: list[Row] = []
-    with archives[0].open("rb") as file:
-        for label, outer, tar in progress(_class_tars(archives[0], file)):
+    skipped = Counter[str]()
+    with open_regular(archives[0]) as file:
+        for label, outer, tar in progress(_class_tars(archives[0], file, skipped)):
             place, start = printable(f"{archives[0]}: {outer}"), tar.offset_data
-            images = list(members(file, place, SUFFIXES, start, start + tar.size))
+            images = list(members(file, place, SUFFIXES, start, start + tar.size, skipped))
             if not images:
                 raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", AGAIN)
             refuse_doubles(place, (name for name, _ in images))
@@ -101,12 +109,13 @@ def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]
             for name, image in images:
                 inside = os.fsencode(f"{outer}/{name}")
                 rows.append((value, inside, 0, image.offset_data, image.size))
-    return rows, {}
+    return rows, {}, skipped
 
 
-def _open_val(folder: Path, classes: tuple[str, ...] | None) -> Split:
+def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[str]) -> Split:
     """The validation images; `classes` are those of the train tar, None without it."""
     found = find([folder / VAL], read_val)
+    skipped.update(found.skipped)
     numbers = [_number(folder, os.fsdecode(name)) for name in found.spans.names.tolist()]
     kit = _read_kit(folder)
     shipped = folder / VAL, wnids(), [wnids()[label] for label in validation_labels()]
@@ -126,14 +135,16 @@ def _open_val(folder: Path, classes: tuple[str, ...] | None) -> Split:
     return classes, found.relabelled(np.array([position[wnid] for wnid in given]))
 
 
-def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]:
+def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
     """The images in the validation tar, without labels."""
-    with archives[0].open("rb") as file:
-        found = list(members(file, printable(archives[0]), SUFFIXES))
+    skipped = Counter[str]()
+    with open_regular(archives[0]) as file:
+        found = list(members(file, printable(archives[0]), SUFFIXES, skipped=skipped))
     if not found:
         raise data_error(archives[0], f"images ({', '.join(SUFFIXES)})", "none", AGAIN)
     refuse_doubles(archives[0], (name for name, _ in found))
-    return [(b"", os.fsencode(name), 0, image.offset_data, image.size) for name, image in found], {}
+    rows = [(b"", os.fsencode(name), 0, image.offset_data, image.size) for name, image in found]
+    return rows, {}, skipped
 
 
 def _number(folder: Path, name: str) -> int:
@@ -173,13 +184,13 @@ def _kit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
     """Where the development kit is, packed or not, and what is in its two files."""
     kit, packed = folder / KIT, folder / f"{KIT}.tar.gz"
     if kit.is_dir():
-        return kit, (kit / META).read_bytes(), (kit / TRUTH).read_bytes()
+        return kit, read_regular(kit / META), read_regular(kit / TRUTH)
     if not packed.is_file():
         return None
     try:
         with tarfile.open(packed, "r:gz") as tar:
             content = [tar.extractfile(f"{KIT}/{name}") for name in (META, TRUTH)]
-            meta, truth = (file.read() if file else b"" for file in content)
+            meta, truth = (file.read(MAX_KIT) if file else b"" for file in content)
     except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
         expected = f"a whole archive with {META} and {TRUTH}"
         raise data_error(packed, expected, str(error), AGAIN) from error

@@ -17,7 +17,7 @@ from vitral.data.decode import DecodeError
 from vitral.data.fetch import in_workers, resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.objects import LABELS, PATH, Objects, Source, read_item
-from vitral.data.records import Dataset, hold_out
+from vitral.data.records import Dataset, hold_out, nfc
 from vitral.data.sampling import Integers
 from vitral.errors import UserError, data_error, first_few
 
@@ -91,7 +91,7 @@ def class_names(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         UserError: there are none, fewer than two, or equal ones.
     """
-    names = own_names(source) if given is None else tuple(map(str, given))
+    names = own_names(source) if given is None else tuple(nfc(str(name)) for name in given)
     if names is None:
         raise data_error("dataset", "class names in .classes or .features", "none", "give classes=")
     if len({*names}) != len(names) or len(names) < 2:
@@ -109,7 +109,7 @@ def own_names(source: Any) -> tuple[str, ...] | None:
     for key in LABELS:
         if names is None and isinstance(features, Mapping):
             names = getattr(features.get(key), "names", None)
-    return None if names is None else tuple(map(str, names))
+    return None if names is None else tuple(nfc(str(name)) for name in names)
 
 
 def records_of(

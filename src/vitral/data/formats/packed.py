@@ -20,6 +20,7 @@ from vitral import storage
 from vitral.config import DataConfig
 from vitral.data.records import Dataset, Packed, Spans, stamp
 from vitral.errors import data_error, printable
+from vitral.files import require_regular
 
 VERSION = 1
 INDEX = "index"
@@ -111,7 +112,7 @@ def read_index(root: Path) -> dict[str, Any]:
 
 def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans:
     path = images_path(root, split, index["jpeg"])
-    status, chunks = path.stat(), index["chunks"][split]
+    status, chunks = require_regular(path.stat(), path), index["chunks"][split]
     expected = index["bytes"][split]
     if status.st_size != expected:
         got = f"{status.st_size:,}"
@@ -120,7 +121,7 @@ def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans
     names, labels = table["names"].view(f"S{table['names'].shape[1]}")[:, 0], table["labels"]
     if index["jpeg"]:
         columns = (np.zeros_like(labels), table["offsets"], table["sizes"], names, labels)
-        return Spans((path,), (stamp(status),), *columns)
+        return Spans((path,), (stamp(path, status),), *columns)
     shape = (len(labels), 3, index["size"], index["size"])
     digest = hashlib.sha256("".join(chunk["sha256"] for chunk in chunks).encode()).hexdigest()
     return Packed(

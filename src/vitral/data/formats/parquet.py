@@ -1,4 +1,4 @@
-"""Parquet as the Hugging Face Hub lays it out: rows of `image: {bytes, path}` and `label`.
+"""Parquet as the Hugging Face Hub lays it out: rows of an image, `{bytes, path}`, and a label.
 
 Files lie in the folder, in its `data/`, or in a folder for each split, and tell by their names or
 their folder's which split they belong to: `data/train-00000-of-00294.parquet`.
@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitral.config import DataConfig
+from vitral.data.archives import AGAIN
 from vitral.data.decode import DecodeError
 from vitral.data.imagenet import human_name, wnids
+from vitral.data.objects import IMAGES, LABELS
 from vitral.data.records import VALIDATION, Dataset, Names, Split, Stamp, combine, stamp
 from vitral.data.sampling import Integers
 from vitral.errors import data_error, printable
@@ -43,6 +45,8 @@ class Rows:
     """Of each file when it was opened."""
     footers: tuple[Any, ...]
     """pyarrow's FileMetaData of each file."""
+    column: str
+    """Path of the column with the encoded images."""
     places: Integers
     """Position in `files`, row group, and row in that of each image. Shape (N, 3)."""
     names: Names
@@ -82,11 +86,11 @@ class Rows:
         import pyarrow.parquet as pq
 
         path = self.files[file]
-        if stamp(path.stat()) != self.stamps[file]:
+        if stamp(path) != self.stamps[file]:
             raise FileNotFoundError(f"{path} has changed since it was opened")
         try:
             with pq.ParquetFile(path, metadata=self.footers[file], pre_buffer=False) as opened:
-                table = opened.read_row_group(group, ["image.bytes"], use_threads=False)
+                table = opened.read_row_group(group, [self.column], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise DecodeError(f"row group {group} is damaged: {_line(error)}") from error
         return table.flatten().column(0)
@@ -144,8 +148,8 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     dataset = combine(root, known, held_out, config, seed)
     if val != "test":
         return dataset
-    note = f"{dataset.name} has no validation-*.parquet: test is validated on"
-    return dataclasses.replace(dataset, notes=(note,))
+    choice = f"{dataset.name} has no validation-*.parquet: test is validated on"
+    return dataclasses.replace(dataset, choices=(choice,))
 
 
 def _find(root: Path) -> list[Path]:
@@ -161,12 +165,12 @@ def _split_of(path: Path) -> str:
 
 def _scan(files: Sequence[Path]) -> Split:
     """Classes and rows of one split; only labels and paths are read."""
-    stamps = tuple(stamp(path.stat()) for path in files)
+    stamps = tuple(stamp(path) for path in files)
     shards = [_read(path) for path in files]
     first = shards[0]
     for path, shard in zip(files, shards, strict=True):
-        if (shard.labels.dtype, shard.classes) != (first.labels.dtype, first.classes):
-            expected = f"labels and class names as in {files[0].name}"
+        if shard.kind != first.kind:
+            expected = f"columns, labels and class names as in {files[0].name}"
             raise data_error(path, expected, "others", "remove one or the other")
     values = np.concatenate([shard.labels for shard in shards])
     if not len(values):
@@ -188,7 +192,8 @@ def _scan(files: Sequence[Path]) -> Split:
         named = [f"{files[k].name}/{group}/{row}".encode() for k, group, row in places.tolist()]
         names = np.where(names == b"", named, names)
     footers = tuple(shard.footer for shard in shards)
-    return classes, Rows(tuple(files), stamps, footers, places, names, labels[order])
+    column = first.column
+    return classes, Rows(tuple(files), stamps, footers, column, places, names, labels[order])
 
 
 def _are_imagenets(names: tuple[str, ...]) -> bool:
@@ -204,6 +209,8 @@ class _Shard:
     """What is kept of one file."""
 
     footer: Any
+    column: str
+    """Path of the column with the encoded images."""
     classes: tuple[str, ...] | None
     """What the labels count, where the file says it."""
     places: Integers
@@ -213,6 +220,11 @@ class _Shard:
     names: list[bytes]
     """Base name of each image's path, or nothing."""
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What is the same in all files of a split."""
+        return self.column, self.labels.dtype, self.classes
+
 
 def _read(path: Path) -> _Shard:
     import pyarrow as pa
@@ -221,46 +233,83 @@ def _read(path: Path) -> _Shard:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as opened:
             schema, footer = opened.schema_arrow, opened.metadata
-            column = _label_column(path, schema)
-            table = opened.read([column, "image.path"], use_threads=False).flatten()
+            image, label = _columns(path, schema)
+            table = opened.read([label, f"{image}.path"], use_threads=False).flatten()
     except (pa.ArrowException, OSError) as error:
         raise data_error(path, "a Parquet file", _line(error), "download it again") from error
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = described.get("info", {}).get("features", {}).get(column, {})
-    classes = tuple(feature["names"]) if "names" in feature else None
-    labels = _labels(path, table[column], classes)
+    classes = _described_classes(path, schema, label)
+    labels = _labels(path, table[label], classes)
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     rows = np.concatenate([np.arange(0), *map(np.arange, counts)])
     places = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
-    paths = table["image.path"].to_pylist() if "image.path" in table.column_names else []
-    names = [(path or "").rpartition("/")[2].encode() for path in paths or [None] * len(labels)]
-    return _Shard(footer, classes, places, labels, names)
+    known = f"{image}.path" in table.column_names
+    paths = table[f"{image}.path"].to_pylist() if known else [None] * len(labels)
+    names = [(name or "").rpartition("/")[2].encode() for name in paths]
+    content = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
+    return _Shard(footer, content, classes, places, labels, names)
 
 
-def _label_column(path: Path, schema: Any) -> str:
-    """The name of the labels' column."""
-    import pyarrow.types as types
-
+def _columns(path: Path, schema: Any) -> tuple[str, str]:
+    """Names of the images' and the labels' column: usual ones, or the only ones of their types."""
     found = {field.name: field.type for field in schema}
-    column = "label" if "label" in found else "labels"
-    image, label = found.get("image"), found.get(column)
-    if (
-        image is not None
-        and label is not None
-        and types.is_struct(image)
-        and image.get_field_index("bytes") >= 0
-        and (types.is_integer(label) or types.is_string(label) or types.is_large_string(label))
-    ):
-        return column
+    chosen = []
+    for usual, fits in ((IMAGES, _holds_images), (LABELS, _holds_labels)):
+        fitting = [name for name, kind in found.items() if fits(kind)]
+        known = [name for name in usual if name in fitting]
+        chosen += known[:1] or (fitting if len(fitting) == 1 else [])
+    if len(chosen) == 2:
+        return chosen[0], chosen[1]
     got = ", ".join(f"{name}: {kind}" for name, kind in found.items())
-    expected = "columns image: struct<bytes: binary, path: string> and label: int64 or string"
+    expected = (
+        f"a column {' or '.join(IMAGES)} of struct<bytes: binary, path: string> or binary, "
+        f"and a column {' or '.join(LABELS)} of integers, text or booleans"
+    )
     raise data_error(path, expected, got, "rename or convert them")
+
+
+def _holds_images(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _holds_labels(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _holds_labels(kind.value_type)
+    tests = (types.is_integer, types.is_boolean, types.is_string, types.is_large_string)
+    return any(test(kind) for test in tests)
+
+
+def _described_classes(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
+    """What labels count, by the Hub's metadata of a file; None where it does not say it."""
+    try:
+        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise data_error(path, "JSON in its metadata", _line(error), AGAIN) from error
+    for key in ("info", "features", label, "names"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(type(name) in (str, int) for name in found):
+        got = repr(found)[:80]
+        raise data_error(path, "a list of class names in its metadata", got, AGAIN)
+    return tuple(map(str, found))
 
 
 def _labels(path: Path, column: Any, classes: tuple[str, ...] | None) -> NDArray[Any]:
     """The labels, integers or strings. Shape (n,)."""
+    import pyarrow as pa
+
     if column.null_count:
         raise data_error(path, "a label in each row", f"{column.null_count} without", "remove them")
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.string())
     labels = column.to_numpy()
     if len(labels) and labels.dtype != object:
         most = len(classes) - 1 if classes else labels.max()

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,13 @@ from vitral.data.archives import AGAIN, members, progress, refuse_doubles
 from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import Found, Row, find
-from vitral.data.records import VALIDATION, Dataset, Split, combine
+from vitral.data.records import VALIDATION, Dataset, Split, combine, nfc
 from vitral.errors import data_error, first_few, printable
+from vitral.files import open_regular, read_regular
 
 CLASSES = "classes.txt"
+MAX_CLASSES, MAX_LABEL = 1 << 24, 1 << 20  # bytes of classes.txt, and of a KEY.cls or KEY.json
+MAX_NAME = 255  # bytes of a class name, as of a folder's
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -40,24 +43,24 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     Raises:
         UserError: a shard or its labels cannot be used.
     """
-    splits = _find_splits(root)
+    splits, skipped = _find_splits(root), Counter[str]()
     held_out = next((name for name in VALIDATION if name in splits), None)
     if held_out is None:
         (training,) = splits
-        (split,) = _open(root, [splits[training]], 1)
+        (split,) = _open(root, [splits[training]], 1, skipped)
         if not train and not training:
-            return combine(root, None, split, config, seed)
-        return combine(root, split, None, config, seed)
+            return combine(root, None, split, config, seed, skipped)
+        return combine(root, split, None, config, seed, skipped)
     if train and "train" not in splits:
         expected = f"train shards beside those of {held_out}"
         raise data_error(root, expected, "none", "put the training shards there")
     order = [splits[name] for name in (held_out, "train") if name in splits]
-    val, *known = _open(root, order, 2 if train else 1)
-    dataset = combine(root, known[0] if known else None, val, config, seed)
+    val, *known = _open(root, order, 2 if train else 1, skipped)
+    dataset = combine(root, known[0] if known else None, val, config, seed, skipped)
     if held_out != "test":
         return dataset
-    note = f"{dataset.name} has no val shards: those of test are validated on"
-    return replace(dataset, notes=(note,))
+    choice = f"{dataset.name} has no val shards: those of test are validated on"
+    return replace(dataset, choices=(choice,))
 
 
 def _find_splits(root: Path) -> dict[str, list[Path]]:
@@ -88,9 +91,13 @@ def _shards(folder: Path) -> list[Path]:
     return [] if any(file.suffix.lower() in SUFFIXES for file in beside) else found
 
 
-def _open(root: Path, splits: Sequence[Sequence[Path]], count: int) -> list[Split]:
+def _open(
+    root: Path, splits: Sequence[Sequence[Path]], count: int, skipped: Counter[str]
+) -> list[Split]:
     """The first `count` splits; another is read only if it has to name the classes of these."""
     found = [find(shards, read_shards) for shards in splits[:count]]
+    for each in found:
+        skipped.update(each.skipped)
     lines = _read_classes(root / CLASSES)
     names = [_class_names(each, root, lines) for each in found]
     rest = [] if all(names) else [find(shards, read_shards) for shards in splits[count:]]
@@ -103,7 +110,7 @@ def _read_classes(path: Path) -> list[bytes]:
     """The lines of the list of classes; none without it."""
     if not path.is_file():
         return []
-    lines = [line.strip() for line in path.read_bytes().split(b"\n")]
+    lines = [line.strip() for line in read_regular(path, MAX_CLASSES).split(b"\n")]
     lines = lines[: -1 if not lines[-1] else None]
     refuse_doubles(path, map(printable, lines))
     return lines
@@ -132,7 +139,7 @@ def _label(root: Path, found: Found, names: dict[bytes, bytes]) -> Split:
     if not names.keys() >= {*values}:
         names = dict(zip(values, values, strict=True))
     plain = all(name.isdigit() for name in names.values())
-    classes = sorted(names.values(), key=int if plain else None)
+    classes = sorted(names.values(), key=_number if plain else _composed)
     if len(classes) < 2:
         raise data_error(
             root, "two classes or more", f"{printable(classes[0])} alone", "add others"
@@ -142,12 +149,22 @@ def _label(root: Path, found: Found, names: dict[bytes, bytes]) -> Split:
     return tuple(map(printable, classes)), found.relabelled(labels[found.spans.labels])
 
 
-def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]]:
+def _number(digits: bytes) -> tuple[int, bytes]:
+    """What sorts numbers without leading zeros by value, of any length."""
+    return len(digits), digits
+
+
+def _composed(name: bytes) -> bytes:
+    return os.fsencode(nfc(os.fsdecode(name)))
+
+
+def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
     """The images in shards with what labels them, and the wnids that all of a label are called."""
     rows: list[Row] = []
     called: dict[bytes, set[str]] = defaultdict(set)
+    skipped = Counter[str]()
     for number, archive in enumerate(progress(archives)):
-        for row, wnid in _read_shard(number, archive):
+        for row, wnid in _read_shard(number, archive, skipped):
             rows.append(row)
             called[row[0]].add(wnid)
     folder = archives[0].parent
@@ -159,10 +176,11 @@ def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]
     if numbers and texts:
         got = f"{first_few(numbers)} beside {first_few(texts)}"
         raise data_error(folder, "labels that are all numbers or all text", got, AGAIN)
-    return rows, {label: min(names).encode() for label, names in called.items() if len(names) == 1}
+    wnids = {label: min(names).encode() for label, names in called.items() if len(names) == 1}
+    return rows, wnids, skipped
 
 
-def _read_shard(number: int, archive: Path) -> list[tuple[Row, str]]:
+def _read_shard(number: int, archive: Path, skipped: Counter[str]) -> list[tuple[Row, str]]:
     """A row for each image of a shard, and the wnid that it is called after.
 
     Members of one key may come in any order; where both say the label, KEY.cls counts.
@@ -173,13 +191,16 @@ def _read_shard(number: int, archive: Path) -> list[tuple[Row, str]]:
     images: dict[str, tuple[str, tarfile.TarInfo]] = {}
     about: dict[str, dict[str, Any]] = {}
     seen: list[str] = []
-    with archive.open("rb") as file:
-        for name, member in members(file, place, (".cls", ".json", *SUFFIXES)):
+    with open_regular(archive) as file:
+        for name, member in members(file, place, (".cls", ".json", *SUFFIXES), skipped=skipped):
             key, _, suffix = name.rpartition(".")
             if f".{suffix.lower()}" in SUFFIXES:
                 images[key] = name, member
                 seen.append(key)  # KEY.png beside KEY.jpg would be a second image
                 continue
+            if member.size > MAX_LABEL:
+                got = f"{member.size:,}"
+                raise data_error(f"{place}: {name}", f"at most {MAX_LABEL:,} bytes", got, AGAIN)
             file.seek(member.offset_data)
             content, known = file.read(member.size), about.get(key, {})
             if suffix.lower() == "cls":
@@ -188,17 +209,48 @@ def _read_shard(number: int, archive: Path) -> list[tuple[Row, str]]:
                 about[key] = _parse(content, f"{place}: {name}") | known
             seen.append(name)
     refuse_doubles(archive, seen)
-    strays = [key for key in about.keys() - images.keys() if "label" in about[key]]
-    if strays:
-        expected = f"an image beside each label ({', '.join(SUFFIXES)})"
-        raise data_error(archive, expected, f"none for {first_few(sorted(strays))}", AGAIN)
     rows = []
-    for key, (name, image) in images.items():
+    for key, (name, image) in _labelled(archive, images, about, skipped).items():
         known = about.get(key, {})
         value = _value(known.get("label"), f"{place}: {name}", key)
-        wnid = _wnid(key) or _wnid(str(known.get("filename")))
+        wnid = _wnid(name) or _wnid(str(known.get("filename")))
         rows.append(((value, os.fsencode(name), number, image.offset_data, image.size), wnid))
     return rows
+
+
+def _labelled(
+    archive: Path,
+    images: dict[str, tuple[str, tarfile.TarInfo]],
+    about: dict[str, dict[str, Any]],
+    skipped: Counter[str],
+) -> dict[str, tuple[str, tarfile.TarInfo]]:
+    """Name and header of each image by the key of its label.
+
+    That is what its name has before the last dot; or else, as in webdataset, before the first one:
+    KEY of KEY.left.jpg. An image whose label belongs to KEY.jpg is left out.
+    """
+    found = {key: image for key, image in images.items() if "label" in about.get(key, {})}
+    whole = {*found}
+    for key, image in images.items():
+        folder, slash, base = key.rpartition("/")
+        first = folder + slash + base.partition(".")[0]
+        if key in whole:
+            continue
+        if first in whole:
+            skipped[image[0].removeprefix(first)] += 1
+        elif "label" not in about.get(first, {}):
+            found[key] = image  # without a label, which is an error
+        elif first in found:
+            names = f"{found[first][0]} and {image[0]}"
+            fix = f"name the one to use {first}{os.path.splitext(image[0])[1]}"  # noqa: PTH122
+            raise data_error(archive, f"one image for the label of {first}", names, fix)
+        else:
+            found[first] = image
+    strays = sorted(key for key in about.keys() - found.keys() if "label" in about[key])
+    if strays:
+        expected = f"an image beside each label ({', '.join(SUFFIXES)})"
+        raise data_error(archive, expected, f"none for {first_few(strays)}", AGAIN)
+    return found
 
 
 def _parse(content: bytes, place: str) -> dict[str, Any]:
@@ -213,6 +265,9 @@ def _value(label: Any, place: str, key: str) -> bytes:
     """A label as bytes, a number without leading zeros."""
     if type(label) in (int, str):  # of which bool is a kind, but no label
         label = str(label).encode("utf-8", "backslashreplace")
+    if isinstance(label, bytes) and len(label.strip()) > MAX_NAME:
+        got = f"one of {len(label):,} bytes"
+        raise data_error(place, f"a label of at most {MAX_NAME} bytes", got, AGAIN)
     if not isinstance(label, bytes) or not label.strip():
         expected = f"a number or text in {key}.cls, or as label in {key}.json"
         raise data_error(place, expected, repr(label), AGAIN)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from vitral.config import DataConfig
 from vitral.data.decode import DecodeError, decode
 from vitral.data.fetch import in_workers
 from vitral.data.formats import open_dataset, packed
-from vitral.data.formats.folder import count_others, find_splits
-from vitral.data.records import Dataset as Images
-from vitral.data.records import Encoded, Files, Packed, Pixels
+from vitral.data.formats.folder import holds_only_validation
+from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.sampling import Integers
+from vitral.errors import counted
 
 FEW_CLASSES = 30
 BATCH = 64  # files that a worker looks at in one go
@@ -42,8 +41,6 @@ class Report:
     """Bytes of each file, or of each image of a pixel set. Shape (images,)."""
     rate: float | None
     """Images decoded per second of a core's own time; None where nothing needs decoding."""
-    others: Mapping[str, int]
-    """Files of an image folder that are not used, in number by ending."""
 
 
 def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Report:
@@ -59,7 +56,7 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     """
     root = Path(config.path).expanduser()
     # One alone is what `vitral val` takes.
-    held_out_alone = root.is_dir() and find_splits(root)[0] is None and find_splits(root)[1]
+    held_out_alone = root.is_dir() and holds_only_validation(root)
     dataset = open_dataset(config, image_size, seed, train=not held_out_alone)
     damaged = packed.verify(root) if packed.matches(root) else []
     counts, broken, sides, sizes, seconds = {}, [], [], [], []
@@ -82,13 +79,7 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
     found = np.array(sides, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
     about = dataset.name, dataset.classes, dataset.notes
-    return Report(*about, counts, tuple(broken), *found, rate, _others(dataset))
-
-
-def _others(dataset: Images) -> Counter[str]:
-    tables = [table for table in (dataset.train, dataset.val) if isinstance(table, Files)]
-    used = (name for table in tables for name in table.names.tolist())
-    return count_others(tables[0].root, used) if tables else Counter()
+    return Report(*about, counts, tuple(broken), *found, rate)
 
 
 def _look_at_all(records: Encoded, workers: int) -> Iterator[Look]:
@@ -122,9 +113,9 @@ class _Looking(Dataset[list[Look]]):
 
 def format_report(report: Report) -> str:
     """The report as plain text; of more than thirty classes only the rarest and most frequent."""
-    lines = [f"{report.name}: {len(report.classes):,} classes", *report.notes]
+    lines = [f"{report.name}: {counted(len(report.classes), 'class')}", *report.notes]
     for split, counts in report.counts.items():
-        lines += [f"{split}: {counts.sum():,} images, {_spread(counts, 'a class')}"]
+        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_spread(counts, 'a class')}"]
         rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
         if len(rising) > FEW_CLASSES:
             rising[5:-5] = ["..."]
@@ -135,10 +126,6 @@ def format_report(report: Report) -> str:
     lines += [f"size: {_spread(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
     if report.rate is not None:
         lines += [f"decoding: {report.rate:,.0f} images per second and core"]
-    if report.others:
-        kinds = (f"{ending} {n:,}" for ending, n in Counter(report.others).most_common())
-        total = sum(report.others.values())
-        lines += [f"files that are not used: {total:,}, by ending {', '.join(kinds)}"]
     lines += [f"broken files: {len(report.broken)}"]
     return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
 

@@ -1,0 +1,69 @@
+"""Files of a data set that are not used: which names are skipped, and what is said about them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+
+from vitral.data.decode import HEIC
+from vitral.errors import counted, first_few, printable
+
+SYSTEM = frozenset(
+    name.lower()
+    for name in (
+        *("__MACOSX", "Network Trash Folder", "Temporary Items"),  # macOS
+        *("$RECYCLE.BIN", "System Volume Information", "found.000"),  # Windows
+        *("Thumbs.db", "ehthumbs.db", "desktop.ini"),
+        *("lost+found", "~snapshot"),  # ext4, NetApp
+        *("@eaDir", "#recycle", "#snapshot", "@tmp", "@sharebin"),  # Synology
+        *("@Recycle", "@Recently-Snapshot", "@Transcode"),  # QNAP
+    )
+)
+"""Files and folders, in lower case, that operating systems and file servers put beside others.
+
+They are skipped wherever images are looked for, in folders and archives, in letters of either case.
+So is every name that begins with a dot, such as .git and .DS_Store.
+"""
+
+OUTSIDE = "images outside class folders"
+INSTALL = "pip install 'vitral[heic]' to read {}"
+
+
+def is_system(name: str) -> bool:
+    """Whether a file or folder of this name is skipped, with everything in it."""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def system_part(path: str) -> str | None:
+    """The first part of a path in an archive that is skipped; None if it is used."""
+    return next(filter(is_system, path.split("/")), None)
+
+
+def ending(name: str) -> str:
+    """The kind of a file that is no image, by its name."""
+    return os.path.splitext(name)[1].lower() or "no ending"  # noqa: PTH122
+
+
+def count_files(entry: os.DirEntry[str]) -> int:
+    """1 for a file, or how many files a folder holds; links are not followed."""
+    if not entry.is_dir(follow_symlinks=False):
+        return 1
+    return sum(len(files) for *_, files in os.walk(entry.path))
+
+
+def kinds(skipped: Mapping[str, int]) -> str:
+    """Kinds of skipped files and how many, the most frequent first; what to install for HEIC."""
+    counts = sorted(Counter(skipped).items(), key=lambda item: (-item[1], item[0]))
+    text = first_few([f"{printable(kind)} {n:,}" for kind, n in counts if n])
+    heic = [kind for kind in HEIC if skipped.get(kind)]  # read as images if the library is there
+    return f"{text}; {INSTALL.format(', '.join(heic))}" if heic else text
+
+
+def note(name: str, skipped: Mapping[str, int]) -> tuple[str, ...]:
+    """A line on the files of a data set that are not used; none if all are."""
+    total = sum(skipped.values())
+    if not total:
+        return ()
+    verb = "is" if total == 1 else "are"
+    return (f"{name}: {counted(total, 'file')} {verb} skipped: {kinds(skipped)}",)
