@@ -28,7 +28,7 @@ KINDS = {"raw": "val", "ema": "ema"}  # weights, and what the metrics log calls 
 # Settings that runs of one row may differ in; the data are compared by their fingerprint.
 FREE = CHANGEABLE | {"train.seed"}
 PATHS = {"data.path", "train.init"}
-UNSAID = FREE - PATHS  # that no row tells
+UNSAID = FREE - PATHS | {"train.time_budget"}  # that no row tells; the epochs are told
 
 
 def summarise(
