@@ -252,7 +252,10 @@ def curve(run: Run) -> list[list[float | None]]:
 
 def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
     """The recipe with the fewest other settings, and these settings as they are in `config`."""
-    found = {name: differences(config, recipe) for name, recipe in known_recipes().items()}
+    epochs, found = {"train.epochs": config.train.epochs}, {}
+    for name, recipe in known_recipes().items():
+        shorter = settings.replaced(recipe, settings.shorten(flatten(recipe), epochs))
+        found[name] = differences(config, shorter)
     return min(found.items(), key=lambda item: len(item[1]))
 
 

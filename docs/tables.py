@@ -21,7 +21,7 @@ from vitral.settings import SHORTCUTS, Field, shown
 
 PAGES = Path(__file__).parent
 SECTIONS = tuple(field.name for field in dataclasses.fields(config.Config))
-VALUES = {int: "integer", float: "number", str: "text", bool: "switch"}
+VALUES = {int: "integer", float: "number", str: "text", bool: "switch", config.Seconds: "time"}
 HEADER = ("command", "data", "hardware", "hours", "result")  # the facts in a recipe's header
 
 

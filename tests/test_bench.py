@@ -2,15 +2,13 @@ import itertools
 import multiprocessing
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from vitral.bench import rounds, work
+from vitral.bench import rounds
 from vitral.bench.data import REFERENCE
-from vitral.bench.work import Training
 from vitral.cli import main
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
 from vitral.data.formats import open_dataset
@@ -150,30 +148,6 @@ def test_bench_data_of_pixels(capsys):
     assert len(numbers(r" ([\d,]+) images/s", out)) == 1
     assert "torchvision" not in out
     assert numbers(r"^augmentation alone of 64 images of \d+ pixels: ([\d.]+) ms", out)[0] > 0
-
-
-@pytest.mark.parametrize(
-    ("per_image", "counts", "passes"), [(0.001, [2, 4, 8], 0.018 / 8), (0.2, [2], 0.41 / 2)]
-)
-def test_an_estimate_leaves_out_what_the_first_step_costs(monkeypatch, per_image, counts, passes):
-    """By a clock that each pass advances by 0.01 s and its images, and the very first by more."""
-    training = Training(make_config("digits"), 10, 16)
-    now, seen = 0.0, []
-
-    def accumulate(batch, last):
-        nonlocal now
-        now += 0.01 + per_image * len(batch.images) + (0 if seen else 5)
-        seen.append(len(batch.images))
-
-    def step(lr, loss):
-        nonlocal now
-        now += 0.02 if len(seen) > 1 else 1
-
-    monkeypatch.setattr(training.passes, "accumulate", accumulate)
-    monkeypatch.setattr(training.optimizer, "step", step)
-    monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: now))
-    assert training.estimate() == pytest.approx((passes, 0.02))
-    assert seen == [count for count in counts for _ in range(2)]
 
 
 @pytest.mark.parametrize("path", ["folder", "digits"])

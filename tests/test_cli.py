@@ -499,6 +499,7 @@ def test_a_broken_image_of_few_stops_the_run_and_is_named(image_folder, tmp_path
 
 def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, capsys):
     more = "--optim.lr 1e30 --optim.clip-norm 0 --train.epochs 8 --train.checkpoint-steps 1"
+    more += " --train.eval-every 5"  # after the end
     assert main(folder_settings(image_folder, tmp_path / "out", *more.split())) == 2
     error = capsys.readouterr().err
     assert re.search(r"10 consecutive updates before step \d+ were not finite", error), error
@@ -506,6 +507,13 @@ def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, 
     storage.verify(newest)
     model = storage.read_tensors(newest, "model")
     assert all(tensor.isfinite().all() for tensor in model.values())
+
+
+def test_a_run_says_what_it_adjusts_to_its_epochs(run, image_folder, tmp_path, capsys):
+    said = "adjusted to 2 epochs: train.eval_every 5 -> 1, train.ema_decay 0.99 -> 0.65"
+    assert (run / "train.log").read_text().splitlines()[0].endswith(said)
+    assert main([*folder_settings(image_folder, tmp_path / "out"), "--dry-run"]) == 0
+    assert f"note        {said}\n" in capsys.readouterr().out
 
 
 def test_dry_run_only_plans(image_folder, tmp_path, capsys):

@@ -115,7 +115,7 @@ def test_site_loads_nothing_from_elsewhere(site, pages):
 
 def test_python_page_has_the_docstrings(pages):
     anchors = pages[f"{HOST}/python/"].anchors
-    for name in ("model.ViT.forward_features", "config.ViTConfig", "training.loop.train"):
+    for name in ("model.ViT.forward_features", "config.ViTConfig", "training.run.train"):
         assert f"vitral.{name}" in anchors
     for name in ("Classifier.predict", "Prediction.probabilities", "load"):
         assert f"vitral.inference.predict.{name}" in anchors

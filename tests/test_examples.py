@@ -97,10 +97,9 @@ def test_walk_on_an_own_folder(tmp_path, monkeypatch, capsys):
     (program,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec(program, {})
     walk = [command for command in commands_in("docs/own-folder.md") if "pictures" in str(command)]
-    printed = {}
+    printed, short = {}, "--epochs 1 --optim.warmup-epochs 0 --train.eval-every 1"
     for words in walk:
-        short = "--epochs 1 --optim.warmup-epochs 0" if words[0] == "train" else ""
-        assert cli.main([*words, *short.split()]) == 0
+        assert cli.main([*words, *(short.split() if words[0] == "train" else [])]) == 0
         printed[words[0], words[1]] = capsys.readouterr().out
     assert [words[0] for words in walk] == "data data train val predict explain".split()
     checked = printed["data", "check"].partition("size")[0]  # which depends on the PNG writer

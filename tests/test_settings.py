@@ -205,7 +205,7 @@ def test_unknown_settings_are_refused_with_the_nearest(user_error, content, argu
         ("model: {dim: 100}", (), ["own.yaml", "dim: ", "100"]),
         ("", ("--optim.lr", "-1"), ["lr: ", "-1"]),
         ("", ("--train.batch-size", "7"), ["batch_size: ", "7"]),
-        ("", ("--train.epochs", "2"), ["warmup_epochs", "2", "5"]),
+        ("", ("--epochs", "2", "--optim.warmup-epochs", "2"), ["warmup_epochs", "2", "got 2"]),
     ],
 )
 def test_wrong_values_are_refused(user_error, monkeypatch, content, arguments, parts):
@@ -284,6 +284,61 @@ def test_settings_load_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_fewer_epochs_by_hand():
+    """A fifth of digits' 70 epochs: 14, of which 1 warms up, and 20 of the average's 100 steps."""
+    config = settings.load("digits", ["--epochs", "14"])
+    assert config.optim.warmup_epochs == 1
+    assert config.train.eval_every == 3
+    assert config.train.ema_decay == 0.95
+    assert settings.request("digits", ["--epochs", "14"]).notes == (
+        "adjusted to 14 epochs: optim.warmup_epochs 5 -> 1, train.eval_every 5 -> 3, "
+        "train.ema_decay 0.99 -> 0.95",
+    )
+    assert settings.load("digits", ["--epochs", "60"]).train.eval_every == 5  # never raised
+
+
+@pytest.mark.parametrize("name", settings.recipes())
+@pytest.mark.parametrize("epochs", [1, 2, 7])
+def test_fewer_epochs_of_each_recipe(name, epochs):
+    recipe, config = settings.load(name), settings.load(name, ["--epochs", str(epochs)])
+    share = epochs / recipe.train.epochs
+    assert config.optim.warmup_epochs == pytest.approx(share * recipe.optim.warmup_epochs, rel=1e-5)
+    assert epochs / config.train.eval_every >= min(epochs, 4)
+    if recipe.train.ema_decay:
+        spans = [1 / (1 - each.train.ema_decay) for each in (recipe, config)]
+        assert spans[1] == pytest.approx(max(1, share * spans[0]), rel=0.02)
+    else:
+        assert config.train.ema_decay == 0
+
+
+@pytest.mark.parametrize("epochs", ["70", "71", "700"])
+def test_as_many_epochs_as_the_recipe_has_adjust_nothing(epochs):
+    request = settings.request("digits", ["--epochs", epochs])
+    train = dataclasses.replace(settings.load("digits").train, epochs=int(epochs))
+    assert request.config == dataclasses.replace(settings.load("digits"), train=train)
+    assert request.notes == ()
+
+
+def test_what_is_given_is_not_adjusted():
+    own = ["--optim.warmup-epochs", "1.5", "--train.eval-every", "2", "--train.ema-decay", "0.5"]
+    for i in range(0, len(own), 2):
+        (path,) = settings.parse_options(own[i : i + 2])
+        request = settings.request("digits", ["--epochs", "2", *own[i : i + 2]])
+        assert flatten(request.config)[path] == float(own[i + 1])
+        assert len(request.notes) == 1
+        assert path not in request.notes[0]
+    assert settings.request("digits", ["--epochs", "2", *own]).notes == ()
+
+
+def test_adjusted_settings_are_adjusted_once(load):
+    """By the same command, and by the config.yaml of the run, with the same option and without."""
+    config = settings.load("cifar10", ["--epochs", "3", "--out", "x"])
+    for words in ((), ("--epochs", "3"), ("--epochs", "4")):
+        again = load(settings.dump(config), *words)
+        assert (again.optim, again.train.ema_decay) == (config.optim, config.train.ema_decay)
+        assert again.train.eval_every == config.train.eval_every
 
 
 def test_values_that_look_like_options_round_trip(tmp_path):

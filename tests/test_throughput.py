@@ -14,10 +14,10 @@ from torch import nn
 from vitral import settings
 from vitral.bench import contest, memory, rounds
 from vitral.bench.contest import Training
+from vitral.bench.describe import describe_device
 from vitral.bench.model import NO_TIMM, table
 from vitral.bench.peers import PEERS
 from vitral.bench.profile import Entry, kind_of, summarise
-from vitral.bench.work import describe_device
 from vitral.cli import main
 from vitral.config import Config, ViTConfig
 from vitral.errors import UserError

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +42,18 @@ Policy = Literal[
     "trivialaugment",
     "3-augment",
 ]
+
+
+class Seconds(float):
+    """A time in seconds, written as 600, 90s, 10m, 2h or 1h30m."""
+
+    def __new__(cls, value: float | str) -> Seconds:
+        """Raises ValueError for text of another form."""
+        found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d*)?)s?)?", str(value))
+        if found is None:
+            raise ValueError(value)
+        hours, minutes, seconds = (float(part or 0) for part in found.groups())
+        return super().__new__(cls, 3600 * hours + 60 * minutes + seconds)
 
 
 def _check(condition: bool, message: str) -> None:
@@ -357,6 +370,9 @@ class TrainConfig:
     """Run folder; None takes runs/<recipe>."""
     seed: int = 0
     """All that is random follows from it."""
+    time_budget: Seconds | None = None
+    """Time that the run may take, such as 600, 90s, 10m or 1h30m: at its start the rate is measured
+    and the epochs are chosen. None takes epochs, of which only one of the two may be given."""
     epochs: int = 90
     """Passes over the training images; with augment.repeats R a pass holds one in R, R times."""
     batch_size: int = 1024
@@ -411,6 +427,8 @@ class TrainConfig:
         _check_not_negative(seed=self.seed)
         for name in ("out", "init"):
             _check(getattr(self, name) != "", f"{name}: expected a folder, got nothing")
+        if self.time_budget is not None:
+            _check_positive(time_budget=self.time_budget)
         _check_positive(epochs=self.epochs, batch_size=self.batch_size, eval_every=self.eval_every)
         _check_positive(log_every=self.log_every, checkpoint_minutes=self.checkpoint_minutes)
         for name in ("micro_batch", "threads", "checkpoint_steps"):

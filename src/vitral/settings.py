@@ -13,8 +13,10 @@ import dataclasses
 import functools
 import inspect
 import sys
+import time
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -22,7 +24,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
 import yaml
 
-from vitral.config import Config, flatten
+from vitral.config import Config, Seconds, flatten
 from vitral.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ SHORTCUTS = {
     "train.init": "init",
     "train.out": "out",
     "train.epochs": "epochs",
+    "train.time_budget": "time-budget",
     "train.batch_size": "batch-size",
     "optim.lr": "lr",
     "model.size": "model-size",
@@ -80,10 +83,30 @@ def read(source: str) -> dict[str, list[str]]:
         raise UserError(f"{source}: {error}") from None
 
 
+@dataclass(frozen=True)
+class Request:
+    """The settings of a run, and which of them nothing else may change."""
+
+    config: Config
+    given: frozenset[str] = frozenset()
+    """Paths of the settings that options gave."""
+    notes: tuple[str, ...] = ()
+    """What the run prints when it starts."""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    """When it was made, from which `train.time_budget` counts."""
+
+
 def load(
     source: str, given: Given | Sequence[str] = (), *, default: Config | None = None
 ) -> Config:
-    """The settings of a recipe, changed by options.
+    """The settings of a recipe, changed by options, as `request` finds them."""
+    return request(source, given, default=default).config
+
+
+def request(
+    source: str, given: Given | Sequence[str] = (), *, default: Config | None = None
+) -> Request:
+    """The settings of a recipe, changed by options, and what `shorten` makes of fewer epochs.
 
     Values that neither gives come from `default`, or else from `Config()`. Without `train.out` the
     run goes to runs/<recipe>.
@@ -99,7 +122,10 @@ def load(
     given = given if isinstance(given, Mapping) else parse_options(given)
     base = default or Config()
     try:
-        config = build(base, {**recipe, **given})
+        own, asked = flatten(base) | converted(base, recipe), converted(base, given)
+        own |= _forget_budget(asked)
+        shorter = shorten(own, asked)
+        config = replaced(base, own | shorter | asked)
     except UserError as error:
         try:
             build(base, recipe)
@@ -107,10 +133,54 @@ def load(
             if str(alone) == str(error):  # the options have no part in it
                 raise UserError(f"{source}: {error}") from None
         raise
-    if config.train.out is not None:
-        return config
-    train = dataclasses.replace(config.train, out=f"runs/{Path(source).stem}")
-    return dataclasses.replace(config, train=train)
+    if config.train.out is None:
+        config = replaced(config, {"train.out": f"runs/{Path(source).stem}"})
+    changes = [f"{path} {own[path]:g} -> {value:g}" for path, value in shorter.items()]
+    epochs = config.train.epochs
+    note = f"adjusted to {epochs} epoch{'s' * (epochs > 1)}: {', '.join(changes)}"
+    names = {*given}
+    if "train.epochs" not in {*recipe, *given}:  # beside epochs it is the record of a choice
+        names |= {"train.time_budget"} & {*recipe}
+    return Request(config, frozenset(names), (note,) if changes else ())
+
+
+def _forget_budget(given: Mapping[str, Any]) -> dict[str, None]:
+    """The recipe's time budget where options give the epochs: none. Raises UserError for both."""
+    if "train.epochs" not in given:
+        return {}
+    if given.get("train.time_budget") is not None:
+        raise UserError(
+            "train.time_budget: expected no train.epochs beside it, got "
+            f"{given['train.epochs']}; give one of the two"
+        )
+    return {"train.time_budget": None}
+
+
+def shorten(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a run of fewer epochs than its recipe's adjusts, unless they are given.
+
+    With r the share of the recipe's epochs: warmup_epochs becomes r times as many. ema_decay d
+    becomes 1 - (1 - d) / r, at least 0, so that its span of 1 / (1 - d) steps is r times as long.
+    eval_every is lowered until there are four validations, or one an epoch.
+
+    Args:
+        recipe: all values of the recipe, by path.
+        given: those that the options give, by path.
+
+    Returns:
+        The values that change, by path.
+    """
+    epochs = given.get("train.epochs", 0)
+    if not 0 < epochs < recipe["train.epochs"]:
+        return {}
+    share = epochs / recipe["train.epochs"]
+    adjusted = {
+        # Rounded so that they read well in config.yaml.
+        "optim.warmup_epochs": float(f"{recipe['optim.warmup_epochs'] * share:.6g}"),
+        "train.eval_every": min(recipe["train.eval_every"], max(1, epochs // 4)),
+        "train.ema_decay": round(max(0.0, 1 - (1 - recipe["train.ema_decay"]) / share), 6),
+    }
+    return {p: v for p, v in adjusted.items() if p not in given and v != recipe[p]}
 
 
 def default_recipe(given: Given, gpu: bool) -> str:
@@ -147,6 +217,7 @@ def dump(config: Config) -> str:
     for path, value in flatten(config).items():
         section, key = path.split(".")
         plain = list(value) if isinstance(value, tuple) else value
+        plain = float(value) if isinstance(value, Seconds) else plain
         sections.setdefault(section, {})[key] = plain
     return yaml.safe_dump(sections, sort_keys=False, default_flow_style=False)
 
@@ -157,15 +228,35 @@ def build(default: T, given: Given) -> T:
     Raises:
         UserError: for a value of the wrong type, or one that the dataclass refuses.
     """
-    kinds = {field.path: field.kind for field in fields(default)}
-    changed: dict[str, dict[str, Any]] = {}
+    return replaced(default, converted(default, given))
+
+
+def converted(default: Any, given: Given) -> dict[str, Any]:
+    """The values, by path, that words give to fields of a dataclass.
+
+    Raises:
+        UserError: for a value of the wrong type.
+    """
+    kinds, values = {field.path: field.kind for field in fields(default)}, {}
     for path, words in given.items():
-        section, _, key = path.rpartition(".")
         try:
-            changed.setdefault(section, {})[key] = convert(kinds[path], words)
+            values[path] = convert(kinds[path], words)
         except ValueError as error:
-            name = path if section else path.replace("_", "-")
+            name = path if "." in path else path.replace("_", "-")
             raise UserError(f"{name}: {error}") from None
+    return values
+
+
+def replaced(default: T, values: Mapping[str, Any]) -> T:
+    """A dataclass, possibly of sections, with the fields at some paths replaced.
+
+    Raises:
+        UserError: for a value that the dataclass refuses.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        section, _, key = path.rpartition(".")
+        changed.setdefault(section, {})[key] = value
     top = changed.pop("", {})
     for section, values in changed.items():
         try:
@@ -249,7 +340,8 @@ def _convert_union(kinds: tuple[Any, ...], words: Sequence[str]) -> Any:
 
 
 NAMES = {int: "an integer", float: "a number", str: "text"}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+NAMES[Seconds] = "a time such as 600, 90s, 10m or 1h30m"
+METAVARS = {int: "N", float: "X", str: "TEXT", Seconds: "TIME"}
 CHOICES = {bool: {"true": True, "false": False}}
 
 

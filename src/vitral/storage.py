@@ -152,14 +152,24 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     """
     path = directory / f"{name}{TENSORS}"
     expected, digest = _listed(directory, path.name), hashlib.sha256()
-    with _opened(path) as file:
-        try:
-            tensors = dict(_deserialized(file, digest))
-            digest.update(file.read())
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError):
-            raise CorruptError(f"{path}: not a safetensors file") from None
+    with _opened_tensors(path) as file:
+        tensors = dict(_deserialized(file, digest))
+        digest.update(file.read())
     _compare(path, digest.hexdigest(), expected)
     return tensors
+
+
+def read_shapes(directory: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of NAME.safetensors on the meta device, from its header alone, not verified.
+
+    Raises:
+        CorruptError: the file is missing, or has no such header.
+    """
+    with _opened_tensors(directory / f"{name}{TENSORS}") as file:
+        return {
+            key: torch.empty(facts["shape"], dtype=DTYPES[facts["dtype"]], device="meta")
+            for key, facts in _read_header(file)[0].items()
+        }
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -183,14 +193,8 @@ def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file, which is hashed while it is read."""
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if length > os.fstat(file.fileno()).st_size:
-        raise ValueError
-    text = file.read(length)
-    digest.update(start + text)
-    header = json.loads(text)
-    header.pop("__metadata__", None)
+    header, content = _read_header(file)
+    digest.update(content)
     end = 0
     for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[facts["dtype"]], facts["shape"]
@@ -203,6 +207,18 @@ def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
             raise ValueError
         digest.update(view)
         yield name, tensor
+
+
+def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], bytes]:
+    """The facts about each tensor of a safetensors file, and the bytes that hold them."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if length > os.fstat(file.fileno()).st_size:
+        raise ValueError
+    text = file.read(length)
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    return header, start + text
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -255,6 +271,16 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror}") from None
+
+
+@contextmanager
+def _opened_tensors(path: Path) -> Iterator[IO[bytes]]:
+    """An open safetensors file. Raises CorruptError if it is missing, or is not one."""
+    with _opened(path) as file:
+        try:
+            yield file
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError):
+            raise CorruptError(f"{path}: not a safetensors file") from None
 
 
 def _read_bytes(path: Path) -> bytes:

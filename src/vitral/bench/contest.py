@@ -16,13 +16,14 @@ import torch
 
 from vitral import compat
 from vitral.bench import rounds
+from vitral.bench.describe import describe_device
 from vitral.bench.peers import Builder
 from vitral.bench.rounds import in_turn, ratios
-from vitral.bench.work import Inference, Training, Work, describe_device
 from vitral.config import Config
 from vitral.errors import UserError
 from vitral.machine import has_gpu, pick_device, synchronize
 from vitral.model import forward_flops
+from vitral.training.work import Inference, Training, Work
 
 Mode = Literal["train", "infer"]
 WORK: dict[Mode, type[Work]] = {"train": Training, "infer": Inference}

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 
 from vitral.bench.peers import Builder
-from vitral.bench.work import Training
 from vitral.config import Config
 from vitral.errors import UserError
 from vitral.machine import pick_device
+from vitral.training.work import Training
 
 
 def largest_batch(config: Config, build: Builder, num_classes: int) -> int:

@@ -8,56 +8,54 @@ from pathlib import Path
 
 from vitral import settings
 from vitral.bench import rounds
+from vitral.bench.describe import describe_device, describe_size
 from vitral.bench.rounds import rates_in_turn, ratios, table
-from vitral.bench.work import Training, describe_device, describe_size
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.records import Dataset
 from vitral.data.sampling import Order
 from vitral.data.tools.rates import choose_decoder, endless_batches
-from vitral.machine import available_cores
-from vitral.model import count_flops
+from vitral.machine import available_cores, pick_device
 from vitral.rundir import RunDir, duration
-from vitral.training import resume
+from vitral.training import budget, resume
 from vitral.training.distributed import World
-from vitral.training.loop import prepare
+from vitral.training.estimate import estimate
+from vitral.training.run import prepare
+from vitral.training.work import Training
 
 
-def plan(config: Config) -> str:
+def plan(request: settings.Request) -> str:
     """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`).
+
+    The model is built on the meta device, and one block of it is timed.
 
     Raises:
         UserError: where `train` would raise it before its first step, apart from errors in images,
             in the tensors of checkpoints, or of the machine.
     """
-    run = RunDir(config.train.out or "")
-    notes, dataset, model = prepare(config, run, World())
+    run, device = RunDir(request.config.train.out or ""), pick_device(request.config.train.device)
+    request = budget.fit(request, run, World())
+    config = request.config
+    notes, dataset, model = prepare(config, run, World(), device="meta")
     assert dataset.train is not None
     resume.check_unstarted(config, run, dataset)
+    if config.data.decode == "gpu":
+        choose_decoder(dataset.train, config, 0, device)
     train, classes = config.train, len(dataset.classes)
     steps = Order(train.seed, len(dataset.train), train.batch_size).end_of_epoch(train.epochs)
-    training = Training(config, classes, config.model.image_size, model)
-    per_image, per_step = training.estimate()
-    per_image *= _mean_work(config, classes)
+    per_image, per_step = estimate(config, classes)
     seconds = steps * (train.batch_size * per_image + per_step)
-    micro = -(-train.batch_size // training.resolved.micro_batch)
     lines = [
         settings.dump(config),
-        *describe_size(config, training.model, classes),
+        *describe_size(config, model, classes),
         f"data        {_describe(dataset)}",
-        *(f"note        {note}" for note in notes if note not in dataset.notes),
-        f"steps       {steps:,} of {train.batch_size} images, {micro} micro-batches each",
-        f"time        about {duration(seconds)} for the steps on "
-        f"{training.device.type}, if the input keeps up",
+        *(f"note        {n}" for n in (*request.notes, *notes) if n not in dataset.notes),
+        f"steps       {steps:,} of {train.batch_size} images",
+        f"time        about {duration(seconds)} for the steps on {device.type}, "
+        "if the input keeps up",
     ]
     return "\n".join(lines)
-
-
-def _mean_work(config: Config, classes: int) -> float:
-    """Work of a mean step over that of one at the model's image size."""
-    parts = [share * count_flops(config.model, classes, n) for n, share in config.train.progressive]
-    return sum(parts) / count_flops(config.model, classes) if parts else 1.0
 
 
 def bench_train(config: Config) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,12 +24,17 @@ def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
 
 def load_config(args: argparse.Namespace) -> Config:
     """The settings that parsed arguments ask for: by RECIPE, options, and PATH of the data."""
-    from vitral.machine import num_gpus
-    from vitral.weights import load_settings
+    return load_request(args).config
 
-    given = given_settings(args)
+
+def load_request(args: argparse.Namespace) -> settings.Request:
+    """`load_config`, with what the options give."""
+    from vitral.machine import num_gpus  # imports torch
+    from vitral.weights import request
+
+    started, given = time.monotonic(), given_settings(args)
     recipe = args.recipe or settings.default_recipe(given, gpu=num_gpus() > 0)
-    return load_settings(recipe, given)
+    return dataclasses.replace(request(recipe, given), started=started)
 
 
 def check_writable(directory: str | Path) -> None:

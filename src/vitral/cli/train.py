@@ -10,7 +10,7 @@ import argparse
 import os
 from dataclasses import dataclass
 
-from vitral.cli.common import load_config
+from vitral.cli.common import load_request
 from vitral.errors import UserError
 
 ARGUMENTS = {"recipe": "RECIPE?"}
@@ -39,7 +39,8 @@ class Options:
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Trains; returns the exit code."""
-    config = load_config(args)
+    request = load_request(args)
+    config = request.config
     if options.folds is not None and config.train.trainable != "head":
         raise UserError(
             f"folds: expected train.trainable head, got {config.train.trainable}; "
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
         from vitral.training.distributed import check_processes
 
         check_processes(config, options.gpus or 1)
-        print(plan(config))
+        print(plan(request))
         return 0
     # The processes that `launch` starts get the same arguments.
     if options.gpus is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.training import Interrupted, train
 
     try:
-        run = train(config)
+        run = train(request)
     except Interrupted as interrupted:
         return interrupted.exit_code
     if options.folds is not None and os.environ.get("RANK", "0") == "0":

@@ -1,7 +1,7 @@
 """Training: optimiser and schedule, step, loop, checkpoints and the run folder."""
 
 from vitral.training.distributed import Interrupted
-from vitral.training.loop import train
 from vitral.training.parts import Parts
+from vitral.training.run import train
 
 __all__ = ["Interrupted", "Parts", "train"]

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 
-from vitral import weights
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
-from vitral.data.formats import open_dataset
-from vitral.data.formats.objects import Given, open_objects
 from vitral.data.loader import Batch, train_batches
-from vitral.data.objects import PATH, Objects, Source
+from vitral.data.objects import Objects
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
 from vitral.data.tools.rates import choose_decoder, verdict
 from vitral.errors import UserError
 from vitral.evaluation import Scores
-from vitral.machine import pick_device
 from vitral.model import ViT, count_flops
-from vitral.rundir import RunDir, RunPath
+from vitral.rundir import RunDir
 from vitral.training import checkpoint as checkpoints
 from vitral.training import resume
 from vitral.training.broken import BrokenImages
@@ -33,11 +28,8 @@ from vitral.training.distributed import (
     Agreement,
     Interrupted,
     World,
-    check_processes,
-    joined,
-    one_at_a_time,
 )
-from vitral.training.frozen import freeze, train_mode
+from vitral.training.frozen import train_mode
 from vitral.training.head import HeadFit, Watch
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
@@ -48,7 +40,6 @@ from vitral.training.parts import Parts
 from vitral.training.plan import Plan
 from vitral.training.resolved import (
     Resolved,
-    build_model,
     compiled,
     prepare_device,
     resolve,
@@ -60,84 +51,6 @@ from vitral.training.tokens import TokenCache, TrainedBlocks, can_cache
 from vitral.training.validation import Validation
 
 PATIENCE = 10  # consecutive non-finite updates that stop a run
-OWN = Parts()
-
-
-def train(
-    recipe: str | Config = "digits",
-    *options: str,
-    dataset: Source | None = None,
-    val_dataset: Source | None = None,
-    classes: Sequence[str] | None = None,
-    fingerprint: str | None = None,
-    parts: Parts = OWN,
-) -> RunPath:
-    """Trains a model, or resumes an existing run, and returns the path of the run directory.
-
-    Args:
-        recipe: the name of a recipe, a YAML file, or settings with `train.out`.
-        options: changes to a recipe, as on the command line.
-        dataset: a map-style dataset to train on instead of `data.path`. Its items are (image,
-            label), or a mapping with both: a PIL image, a uint8 tensor (C, H, W) or a uint8 array
-            (H, W, C), and an integer.
-        val_dataset: one to validate on; None holds out `data.val_fraction` of each class.
-        classes: names of the classes; None takes them from `dataset.classes` or its `features`.
-        fingerprint: identifies the images of both datasets, so that a run resumes on the same
-            ones; None reads and hashes every image before the run starts or resumes.
-        parts: another model or optimizer than vitral's, for an experiment.
-
-    Raises:
-        UserError: for an error in the settings or the data.
-        Interrupted: after a signal, once a checkpoint is written.
-    """
-    config = recipe if isinstance(recipe, Config) else weights.load_settings(recipe, options)
-    given = None
-    if dataset is not None:
-        given = Given(dataset, val_dataset, classes, fingerprint)
-        config = replace(config, data=replace(config.data, path=PATH))
-    elif val_dataset is not None or classes is not None or fingerprint is not None:
-        raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
-    if config.train.out is None:
-        raise UserError("train.out: expected a directory for the run, got none")
-    run = RunDir(config.train.out)
-    device = pick_device(config.train.device)
-    with one_at_a_time(), joined(device.type == "cuda") as world, run:
-        device = world.together(lambda: world.device(device))
-        notes, data, model = world.together(lambda: prepare(config, run, world, parts, given))
-        if len({*world.gather(data.fingerprint)}) > 1:
-            raise UserError(f"data: {config.data.path} is not the same for all processes")
-        checkpoint, warnings = resume.open_run(run, world)
-        trainer = world.together(
-            lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
-        )
-        try:
-            if world.main:
-                run.write_config(config)
-            for text in (*notes, *warnings):
-                trainer.console.message(text)
-            trainer.fit()
-        finally:
-            trainer.close()
-    return RunPath(run.path)
-
-
-def prepare(
-    config: Config, run: RunDir, world: World, parts: Parts = OWN, given: Given | None = None
-) -> tuple[list[str], Dataset, ViT]:
-    """Notes, data set and model of a run; finds errors before anything is written."""
-    check_processes(config, world.size)
-    changes = resume.check_settings(run, config) if world.main else []
-    if given is not None:
-        dataset = open_objects(given, config.data, config.train.seed)
-    else:
-        dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
-    model = build_model(config, len(dataset.classes), parts.model)
-    path, notes = config.train.init, [*dataset.notes, *changes]
-    if path is not None and not checkpoints.steps(run.checkpoints):
-        new = ", ".join(parts.initialize(model, path)) or "none"
-        notes.append(f"initialized from {path}; newly initialized parameters: {new}")
-    freeze(model, config.train.trainable)
-    return notes, dataset, model
 
 
 class Trainer:

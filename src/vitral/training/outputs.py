@@ -17,6 +17,7 @@ from vitral.evaluation import Scores
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.storage import CorruptError
 from vitral.training import checkpoint as checkpoints
+from vitral.training.estimate import compare_with_frozen
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.parts import Parts
 from vitral.training.resolved import Resolved
@@ -90,6 +91,11 @@ class Outputs:
             + f", threads: {resolved.threads}, workers: {facts['workers']}"
             + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
         )
+        alone = resolved.device == "cpu" and resolved.processes == 1
+        if alone and not facts["step"] and self.parts.describable:
+            cost = compare_with_frozen(self.config, self.dataset, total)
+            if cost:
+                self.console.message(cost)
 
     def save_batch(self, images: Tensor) -> None:
         """Writes a picture of the first batch, as the model sees it: (B, C, H, W), float32."""

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vitral.data.sampling import held_out
+from vitral.data.sampling import random_ranks
 from vitral.training.frozen import Features
 
-STRENGTHS = tuple(10 ** (1 - k / 2) for k in range(15))  # 10 to 1e-6
-HELD_OUT = 0.1  # of the images of each class, to select the strength with
-PATIENCE = 3  # weaker penalties that are tried after the best
+STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # 3 to 1e-5
+FOLDS = 5  # parts of the images, each held out in turn to select the strength
+MANY = 20_000  # images above which holding out one part is enough
+PATIENCE = 2  # weaker penalties that are tried after the best
 ITERATIONS = 200
 TOLERANCE = 1e-5  # largest component of the gradient
+ROUGH = 1e-4  # the same while the strength is selected
 LOGITS = 1 << 22  # computed at a time
-EXACT = 1 << 24  # logits up to which they are computed in float64; more take float32's half
+EXACT = 1 << 20  # numbers up to which float64 is used; more take float32, in half the time
 
 
 Check = Callable[[], None]
@@ -54,8 +57,8 @@ def fit(
     """Fits a head to standardized features, with the L2 strength that held-out images favor.
 
     The strengths are tried from strong to weak, each fit starting from the one before. The views of
-    an image are all fitted or all held out, where the first view is scored. The standardization
-    becomes part of the weights.
+    an image are in one fold, and the first of them is scored. The standardization becomes part of
+    the weights.
 
     Args:
         check: called before each evaluation of the loss; may raise to stop.
@@ -63,18 +66,21 @@ def fit(
     """
     vectors, labels = features.vectors.to(device), features.labels.to(device)
     mean, deviation = standardization(vectors)
-    dtype = torch.float64 if len(labels) * num_classes <= EXACT else torch.float32
+    small = len(labels) * max(num_classes, vectors.shape[1]) <= EXACT
+    dtype = torch.float64 if small else torch.float32
     images, first, inverse = np.unique(features.images, return_index=True, return_inverse=True)
-    held = held_out(images, features.labels.numpy()[first], HELD_OUT, seed, "probe")
-    fitted, scored = torch.from_numpy(~held[inverse]), torch.from_numpy(first[held])
+    fold = random_ranks(images, features.labels.numpy()[first], seed, "probe") % FOLDS
 
-    def problem(rows: Tensor) -> Problem:
-        chosen = rows.to(device)
+    def problem(rows: NDArray[Any]) -> Problem:
+        chosen = torch.from_numpy(rows).to(device)
         standardized = (vectors[chosen].double() - mean) / deviation
         return Problem(standardized.to(dtype), labels[chosen], num_classes, check)
 
-    strength, accuracy, head = select(problem(fitted), problem(scored))
-    head, loss = problem(torch.arange(len(features.labels))).minimize(head, strength)
+    folds = FOLDS if len(images) <= MANY else 1
+    strength, accuracy, head = select(
+        [(problem(fold[inverse] != k), problem(first[fold == k])) for k in range(folds)]
+    )
+    head, loss = problem(np.arange(len(labels))).minimize(head, strength)
     weight = head[:, :-1] / deviation
     bias = head[:, -1] - weight @ mean
     return Probe(weight.float().cpu(), bias.float().cpu(), strength, accuracy, loss)
@@ -86,23 +92,30 @@ def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
-def select(fitted: Problem, scored: Problem) -> tuple[float, float, Tensor]:
-    """The strength whose fit scores best, its accuracy, and its head; ties take the lower loss."""
-    shape = fitted.num_classes, fitted.vectors.shape[1] + 1
-    head = fitted.vectors.new_zeros(shape, dtype=torch.float64)
-    found: list[tuple[float, float, float, Tensor]] = []
+def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tensor]:
+    """The strength with the best held-out accuracy, the strongest of equals, by cross-validation.
+
+    Args:
+        folds: what is fitted and what is held out, in each fold.
+
+    Returns:
+        The strength, its accuracy, and its head in the first fold.
+    """
+    heads = [fitted.start() for fitted, _ in folds]
+    best = STRENGTHS[0], -1.0, heads[0]
+    since = 0
     for strength in STRENGTHS:
-        head, _ = fitted.minimize(head, strength)
-        accuracy, loss = scored.score(head)
-        found.append((accuracy, -loss, strength, head))
-        if len(found) - found.index(_best(found)) > PATIENCE:
+        heads = [
+            fitted.minimize(head, strength, ROUGH)[0]
+            for (fitted, _), head in zip(folds, heads, strict=True)
+        ]
+        right = sum(held.num_right(head) for (_, held), head in zip(folds, heads, strict=True))
+        accuracy = right / sum(len(held.labels) for _, held in folds)
+        since = 0 if accuracy > best[1] else since + 1
+        best = (strength, accuracy, heads[0]) if since == 0 else best
+        if since == PATIENCE:
             break
-    accuracy, _, strength, head = _best(found)
-    return strength, accuracy, head
-
-
-def _best(found: list[tuple[float, float, float, Tensor]]) -> tuple[float, float, float, Tensor]:
-    return max(found, key=lambda item: item[:2])
+    return best
 
 
 class Problem:
@@ -122,18 +135,26 @@ class Problem:
         )  # fmt: skip
         self.rows = max(1, LOGITS // num_classes)
 
-    def minimize(self, head: Tensor, strength: float) -> tuple[Tensor, float]:
+    def start(self) -> Tensor:
+        """The head to start from, (classes, D + 1), all zero."""
+        shape = self.num_classes, self.vectors.shape[1] + 1
+        return self.vectors.new_zeros(shape, dtype=torch.float64)
+
+    def minimize(
+        self, head: Tensor, strength: float, tolerance: float = TOLERANCE
+    ) -> tuple[Tensor, float]:
         """The head (classes, D + 1), bias last, that minimizes the loss, and its cross-entropy.
 
         Args:
             head: where to start.
             strength: of the penalty, strength / 2 times the squared norm of the weights.
+            tolerance: largest component of the gradient at the end.
         """
         head = head.clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS(
             [head],
             max_iter=ITERATIONS,
-            tolerance_grad=TOLERANCE,
+            tolerance_grad=tolerance,
             history_size=10,
             line_search_fn="strong_wolfe",
         )
@@ -163,12 +184,10 @@ class Problem:
             gradient[:, -1] += error.sum(0)
         return total / len(self.labels), gradient / len(self.labels)
 
-    def score(self, head: Tensor) -> tuple[float, float]:
-        """Accuracy and mean cross-entropy."""
+    def num_right(self, head: Tensor) -> int:
+        """The number of vectors that a head (classes, D + 1) classifies correctly."""
         head = head.to(self.vectors.dtype)
-        right, loss = 0, 0.0
-        for x, y in zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True):
-            logits = F.linear(x, head[:, :-1], head[:, -1])
-            right += int((logits.argmax(1) == y).sum())
-            loss += F.cross_entropy(logits, y, reduction="sum").item()
-        return right / len(self.labels), loss / len(self.labels)
+        parts = zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True)
+        return sum(
+            int((F.linear(x, head[:, :-1], head[:, -1]).argmax(1) == y).sum()) for x, y in parts
+        )

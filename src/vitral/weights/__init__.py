@@ -7,7 +7,7 @@ manifest.json       sizes and SHA-256 of the other files
 """
 
 from vitral.weights.description import Description, Weights, Which, describe, require_head
-from vitral.weights.initialize import initialize, load_settings
+from vitral.weights.initialize import initialize, load_settings, request
 from vitral.weights.store import find, load, read_description, save
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "load",
     "load_settings",
     "read_description",
+    "request",
     "require_head",
     "save",
 ]

@@ -11,14 +11,19 @@ from vitral.config import PRESETS, Config, DataConfig, ViTConfig
 from vitral.errors import UserError
 from vitral.model import ViT, resample
 from vitral.rundir import CONFIG, RunDir
-from vitral.settings import Given
+from vitral.settings import Given, Request
 from vitral.weights.store import load, read_description
 
 PREPROCESSING = ("fit", "interpolation", "eval_crop", "mean", "std")
 
 
 def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
-    """`settings.load`, where a recipe without a model uses that of the weights in `train.init`.
+    """The settings of a recipe, changed by options, as `request` finds them."""
+    return request(source, given).config
+
+
+def request(source: str, given: Given | Sequence[str] = ()) -> Request:
+    """`settings.request`, where a recipe without a model uses that of the weights in `train.init`.
 
     It also uses their preprocessing. What the recipe or the options give, such as the image size,
     has priority; the grid of rotary positions stays that of the weights. A run's own config.yaml
@@ -32,7 +37,7 @@ def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
     values = {**recipe, **given}
     (path,) = values.get("train.init", ["None"])
     if path in ("None", "") or {"model.size", "model.dim"} & recipe.keys():
-        return settings.load(source, given)
+        return settings.request(source, given)
     try:
         known = read_description(path)[1].config
     except UserError as error:
@@ -41,7 +46,7 @@ def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
         ) from None
     data = DataConfig(**{name: getattr(known.data, name) for name in PREPROCESSING})
     model = dataclasses.replace(_as_preset(known.model), rope_grid=known.model.grid)
-    return settings.load(source, given, default=Config(model=model, data=data))
+    return settings.request(source, given, default=Config(model=model, data=data))
 
 
 def _as_preset(model: ViTConfig) -> ViTConfig:
@@ -55,12 +60,13 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
     """Copies weights into `model` and returns the names of parameters that were not copied.
 
     The head is not copied if the number of classes differs. The image size may differ as long as
-    the grid of rotary positions is the same.
+    the grid of rotary positions is the same. For a model on the meta device only the shapes are
+    read and compared.
 
     Raises:
         UserError: if the architectures differ, or the grids of rotary positions.
     """
-    given = load(path).model
+    given = load(path, device=model.device.type).model
     source, own = given.state_dict(), model.state_dict()
     if given.num_classes != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}

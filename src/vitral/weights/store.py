@@ -49,7 +49,8 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
             Hugging Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`, or a public
             model, `timm:NAME` or `timm:NAME.tag`, also with `@revision`.
         which: "model" or "ema"; None uses the default of the weights.
-        device: where to put the model.
+        device: where to put the model; "meta" reads the shapes alone, and does not verify the
+            tensors.
 
     Raises:
         UserError: there are no weights at the path, they are corrupt, or a newer vitral wrote them.
@@ -61,8 +62,9 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
         raise UserError(
             f"weights: {directory} holds no {which} weights, only {description.default}"
         )
+    read = storage.read_shapes if device == "meta" else storage.read_tensors
     try:
-        state = storage.read_tensors(directory, which)
+        state = read(directory, which)
     except storage.CorruptError as error:
         raise UserError(f"weights: {error}; {_fix(path)}") from None
     with torch.device("meta"):

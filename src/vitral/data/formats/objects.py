@@ -11,10 +11,11 @@ import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 
-from vitral.config import DataConfig
+from vitral.config import Config, DataConfig
 from vitral.data.archives import progress
 from vitral.data.decode import DecodeError
 from vitral.data.fetch import in_workers, resolve_workers
+from vitral.data.formats import open_dataset
 from vitral.data.objects import LABELS, PATH, Objects, Source, read_item
 from vitral.data.records import Dataset, hold_out
 from vitral.data.sampling import Integers
@@ -35,6 +36,33 @@ class Given:
     """Names of the classes; None takes those of the dataset."""
     fingerprint: str | None = None
     """Identifies the images; None hashes all of them."""
+
+
+def given_data(
+    config: Config,
+    train: Source | None,
+    val: Source | None,
+    classes: Sequence[str] | None,
+    fingerprint: str | None,
+) -> tuple[Config, Given | None]:
+    """What a run is given, and its settings: `data.path` is PATH if it is given a dataset.
+
+    Raises:
+        UserError: something else is given, but no dataset to train on.
+    """
+    if train is not None:
+        settings = replace(config, data=replace(config.data, path=PATH))
+        return settings, Given(train, val, classes, fingerprint)
+    if val is not None or classes is not None or fingerprint is not None:
+        raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
+    return config, None
+
+
+def open_data(config: Config, given: Given | None) -> Dataset:
+    """The data set of a run: what is given, or what is at `data.path`. Raises UserError."""
+    if given is not None:
+        return open_objects(given, config.data, config.train.seed)
+    return open_dataset(config.data, config.model.image_size, config.train.seed)
 
 
 def open_objects(given: Given, config: DataConfig, seed: int) -> Dataset:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import cast
@@ -14,15 +12,12 @@ from torch import nn
 from vitral.config import Config
 from vitral.data.loader import Batch
 from vitral.data.tools.rates import images_per_second
-from vitral.machine import pick_device, synchronize
-from vitral.model import CHANNELS, ViT, count_flops
+from vitral.machine import pick_device
+from vitral.model import CHANNELS, ViT
 from vitral.training.distributed import World
 from vitral.training.optim import Optimizer
 from vitral.training.parallel import Averaged
-from vitral.training.resolved import Resolved, build_model, compiled, prepare_device, resolve
-
-SAMPLE = 2  # images that a CPU is timed with, or more of a small model
-ENOUGH = 0.1  # seconds that a CPU is timed for
+from vitral.training.resolved import build_model, compiled, prepare_device, resolve
 
 
 class Work(ABC):
@@ -65,36 +60,14 @@ class Training(Work):
         self.optimizer = Optimizer(self.model, config.optim)
         self.passes = Averaged(self.model, config.train, self.resolved, World())
 
+    def accumulate(self, batch: Batch) -> torch.Tensor:
+        """Both passes of a batch; returns its loss."""
+        return self.passes.accumulate(batch, last=True)
+
     def step(self, batch: Batch) -> int:
-        loss = self.passes.accumulate(batch, last=True)
+        loss = self.accumulate(batch)
         self.optimizer.step(self.config.optim.lr, loss)
         return len(batch.images)
-
-    def estimate(self) -> tuple[float, float]:
-        """Seconds of both passes per image, and of an optimizer step, from few images on a CPU."""
-        size = len(self.batch.images)
-        count = min(SAMPLE, size) if self.device.type == "cpu" else size
-        while True:
-            # The first step allocates, imports and compiles.
-            passes, step = map(
-                min, zip(self._time_step(count), self._time_step(count), strict=True)
-            )
-            if count == size or passes > ENOUGH:
-                return passes / count, step
-            count = min(2 * count, size)  # a small model spends its time between the operations
-
-    def _time_step(self, count: int) -> tuple[float, float]:
-        """Seconds of both passes of some images, and of the optimizer's step after them."""
-        images, targets = self.batch.images[:count], self.batch.targets[:count]
-        batch = dataclasses.replace(self.batch, images=images, targets=targets)
-        synchronize(self.device)
-        started = time.perf_counter()
-        loss = self.passes.accumulate(batch, last=True)
-        synchronize(self.device)
-        passed = time.perf_counter()
-        self.optimizer.step(self.config.optim.lr, loss)
-        synchronize(self.device)
-        return passed - started, time.perf_counter() - passed
 
     def rate(self, batches: Iterator[Batch], workers: int = 0, seconds: float = 0.5) -> float:
         """Images per second of a step on each of the batches."""
@@ -116,20 +89,3 @@ class Inference(Work):
         with self.resolved.autocast():
             self.forward(batch.images)
         return len(batch.images)
-
-
-def describe_device(resolved: Resolved) -> str:
-    """Device, precision, compilation, whose kernels, and threads."""
-    how = "compiled" if resolved.compile else "not compiled"
-    if resolved.fused:
-        how += {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}[resolved.device]
-    return f"{resolved.device}, {resolved.precision}, {how}, {resolved.threads} threads"
-
-
-def describe_size(config: Config, model: ViT, num_classes: int) -> list[str]:
-    """The lines about parameters and FLOPs."""
-    flops = count_flops(config.model, num_classes)
-    return [
-        f"parameters  {model.num_parameters:,}",
-        f"FLOPs       {flops / 1e9:.4g} G an image and forward pass, three times that in training",
-    ]

@@ -1,0 +1,24 @@
+"""The lines that name a device, and the size of a model."""
+
+from __future__ import annotations
+
+from vitral.config import Config
+from vitral.model import ViT, count_flops
+from vitral.training.resolved import Resolved
+
+
+def describe_device(resolved: Resolved) -> str:
+    """Device, precision, compilation, whose kernels, and threads."""
+    how = "compiled" if resolved.compile else "not compiled"
+    if resolved.fused:
+        how += {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}[resolved.device]
+    return f"{resolved.device}, {resolved.precision}, {how}, {resolved.threads} threads"
+
+
+def describe_size(config: Config, model: ViT, num_classes: int) -> list[str]:
+    """The lines about parameters and FLOPs."""
+    flops = count_flops(config.model, num_classes)
+    return [
+        f"parameters  {model.num_parameters:,}",
+        f"FLOPs       {flops / 1e9:.4g} G an image and forward pass, three times that in training",
+    ]

@@ -1,0 +1,282 @@
+"""How many epochs fit a time budget, by measuring training and validation once."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+
+from vitral.config import Config, flatten
+from vitral.data.fetch import resolve_workers
+from vitral.data.formats.objects import Given, open_data
+from vitral.data.loader import Batch, eval_batches
+from vitral.data.records import Dataset, Packed, Pixels
+from vitral.data.tools.rates import choose_decoder, endless_batches, synchronize
+from vitral.engines.onednn import for_inference
+from vitral.errors import UserError
+from vitral.machine import pick_device
+from vitral.model import count_flops
+from vitral.rundir import RunDir, duration
+from vitral.settings import Request, load, replaced, shorten
+from vitral.training.distributed import World
+from vitral.training.estimate import estimate, mean_work, undisturbed
+from vitral.training.frozen import freeze
+from vitral.training.plan import Plan
+from vitral.training.resolved import build_model
+from vitral.training.work import Inference, Training
+
+ENOUGH_EPOCHS = 5  # fewer than these at the recipe's image size, and it is made smaller
+MEASURED = 0.05  # share of the budget that each rate is measured for
+MOST_MEASURED = 10.0  # seconds
+OUTPUTS = 2.0  # seconds of the curves and the report, with the import of matplotlib
+DISK = 200e6  # bytes/s at which weights and checkpoints are hashed and written
+FIT = 3e-6  # seconds of fitting a head, per number in the features
+COPIES = 8  # of the weights at a validation: last, best, EMA of both, and a checkpoint
+CHOSEN = (
+    "train.epochs",
+    "train.eval_every",
+    "train.ema_decay",
+    "optim.warmup_epochs",
+    "model.image_size",
+)
+
+
+class Costs(NamedTuple):
+    """Seconds of the parts of a run."""
+
+    fixed: float
+    """Before the first step and after the last validation."""
+    step: float
+    """A step, with reading and augmenting its images."""
+    validation: float
+    """A validation, of the moving average too, with writing weights and checkpoint."""
+
+    def total(self, config: Config, num_images: int) -> float:
+        """Of a run, for a number of training images."""
+        plan = Plan.of(config, num_images)
+        return self.fixed + plan.total * self.step + len(plan.evaluations) * self.validation
+
+
+def fit(request: Request, run: RunDir, world: World, data: Given | None = None) -> Request:
+    """The request with the epochs that fit its time budget.
+
+    A run that exists keeps what was chosen when it was new. Without a budget among the options
+    nothing changes: in a recipe beside `epochs` it is the record of a choice.
+
+    Raises:
+        UserError: not even one epoch fits, or the data cannot be read.
+    """
+    budget = request.config.train.time_budget
+    if budget is None or "train.time_budget" not in request.given:
+        return request
+    if run.config.exists():
+        was = load(str(run.config))
+        if was.train.time_budget is None:
+            return request  # and the settings are refused as different
+        values = {p: v for p, v in flatten(was).items() if p in CHOSEN and p not in request.given}
+        return dataclasses.replace(request, config=replaced(request.config, values))
+    config = world.from_main(world.together(lambda: _choose(request, budget, world.size, data)))
+    before, after = flatten(request.config), flatten(config)
+    changes = [f"{p} {before[p]:g} -> {after[p]:g}" for p in CHOSEN if before[p] != after[p]]
+    note = f"train.time_budget {duration(budget)}: {', '.join(changes) or 'nothing changes'}"
+    return dataclasses.replace(request, config=config, notes=(*request.notes, note))
+
+
+def most_epochs(
+    config: Config, given: frozenset[str], costs: Costs, num_images: int, seconds: float
+) -> int:
+    """The most epochs that fit, or 0.
+
+    Args:
+        given: paths of the settings that stay as they are.
+        num_images: to train on.
+        seconds: that the run may take.
+    """
+    least = _least_epochs(config, given)
+
+    def seconds_of(epochs: int) -> float:
+        return costs.total(with_epochs(config, given, epochs), num_images)
+
+    most = least + int(seconds / (costs.step * num_images / config.train.batch_size))
+    found = bisect.bisect_right(range(least, most + 1), seconds, key=seconds_of)
+    return least + found - 1 if found else 0
+
+
+def with_epochs(config: Config, given: frozenset[str], epochs: int) -> Config:
+    """The settings with another number of epochs, and what `shorten` adjusts to fewer."""
+    own = flatten(config)
+    fixed = {path: own[path] for path in given} | {"train.epochs": epochs}
+    return replaced(config, shorten(own, fixed) | {"train.epochs": epochs})
+
+
+def measure(config: Config, processes: int, data: Given | None = None) -> tuple[Costs, int]:
+    """What the parts of a run take here, and the number of images to train on.
+
+    Training is measured on the real input, in micro-batches of a size that shows the rate within
+    seconds, and on a copy of the model.
+    """
+    began, seconds = time.perf_counter(), _seconds_to_measure(config)
+    dataset = open_data(config, data)
+    assert dataset.train is not None
+    opened = time.perf_counter() - began
+    classes, device = len(dataset.classes), pick_device(config.train.device)
+    workers = resolve_workers(config.data, dataset.train)
+    if config.train.trainable == "head":
+        return _measure_head(config, dataset, opened, workers, seconds, processes)
+    whole = replaced(config, {"train.progressive": ()})
+    per_image, per_step = estimate(whole, classes)
+    began = time.perf_counter()
+    with undisturbed():
+        model = build_model(whole, classes)
+        freeze(model, config.train.trainable)
+        training = Training(whole, classes, config.model.image_size, model)
+        wave, most = max(1, workers), training.resolved.micro_batch
+        size = max(2, min(most, 2 * int(seconds / (2 * wave * per_image))))
+        decoder, _ = choose_decoder(dataset.train, config, workers, device)
+        batches = endless_batches(dataset.train, whole, classes, size, workers, device, decoder)
+        built = time.perf_counter() - began
+        first, per_image = _pace(batches, training.accumulate, wave, seconds, device)
+        validation, checking = _validation(training, dataset, size, workers, seconds)
+    per_step += config.train.batch_size / processes * per_image * mean_work(config, classes)
+    averages = 2 if config.train.ema_decay else 1
+    saving = COPIES * 4 * training.model.num_parameters / DISK
+    fixed = opened + built + first + checking + OUTPUTS
+    if config.train.probe_first:  # a forward pass, which is a third of the work
+        images = len(dataset.train)
+        fixed += images * (per_image / 3 / processes + config.model.shape.dim * FIT)
+    costs = Costs(fixed, per_step, averages * validation / processes + saving)
+    return costs, len(dataset.train)
+
+
+def _measure_head(
+    config: Config,
+    dataset: Dataset,
+    opened: float,
+    workers: int,
+    seconds: float,
+    processes: int,
+) -> tuple[Costs, int]:
+    """`measure` for a run that fits its head to features: its steps are forward passes."""
+    began, device = time.perf_counter(), pick_device(config.train.device)
+    assert dataset.train is not None
+    assert dataset.val is not None
+    with undisturbed():
+        work = Inference(config, len(dataset.classes), config.model.image_size)
+        engine = for_inference(work.model)
+        size = min(work.resolved.micro_batch, len(dataset.train))
+        batches = eval_batches(dataset.train, config, size, workers, device)
+
+        def forward(batch: Batch) -> None:
+            with torch.no_grad(), work.resolved.autocast():
+                engine(batch.images)
+
+        built = time.perf_counter() - began
+        first, per_image = _pace(batches, forward, max(1, workers), seconds, device)
+    images = len(dataset.train)
+    saving = 3 * 4 * work.model.num_parameters / DISK  # last, best and a checkpoint
+    costs = Costs(
+        opened + built + first + OUTPUTS + images * config.model.shape.dim * FIT,
+        config.train.batch_size * per_image / processes,
+        len(dataset.val) * per_image / processes + saving,
+    )
+    return costs, images
+
+
+def _choose(request: Request, budget: float, processes: int, data: Given | None) -> Config:
+    """The settings that fit; at a smaller image size where too few epochs would."""
+    config, given = request.config, request.given
+    costs, images = measure(config, processes, data)
+    left = budget - (time.monotonic() - request.started)
+    enough_epochs = 1 if config.train.trainable == "head" else ENOUGH_EPOCHS
+    sides, whole = _image_sizes(config, given), count_flops(config.model, 10)
+
+    def enough(side: int) -> bool:
+        share = count_flops(config.model, 10, side) / whole
+        scaled = Costs(costs.fixed, costs.step * share, costs.validation * share)
+        return most_epochs(config, given, scaled, images, left) >= enough_epochs
+
+    side = next(filter(enough, sides), sides[-1])
+    if side != config.model.image_size:
+        config = replaced(config, {"model.image_size": side})
+        costs, images = measure(config, processes, data)
+        left = budget - (time.monotonic() - request.started)
+    if epochs := most_epochs(config, given, costs, images, left):
+        return with_epochs(config, given, epochs)
+    least = _least_epochs(config, given)
+    needed = budget - left + costs.total(with_epochs(config, given, least), images)
+    raise UserError(
+        f"train.time_budget: expected at least {duration(math.ceil(needed))} for {least} epoch"
+        f"{'s' * (least > 1)} at {config.model.image_size} pixels, got {duration(budget)}; "
+        "give more time, or a smaller model"
+    )
+
+
+def _least_epochs(config: Config, given: frozenset[str]) -> int:
+    return int(config.optim.warmup_epochs) + 1 if "optim.warmup_epochs" in given else 1
+
+
+def _image_sizes(config: Config, given: frozenset[str]) -> list[int]:
+    """The image sizes that may be chosen, from the recipe's down to half of it."""
+    side, patch = config.model.image_size, config.model.patch_size
+    if "model.image_size" in given or config.train.progressive:
+        return [side]
+    return [*range(side, (side - 1) // 2, -patch)]
+
+
+def _seconds_to_measure(config: Config) -> float:
+    return min(MOST_MEASURED, MEASURED * (config.train.time_budget or math.inf))
+
+
+def _validation(
+    training: Training, dataset: Dataset, size: int, workers: int, seconds: float
+) -> tuple[float, float]:
+    """Seconds of a validation, and of decoding its images once, from the first batches."""
+    records, device = dataset.val, training.device
+    assert records is not None
+    size = min(size, len(records))
+    batches = partial(eval_batches, records, training.config, size, workers, device)
+
+    def forward(batch: Batch) -> None:
+        with torch.no_grad(), training.resolved.autocast():
+            training.passes.forward(batch.images)
+
+    def seconds_of(work: Callable[[Batch], object]) -> float:
+        first, per_image = _pace(batches(), work, max(1, workers), seconds, device)
+        return first + max(0, len(records) - max(1, workers) * size) * per_image
+
+    training.model.eval()
+    decoded = isinstance(records, Packed | Pixels)
+    return seconds_of(forward), 0.0 if decoded else seconds_of(lambda _: None)
+
+
+def _pace(
+    batches: Iterator[Batch],
+    work: Callable[[Batch], object],
+    wave: int,
+    seconds: float,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Seconds until a first wave of batches is done, and per image of the waves after it."""
+
+    def do_wave() -> int:
+        images = 0
+        for batch in islice(batches, wave):
+            work(batch)
+            images += len(batch.targets)
+        synchronize(device)
+        return images
+
+    started = time.perf_counter()
+    images = do_wave()
+    begun = now = time.perf_counter()
+    found = 0
+    while now - begun < seconds and (more := do_wave()):
+        found, now = found + more, time.perf_counter()
+    return begun - started, (now - begun) / found if found else (begun - started) / images

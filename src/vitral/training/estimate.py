@@ -1,0 +1,195 @@
+"""How long a training takes on this machine, extrapolated from one encoder block."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from vitral.config import Config, TrainConfig, ViTConfig
+from vitral.data.records import Dataset
+from vitral.data.tools.rates import synchronize
+from vitral.machine import has_gpu
+from vitral.model import ViT, count_flops
+from vitral.settings import replaced
+from vitral.training.optim import EMA
+from vitral.training.resolved import compiled
+from vitral.training.work import Inference, Training
+
+SAMPLE = 2  # images that a CPU is timed with at first, and twice as many until it takes ENOUGH
+ENOUGH = 0.3  # seconds
+LONG = 1800.0  # seconds of training, above which it is compared with a public model's features
+SLOWEST = 5e9  # FLOP/s that any machine has
+PUBLIC = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+PUBLIC_SHAPE = ViTConfig(
+    size="s", num_kv_heads=6, patch_size=14, image_size=14, num_registers=4, layer_scale=1e-5,
+    positions="learned", rope="none", activation="gelu",
+)  # fmt: skip
+TRIALS = 3  # of which the fastest counts: the others include what else the machine does
+
+
+class Estimate(NamedTuple):
+    """The time of training, without that of reading and augmenting images."""
+
+    per_image: float
+    """Seconds of the forward and backward pass of an image, the mean over all image sizes."""
+    per_step: float
+    """Seconds of the optimizer and the moving average after the passes of a batch."""
+
+
+def estimate(config: Config, num_classes: int) -> Estimate:
+    """Times a model of one block, and the block alone, for the depth of `config`.
+
+    Further blocks take as long as the first, in proportion to their FLOPs, which are fewer where
+    stochastic depth skips work. The optimizer takes time in proportion to the parameters.
+    """
+    flops = partial(count_flops, num_classes=num_classes, training=True)
+    shallow = replaced(config, {"model.depth": 1, "model.stochastic_depth": 0.0})
+    deeper = replaced(shallow, {"model.depth": 2}).model
+    block_flops = flops(deeper) - flops(shallow.model)
+    further = (flops(config.model) - flops(shallow.model)) / block_flops
+    with undisturbed():
+        training = Training(shallow, num_classes, config.model.image_size)
+        most, parameters = len(training.batch.images), training.model.num_parameters
+        first = _seconds_per_image(partial(_passes, training), most, training.device)
+        block = _seconds_per_image(block_passes(training), most, training.device)
+        step = _seconds_of_step(training)
+    per_image = (first + further * block) * mean_work(config, num_classes)
+    return Estimate(per_image, step * outline(config, num_classes).num_parameters / parameters)
+
+
+def compare_with_frozen(config: Config, dataset: Dataset, num_steps: int) -> str:
+    """What a run takes on this machine, and one pass of all images through a public model.
+
+    Empty for a run of at most LONG seconds, and for one that starts from weights.
+    """
+    train, classes = config.train, len(dataset.classes)
+    flops = 3 * count_flops(config.model, classes) * num_steps * train.batch_size
+    if train.init is not None or flops < LONG * SLOWEST:  # not worth the time of an estimate
+        return ""
+    found = estimate(config, classes)
+    scratch = num_steps * (train.batch_size * found.per_image + found.per_step)
+    if scratch <= LONG:
+        return ""
+    images = sum(len(records) for records in (dataset.train, dataset.val) if records is not None)
+    return (
+        f"from scratch: about {_rounded(scratch)} on this machine; "
+        f"with --init {PUBLIC}: about {_rounded(images * _frozen_seconds(config))}"
+    )
+
+
+def outline(config: Config, num_classes: int) -> ViT:
+    """The model of a run on the meta device: shapes without numbers."""
+    with torch.device("meta"):
+        return ViT(config.model, num_classes)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restores torch's random state and number of threads afterwards."""
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng([torch.cuda.current_device()] if has_gpu() else []):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def block_passes(training: Training) -> Callable[[int], None]:
+    """Both passes of the first block, for a number of images."""
+    model, resolved = training.model, training.resolved
+    config, device, block = model.config, training.device, compiled(model.blocks[0], resolved)
+    side = config.image_size // config.patch_size
+    tables = (None, None)
+    if config.rope != "none":
+        with torch.no_grad():
+            tables = model.rope(side, side, device)[0]
+    if config.activation_checkpointing:
+        block = partial(checkpoint, block, use_reentrant=False)
+    shape = (len(training.batch.images), config.num_prefix + side**2, config.shape.dim)
+    tokens = torch.randn(shape, device=device, requires_grad=True)
+
+    def run(count: int) -> None:
+        with resolved.autocast():
+            out = block(tokens[:count], *tables)
+        out.backward(torch.ones_like(out))
+
+    return run
+
+
+def _frozen_seconds(config: Config) -> float:
+    """The time of a forward pass of PUBLIC for an image of about the run's size."""
+    patch = PUBLIC_SHAPE.patch_size
+    side = max(1, round(config.model.image_size / patch)) * patch
+    whole = dataclasses.replace(PUBLIC_SHAPE, image_size=side)
+    shallow = dataclasses.replace(whole, depth=1)
+    train = TrainConfig(device=config.train.device, threads=config.train.threads)
+    with undisturbed():
+        work = Inference(Config(model=shallow, train=train), 0, side)
+
+        def run(count: int) -> None:
+            images = work.batch.images[:count]
+            work.step(dataclasses.replace(work.batch, images=images))
+
+        seconds = _seconds_per_image(run, len(work.batch.images), work.device)
+    return seconds * count_flops(whole, 0) / count_flops(shallow, 0)
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds / 3600:,.0f} h" if seconds >= 7200 else f"{max(1.0, seconds / 60):.0f} min"
+
+
+def _passes(training: Training, count: int) -> torch.Tensor:
+    """Both passes of the model for a number of images; returns their loss."""
+    images, targets = training.batch.images[:count], training.batch.targets[:count]
+    batch = dataclasses.replace(training.batch, images=images, targets=targets)
+    return training.accumulate(batch)
+
+
+def _seconds_per_image(run: Callable[[int], object], most: int, device: torch.device) -> float:
+    """The time of `run`, which does its work for a number of images, `most` at most."""
+    count = min(SAMPLE, most) if device.type == "cpu" else most
+    while True:
+        run(count)  # allocates, imports and compiles
+        seconds = min(_seconds(partial(run, count), device) for _ in range(TRIALS))
+        if count == most or seconds > ENOUGH:
+            return seconds / count
+        count = min(2 * count, most)  # a small model spends its time between the operations
+
+
+def _seconds_of_step(training: Training) -> float:
+    config, model = training.config, training.model
+    average = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
+
+    def step() -> None:
+        training.optimizer.step(config.optim.lr, loss)
+        if average is not None:
+            average.update(1)
+
+    times = []
+    for _ in range(1 + TRIALS):  # the first makes the optimizer's state
+        loss = _passes(training, SAMPLE)
+        times.append(_seconds(step, training.device))
+    return min(times[1:])
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def mean_work(config: Config, num_classes: int) -> float:
+    """Work of a mean step over that of one at the model's image size."""
+    parts = [
+        share * count_flops(config.model, num_classes, n) for n, share in config.train.progressive
+    ]
+    return sum(parts) / count_flops(config.model, num_classes) if parts else 1.0

@@ -1,0 +1,111 @@
+"""Starting a run: its data and model from the settings, and whether it is new or resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from vitral import weights
+from vitral.config import Config
+from vitral.data.formats.objects import Given, given_data, open_data
+from vitral.data.objects import Source
+from vitral.data.records import Dataset
+from vitral.errors import UserError
+from vitral.machine import pick_device
+from vitral.model import ViT
+from vitral.rundir import RunDir, RunPath
+from vitral.settings import Request
+from vitral.training import budget, resume
+from vitral.training import checkpoint as checkpoints
+from vitral.training.distributed import World, check_processes, joined, one_at_a_time
+from vitral.training.frozen import freeze
+from vitral.training.loop import Trainer
+from vitral.training.parts import Parts
+from vitral.training.resolved import build_model
+
+OWN = Parts()
+
+
+def train(
+    recipe: str | Config | Request = "digits",
+    *options: str,
+    dataset: Source | None = None,
+    val_dataset: Source | None = None,
+    classes: Sequence[str] | None = None,
+    fingerprint: str | None = None,
+    parts: Parts = OWN,
+) -> RunPath:
+    """Trains a model, or resumes an existing run, and returns the path of the run directory.
+
+    Args:
+        recipe: the name of a recipe, a YAML file, or settings with `train.out`.
+        options: changes to a recipe, as on the command line.
+        dataset: a map-style dataset to train on instead of `data.path`. Its items are (image,
+            label), or a mapping with both: a PIL image, a uint8 tensor (C, H, W) or a uint8 array
+            (H, W, C), and an integer.
+        val_dataset: one to validate on; None holds out `data.val_fraction` of each class.
+        classes: names of the classes; None takes them from `dataset.classes` or its `features`.
+        fingerprint: identifies the images of both datasets, so that a run resumes on the same
+            ones; None reads and hashes every image before the run starts or resumes.
+        parts: another model or optimizer than vitral's, for an experiment.
+
+    Raises:
+        UserError: for an error in the settings or the data.
+        Interrupted: after a signal, once a checkpoint is written.
+    """
+    if isinstance(recipe, str):
+        recipe = weights.request(recipe, options)
+    request = Request(recipe) if isinstance(recipe, Config) else recipe
+    config, given = given_data(request.config, dataset, val_dataset, classes, fingerprint)
+    request = dataclasses.replace(request, config=config)
+    if config.train.out is None:
+        raise UserError("train.out: expected a directory for the run, got none")
+    run = RunDir(config.train.out)
+    device = pick_device(config.train.device)
+    with one_at_a_time(), joined(device.type == "cuda") as world, run:
+        device = world.together(lambda: world.device(device))
+        request = budget.fit(request, run, world, given)
+        config = request.config
+        notes, data, model = world.together(lambda: prepare(config, run, world, parts, given))
+        if len({*world.gather(data.fingerprint)}) > 1:
+            raise UserError(f"data: {config.data.path} is not the same for all processes")
+        checkpoint, warnings = resume.open_run(run, world)
+        trainer = world.together(
+            lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
+        )
+        try:
+            if world.main:
+                run.write_config(config)
+            for text in (*request.notes, *notes, *warnings):
+                trainer.console.message(text)
+            trainer.fit()
+        finally:
+            trainer.close()
+    return RunPath(run.path)
+
+
+def prepare(
+    config: Config,
+    run: RunDir,
+    world: World,
+    parts: Parts = OWN,
+    given: Given | None = None,
+    device: str = "cpu",
+) -> tuple[list[str], Dataset, ViT]:
+    """Notes, data set and model of a run; finds errors before anything is written.
+
+    On the device "meta" the model and the weights to start from are compared by shapes alone.
+    """
+    check_processes(config, world.size)
+    changes = resume.check_settings(run, config) if world.main else []
+    dataset = open_data(config, given)
+    with torch.device(device):
+        model = build_model(config, len(dataset.classes), parts.model)
+    path, notes = config.train.init, [*dataset.notes, *changes]
+    if path is not None and not checkpoints.steps(run.checkpoints):
+        new = ", ".join(parts.initialize(model, path)) or "none"
+        notes.append(f"initialized from {path}; newly initialized parameters: {new}")
+    freeze(model, config.train.trainable)
+    return notes, dataset, model
