@@ -93,6 +93,13 @@ def test_a_constant_feature_and_a_class_with_one_image():
     assert all(part.isfinite().all() for part in (found.weight, found.bias))
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_one_or_two_images_of_each_class(count):
+    features = make_features(count, labels=torch.tensor([0, 1, 0, 1][:count]))
+    found = fit(features, 2, seed=0)
+    assert found.predict(features.vectors).tolist() == features.labels.tolist()
+
+
 def test_stopping_is_asked_for_before_each_evaluation():
     class StopError(Exception):
         pass

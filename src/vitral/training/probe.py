@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from vitral.training.frozen import Features
 
 STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # 3 to 1e-5
 FOLDS = 5  # parts of the images, each held out in turn to select the strength
+FEW = 0.1  # strength where no image can be held out
 MANY = 20_000  # images above which holding out one part is enough
 PATIENCE = 2  # weaker penalties that are tried after the best
 ITERATIONS = 200
@@ -77,10 +79,12 @@ def fit(
         return Problem(standardized.to(dtype), labels[chosen], num_classes, check)
 
     folds = FOLDS if len(images) <= MANY else 1
+    used = [k for k in range(folds) if (fold == k).any() and (fold != k).any()]
     strength, accuracy, head = select(
-        [(problem(fold[inverse] != k), problem(first[fold == k])) for k in range(folds)]
+        [(problem(fold[inverse] != k), problem(first[fold == k])) for k in used]
     )
-    head, loss = problem(np.arange(len(labels))).minimize(head, strength)
+    everything = problem(np.arange(len(labels)))
+    head, loss = everything.minimize(everything.start() if head is None else head, strength)
     weight = head[:, :-1] / deviation
     bias = head[:, -1] - weight @ mean
     return Probe(weight.float().cpu(), bias.float().cpu(), strength, accuracy, loss)
@@ -92,15 +96,17 @@ def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
-def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tensor]:
+def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tensor | None]:
     """The strength with the best held-out accuracy, the strongest of equals, by cross-validation.
 
     Args:
         folds: what is fitted and what is held out, in each fold.
 
     Returns:
-        The strength, its accuracy, and its head in the first fold.
+        The strength, its accuracy, and its head in the first fold; FEW, nan and None without folds.
     """
+    if not folds:  # no class has two images
+        return FEW, math.nan, None
     heads = [fitted.start() for fitted, _ in folds]
     best = STRENGTHS[0], -1.0, heads[0]
     since = 0
