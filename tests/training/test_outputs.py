@@ -62,7 +62,8 @@ def test_start_is_announced_and_recorded(made, said):
     made().announce(RESOLVED, FACTS, 1000, {"cpu": 1234.0, "gpu": 900.0})
     first, second, third = said.lines
     assert first.endswith(
-        "starts: digits, 1,437 training images, 360 validation images, 10 classes: 0, 1, 2 and 7 more"
+        "starts: digits, 1,437 training images, 360 validation images, "
+        "10 classes: 0, 1, 2 and 7 more"
     )
     assert second == "decoder: cpu; images/s measured: cpu 1,234, gpu 900"
     assert third == (
