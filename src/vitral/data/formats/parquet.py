@@ -91,7 +91,7 @@ class Rows:
         try:
             with pq.ParquetFile(path, metadata=self.footers[file], pre_buffer=False) as opened:
                 table = opened.read_row_group(group, [self.column], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DecodeError(f"row group {group} is damaged: {_line(error)}") from error
         return table.flatten().column(0)
 
@@ -235,15 +235,15 @@ def _read(path: Path) -> _Shard:
             schema, footer = opened.schema_arrow, opened.metadata
             image, label = _columns(path, schema)
             table = opened.read([label, f"{image}.path"], use_threads=False).flatten()
-    except (pa.ArrowException, OSError) as error:
-        raise data_error(path, "a Parquet file", _line(error), "download it again") from error
-    classes = _described_classes(path, schema, label)
-    labels = _labels(path, table[label], classes)
+            classes = _described_classes(path, schema, label)
+            labels = _labels(path, table[label], classes)
+            known = f"{image}.path" in table.column_names
+            paths = table[f"{image}.path"].to_pylist() if known else [None] * len(labels)
+    except (pa.ArrowException, OSError, ValueError) as error:  # of text that is not UTF-8, too
+        raise data_error(path, "a Parquet file", _line(error), AGAIN) from error
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     rows = np.concatenate([np.arange(0), *map(np.arange, counts)])
     places = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
-    known = f"{image}.path" in table.column_names
-    paths = table[f"{image}.path"].to_pylist() if known else [None] * len(labels)
     names = [(name or "").rpartition("/")[2].encode() for name in paths]
     content = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
     return _Shard(footer, content, classes, places, labels, names)
