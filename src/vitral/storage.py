@@ -6,6 +6,7 @@ it. Each file is read and written once, a tensor at a time, and hashed on the wa
 
 What is read may be hostile: names in a manifest are plain, files are regular, and nothing is read
 or allocated beyond the sizes that were checked.
+Reading and writing are in one file because they share the layout and what is verified.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from vitral.errors import UserError
 from vitral.rundir import RunDir
 from vitral.training import train
 from vitral.training.distributed import one_at_a_time
-from vitral.training.signals import Signals
+from vitral.training.signals import NUMBERS
 
 from .processes import digests, make_config
 
@@ -70,13 +70,13 @@ def test_in_a_thread(config, finished):
 
 
 def test_in_an_event_loop(config, finished):
-    before = [signal.getsignal(number) for number in Signals.NUMBERS]
+    before = [signal.getsignal(number) for number in NUMBERS]
 
     async def main():
         return train(config)
 
     check(asyncio.run(main()), finished)
-    assert [signal.getsignal(number) for number in Signals.NUMBERS] == before
+    assert [signal.getsignal(number) for number in NUMBERS] == before
 
 
 @pytest.mark.parametrize("kind", [Stream, lambda: None])

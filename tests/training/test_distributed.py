@@ -187,6 +187,24 @@ def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
     assert finish(start([["--out", str(tmp_path / "run")]] * 2, gather)) == [0, 0]
 
 
+def test_a_process_that_does_not_answer_is_waited_for_up_to_the_timeout(tmp_path):
+    def step(rank):
+        try:
+            with joined(gpu=False, timeout_minutes=0.05) as world:
+                world.gather(rank)
+                if rank:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                world.gather(rank)
+        except RuntimeError:
+            os._exit(7)
+        os._exit(0)
+
+    first, second = start([["--out", str(tmp_path / "run")]] * 2, step)
+    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 7
+    os.kill(second, signal.SIGKILL)
+    os.waitpid(second, 0)
+
+
 def stop_at(command, size, step, number, ranks, hook=None):
     """Trains until the log has reached `step`, signals some processes; returns the exit codes."""
     children = start([command] * size, hook)

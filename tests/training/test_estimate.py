@@ -17,8 +17,8 @@ from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
 from vitral.training import estimate
 from vitral.training.distributed import World
-from vitral.training.loop import prepare
 from vitral.training.plan import Plan
+from vitral.training.run import prepare
 from vitral.training.work import Training
 
 SHAPES = [

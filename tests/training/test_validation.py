@@ -17,9 +17,10 @@ from vitral.training import Interrupted, validation
 from vitral.training.distributed import World
 from vitral.training.parallel import Averaged
 from vitral.training.resolved import Resolved, build_model
+from vitral.training.signals import Signals
 from vitral.training.validation import Validation
 
-QUIET = SimpleNamespace(received=None)
+QUIET = SimpleNamespace(interrupting=lambda items: items)
 TINY = "--model.dim 16 --model.depth 1 --model.dropout 0.5".split()
 RESOLVED = Resolved("cpu", "fp32", False, 1, 2, 1, "cpu", False)
 
@@ -39,7 +40,7 @@ def validated(data, *words, world=None, resolved=RESOLVED):
     torch.manual_seed(1)
     torch.nn.init.normal_(model.head.weight)
     passes, device = Averaged(model, config.train, resolved, World()), torch.device("cpu")
-    return Validation(config, dataset, model, passes, resolved, world or World(), 0, device)
+    return Validation(config, dataset, model, passes.forward, resolved, world or World(), 0, device)
 
 
 @pytest.mark.parametrize("batch", [7, 360, 512])
@@ -81,12 +82,14 @@ def test_processes_share_the_images(monkeypatch, image_folder, size):
 
 def test_a_signal_stops_a_lone_process(image_folder, monkeypatch):
     monkeypatch.setattr(validation, "EVAL_BATCH", 4)
-    signals = SimpleNamespace(received=signal.SIGTERM)
+    signals = Signals(World())
+    signals.received = signal.SIGTERM
     for work in (validated(image_folder).measure, validated(image_folder).check_images):
         with pytest.raises(Interrupted) as error:
             work(signals)
         assert error.value.exit_code == 143
     one = validated(image_folder, world=Lonely(0, 2))
+    signals.world = one.world
     assert len(one.measure(signals).labels) == 4  # the others would wait for it
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,16 +33,16 @@ def read_description(path: str | Path) -> tuple[Path, Description]:
         UserError: as `load`.
     """
     directory = find(path)
+    return directory, storage.consistent(directory, lambda: _describe(directory, path))
 
-    def read() -> dict[str, Any]:
-        storage.check_files(directory)
-        return storage.read_json(directory, DESCRIPTION)
 
+def _describe(directory: Path, path: str | Path) -> Description:
     try:
-        document = storage.consistent(directory, read)
+        storage.check_files(directory)
+        document = storage.read_json(directory, DESCRIPTION)
     except storage.CorruptError as error:
         raise UserError(f"weights: {error}; {_fix(path)}") from None
-    return directory, Description.from_document(document, directory)
+    return Description.from_document(document, directory)
 
 
 def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -> Weights:
@@ -60,11 +59,12 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
     Raises:
         UserError: there are no weights at the path, they are corrupt, or a newer vitral wrote them.
     """
-    return storage.consistent(find(path), lambda: _load(path, which, device))
+    directory = find(path)
+    return storage.consistent(directory, lambda: _load(directory, path, which, device))
 
 
-def _load(path: str | Path, which: Which | None, device: str) -> Weights:
-    directory, description = read_description(path)
+def _load(directory: Path, path: str | Path, which: Which | None, device: str) -> Weights:
+    description = _describe(directory, path)
     which = which or description.default
     file = directory / f"{which}.safetensors"
     if not file.exists():
