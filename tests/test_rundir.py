@@ -76,6 +76,18 @@ def test_the_lock_ends_with_a_killed_process_whose_workers_live_on(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("target", ["precious", "gone"])
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, target):
+    (tmp_path / "precious").write_text("kept")
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / ".lock").symlink_to(tmp_path / target)
+    with pytest.raises(UserError, match=r"out: cannot write .*run/\.lock: Too many levels of sym"):
+        run.lock()
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["precious"]
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_a_directory_that_cannot_be_made_is_the_users_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"out: cannot write .*file/run: Not a directory; give an"):

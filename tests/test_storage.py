@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -556,8 +557,8 @@ def in_places(folder):
 def test_readers_find_the_old_or_the_new_version(tmp_path, exchange):
     folder = tmp_path / "parent" / "made"
     folder.parent.mkdir()
-    if exchange and not storage._exchange(tmp_path, tmp_path):
-        pytest.skip("the file system does not exchange directories")
+    if exchange and sys.platform != "linux":
+        pytest.skip("this system does not exchange directories")
 
     def write(number):
         tensors = {"model": {"x": torch.full((1000,), float(number))}}

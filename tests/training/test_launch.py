@@ -80,6 +80,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, killed):
     reader, writer = os.pipe()
 
     def rank():
+        signal.alarm(int(PATIENCE))
         os.environ[LAUNCHER] = str(os.getppid())
         if killed == "before":
             os.kill(os.getppid(), signal.SIGKILL)
