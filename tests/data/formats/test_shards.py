@@ -159,7 +159,7 @@ def test_validation_alone_leaves_the_training_archives_alone(tmp_path):
         (two(("c.jpg", b"?"), ("c.json", b'{"label": true}')), "as label in c.json, got True"),
         (two(("c.jpg", b"?"), ("c.json", b"{label: 3}")), "c.json: expected JSON"),
         (two(("c.jpg", b"?"), ("c.cls", b" \n")), "a number or text in c.cls"),
-        (two(("c.cls", b"1"), ("d.cls", b"1")), "an image beside each label"),
+        (two(("c.cls", b"1"), ("d.cls", b"1")), "an image for each label"),
         (two(("a.jpg", b"?")), "each name once, got a more than once"),
         (two(("a.png", b"?")), "each name once, got a more than once"),
         (two(("a.cls", b"2")), "each name once, got a.cls more than once"),

@@ -120,7 +120,7 @@ def test_a_kill_at_any_moment(source, tmp_path, jpeg, monkeypatch):
         assert matches(dst)
         if not (dst / "index/pack.json").exists():
             unfinished += 1
-            with pytest.raises(UserError, match=r"finished pack.*goes on with it"):
+            with pytest.raises(UserError, match=r"finished pack.*started it to finish it"):
                 opened(dst)
         lines = map(json.loads, (dst / "progress.jsonl").read_bytes().splitlines()[1:])
         there = sum(len(line["each"]) for line in lines)

@@ -96,7 +96,7 @@ def read_index(root: Path) -> dict[str, Any]:
         UserError: the pack is not finished, altered, or of another version.
     """
     if not finished(root):
-        fix = "the `vitral data pack` command that began it goes on with it"
+        fix = "repeat the `vitral data pack` command that started it to finish it"
         raise data_error(root, "a finished pack", "one that is not", fix)
     try:
         index = storage.read_json(root / INDEX, "pack.json")

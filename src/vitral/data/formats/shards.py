@@ -248,7 +248,7 @@ def _labelled(
             found[first] = image
     strays = sorted(key for key in about.keys() - found.keys() if "label" in about[key])
     if strays:
-        expected = f"an image beside each label ({', '.join(SUFFIXES)})"
+        expected = f"an image for each label ({', '.join(SUFFIXES)})"
         raise data_error(archive, expected, f"none for {first_few(strays)}", AGAIN)
     return found
 
