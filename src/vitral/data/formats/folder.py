@@ -114,7 +114,7 @@ def _unnested(root: Path) -> Path:
 
 
 def _choices(root: Path, name: str, training: str | None, val: str | None) -> Iterator[str]:
-    """What to say about the folders that were chosen as splits, and about other folders next to them."""
+    """Notes about the folders that were chosen as splits, and about other folders next to them."""
     if val is not None and val.lower() == "test":
         yield f"{name} has no val/: {val}/ is validated on"
     others = _other_folders(root) if training or val else []
