@@ -1,33 +1,24 @@
 """Every way from records to crops gives the same crops: the GPU's way is run on the CPU here."""
 
-import gc
 import io
-import multiprocessing
 import os
-import pickle
-import resource
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset
 
 from vitral.config import AugmentConfig, Config, DataConfig
 from vitral.data import fetch as module
 from vitral.data.decode import gpu_decodes
-from vitral.data.fetch import GPU_CHUNK, Request, fetch, in_workers
+from vitral.data.fetch import GPU_CHUNK, Request, fetch
 from vitral.data.formats import open_dataset
 from vitral.data.records import Packed
-from vitral.errors import UserError
 
 CPU = torch.device("cpu")
 SIDE = 16
@@ -262,124 +253,11 @@ def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_
     assert done.returncode == 1
 
 
-class Doubled(Dataset):
-    def __getitem__(self, index):
-        return 2 * index
-
-
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="older ones do not warn")
-def test_workers_start_beside_threads():
-    """CUDA has some in every process; from Python 3.12 on a fork warns of them."""
-    end = threading.Event()
-    thread = threading.Thread(target=end.wait)
-    thread.start()
-    try:
-        assert list(in_workers(Doubled(), range(3), workers=1)) == [0, 2, 4]
-    finally:
-        end.set()
-        thread.join()
-
-
-class Unsendable(Dataset):
-    def __getitem__(self, index):
-        return lambda: index  # which no pickle takes
-
-
-def test_another_error_of_sending_is_not_called_a_full_disk(monkeypatch):
-    # Seconds that torch waits for a worker that ignores its signal, twice.
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
-    with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
-        list(in_workers(Unsendable(), range(3), workers=1))
-    gc.collect()  # the traceback, in a cycle, holds the reader
-    for worker in multiprocessing.active_children():  # as the command does when it ends
-        worker.kill()
-        worker.join()
-
-
-@pytest.mark.parametrize("spare", [5, 10, 14])
-def test_too_few_file_descriptors_end_in_fewer_workers_or_a_message(spare, capfd):
-    """At every place where a start can fail; it always ends, with no process left."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    before = {*multiprocessing.active_children()}
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + spare, hard))
-    try:
-        batches = in_workers(Doubled(), range(9), workers=4)
-        assert list(batches) == [2 * i for i in range(9)]
-        said = capfd.readouterr().err
-        assert said.startswith("vitral: ")
-        assert "of 4 data workers can be started: Too many open files" in said
-    except UserError as error:
-        assert "too many open files; raise the limit" in str(error)  # noqa: PT017
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    gc.collect()
-    assert {*multiprocessing.active_children()} <= before
-
-
-def in_daemon(_):
-    return list(in_workers(Doubled(), range(3), workers=2))
-
-
-def test_a_daemonic_process_fetches_by_itself(capfd):
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.map(in_daemon, [0]) == [[0, 2, 4]]
-    said = "vitral: 0 of 2 data workers can be started: a daemonic process may not have children\n"
-    assert capfd.readouterr().err == said
-
-
-class Tensors(Dataset):
-    def __getitem__(self, index):
-        return torch.full((3,), index)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="sockets are files")
-def test_workers_need_no_temporary_files(tmp_path, monkeypatch):
-    """None is left where they are killed, and a long TMPDIR does not matter."""
-    place = tmp_path / ("x" * 120)
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    for k, tensor in enumerate(in_workers(Tensors(), range(4), workers=2)):
-        assert tensor.tolist() == [k] * 3
-        assert not [*place.iterdir()]
-
-
-class Stopping(Dataset):
-    def __getitem__(self, index):
-        if index == 0:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        return index
-
-    def places(self, request):
-        return [f"/mnt/{request}.jpg"]
-
-
-def test_what_is_waited_for_is_said_and_work_continues(monkeypatch):
-    lines = []
-
-    def say(line):
-        lines.append(line)
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGCONT)
-
-    monkeypatch.setattr(module, "_say", say)
-    monkeypatch.setattr(module, "TICK", 1)
-    monkeypatch.setattr(module, "PATIENCE", 1)
-    assert list(in_workers(Stopping(), range(4), workers=2)) == [0, 1, 2, 3]
-    assert lines == ["waiting for /mnt/0.jpg, for 1 seconds so far"]
-
-
 def test_a_requests_images_are_named(folder):
     data, records = open_folder(folder)
     request = Request(0, 0, SIDE, np.zeros(2, int), np.array([0, 3]))
     named = module._Decoding(records, Config(data=data)).places(request)
     assert named == [records.where(0), records.where(3)]
-
-
-def test_a_closed_stderr_loses_the_line_alone(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
-    module._say("a line")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

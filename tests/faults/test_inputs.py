@@ -133,7 +133,7 @@ def test_mutated_settings_load_or_are_refused(tmp_path):
 
 WORK = """
 import torch
-from vitral.data.fetch import in_workers
+from vitral.data.workers import in_workers
 
 class Tensors(torch.utils.data.Dataset):
     def __getitem__(self, index):

@@ -19,11 +19,12 @@ from vitral.bench.rounds import rates_in_turn, table
 from vitral.config import Config
 from vitral.data import augment, crops
 from vitral.data.decode import DecodeError, decode
-from vitral.data.fetch import in_workers, resolve_workers
+from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers, Order
 from vitral.data.tools.rates import BATCH, ENDLESS, decoders, images_per_second, measure_rate
+from vitral.data.workers import in_workers
 from vitral.errors import UserError
 from vitral.machine import available_cores, input_device, pick_device
 from vitral.model import CHANNELS

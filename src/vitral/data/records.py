@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from vitral.config import DataConfig
 from vitral.data.sampling import Integers, held_out
-from vitral.data.skipped import note
+from vitral.data.skipped import kinds, note
 from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import MAX_IMAGE, open_regular, read_regular, require_regular
 
@@ -339,6 +339,7 @@ def hold_out(
     held = _draw_held_out(records, fraction, seed)
     if not held.any():
         got = f"none: {why}, and no class has two images to hold one out"
+        got += f"; skipped: {kinds(dataset.skipped)}" if dataset.skipped else ""
         raise data_error(place, "validation images", got, "add images")
     choice = (
         f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({fraction:.0%} of each "

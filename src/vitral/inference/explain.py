@@ -35,10 +35,8 @@ from torch import Tensor
 
 from vitral.data.augment import finish
 from vitral.data.crops import eval_crop
-from vitral.data.decode import decode
 from vitral.data.imagenet import display
 from vitral.errors import UserError, printable
-from vitral.files import read_regular
 from vitral.inference.attention import (
     Curve,
     attention_weights,
@@ -48,7 +46,7 @@ from vitral.inference.attention import (
     read,
     rollout,
 )
-from vitral.inference.predict import image_side
+from vitral.inference.predict import image_side, to_pixels
 from vitral.storage import replacing
 from vitral.weights import Weights
 
@@ -195,7 +193,7 @@ def explanations(
             name = f"{stem}-{number}"
         used.add(name)
         try:
-            pixels = decode(read_regular(image))
+            pixels = to_pixels(image)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             print(f"vitral: {printable(image)}: {reason}", file=sys.stderr)

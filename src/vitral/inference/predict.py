@@ -27,9 +27,9 @@ from vitral import weights
 from vitral.config import DataConfig, ViTConfig
 from vitral.data import augment, crops
 from vitral.data.decode import SUFFIXES, decode, decode_pillow
-from vitral.data.fetch import in_workers
 from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
+from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, data_error, printable
 from vitral.files import read_regular
@@ -299,7 +299,7 @@ class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
         cropped = torch.empty(len(batch), 3, side, side, dtype=torch.uint8)
         for i in batch:
             try:
-                pixels = _pixels(self.images[i])
+                pixels = to_pixels(self.images[i])
             except (OSError, ValueError) as error:
                 broken[i] = getattr(error, "strerror", None) or str(error)
                 continue
@@ -310,8 +310,13 @@ class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
         return cropped[:done], broken
 
 
-def _pixels(image: Picture) -> Tensor:
-    """uint8 RGB, shape (3, H, W)."""
+def to_pixels(image: Picture) -> Tensor:
+    """uint8 RGB, shape (3, H, W).
+
+    Raises:
+        OSError, DecodeError: a file cannot be read, or is not an image.
+        UserError: an array is not one of uint8 RGB.
+    """
     if isinstance(image, Image.Image):
         return decode_pillow(image)
     if isinstance(image, str | os.PathLike):

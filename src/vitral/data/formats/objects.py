@@ -14,11 +14,12 @@ from torch.utils.data import Subset
 from vitral.config import Config, DataConfig
 from vitral.data.archives import progress
 from vitral.data.decode import DecodeError
-from vitral.data.fetch import in_workers, resolve_workers
+from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.objects import LABELS, PATH, Objects, Source, read_item
 from vitral.data.records import Dataset, hold_out, nfc
 from vitral.data.sampling import Integers
+from vitral.data.workers import in_workers
 from vitral.errors import UserError, data_error, first_few
 
 CHUNK = 64  # items that a worker reads at a time

@@ -12,11 +12,11 @@ from torch.utils.data import Dataset
 
 from vitral.config import DataConfig
 from vitral.data.decode import DecodeError, decode
-from vitral.data.fetch import in_workers
 from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.folder import holds_only_validation
 from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.sampling import Integers
+from vitral.data.workers import in_workers
 from vitral.errors import counted
 
 FEW_CLASSES = 30

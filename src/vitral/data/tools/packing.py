@@ -30,10 +30,10 @@ from vitral import storage
 from vitral.config import DataConfig
 from vitral.data.crops import crop_resize
 from vitral.data.decode import DecodeError, decode
-from vitral.data.fetch import in_workers
 from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.packed import INDEX, PROGRESS, VERSION, Chunk, images_path
 from vitral.data.records import Encoded, Packed, Pixels
+from vitral.data.workers import in_workers
 from vitral.errors import data_error, printable
 
 CHUNK = 128  # images; 25 MB of squares of 256 pixels, of which each worker holds two or three

@@ -1,0 +1,180 @@
+"""Worker processes that fetch what a data set has: started, watched and ended."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.queues
+import os
+import secrets
+import signal
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from vitral.compat import abandon_loader, is_loader_timeout, loader_workers, wrap_exception
+from vitral.errors import UserError, first_few
+
+T = TypeVar("T")
+TICK, PATIENCE = 5, 60  # seconds without a batch, until it is looked into and said
+_started = weakref.WeakSet[BaseProcess]()  # workers
+
+
+def in_workers(
+    dataset: Dataset[T], requests: Iterable[Any], workers: int, pin_memory: bool = False
+) -> Iterator[T]:
+    """What `dataset` has for each request, in order, fetched by worker processes.
+
+    Where they cannot be started, fewer or none do the work, and a line on stderr says so. Another
+    line says what is waited for if nothing comes for a minute; a dataset's `places(request)` names
+    it.
+    """
+    pending: deque[Any] = deque()
+    asked, reason = workers, ""
+    if workers and multiprocessing.current_process().daemon:
+        workers, reason = 0, "a daemonic process may not have children"
+
+    def handed_out() -> Iterator[Any]:
+        for request in requests:
+            pending.append(request)
+            yield request
+
+    source = handed_out()
+    while True:
+        try:
+            batches = _start(dataset, source, workers, pin_memory)
+            break
+        except (OSError, RuntimeError) as error:
+            if not workers:
+                raise
+            workers, reason = workers // 2, getattr(error, "strerror", None) or str(error)
+    if reason:
+        _say(f"{workers} of {asked} data workers can be started: {reason}")
+    _started.update(loader_workers(batches))
+    return _watched(batches, pending, getattr(dataset, "places", None))
+
+
+def _start(
+    dataset: Dataset[T], requests: Iterator[Any], workers: int, pin_memory: bool
+) -> Iterator[T]:
+    """The batches of a DataLoader. Raises OSError or RuntimeError, with no worker left."""
+    before = {*multiprocessing.active_children()}
+    with warnings.catch_warnings():
+        # More workers than cores is what was asked for. And CUDA has threads in every process that
+        # uses it, which Python 3.12 warns of: workers use no CUDA.
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            timeout=TICK if workers else 0,
+            worker_init_fn=_prepare_worker,
+            multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
+        )
+        try:
+            return iter(loader)
+        except BaseException as error:
+            abandon_loader(error)
+            for child in {*multiprocessing.active_children()} - before:
+                child.kill()  # it ignores SIGTERM, by which Python would end it
+                child.join()
+            raise
+
+
+def _watched(
+    batches: Iterator[T], pending: deque[Any], places: Callable[[Any], list[str]] | None
+) -> Iterator[T]:
+    """The batches; says once what it waits for.
+
+    Raises:
+        OSError: a worker found shared memory full.
+        UserError: there are too few file descriptors.
+    """
+    waited = 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if is_loader_timeout(error, batches):
+                waited += TICK
+                if waited == PATIENCE:
+                    what = first_few(places(pending[0])) if places else "the data workers"
+                    _say(f"waiting for {what}, for {PATIENCE} seconds so far")
+                continue
+            # Not by the reason that it gives, which torch 2.11 has wrong.
+            if "unable to allocate shared memory" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
+            if "Too many open files" in str(error):
+                fix = "raise the limit, as by `ulimit -n 4096`, or give --data.workers 0"
+                raise UserError(f"data: too many open files; {fix}") from None
+            raise
+        waited = 0
+        pending.popleft()
+        yield batch
+
+
+def _say(line: str) -> None:
+    """Prints a line to stderr, if it is there."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        print(f"vitral: {line}", file=sys.stderr, flush=True)
+
+
+def _as_it_is(fetched: Any) -> Any:
+    return fetched
+
+
+def _prepare_worker(_: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
+    multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # pyright: ignore
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+    # multiprocessing's thread would print that the reader has gone; errors of the data set go
+    # another way.
+    sys.excepthook = lambda *_: None
+    if sys.platform == "linux":
+        multiprocessing.connection.arbitrary_address = _abstract_address  # pyright: ignore
+
+
+def _abstract_address(_: str) -> str:
+    """An address of a socket that is no file.
+
+    A worker sends open files through it. Else its folder would be left behind by SIGKILL, and a
+    long TMPDIR would not fit into the address.
+    """
+    return f"\0vitral-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _send_error(
+    queue: multiprocessing.queues.Queue[Any], error: Exception, batch: tuple[int, Any]
+) -> None:
+    """Sends the error instead of a batch that could not be sent, as where shared memory is full.
+
+    The thread that sends would drop the batch, and the reader wait for it for ever. Were the worker
+    to end, torch would raise an error wherever the reader is just then.
+    """
+    queue.put((batch[0], wrap_exception(error)))
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error multiprocessing would end them by SIGTERM, which they ignore, and wait."""
+    left = [child for child in multiprocessing.active_children() if child in _started]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error
+    for child in left:
+        child.kill()
