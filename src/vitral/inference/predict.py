@@ -311,12 +311,7 @@ class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
 
 
 def to_pixels(image: Picture) -> Tensor:
-    """uint8 RGB, shape (3, H, W).
-
-    Raises:
-        OSError, DecodeError: a file cannot be read, or is not an image.
-        UserError: an array is not one of uint8 RGB.
-    """
+    """uint8 RGB, shape (3, H, W). Raises OSError, DecodeError, or UserError for an array."""
     if isinstance(image, Image.Image):
         return decode_pillow(image)
     if isinstance(image, str | os.PathLike):
