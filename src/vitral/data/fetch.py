@@ -2,7 +2,6 @@
 
 Encoded images are decoded and cropped by worker processes, or read by them and decoded by the GPU;
 packed squares are gathered by workers, and pixel sets lie on the device: both are cropped there.
-The ways are in one file because they share the workers and what happens when these fail or hang.
 """
 
 from __future__ import annotations

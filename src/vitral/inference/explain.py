@@ -5,8 +5,6 @@ NAME_rollout.png     attention rollout over the image
 NAME_attention.png   what the head's token takes from each patch in one layer, over the image
 NAME_layers.png      the same in every layer and head
 NAME_patch.png       what a chosen patch takes from the others, over the image
-
-They are in one file because they share the figure that holds all of them.
 """
 
 from __future__ import annotations
