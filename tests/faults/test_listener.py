@@ -140,3 +140,15 @@ def test_closed_streams_are_not_given_to_other_files(words, tmp_path):
     expected = 0 if words == ["recipes"] else 2
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == expected
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_hangup_of_the_process_group_leaves_the_workers(image_folder, tmp_path):
+    """A shell sends it to all processes of a job; only the run itself acts on it."""
+    command = command_for(image_folder, tmp_path / "run", data__workers=2)
+    child, other = start(command, "pipe")
+    wait_for([child], tmp_path / "run", 3)
+    os.killpg(child, signal.SIGHUP)
+    with open(other, "rb") as output:  # noqa: PTH123
+        assert output.read().count(b"SIGHUP: writing a checkpoint") == 1
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 129
+    assert newest(tmp_path / "run").is_dir()

@@ -141,7 +141,7 @@ def _as_it_is(fetched: Any) -> Any:
 def _prepare_worker(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # pyright: ignore
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     # multiprocessing's thread would print that the reader has gone; errors of the data set go
     # another way.
@@ -153,7 +153,7 @@ def _prepare_worker(_: int) -> None:
 def _abstract_address(_: str) -> str:
     """An address of a socket that is no file.
 
-    A worker sends open files through it. Else its folder would be left behind by SIGKILL, and a
+    A worker sends open files through it. With a file, SIGKILL would leave its folder behind, and a
     long TMPDIR would not fit into the address.
     """
     return f"\0vitral-{os.getpid()}-{secrets.token_hex(8)}"
@@ -164,8 +164,8 @@ def _send_error(
 ) -> None:
     """Sends the error instead of a batch that could not be sent, as where shared memory is full.
 
-    The thread that sends would drop the batch, and the reader wait for it for ever. Were the worker
-    to end, torch would raise an error wherever the reader is just then.
+    The thread that sends would drop the batch, and the reader would wait for it forever. If the
+    worker ended, torch would raise an error at an arbitrary place in the reader.
     """
     queue.put((batch[0], wrap_exception(error)))
 
