@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -26,6 +25,8 @@ from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from vitral.files import open_regular, require_regular
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
@@ -203,7 +204,8 @@ def check_files(directory: Path) -> dict[str, Any]:
             raise CorruptError(f"{path}: not in the manifest")
     for name, expected in manifest.items():
         try:
-            _check(directory / name, (directory / name).stat(), expected)
+            path = directory / name
+            _check_size(path, require_regular(path.stat(), path), expected)
         except OSError as error:
             raise CorruptError(f"{directory / name}: {error.strerror}") from None
     return manifest
@@ -365,8 +367,8 @@ def _opened(path: Path, expected: Mapping[str, Any] | None = None) -> Iterator[I
     Face Hub consists of links; what it leads to must be such a file.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            _check(path, os.fstat(file.fileno()), expected)
+        with open_regular(path) as file:
+            _check_size(path, os.fstat(file.fileno()), expected)
             yield file
     except OSError as error:
         raise CorruptError(f"{path}: {error.strerror}") from None
@@ -382,9 +384,7 @@ def _opened_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> It
             raise CorruptError(f"{path}: not a safetensors file") from None
 
 
-def _check(path: Path, facts: os.stat_result, expected: Mapping[str, Any] | None) -> None:
-    if not stat.S_ISREG(facts.st_mode):
-        raise CorruptError(f"{path}: not a regular file")
+def _check_size(path: Path, facts: os.stat_result, expected: Mapping[str, Any] | None) -> None:
     if expected is not None and facts.st_size != expected["bytes"]:
         raise CorruptError(f"{path}: its content is not what was written")
 
