@@ -12,12 +12,15 @@ from torch import Tensor
 
 
 def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float | Tensor) -> None:
-    """Moves each tensor toward its end by `weight`, in place.
+    """Moves each tensor toward its end by `weight`, in place, in few kernel launches.
 
-    A number takes one kernel launch, a scalar tensor on the device one for each tensor.
+    Args:
+        weight: a number, or a scalar tensor on the device, which takes a copy of the tensors.
     """
     if isinstance(weight, Tensor):
-        torch._foreach_lerp_(list(tensors), list(ends), [weight] * len(tensors))
+        steps = torch._foreach_sub(list(ends), list(tensors))
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(list(tensors), steps)
     else:
         torch._foreach_lerp_(list(tensors), list(ends), weight)
 

@@ -158,7 +158,12 @@ class EMA:
         weight = 1 - min(self.decay, step / (step + 9))
         on_cpu = skipped.device.type == "cpu"  # elsewhere, reading it would wait for the device
         factor = weight * (1 - (skipped.item() if on_cpu else skipped))
-        lerp_all([*self.average.values()], [*self.model.values()], factor)
+        # Of sharded tensors the local parts, which a plain scalar tensor can multiply.
+        averages, weights = (
+            [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+            for tensors in (self.average, self.model)
+        )
+        lerp_all(averages, weights, factor)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
