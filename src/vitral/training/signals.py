@@ -67,7 +67,8 @@ class Signals:
         first = self.received is None
         # torchrun forwards signals that a scheduler may have sent to its children already.
         lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
-        if lone and signal.SIGHUP not in (number, self.received or signal.SIGHUP):
+        second = self.received not in (None, signal.SIGHUP) and number != signal.SIGHUP
+        if lone and second:
             if in_notebook():
                 raise KeyboardInterrupt
             os._exit(128 + number)
