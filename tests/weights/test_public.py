@@ -246,10 +246,19 @@ def test_errors_are_one_line_and_leave_nothing(file, tmp_path, capsys, monkeypat
 
     assert "did you mean vit_tiny_patch16_224?" in refused("timm:vit_tiny_patch16_22", place)
     assert "timm:NAME" in refused("vit_tiny_patch16_224", place)
-    assert "plain Vision Transformer" in refused("timm:resnet18", place)
+    for name, kind in (
+        ("resnet18", "resnet"), ("swin_tiny_patch4_window7_224", "swin_transformer"),
+        ("convnext_tiny", "convnext"), ("beit_base_patch16_224", "beit"),
+    ):  # fmt: skip
+        assert (
+            f"plain Vision Transformer, of timm's vision_transformer, deit, eva, got one of {kind};"
+            in (refused(f"timm:{name}", place))
+        )
     assert "not there" in refused("timm:vit_tiny_patch16_224", place, "--file", tmp_path / "no")
     other = ("timm:vit_small_patch16_224", place, "--file", path)
-    assert "cannot be loaded" in refused(*other)
+    text = refused(*other)
+    assert "cannot be loaded" in text
+    assert "size mismatch for cls_token" in text
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     assert "pip install 'vitral[timm]'" in refused("timm:vit_tiny_patch16_224", place)
 

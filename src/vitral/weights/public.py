@@ -24,6 +24,7 @@ from vitral.weights.description import Description
 
 PREFIX = "timm:"
 FAMILIES = ("vision_transformer", "deit", "eva")  # timm's modules
+MAX_REASON = 300  # characters of timm's message
 TOLERANCE = 1e-4  # largest difference of the outputs, as a share of their rms
 
 
@@ -104,9 +105,11 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
         hint = did_you_mean(base, timm.list_models())
         raise UserError(f"{PREFIX}{name}: timm has no model of that name{hint}")
     if not timm.models.is_model_in_modules(base, FAMILIES):
+        kind = timm.models.model_entrypoint(base).__module__.rpartition(".")[2]
         raise UserError(
-            f"{PREFIX}{name}: expected a plain Vision Transformer, which timm has in "
-            f"{', '.join(FAMILIES)}; this is another kind of model"
+            f"{PREFIX}{name}: expected a plain Vision Transformer, of timm's "
+            f"{', '.join(FAMILIES)}, got one of {kind}; give another, such as "
+            f"{PREFIX}vit_small_patch14_dinov2"
         )
     # So that `convert` can compare the two models at several image sizes.
     changes = {"dynamic_img_size": True, **changes}
@@ -127,7 +130,9 @@ def _failure(name: str, file: str | None, error: Exception) -> UserError:
             f"{PREFIX}{name}: {file}: expected tensors alone, got a pickle with other objects, "
             "which could run code; save the state dict by itself, best as safetensors"
         )
-    reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+    # The second line of torch's message names the keys that do not match.
+    lines = [line.strip() for line in str(error).splitlines()[:2]]
+    reason = printable(" ".join(lines)[:MAX_REASON] or type(error).__name__)
     fix = (
         "give the weights of this model, with timm's or the original keys"
         if file
