@@ -10,6 +10,7 @@ log, and the same command goes on with a run that was cut off. VARIANT is one of
     layer-norm          LayerNorm instead of RMSNorm
     timm, timm-rope     timm's Vision Transformers instead of vitral's (timm_models.py)
     folded              LayerScale of `train.init` multiplied into the weights before it
+    lora                low-rank updates of the linear layers of `train.init`, and the head
     timm:NAME           timm's model of that name, of which `train.init` is the import
 
 All models but timm's cost as many FLOPs as vitral's and start from the same weights at the same
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from vitral import weights
 from vitral.config import ViTConfig
 from vitral.errors import UserError
-from vitral.model import PatchEmbedding, RoPE2D, ViT
+from vitral.model import Linear, Normed, PatchEmbedding, RoPE2D, ViT
 from vitral.training import Interrupted, Parts, train
 from vitral.weights import public
 
@@ -135,6 +136,45 @@ def fold(model: ViT, path: str) -> list[str]:
     return new
 
 
+class LowRankLinear(Linear):
+    """A frozen linear layer and a trained update of low rank (Hu et al. 2021): W x + B A x."""
+
+    RANK = 8
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.down = nn.Parameter(torch.empty(self.RANK, layer.in_features))
+        self.up = nn.Parameter(torch.zeros(layer.out_features, self.RANK))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+
+    def forward(self, x: Tensor | Normed) -> Tensor:
+        tokens, down = (x.tokens, self.down * x.scale) if isinstance(x, Normed) else (x, self.down)
+        return super().forward(x) + F.linear(F.linear(tokens, down), self.up)
+
+
+def with_lora(config: ViTConfig, num_classes: int) -> ViT:
+    """vitral's ViT whose blocks have a low-rank update in each linear layer."""
+    model = ViT(config, num_classes)
+    for block in model.blocks:
+        for parent in (block.attention, block.ffn):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Linear):
+                    setattr(parent, name, LowRankLinear(child))
+    return model
+
+
+def freeze_all_but_lora(model: ViT, path: str) -> list[str]:
+    """`weights.initialize`, then only the updates and the head are trained."""
+    plain = ViT(model.config, model.num_classes)
+    new = weights.initialize(plain, path)
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in missing or name.startswith("head."))
+    return [*new, *missing]
+
+
 PARTS = {
     parts.name: parts
     for parts in (
@@ -142,6 +182,7 @@ PARTS = {
         Parts(name="no-positions", model=WithoutPositions),
         Parts(name="layer-norm", model=WithLayerNorm),
         Parts(name="folded", model=without_layer_scale, initialize=fold),
+        Parts(name="lora", model=with_lora, initialize=freeze_all_but_lora),
         *timm_models.PARTS,
     )
 }

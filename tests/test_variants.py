@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitral.config import ViTConfig
+from vitral import weights
+from vitral.config import Config, ViTConfig
 from vitral.model import ViT, count_flops, rotate
 
 CONFIG = ViTConfig(
@@ -161,3 +162,23 @@ def test_a_mistake_is_told(variants, words, capsys):
     told = capsys.readouterr().err
     assert "learned-positions" in told
     assert told.count("\n") == 1
+
+
+def test_lora_equals_the_merged_weights_and_trains_only_the_updates(variants, tmp_path):
+    own = ViT(CONFIG, 3)
+    for parameter in own.parameters():
+        parameter.data.normal_(0, 0.4)
+    description = weights.describe(Config(model=CONFIG), tuple("abc"), "", {})
+    weights.save(tmp_path / "weights", {"model": own.state_dict()}, description)
+    model = variants.with_lora(CONFIG, 3)
+    variants.freeze_all_but_lora(model, str(tmp_path / "weights"))
+    model, own, images = model.double().eval(), own.double().eval(), noise()
+    torch.testing.assert_close(model(images), own(images), rtol=0, atol=1e-9)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"up", "down", "weight", "bias"}
+    assert len(trained) == 2 * 4 * 2 + 2  # two factors of four layers of two blocks, and the head
+    for name, layer in model.named_modules():
+        if isinstance(layer, variants.LowRankLinear):
+            layer.up.data.normal_(0, 0.4)
+            own.get_submodule(name).weight.data += layer.up.data @ layer.down.data
+    torch.testing.assert_close(model(images), own(images), rtol=0, atol=1e-9)
