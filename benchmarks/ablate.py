@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import experiments
-from experiments import Experiment, Planned, Variant
+from experiments import Experiment, PlannedRun, Variant
 from ledger_figures import figure
 from ledger_rows import ROOT
 from variants import exit_code
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
     return experiments.complete(runs, lambda _: write_summary(options))
 
 
-def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -> list[Planned]:
+def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
     """All runs, seed by seed, without variants that change nothing of the recipe.
 
     Raises:
@@ -141,11 +141,11 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
         raise UserError(f"only: expected a study that changes {experiment.recipe}, got none")
     runs = [experiment.plan(variant, seed) for seed in seeds for variant in chosen.values()]
     for study in set(studies) & set(EQUAL_FLOPS):
-        refuse_unequal(study, [run for run in runs if run.variant in STUDIES[study]])
+        check_equal_cost(study, [run for run in runs if run.variant in STUDIES[study]])
     return runs
 
 
-def changes(base: Planned, other: Planned) -> bool:
+def changes(base: PlannedRun, other: PlannedRun) -> bool:
     """Whether a run is another training than that of its base."""
     settings, others = flatten(base.config), flatten(other.config)
     return bool(other.variant.parts) or any(
@@ -153,7 +153,7 @@ def changes(base: Planned, other: Planned) -> bool:
     )
 
 
-def refuse_unequal(study: str, runs: Sequence[Planned]) -> None:
+def check_equal_cost(study: str, runs: Sequence[PlannedRun]) -> None:
     """Raises UserError where models cost more than a hundredth more than the cheapest."""
     flops = [experiments.size(run)[1] for run in runs]
     if max(flops) > (1 + TOLERANCE) * min(flops):

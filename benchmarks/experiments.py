@@ -24,7 +24,7 @@ from types import FrameType
 import ledger_pages
 import ledger_rows
 import torch
-from ledger_rows import Row, held_out, quoted, summarise
+from ledger_rows import Row, headline_top1, held_out, summarize
 from variants import find
 
 from vitral.config import Config, DataConfig
@@ -90,7 +90,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run to be made, or made already."""
 
     variant: Variant
@@ -115,7 +115,7 @@ class Experiment:
     curves: bool = False
     """Whether to validate as often as the recipe says; else at the last step alone."""
 
-    def plan(self, variant: Variant, seed: int) -> Planned:
+    def plan(self, variant: Variant, seed: int) -> PlannedRun:
         """A run.
 
         Raises:
@@ -132,11 +132,11 @@ class Experiment:
         try:
             check_settings(RunDir(path), config)
         except UserError as error:
-            told = str(error).partition(";")[0]
-            raise UserError(f"{told}; give what it began with, or another OUT") from None
+            reason = str(error).partition(";")[0]
+            raise UserError(f"{reason}; give what it began with, or another OUT") from None
         own = [str(HERE / "variants.py"), variant.parts] if variant.parts else []
         program = own or ["-m", "vitral", "train"]
-        return Planned(variant, path, config, (sys.executable, *program, self.recipe, *words))
+        return PlannedRun(variant, path, config, (sys.executable, *program, self.recipe, *words))
 
 
 def parse(
@@ -164,7 +164,7 @@ def parse(
     return options, (*data, *words[end + 1 :])
 
 
-def complete(runs: Sequence[Planned], after: Callable[[Planned], None]) -> int:
+def complete(runs: Sequence[PlannedRun], after: Callable[[PlannedRun], None]) -> int:
     """Trains what is not finished, one run after the other.
 
     Args:
@@ -201,7 +201,7 @@ def call(command: Sequence[str]) -> int:
     waiting: list[int] = []  # until there is a child; each is sent once, as twice ends it at once
     child: subprocess.Popen[bytes] | None = None
 
-    def hand_on(number: int, _: FrameType | None) -> None:
+    def forward_signal(number: int, _: FrameType | None) -> None:
         received.append(number)
         waiting.append(number)
         send()
@@ -210,7 +210,7 @@ def call(command: Sequence[str]) -> int:
         while child is not None and waiting:
             child.send_signal(waiting.pop())
 
-    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
+    before = {number: signal.signal(number, forward_signal) for number in SIGNALS}
     try:
         # In a session of its own: a terminal's Ctrl-C would reach it twice, and twice ends at once.
         child = subprocess.Popen(command, start_new_session=True)
@@ -224,7 +224,7 @@ def call(command: Sequence[str]) -> int:
     return code
 
 
-def listed(runs: Sequence[Planned]) -> Iterator[str]:
+def listed(runs: Sequence[PlannedRun]) -> Iterator[str]:
     """A line for each run: parameters, FLOPs, steps, and whether it is done."""
     width = max(len(run.path.name) for run in runs)
     for run in runs:
@@ -240,7 +240,7 @@ def listed(runs: Sequence[Planned]) -> Iterator[str]:
         )
 
 
-def size(run: Planned) -> tuple[int, float]:
+def size(run: PlannedRun) -> tuple[int, float]:
     """Parameters, and FLOPs of an image's forward pass."""
     config = run.config
     classes, _ = counted(config.data, config.model.image_size)
@@ -267,7 +267,7 @@ def rows(variants: Sequence[Variant], options: argparse.Namespace, study: str) -
             name = options.data_name or Path(data.path).name
             if held_out(runs[0]):
                 name += f", {data.val_fraction:.0%} of the training images held out"
-            found[variant.name] = summarise(
+            found[variant.name] = summarize(
                 [run.path for run in runs],
                 title=variant.title,
                 data=name,
@@ -310,7 +310,7 @@ def cells(base: Row, row: Row) -> list[str]:
 def difference(base: Row, other: Row) -> str:
     """The mean difference over the seeds that both have, and its standard error, in points."""
     ours, theirs = (
-        {run["seed"]: top1 for run, top1 in zip(row["runs"], quoted(row), strict=True)}
+        {run["seed"]: top1 for run, top1 in zip(row["runs"], headline_top1(row), strict=True)}
         for row in (base, other)
     )
     pairs = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ledger_pages import draw, stale
-from ledger_rows import ROOT, quoted, spread, summarise, write
+from ledger_rows import ROOT, headline_top1, mean_and_deviation, summarize, write
 
 from vitral.errors import UserError
 
@@ -68,7 +68,7 @@ def add(options: argparse.Namespace, root: Path) -> None:
     for what, name in (("name", options.name), ("study", options.study)):
         if name is not None and not re.fullmatch(r"\w[\w-]*", name):
             raise UserError(f"{what}: expected letters, digits and hyphens, got {name!r}")
-    row = summarise(
+    row = summarize(
         options.runs,
         title=options.title,
         data=options.data,
@@ -78,8 +78,8 @@ def add(options: argparse.Namespace, root: Path) -> None:
     )
     path = root / "docs" / "results" / f"{options.name}.json"
     write(row, path)
-    raw = spread([100 * run["top1"]["raw"] for run in row["runs"]])
-    print(f"{path}: top-1 {spread(quoted(row))}, raw {raw}")
+    raw = mean_and_deviation([100 * run["top1"]["raw"] for run in row["runs"]])
+    print(f"{path}: top-1 {mean_and_deviation(headline_top1(row))}, raw {raw}")
 
 
 if __name__ == "__main__":

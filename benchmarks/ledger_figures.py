@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from ledger_rows import Row, quoted, spread
+from ledger_rows import Row, headline_top1, mean_and_deviation
 from markupsafe import escape
 
 from vitral.report.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, Axis
@@ -28,20 +28,22 @@ text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fil
 .label{fill:#1b1f24;paint-order:stroke;stroke:#ffffff;stroke-width:4px}.grid{stroke:#d5dae0;fill:none}.line{fill:none;stroke-width:1.8}
 .dashed{stroke-dasharray:5 3}.band{opacity:.16}.dot{opacity:.55}.mean{stroke-width:2.5}
 """
-COLOURS = ("#0b5cad", "#b3400a", "#17702f", "#7a3fd1", "#b02a80", "#6b5900")
+COLORS = ("#0b5cad", "#b3400a", "#17702f", "#7a3fd1", "#b02a80", "#6b5900")
 
 
 def figure(rows: Sequence[Row], by: str = "data") -> str:
     """An SVG document of rows, in their order, data set after data set, or by another cell."""
-    parts, top, told = [], 0.0, []
+    parts, top, summary = [], 0.0, []
     for title, found in groupby(sorted(rows, key=lambda row: row[by]), key=lambda row: row[by]):
         group = list(found)
         parts.append(f'<g transform="translate(0 {top:g})">{panels(str(title), group)}</g>')
         top += TITLE + height(group)
-        told += [f"{title}: {name(row)} {spread(quoted(row))}%" for row in group]
+        summary += [
+            f"{title}: {name(row)} {mean_and_deviation(headline_top1(row))}%" for row in group
+        ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDTH} {top:g}" role="img">\n'
-        f"<title>Top-1 at the last step: {escape('; '.join(told))}</title>\n"
+        f"<title>Top-1 at the last step: {escape('; '.join(summary))}</title>\n"
         f"<style>\n{STYLE}</style>\n"
         f'<rect width="{2 * WIDTH}" height="{top:g}" fill="#ffffff"/>\n{"".join(parts)}</svg>\n'
     )
@@ -76,24 +78,24 @@ def panels(title: str, rows: Sequence[Row]) -> str:
 def draw_curves(rows: Sequence[Row]) -> Iterator[str]:
     """Top-1 against images seen: a line through the means, in a band from least to greatest."""
     curves = [curve(row) for row in rows]
-    most = max(images for points in curves for images, _ in points)
-    unit, word = (1e6, "millions") if most >= 2e6 else (1e3, "thousands")
+    max_images = max(images for points in curves for images, _ in points)
+    unit, word = (1e6, "millions") if max_images >= 2e6 else (1e3, "thousands")
     seen = [value for points in curves for _, values in points for value in values]
-    x = Axis.exact(0, most / unit, LEFT, RIGHT)
+    x = Axis.exact(0, max_images / unit, LEFT, RIGHT)
     y = Axis.rounded(min(seen), max(seen), BOTTOM, TOP)
     yield from (*x.grid(vertical=True), *y.grid(vertical=False))
     middle, below = (LEFT + RIGHT) / 2, BOTTOM + 30
     yield f'<text class="mid" x="{middle:g}" y="{below}">images seen ({word})</text>'
     yield heading("validation top-1 (%): mean and range of the seeds", LEFT)
     for number, points in enumerate(curves):
-        colour, dashed = paint(number)
-        at = [x.place(images / unit) for images, _ in points]
-        columns = [[y.place(value) for value in values] for _, values in points]
+        color, dashed = color_style(number)
+        at = [x.position(images / unit) for images, _ in points]
+        columns = [[y.position(value) for value in values] for _, values in points]
         around = path(at, map(max, columns)) + " " + path(at[::-1], map(min, columns[::-1]))
         if len(rows[number]["runs"]) > 1:
-            yield f'<polygon class="band" fill="{colour}" points="{around}"/>'
+            yield f'<polygon class="band" fill="{color}" points="{around}"/>'
         means = path(at, map(statistics.fmean, columns))
-        yield f'<polyline class="line{dashed}" stroke="{colour}" points="{means}"/>'
+        yield f'<polyline class="line{dashed}" stroke="{color}" points="{means}"/>'
 
 
 def curve(row: Row) -> list[tuple[float, list[float]]]:
@@ -111,27 +113,27 @@ def curve(row: Row) -> list[tuple[float, list[float]]]:
 
 def draw_scores(rows: Sequence[Row]) -> Iterator[str]:
     """Top-1 at the last step: a dot a seed, a line at the mean, beside names and figures."""
-    values = [quoted(row) for row in rows]
+    values = [headline_top1(row) for row in rows]
     bottom = foot(len(rows))
     x = Axis.rounded(min(map(min, values)), max(map(max, values)), MARGIN, RIGHT)
     for tick in x.ticks:
-        at = f"{x.place(tick):.1f}"
+        at = f"{x.position(tick):.1f}"
         yield f'<path class="grid" d="M{at} {TOP}V{bottom:g}"/>'
         yield f'<text class="mid" x="{at}" y="{bottom + 15:g}">{tick:,.6g}</text>'
     yield heading("top-1 (%) at the last step: each seed, and the mean", MARGIN)
     for number, (row, scores) in enumerate(zip(rows, values, strict=True)):
-        colour, _ = paint(number)
+        color, _ = color_style(number)
         y = TOP + PITCH * (number + 0.5)
         kind = "EMA" if "ema" in row["runs"][0]["top1"] else "raw"
         yield key(number, MARGIN, y - 7)
         yield f'<text class="label" x="{MARGIN + 22}" y="{y - 3:g}">{escape(name(row))}</text>'
-        told = f"{spread(scores)} {kind}"
-        yield f'<text class="label end" x="{RIGHT}" y="{y - 3:g}">{told}</text>'
+        text = f"{mean_and_deviation(scores)} {kind}"
+        yield f'<text class="label end" x="{RIGHT}" y="{y - 3:g}">{text}</text>'
         for which, score in enumerate(scores):
-            at, down = f"{x.place(score):.1f}", y + 4 + 4 * (which % 3)  # equal ones stay apart
-            yield f'<circle class="dot" fill="{colour}" cx="{at}" cy="{down:g}" r="3"/>'
-        at = f"{x.place(statistics.fmean(scores)):.1f}"
-        yield f'<path class="mean" stroke="{colour}" d="M{at} {y + 2:g}V{y + 14:g}"/>'
+            at, down = f"{x.position(score):.1f}", y + 4 + 4 * (which % 3)  # equal ones stay apart
+            yield f'<circle class="dot" fill="{color}" cx="{at}" cy="{down:g}" r="3"/>'
+        at = f"{x.position(statistics.fmean(scores)):.1f}"
+        yield f'<path class="mean" stroke="{color}" d="M{at} {y + 2:g}V{y + 14:g}"/>'
 
 
 def name(row: Row) -> str:
@@ -140,16 +142,16 @@ def name(row: Row) -> str:
     return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
 
 
-def paint(number: int) -> tuple[str, str]:
+def color_style(number: int) -> tuple[str, str]:
     """The colour of a row's line, and a class where the colours begin anew."""
-    again, which = divmod(number, len(COLOURS))
-    return COLOURS[which], " dashed" if again % 2 else ""
+    again, which = divmod(number, len(COLORS))
+    return COLORS[which], " dashed" if again % 2 else ""
 
 
 def key(number: int, x: float, y: float) -> str:
     """A piece of a row's line."""
-    colour, dashed = paint(number)
-    return f'<path class="line{dashed}" stroke="{colour}" d="M{x:g} {y:g}h16"/>'
+    color, dashed = color_style(number)
+    return f'<path class="line{dashed}" stroke="{color}" d="M{x:g} {y:g}h16"/>'
 
 
 def path(x: Sequence[float], y: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ledger_figures import figure
-from ledger_rows import Row, read, spread
+from ledger_rows import Row, mean_and_deviation, read
 
 from vitral.errors import UserError
 from vitral.storage import replacing
@@ -41,22 +41,24 @@ def draw(root: Path) -> None:
     Raises:
         UserError: for a study or headline rows that a page has no place for.
     """
-    wanted = contents(root)
+    expected = contents(root)
     for name in stale(root):
         print(name)
-        if name not in wanted:
+        if name not in expected:
             (root / name).unlink()
             continue
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         with replacing(root / name) as file:
-            file.write_text(wanted[name], encoding="utf-8")
+            file.write_text(expected[name], encoding="utf-8")
 
 
 def stale(root: Path) -> list[str]:
     """Pages and figures, as paths from the root, that are not what the rows say."""
-    wanted = contents(root)
+    expected = contents(root)
     there = {f"docs/images/{path.name}" for path in root.glob("docs/images/results*.svg")}
-    return [name for name in sorted(wanted.keys() | there) if text(root / name) != wanted.get(name)]
+    return [
+        name for name in sorted(expected.keys() | there) if text(root / name) != expected.get(name)
+    ]
 
 
 def text(path: Path) -> str | None:
@@ -68,10 +70,10 @@ def contents(root: Path) -> dict[str, str]:
     studies: dict[str | None, dict[str, Row]] = {}
     for name, row in read(root / "docs" / "results").items():
         studies.setdefault(row["study"], {})[name] = row
-    wanted = {name: filled(root, name, way, studies) for name, way in PAGES.items()}
+    expected = {name: filled(root, name, way, studies) for name, way in PAGES.items()}
     for study, rows in studies.items():
-        wanted[f"docs/{picture(study)}"] = figure(list(rows.values()))
-    return wanted
+        expected[f"docs/{picture(study)}"] = figure(list(rows.values()))
+    return expected
 
 
 def filled(root: Path, page: str, way: str, studies: dict[str | None, dict[str, Row]]) -> str:
@@ -82,10 +84,10 @@ def filled(root: Path, page: str, way: str, studies: dict[str | None, dict[str, 
     for study in sorted(needed - places, key=str):
         mark = f"<!-- ledger{f': {study}' if study else ''} -->"
         raise UserError(f"{page}: expected a line {mark}, and <!-- end --> after it; add both")
-    whole = page != "README.md"
+    detailed = page != "README.md"
     return BLOCK.sub(
         lambda found: (
-            f"{found[1]}\n{block(found[2], studies.get(found[2], {}), way, whole)}\n\n{found[3]}"
+            f"{found[1]}\n{block(found[2], studies.get(found[2], {}), way, detailed)}\n\n{found[3]}"
         ),
         was,
     )
@@ -96,9 +98,9 @@ def block(study: str | None, rows: dict[str, Row], way: str, commands: bool) -> 
     if not rows:
         return EMPTY
     place = f"{way}{picture(study)}"
-    about = f"Validation top-1 against images seen, and at the last step{of_study(study)}"
+    caption = f"Validation top-1 against images seen, and at the last step{of_study(study)}"
     lines = [cells(row, f"{way}results/{name}.json") for name, row in rows.items()]
-    parts = [table(HEADER, lines), f"[![{about}]({place})]({place})"]
+    parts = [table(HEADER, lines), f"[![{caption}]({place})]({place})"]
     if commands:
         lines = dict.fromkeys(row["command"] for row in rows.values())
         parts.append("```sh\n" + "\n".join(lines) + "\n```")
@@ -125,7 +127,7 @@ def scores(row: Row) -> list[str]:
     """Top-1 of the averaged weights and of the raw ones, as far as kept; the quoted one is bold."""
     runs = row["runs"]
     found = {kind: [100 * r["top1"][kind] for r in runs if kind in r["top1"]] for kind in KINDS}
-    ema, raw = (spread(values) if values else "" for values in found.values())
+    ema, raw = (mean_and_deviation(values) if values else "" for values in found.values())
     return [f"**{ema}**", raw] if ema else ["none", f"**{raw}**"]
 
 

@@ -23,15 +23,15 @@ from vitral.storage import replacing
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
-POINTS = 100  # of a curve, at most
+MAX_POINTS = 100  # of a curve, at most
 KINDS = {"raw": "val", "ema": "ema"}  # weights, and what the metrics log calls them
 # Settings that runs of one row may differ in; the data are compared by their fingerprint.
-FREE = CHANGEABLE | {"train.seed"}
+VARIABLE = CHANGEABLE | {"train.seed"}
 PATHS = {"data.path", "train.init"}
-UNSAID = FREE - PATHS | {"train.time_budget"}  # that no row tells; the epochs are told
+OMITTED = VARIABLE - PATHS | {"train.time_budget"}  # that no row tells; the epochs are told
 
 
-def summarise(
+def summarize(
     runs: Sequence[Path],
     *,
     title: str | None = None,
@@ -55,9 +55,9 @@ def summarise(
     """
     found = [read_run(path) for path in runs]
     for run in found:
-        refuse_unfinished(run)
+        check_finished(run)
     known = [data_of(run.path) for run in found]
-    refuse_strangers(found, [facts.get("fingerprint") for facts in known])
+    check_same_row(found, [facts.get("fingerprint") for facts in known])
     config = found[0].config
     recipe, changes = nearest_recipe(config)
     classes = next((len(facts["classes"]) for facts in known if facts), None)
@@ -69,11 +69,11 @@ def summarise(
         "commit": head(ROOT) if commit is None else commit,
         "command": train_command(recipe, changes, found[0].environment.get("parts", "")),
         "parameters": found[0].environment["parameters"],
-        "hardware": together(hardware(run.environment) for run in found),
+        "hardware": join_distinct(hardware(run.environment) for run in found),
         "versions": {
-            "python": together(run.environment["python"] for run in found),
-            "torch": together(run.environment["packages"]["torch"] for run in found),
-            "vitral": together(run.environment["packages"]["vitral"] for run in found),
+            "python": join_distinct(run.environment["python"] for run in found),
+            "torch": join_distinct(run.environment["packages"]["torch"] for run in found),
+            "vitral": join_distinct(run.environment["packages"]["vitral"] for run in found),
         },
         "config": differences(config, Config()),
         "runs": sorted(
@@ -117,18 +117,18 @@ def by_number(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
     """Mean and sample standard deviation, as 94.12 ± 0.08; of one value, the value alone."""
     mean = f"{statistics.fmean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def quoted(row: Row) -> list[float]:
+def headline_top1(row: Row) -> list[float]:
     """The top-1, in per cent, of each seed that a row is quoted with: the EMA's where kept."""
     return [100 * run["top1"].get("ema", run["top1"]["raw"]) for run in row["runs"]]
 
 
-def refuse_unfinished(run: Run) -> None:
+def check_finished(run: Run) -> None:
     """Raises UserError for a run whose last step is not taken and validated."""
     if not run.finished:
         epoch = run.rows[-1]["epoch"] if run.rows else 0
@@ -142,13 +142,13 @@ def refuse_unfinished(run: Run) -> None:
         )
 
 
-def refuse_strangers(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> None:
+def check_same_row(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> None:
     """Raises UserError for runs that are not seeds of one row."""
     first, seeds = runs[0], set()
     expected = settings_of(first)
     for run, fingerprint in zip(runs, fingerprints, strict=True):
         for name, value in settings_of(run).items():
-            if name not in FREE and value != expected[name]:
+            if name not in VARIABLE and value != expected[name]:
                 raise UserError(
                     f"{run.path}: {name}: expected {expected[name]} as in {first.path}, got "
                     f"{value}; make another row of it"
@@ -193,25 +193,25 @@ def training_flops(run: Run, classes: int | None) -> float:
     Image sizes are those that the settings give each step. Validation is not counted.
     """
     config, steps = run.config, int(run.rows[-1]["step"])
-    sides = Counter(config.image_size_at(step / steps) for step in range(steps))
+    steps_by_size = Counter(config.image_size_at(step / steps) for step in range(steps))
     # What the run has counted itself is true of other models, too.
     known = {config.model.image_size: run.environment["training_flops_per_image"]}
     total = 0.0
-    for side, count in sides.items():
-        if side not in known and classes is None:
+    for image_size, count in steps_by_size.items():
+        if image_size not in known and classes is None:
             raise UserError(
                 f"{run.path}: expected weights or a checkpoint, which know the number of classes, "
                 "got neither; restore one, or train without train.progressive"
             )
-        each = known.get(side) or 3 * forward_flops(config.model, classes or 0, side)
+        each = known.get(image_size) or 3 * forward_flops(config.model, classes or 0, image_size)
         total += each * count * config.train.batch_size
     return total
 
 
 @cache
-def forward_flops(config: ViTConfig, classes: int, side: int) -> float:
+def forward_flops(config: ViTConfig, classes: int, image_size: int) -> float:
     """Of an image in training, counted once for all seeds."""
-    return count_flops(config, classes, side, training=True)
+    return count_flops(config, classes, image_size, training=True)
 
 
 def entry(run: Run, flops: float) -> Row:
@@ -241,8 +241,8 @@ def entry(run: Run, flops: float) -> Row:
 def curve(run: Run) -> list[list[float | None]]:
     """Images seen, training loss, raw top-1 and the EMA's of each validation, or of 100 of them."""
     rows = run.validations
-    if len(rows) > POINTS:
-        rows = [rows[round(i * (len(rows) - 1) / (POINTS - 1))] for i in range(POINTS)]
+    if len(rows) > MAX_POINTS:
+        rows = [rows[round(i * (len(rows) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
     names = ("loss", "val_top1", "ema_top1")
     return [
         [row["images"], *(round(row[name], 5) if name in row else None for name in names)]
@@ -254,7 +254,7 @@ def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
     """The recipe with the fewest other settings, and these settings as they are in `config`."""
     epochs, found = {"train.epochs": config.train.epochs}, {}
     for name, recipe in known_recipes().items():
-        shorter = settings.replaced(recipe, settings.shorten(flatten(recipe), epochs))
+        shorter = settings.replaced(recipe, settings.adjust_to_epochs(flatten(recipe), epochs))
         found[name] = differences(config, shorter)
     return min(found.items(), key=lambda item: len(item[1]))
 
@@ -272,13 +272,13 @@ def differences(config: Config, other: Config) -> dict[str, Any]:
     """
     was = flatten(other)
     return {
-        name: elsewhere(value) if name in PATHS else value
+        name: portable_path(value) if name in PATHS else value
         for name, value in flatten(config).items()
-        if name not in UNSAID and value != was[name]
+        if name not in OMITTED and value != was[name]
     }
 
 
-def elsewhere(path: str | None) -> str | None:
+def portable_path(path: str | None) -> str | None:
     """A path or name as it may stand in a page."""
     return f"path/to/{Path(path).name}" if path and Path(path).is_absolute() else path
 
@@ -317,7 +317,7 @@ def hardware(environment: dict[str, Any]) -> str:
     return f"{text}, {resolved['precision']}"
 
 
-def together(values: Iterable[str]) -> str:
+def join_distinct(values: Iterable[str]) -> str:
     """The different ones of some texts."""
     return "; ".join(sorted(set(values)))
 

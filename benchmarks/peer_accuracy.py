@@ -42,7 +42,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import experiments
-from experiments import Experiment, Planned, Variant
+from experiments import Experiment, PlannedRun, Variant
 from ledger_figures import figure
 from ledger_rows import ROOT, Row, data_of, differences, flags
 from timm_models import NAMES, own_settings
@@ -54,10 +54,10 @@ from vitral.config import Config, flatten
 from vitral.errors import UserError
 from vitral.weights import public
 
-OURS = Variant("vitral", "vitral")
+VITRAL = Variant("vitral", "vitral")
 TUNED = ["timm", "folded"]  # of imported weights
 PEERS = [*(name for peer in NAMES for name in (peer, f"{peer}-own")), "folded"]
-CONTESTANTS = [OURS, *(Variant(name, name, parts=name.removesuffix("-own")) for name in PEERS)]
+CONTESTANTS = [VITRAL, *(Variant(name, name, parts=name.removesuffix("-own")) for name in PEERS)]
 ABOUT = """\
 The same order, augmentation, images seen, batch, schedule, loss and evaluation for all.
 
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
     recipe, name = options.recipe, Path(options.recipe).stem
     if options.ledger:
         found = rows(options, name)
-        tuned = found[OURS.name]["study"] == "finetune"
+        tuned = found[VITRAL.name]["study"] == "finetune"
         experiments.write_ledger("finetune" if tuned else name, found, root)
         return 0
     if options.summary:
@@ -93,12 +93,12 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
     config = weights.load_settings(recipe, words)
     fitting = TUNED if config.train.init else PEERS[:-1]
     peers = [*dict.fromkeys(options.peers or fitting[:2])]
-    refuse(config, peers, fitting)
-    contestants = [OURS, *(peer(name, config) for name in peers)]
+    check_peers(config, peers, fitting)
+    contestants = [VITRAL, *(peer(name, config) for name in peers)]
     experiment = Experiment(options.out, recipe, tuple(words), curves=True)
     runs = [experiment.plan(found, seed) for seed in options.seeds for found in contestants]
     if options.dry_run:
-        for line in (*experiments.listed(runs), *differing(runs)):
+        for line in (*experiments.listed(runs), *describe_differences(runs)):
             print(line, flush=True)
         return 0
     return experiments.complete(runs, lambda _: write_summary(options, name))
@@ -119,7 +119,7 @@ def peer(name: str, config: Config) -> Variant:
     return Variant(name, name, " ".join(words), parts)
 
 
-def refuse(config: Config, peers: Sequence[str], fitting: Sequence[str]) -> None:
+def check_peers(config: Config, peers: Sequence[str], fitting: Sequence[str]) -> None:
     """Raises UserError where the peers cannot be trained, or not as vitral's model is."""
     if not has_timm():
         raise UserError("timm: expected it installed, got none; pip install timm")
@@ -141,14 +141,14 @@ def refuse(config: Config, peers: Sequence[str], fitting: Sequence[str]) -> None
         )
 
 
-def differing(runs: Sequence[Planned]) -> Iterator[str]:
+def describe_differences(runs: Sequence[PlannedRun]) -> Iterator[str]:
     """A line for each contestant: in what it differs from vitral's run."""
     for run in {run.variant.name: run for run in runs}.values():
-        if run.variant != OURS:
-            yield differing_in(run.variant.name, run.config, runs[0].config)
+        if run.variant != VITRAL:
+            yield describe_difference(run.variant.name, run.config, runs[0].config)
 
 
-def differing_in(name: str, config: Config, ours: Config) -> str:
+def describe_difference(name: str, config: Config, ours: Config) -> str:
     """In what a peer differs from vitral."""
     found = differences(config, ours).items()
     settings = (" ".join(flags(name, value)).removeprefix("--") for name, value in found)
@@ -170,7 +170,7 @@ def write_summary(options: argparse.Namespace, recipe: str) -> None:
     parts += ["![Top-1 at the last step](peer_accuracy.svg)\n"]
     finished = {variant.name: [*variant.finished(options.out).values()] for variant in CONTESTANTS}
     ours, *others = ((name, runs[0].config) for name, runs in finished.items() if runs)
-    parts += [f"{differing_in(name, config, ours[1])}.\n" for name, config in others]
+    parts += [f"{describe_difference(name, config, ours[1])}.\n" for name, config in others]
     experiments.write(options.out / "peer_accuracy.md", "\n".join(parts))
 
 
@@ -181,7 +181,7 @@ def rows(options: argparse.Namespace, recipe: str) -> dict[str, Row]:
         UserError: as `write_summary` does.
     """
     found = experiments.rows(CONTESTANTS, options, "control")
-    if OURS.name not in found:
+    if VITRAL.name not in found:
         raise UserError(f"{options.out}: expected a finished run of vitral, got none")
     known: dict[int, str] = {}
     for variant in CONTESTANTS:
@@ -195,7 +195,7 @@ def rows(options: argparse.Namespace, recipe: str) -> dict[str, Row]:
     for name, row in found.items():
         if "train.init" in row["config"]:
             row["study"] = "finetune"
-        row["title"] = f"`{recipe}`" if name == OURS.name else f"`{recipe}`, {name}"
+        row["title"] = f"`{recipe}`" if name == VITRAL.name else f"`{recipe}`, {name}"
     return found
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Normalize, Resize, ToTensor
 
-from vitral.bench.rounds import in_turn, ratios
+from vitral.bench.rounds import ratios, run_interleaved
 from vitral.config import Config, DataConfig, ViTConfig
 from vitral.inference.predict import predictions
 from vitral.machine import available_cores
@@ -39,10 +39,10 @@ from vitral.weights import Weights, describe
 TIMM = {"ti": "tiny", "s": "small", "b": "base", "l": "large"}
 SIDE, BATCH, CLASSES = 224, 64, 1000
 DATA = DataConfig()
-ALONE = ViTConfig(dim=4, depth=1, num_heads=1, num_kv_heads=1, patch_size=112, image_size=SIDE)
+TINY = ViTConfig(dim=4, depth=1, num_heads=1, num_kv_heads=1, patch_size=112, image_size=SIDE)
 
 
-def ours(model: ViT, folder: ImageFolder, workers: int) -> None:
+def vitral_predict(model: ViT, folder: ImageFolder, workers: int) -> None:
     config = Config(model=model.config, data=DATA)
     description = describe(config, tuple(map(str, range(CLASSES))), "", {})
     paths = [path for path, _ in folder.samples]
@@ -51,13 +51,13 @@ def ours(model: ViT, folder: ImageFolder, workers: int) -> None:
         pass
 
 
-def usual(model: nn.Module, folder: ImageFolder, workers: int) -> None:
+def plain_loop(model: nn.Module, folder: ImageFolder, workers: int) -> None:
     resize, crop = Resize(round(SIDE / DATA.eval_crop)), CenterCrop(SIDE)
     folder.transform = Compose([resize, crop, ToTensor(), Normalize(DATA.mean, DATA.std)])
     rank_all(model, DataLoader(folder, batch_size=BATCH, num_workers=workers))
 
 
-def timms(model: nn.Module, folder: Any, workers: int) -> None:
+def timm_loop(model: nn.Module, folder: Any, workers: int) -> None:
     from timm.data import create_loader
 
     loader = create_loader(
@@ -89,7 +89,7 @@ def compare(
 ) -> None:
     names = list(contestants)
     runs = {name: partial(seconds, run) for name, run in contestants.items()}
-    spent = {name: found[1:] for name, found in in_turn(runs, rounds + 1).items()}
+    spent = {name: found[1:] for name, found in run_interleaved(runs, rounds + 1).items()}
     print(f"{title}: {images} images, {rounds} rounds, medians; the range of the ratios")
     for name in names:
         text = f"  {name:16}"
@@ -105,12 +105,12 @@ def compare(
 
 def seconds(run: Callable[[], None]) -> tuple[float, float]:
     """By the clock, and of the processor."""
-    before = clock(), processor()
+    before = clock(), cpu_seconds()
     run()
-    return clock() - before[0], processor() - before[1]
+    return clock() - before[0], cpu_seconds() - before[1]
 
 
-def processor() -> float:
+def cpu_seconds() -> float:
     """Seconds of all cores, those of the workers that have ended included."""
     return sum(os.times()[:4])
 
@@ -127,18 +127,18 @@ def main() -> None:
     folder, repeated = ImageFolder(options.folder), ImageFolder(options.folder)
     repeated.samples *= 3
     torch.manual_seed(0)
-    whole, tiny = (ViT(c, CLASSES).eval() for c in (ViTConfig(size=options.size), ALONE))
+    full_model, tiny = (ViT(c, CLASSES).eval() for c in (ViTConfig(size=options.size), TINY))
     for title, model, images in (
-        (f"ViT-{options.size} at {SIDE}", whole, folder),
+        (f"ViT-{options.size} at {SIDE}", full_model, folder),
         ("input alone", tiny, repeated),
     ):
         contestants = {
-            "vitral predict": partial(ours, model, images, options.workers),
-            "the usual loop": partial(usual, model, images, options.workers),
+            "vitral predict": partial(vitral_predict, model, images, options.workers),
+            "the usual loop": partial(plain_loop, model, images, options.workers),
         }
         if find_spec("timm"):
-            peer = timm_model(options.size) if model is whole else tiny
-            contestants["timm's loop"] = partial(timms, peer, images, options.workers)
+            peer = timm_model(options.size) if model is full_model else tiny
+            contestants["timm's loop"] = partial(timm_loop, peer, images, options.workers)
         compare(title, contestants, len(images), options.rounds)
 
 

@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace, image_size: int) -> None:
     assert dataset.val is not None
     total = len(dataset.train) + len(dataset.val)
     fraction = min(1.0, (options.images or total) / total)
-    splits = [some(records, fraction) for records in (dataset.train, dataset.val)]
+    splits = [evenly_spaced(records, fraction) for records in (dataset.train, dataset.val)]
     public = timm.create_model(
         options.name,
         pretrained=True,
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, image_size: int) -> None:
         print(json.dumps(row), flush=True)
 
 
-def some(records: Records, fraction: float) -> Records:
+def evenly_spaced(records: Records, fraction: float) -> Records:
     """Evenly spaced records of a split, whose records are sorted by class."""
     count = round(fraction * len(records))
     chosen = np.zeros(len(records), bool)

@@ -26,9 +26,9 @@ from typing import Any
 import experiments
 import matplotlib
 import torch
-from experiments import Experiment, Planned, Variant
+from experiments import Experiment, PlannedRun, Variant
 from ledger_pages import table
-from ledger_rows import spread
+from ledger_rows import mean_and_deviation
 from matplotlib.figure import Figure
 from variants import PARTS, exit_code
 
@@ -81,14 +81,14 @@ def run(options: argparse.Namespace, words: tuple[str, ...]) -> int:
             print(line, flush=True)
         return 0
 
-    def after(run: Planned) -> None:
+    def after(run: PlannedRun) -> None:
         test(run, options.sizes, options.data)
         write_summary(out)
 
     return experiments.complete(runs, after)
 
 
-def test(run: Planned, sizes: Sequence[int], data: str | None) -> None:
+def test(run: PlannedRun, sizes: Sequence[int], data: str | None) -> None:
     """Scores a finished run at the sizes that its table lacks, and adds them to it."""
     known = {row.name: row for row in scores(run.path)}
     missing = [size for size in sizes if str(size) not in known]
@@ -118,9 +118,9 @@ def last_weights(run: Path) -> Weights:
     warnings: list[str] = []
     found = checkpoint.latest(run / "checkpoints", warnings.append)
     if found is None:
-        told = warnings[0] if warnings else "none"
+        warning = warnings[0] if warnings else "none"
         raise UserError(
-            f"{run}: expected a checkpoint, got {told}; remove the run, and train again"
+            f"{run}: expected a checkpoint, got {warning}; remove the run, and train again"
         )
     config, state = read_run(run).config, found.state
     model = PARTS[state["parts"]].model(config.model, len(state["classes"]))
@@ -138,8 +138,8 @@ def scores(run: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))[1:]
     return [
-        Row(name, int(images), int(classes), *map(float, shares))
-        for name, images, classes, *shares in lines
+        Row(name, int(images), int(classes), *map(float, fractions))
+        for name, images, classes, *fractions in lines
     ]
 
 
@@ -153,9 +153,9 @@ def curves(out: Path) -> dict[Variant, Curve]:
             for row in rows:
                 curve.setdefault(int(row.name), {})[seed] = 100 * row.top1
         count = sum(map(bool, tested.values()))
-        whole = {size: tops for size, tops in curve.items() if len(tops) == count}
-        if whole:
-            found[variant] = whole
+        complete = {size: tops for size, tops in curve.items() if len(tops) == count}
+        if complete:
+            found[variant] = complete
     return found
 
 
@@ -173,16 +173,19 @@ def write_summary(out: Path) -> None:
         [
             variant.title,
             ", ".join(map(str, sorted({seed for tops in curve.values() for seed in tops}))),
-            *(spread([*curve[size].values()]) if size in curve else "" for size in sizes),
+            *(
+                mean_and_deviation([*curve[size].values()]) if size in curve else ""
+                for size in sizes
+            ),
         ]
         for variant, curve in found.items()
     ]
     header = ("positions", "seeds", *(f"{size} px" for size in sizes))
-    about = (
+    introduction = (
         "# Resolution\n\nTop-1 (%) on the validation images at other sizes than that of training. "
         "± is the sample\nstandard deviation over the seeds.\n\n"
     )
-    experiments.write(out / "resolution.md", about + table(header, rows) + "\n")
+    experiments.write(out / "resolution.md", introduction + table(header, rows) + "\n")
     draw(found, out / "resolution.svg")
 
 

@@ -41,7 +41,7 @@ from vitral.bench import rounds
 from vitral.bench.contest import Mode, compare, num_classes
 from vitral.bench.memory import largest_batch
 from vitral.bench.model import NO_TIMM, table
-from vitral.bench.peers import PEERS, Builder, contestants, has_timm
+from vitral.bench.peers import PEERS, Builder, has_timm, select_models
 from vitral.bench.profile import breakdown, profile_table
 from vitral.config import PRESETS, Config, DataConfig, TrainConfig, ViTConfig
 from vitral.errors import UserError
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     rounds.SECONDS = options.seconds
     if options.peers and not has_timm():
         print(NO_TIMM, flush=True)
-    builders = contestants(options.peers)
+    builders = select_models(options.peers)
     if options.profile not in (None, *builders):
         raise UserError(f"profile: expected {' or '.join(builders)}, got {options.profile}")
     document: Document = {"environment": environment(), "cases": []}

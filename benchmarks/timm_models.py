@@ -114,8 +114,8 @@ class TimmGroups(Optimizer):
         self.adamw.param_groups.clear()
         never = model.no_weight_decay()
         for group in param_groups_weight_decay(model, config.weight_decay, True, never):
-            for factor, alike in by_factor.items():
-                if members := [p for p in group["params"] if p in alike]:
+            for factor, selected in by_factor.items():
+                if members := [p for p in group["params"] if p in selected]:
                     own = {**group, "params": members, "lr_factor": factor}
                     self.adamw.add_param_group(own)
 

@@ -38,7 +38,7 @@ from vitral.training import Interrupted, Parts, train
 from vitral.weights import public
 
 
-class Unturned(RoPE2D):
+class IdentityRoPE(RoPE2D):
     """Rotary positions that turn nothing, at the cost of those that do."""
 
     def axial(self, device: torch.device | None) -> Tensor:
@@ -51,20 +51,20 @@ class WithoutPositions(ViT):
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.rope = Unturned(config)
+        self.rope = IdentityRoPE(config)
 
 
 class PositionedPatches(PatchEmbedding):
     """Patch tokens to which a learned table of positions is added.
 
-    For another grid than that of `side` by `side` patches the table is interpolated, bicubic and
-    antialiased, as timm does (Touvron et al. 2020 without the antialiasing).
+    For another grid than that of `grid_size` by `grid_size` patches the table is interpolated,
+    bicubic and antialiased, as timm does (Touvron et al. 2020 without the antialiasing).
     """
 
-    def __init__(self, projection: nn.Linear, patch_size: int, side: int) -> None:
+    def __init__(self, projection: nn.Linear, patch_size: int, grid_size: int) -> None:
         super().__init__(patch_size, projection.out_features)
         self.projection = projection
-        self.positions = nn.Parameter(torch.empty(side, side, projection.out_features))
+        self.positions = nn.Parameter(torch.empty(grid_size, grid_size, projection.out_features))
         nn.init.normal_(self.positions, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ class LearnedPositions(WithoutPositions):
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        side = config.image_size // config.patch_size
+        grid_size = config.image_size // config.patch_size
         projection = self.patch_embedding.projection
-        self.patch_embedding = PositionedPatches(projection, config.patch_size, side)
+        self.patch_embedding = PositionedPatches(projection, config.patch_size, grid_size)
 
 
 class WithLayerNorm(ViT):
@@ -107,10 +107,10 @@ class WithLayerNorm(ViT):
         for block in self.blocks:
             normed += [block.attention_norm, block.ffn_norm]
         for module in normed:
-            module.register_forward_pre_hook(_centre)
+            module.register_forward_pre_hook(_center)
 
 
-def _centre(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _center(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Takes the mean over the channels out of the tokens, which come first."""
     x, *others = inputs
     return (x - x.mean(-1, keepdim=True), *others)

@@ -21,7 +21,7 @@ from vitral.errors import UserError
 from vitral.inference import Classifier, find_images
 
 INDEX, SHEET = Path("search.npz"), Path("nearest.jpg")
-SHOWN, COLUMNS, SIDE = 11, 4, 200
+NUM_SHOWN, COLUMNS, SIDE = 11, 4, 200
 
 
 def indexed(classifier: Classifier, paths: list[str]) -> NDArray[np.float32]:
@@ -61,17 +61,17 @@ def draw(photos: list[tuple[str, str]]) -> None:
 
 def main(weights: str, folder: str, query: str) -> None:
     classifier = vitral.load(weights)
-    (wanted,) = classifier.embed(query)
-    if np.isnan(wanted).any():
+    (target,) = classifier.embed(query)
+    if np.isnan(target).any():
         raise SystemExit(f"{query}: {classifier.predict(query)[0].error}")
     found = find_images([folder])
     paths = [path for path in found if Path(path).exists() and not Path(path).samefile(query)]
     if not paths:
         raise SystemExit(f"{folder}: expected a folder with photos beside the query, got none")
     vectors = indexed(classifier, paths)
-    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(wanted)
-    cosines = vectors @ wanted / lengths  # NaN, and sorted last, for what cannot be read
-    order = [i for i in np.argsort(-cosines)[:SHOWN] if not np.isnan(cosines[i])]
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(target)
+    cosines = vectors @ target / lengths  # NaN, and sorted last, for what cannot be read
+    order = [i for i in np.argsort(-cosines)[:NUM_SHOWN] if not np.isnan(cosines[i])]
     nearest = [(paths[i], f"{cosines[i]:.3f}") for i in order]
     for path, cosine in nearest:
         print(f"{cosine} {path}")

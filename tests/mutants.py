@@ -52,8 +52,8 @@ MUTANTS = {
     ),
     "sampling hash": Mutant(
         "data/sampling.py",
-        'hashed(seed, crc32(b"order"), epoch, np.arange(size))',
-        'hashed(seed, crc32(b"order"), 0, np.arange(size))',
+        'hash64(seed, crc32(b"order"), epoch, np.arange(size))',
+        'hash64(seed, crc32(b"order"), 0, np.arange(size))',
         "data/test_sampling.py",
     ),
     "crop rounding": Mutant(
@@ -64,8 +64,8 @@ MUTANTS = {
     ),
     "normalization": Mutant(
         "data/augment.py",
-        "mul_(1 / 255).sub_(centre).div_(spread)",
-        "mul_(1 / 255).div_(spread).sub_(centre)",
+        "mul_(1 / 255).sub_(center).div_(deviation)",
+        "mul_(1 / 255).div_(deviation).sub_(center)",
         "data/test_augment.py",
     ),
     "learning-rate schedule": Mutant(
@@ -88,8 +88,8 @@ MUTANTS = {
     ),
     "momentum of Muon": Mutant(
         "training/muon.py",
-        "ahead = gradients.lerp_(moved, MOMENTUM)",
-        "ahead = moved",
+        "lookahead = gradients.lerp_(moved, MOMENTUM)",
+        "lookahead = moved",
         "training/test_muon.py",
     ),
     "resume cursor": Mutant(
@@ -118,8 +118,8 @@ MUTANTS = {
     ),
     "share of a process": Mutant(
         "data/loader.py",
-        "starts = range(share[0] * parts * size, (share[0] + 1) * parts * size, size)",
-        "starts = range(0, parts * size, size)",
+        "starts = range(shard[0] * num_slices * size, (shard[0] + 1) * num_slices * size, size)",
+        "starts = range(0, num_slices * size, size)",
         "data/test_loader.py",
     ),
 }

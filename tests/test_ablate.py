@@ -129,7 +129,7 @@ def test_figures_of_several_seeds_by_hand(ablate, copied):
     assert "norm" in text
 
 
-def test_cut_off_and_gone_on_with_it_is_the_same(ablate, benchmarks, whole, tmp_path, capfd):
+def test_an_interrupted_study_continues(ablate, benchmarks, whole, tmp_path, capfd):
     """A Ctrl-C at the program ends it in good order with 130; the same command goes on."""
     out = tmp_path / "out"
     words = [sys.executable, str(benchmarks / "ablate.py"), str(out), *NORM, "--", *TINY.split()]
@@ -141,10 +141,10 @@ def test_cut_off_and_gone_on_with_it_is_the_same(ablate, benchmarks, whole, tmp_
         with contextlib.suppress(subprocess.TimeoutExpired):
             pytest.fail(f"it ended with {program.wait(0.05)}: {program.stdout.read()}")
     program.send_signal(signal.SIGINT)
-    told, _ = program.communicate(timeout=60)
-    assert program.returncode == 130, told
-    assert "Traceback" not in told
-    (step,) = re.findall(r"stopped at step (\d+); repeat the command to resume", told)
+    output, _ = program.communicate(timeout=60)
+    assert program.returncode == 130, output
+    assert "Traceback" not in output
+    (step,) = re.findall(r"stopped at step (\d+); repeat the command to resume", output)
     assert 0 < int(step) < STEPS
     assert not (out / "runs" / "layer-norm-seed0").exists()
     assert ablate.main(words[2:]) == 0
@@ -155,7 +155,7 @@ def test_cut_off_and_gone_on_with_it_is_the_same(ablate, benchmarks, whole, tmp_
     assert (out / "ablation.svg").read_bytes() == (whole / "ablation.svg").read_bytes()
 
 
-def test_what_is_finished_is_not_done_again(ablate, copied):
+def test_finished_runs_are_not_repeated(ablate, copied):
     log = copied / "runs" / "recipe-seed0" / "train.log"
     before = log.read_bytes()
     (copied / "ablation.md").unlink()
@@ -165,21 +165,23 @@ def test_what_is_finished_is_not_done_again(ablate, copied):
 
 
 @pytest.mark.parametrize("there", [0, 3])
-def test_other_settings_are_refused(ablate, copied, there, capsys):
+def test_other_settings_are_rejected(ablate, copied, there, capsys):
     """Those of runs of other seeds as well: they stand in the same row."""
     run = (copied / "runs" / "recipe-seed0").rename(copied / "runs" / f"recipe-seed{there}")
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("seed: 0", f"seed: {there}"))
     shutil.rmtree(copied / "runs" / "layer-norm-seed0")
     assert ablate.main([str(copied), *NORM, "--", *TINY.split(), "--optim.lr", "0.5"]) == 2
-    told = capsys.readouterr().err
-    assert "optim.lr" in told
-    assert f"recipe-seed{there} has 0.003, not 0.5; give what it began with, or another OUT" in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "optim.lr" in output
+    assert (
+        f"recipe-seed{there} has 0.003, not 0.5; give what it began with, or another OUT" in output
+    )
+    assert output.count("\n") == 1
     assert not (copied / "runs" / "layer-norm-seed0").exists()
 
 
-def test_a_failing_run_takes_no_other_along(ablate, copied, capfd):
+def test_a_failing_run_does_not_stop_the_others(ablate, copied, capfd):
     (copied / "runs" / "mean-pooling-seed0").write_text("no folder")
     words = [str(copied), "--only", "parts", *NORM[1:], "--", *TINY.split()]
     assert ablate.main(words) == 1
@@ -209,11 +211,11 @@ def test_heads_cost_the_same(ablate, tmp_path, capsys):
         assert round(24 * model.mlp_ratio) == 24 * 4 + spared // (2 * 24)
 
 
-def test_unequal_flops_are_refused(ablate, tmp_path, capsys):
+def test_unequal_flops_are_rejected(ablate, tmp_path, capsys):
     """Of few channels, the network's width is rounded too far."""
     words = [str(tmp_path), "--only", "kv-heads", "--recipe", "digits", "--"]
     with pytest.raises(UserError, match="equal FLOPs"):
-        ablate.refuse_unequal("kv-heads", unlike(ablate, tmp_path))
+        ablate.check_equal_cost("kv-heads", unlike(ablate, tmp_path))
     assert ablate.main([*words, "--model.dim", "64"]) == 2  # six heads of 64 channels
     assert "dim: expected num_heads 6 times" in capsys.readouterr().err
 
@@ -224,7 +226,7 @@ def unlike(ablate, out):
     return [experiment.plan(variant, 0) for variant in (ablate.RECIPE, wide)]
 
 
-def test_what_changes_nothing_is_left_out(ablate, tmp_path, capsys):
+def test_variants_without_an_effect_are_omitted(ablate, tmp_path, capsys):
     words = [str(tmp_path), "--dry-run", "--seeds", "0", "--recipe", "digits"]
     assert ablate.main([*words, "--only", "augmentation", "--", *TINY.split()]) == 0
     out = capsys.readouterr().out
@@ -251,7 +253,7 @@ def train_of(run):
     return dataclasses.replace(run.config.train, out=None)
 
 
-def test_images_that_grow_cost_less(ablate, whole, tmp_path, monkeypatch):
+def test_growing_images_cost_less(ablate, whole, tmp_path, monkeypatch):
     """By hand: a fifth of the steps at 4 px, the rest at 8. Table and ledger have the mean."""
     sizes = "--train.progressive 4 0.2 8 0.8"
     growing = ablate.Variant("growing", "from 4 to 8 px", sizes)
@@ -291,6 +293,6 @@ def test_rows_for_the_ledger(ablate, copied, tmp_path):
     assert own.endswith("--train.seed N")
 
 
-def test_nothing_to_summarise_is_told(ablate, tmp_path, capsys):
+def test_nothing_to_summarize_is_an_error(ablate, tmp_path, capsys):
     assert ablate.main([str(tmp_path), "--summary"]) == 2
     assert "expected finished runs" in capsys.readouterr().err

@@ -13,7 +13,12 @@ from vitral.cli import main
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
 from vitral.data.formats import open_dataset
 from vitral.data.records import Packed
-from vitral.data.tools.rates import choose_decoder, images_per_second, measure_rate, verdict
+from vitral.data.tools.rates import (
+    choose_decoder,
+    images_per_second,
+    input_speed_message,
+    measure_rate,
+)
 from vitral.errors import UserError
 
 CPU = torch.device("cpu")
@@ -44,14 +49,14 @@ def packed():
 
 
 @pytest.mark.parametrize("decode", ["auto", "cpu"])
-def test_one_way_in_is_taken_unmeasured(image_folder, decode):
+def test_a_single_decoder_is_not_measured(image_folder, decode):
     config = make_config(image_folder, decode=decode)
     train = open_dataset(config.data, 16, 0).train
     for records in (train, packed(), open_dataset(DataConfig(path="digits"), 8, 0).train):
         assert choose_decoder(records, config, 0, CPU) == ("cpu", {})
 
 
-def test_a_gpu_that_is_not_there_cannot_be_asked_for(image_folder):
+def test_requesting_a_missing_gpu_is_an_error(image_folder):
     config = make_config(image_folder, decode="gpu")
     records = open_dataset(config.data, 16, 0).train
     with pytest.raises(UserError, match=r"^data\.decode: gpu: .* got a cpu device; give --data"):
@@ -63,7 +68,7 @@ def test_a_gpu_that_is_not_there_cannot_be_asked_for(image_folder):
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_of_two_ways_in_the_faster_is_taken(image_folder):
+def test_the_faster_of_two_input_paths_is_chosen(image_folder):
     config = make_config(image_folder)
     records = open_dataset(config.data, 16, 0).train
     decoder, rates = choose_decoder(records, config, 2, torch.device("cuda"))
@@ -73,14 +78,14 @@ def test_of_two_ways_in_the_faster_is_taken(image_folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
-def test_a_measurement_ends_its_workers(image_folder, workers, decoder):
+def test_a_measurement_stops_its_workers(image_folder, workers, decoder):
     config = make_config(image_folder)
     records = open_dataset(config.data, 16, 0).train
     assert measure_rate(records, config, workers, CPU, decoder, 0.01) > 0
     assert not multiprocessing.active_children()
 
 
-def test_the_first_wave_counts_for_nothing():
+def test_the_first_wave_is_ignored():
     taken = []
 
     def counts():
@@ -94,12 +99,14 @@ def test_the_first_wave_counts_for_nothing():
 
 
 def test_verdicts():
-    assert verdict(0.03, packed=False) == "input feeds the model (it waits 3% of the time)"
-    starved = verdict(11 / 21, packed=False)
+    assert (
+        input_speed_message(0.03, packed=False) == "input feeds the model (it waits 3% of the time)"
+    )
+    starved = input_speed_message(11 / 21, packed=False)
     assert starved.startswith("input starves the model by 2.1x: it waits 52% of the time; ")
     assert "--data.workers" in starved
     assert "data pack" in starved
-    assert "data pack" not in verdict(11 / 21, packed=True)
+    assert "data pack" not in input_speed_message(11 / 21, packed=True)
 
 
 def test_runs_take_turns(monkeypatch):
@@ -110,7 +117,7 @@ def test_runs_take_turns(monkeypatch):
         return lambda: order.append(name) or next(found)
 
     runs = {"ours": run("a", [20.0, 21.0, 24.0]), REFERENCE: run("b", [10.0, 42.0, 40.0])}
-    ours, theirs = rounds.table(rounds.rates_in_turn(runs), REFERENCE)
+    ours, theirs = rounds.table(rounds.interleaved_rates(runs), REFERENCE)
     assert "".join(order) == "abbaab"
     assert re.search(r" 21 images/s .* 0\.60 times torchvision$", ours)
     assert re.search(r" 40 images/s .* 1\.00 times torchvision$", theirs)

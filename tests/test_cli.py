@@ -99,7 +99,7 @@ def user_error(capsys, tmp_path):
         ("data preview digits --out", ["--out", "expected 1 argument"]),
     ],
 )
-def test_mistakes_are_one_line(words, fragments, user_error, tmp_path):
+def test_user_errors_are_one_line(words, fragments, user_error, tmp_path):
     if words == "train digits --train.device cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     if torch.backends.mps.is_available() and "mps" in words:
@@ -110,7 +110,7 @@ def test_mistakes_are_one_line(words, fragments, user_error, tmp_path):
     user_error(words, *fragments)
 
 
-def test_mistakes_in_yaml(user_error, tmp_path):
+def test_user_errors_in_yaml(user_error, tmp_path):
     for content, fragment in {
         "model:\n  patch: 4\n": "did you mean model.patch_size",
         "modle:\n  dim: 4\n": "modle.dim",
@@ -125,7 +125,7 @@ def test_mistakes_in_yaml(user_error, tmp_path):
         user_error(["train", tmp_path / "mine.yaml"], "mine.yaml", fragment)
 
 
-def test_mistakes_in_folders(image_folder, user_error, tmp_path):
+def test_user_errors_in_folders(image_folder, user_error, tmp_path):
     def broken(change):
         folder = tmp_path / "images"
         shutil.rmtree(folder, ignore_errors=True)
@@ -156,7 +156,7 @@ def test_folder_that_cannot_be_written(image_folder, user_error, tmp_path):
     user_error(folder_settings(image_folder, tmp_path / "file" / "run"), "cannot write")
 
 
-def test_a_run_folder_is_no_recipe_but_holds_one(run, user_error):
+def test_a_run_folder_is_not_a_recipe_but_contains_one(run, user_error):
     user_error(["train", run], f"did you mean {run / 'config.yaml'}?")
 
 
@@ -176,7 +176,7 @@ def test_two_runs_in_one_folder(image_folder, run, user_error, tmp_path):
         os.waitpid(child, 0)
 
 
-def test_other_settings_are_refused_by_name(image_folder, run, user_error):
+def test_other_settings_are_rejected_by_name(image_folder, run, user_error):
     words = folder_settings(image_folder, run, "--optim.lr", "0.5")
     user_error(words, "optim.lr", "0.003", "0.5", f"--out {run}-2")
 
@@ -188,7 +188,7 @@ def test_settings_without_mathematics_may_change(image_folder, run, capsys):
     assert "this run is finished" in out
 
 
-def test_other_data_is_refused(image_folder, three_classes, run, user_error, tmp_path):
+def test_other_data_is_rejected(image_folder, three_classes, run, user_error, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     (folder / "train" / "dark" / "00.jpg").unlink()
@@ -196,7 +196,7 @@ def test_other_data_is_refused(image_folder, three_classes, run, user_error, tmp
     user_error(folder_settings(three_classes, run), "not the data set")
 
 
-def test_run_folder_tells_its_story(run):
+def test_contents_of_a_run_directory(run):
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert found >= {
         "config.yaml",
@@ -241,9 +241,9 @@ def test_val_at_several_sizes(run, capsys, tmp_path):
     plain = re.search(r"top-1 (\S+)   top-5 (\S+).*error (\S+)", capsys.readouterr().out)
     words = ["val", str(run), "--image-sizes", "8", "16", "24", "--out", str(tmp_path / "tables")]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "the central 100% of the short side at every size" in said
-    rows = [line.split() for line in said.splitlines()[2:]]
+    output = capsys.readouterr().out
+    assert "the central 100% of the short side at every size" in output
+    rows = [line.split() for line in output.splitlines()[2:]]
     assert [row[0] for row in rows] == ["8", "16", "24"]
     assert rows[1] == ["16", "12", "2", *plain.groups()]
     table = (tmp_path / "tables" / "image_sizes.csv").read_text().splitlines()
@@ -265,9 +265,13 @@ def test_val_counts_only_what_training_held_out(image_folder, user_error, tmp_pa
     def held_out(words):
         capsys.readouterr()
         assert main([*val, *words]) == 0
-        said = capsys.readouterr().out
-        assert ("held-out" in said) == ("4 images" in said) == (f"{last['val_loss']:.4f}" in said)
-        return "4 images, 2 classes" in said
+        output = capsys.readouterr().out
+        assert (
+            ("held-out" in output)
+            == ("4 images" in output)
+            == (f"{last['val_loss']:.4f}" in output)
+        )
+        return "4 images, 2 classes" in output
 
     assert held_out([])
     assert held_out(["--data", f"{folder}/"])
@@ -278,7 +282,7 @@ def test_val_counts_only_what_training_held_out(image_folder, user_error, tmp_pa
     user_error(val, f"data: {folder}, which the weights were trained on, is not there; give --data")
 
 
-def test_val_refuses_other_classes(image_folder, run, user_error, tmp_path):
+def test_val_rejects_other_classes(image_folder, run, user_error, tmp_path):
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     for split in ("train", "val"):
@@ -286,15 +290,15 @@ def test_val_refuses_other_classes(image_folder, run, user_error, tmp_path):
     user_error(["val", run, "--data", folder], "class 1 is 'lit', not 'light'")
 
 
-def test_val_scores_some_of_the_classes_and_says_so(three_classes, tmp_path, capsys):
+def test_val_reports_a_subset_of_the_classes(three_classes, tmp_path, capsys):
     out, some = tmp_path / "three", tmp_path / "some"
     assert main(folder_settings(three_classes, out)) == 0
     shutil.copytree(three_classes / "val", some, ignore=lambda _, names: {"light"} & {*names})
     capsys.readouterr()
     for more, line in (([], "12 images, 2 classes"), (["--image-sizes", "16"], "image size")):
         assert main(["val", str(out), "--data", str(some), *more]) == 0
-        _, told, counts = capsys.readouterr().out.splitlines()[:3]
-        assert told.startswith("scored on 2 of the 3 classes of the weights")
+        _, message, counts = capsys.readouterr().out.splitlines()[:3]
+        assert message.startswith("scored on 2 of the 3 classes of the weights")
         assert counts.startswith(line)
     assert main(["val", str(out)]) == 0
     assert "scored on" not in capsys.readouterr().out
@@ -305,13 +309,15 @@ def test_val_scores_some_of_the_classes_and_says_so(three_classes, tmp_path, cap
     records = open_dataset(data, 16, 0, train=False).val
     (batch,) = eval_batches(records, found.description.config, 12, 0, torch.device("cpu"))
     with torch.no_grad():
-        shares = found.model(batch.images)[:, [0, 2]].double().softmax(1)
-    assert scores.confidence == pytest.approx(shares.amax(1).numpy(), abs=1e-5)
-    assert scores.loss == pytest.approx(-shares.log()[range(12), scores.labels].mean().item())
+        probabilities = found.model(batch.images)[:, [0, 2]].double().softmax(1)
+    assert scores.confidence == pytest.approx(probabilities.amax(1).numpy(), abs=1e-5)
+    assert scores.loss == pytest.approx(
+        -probabilities.log()[range(12), scores.labels].mean().item()
+    )
     assert scores.loss < whole.loss
 
 
-def test_val_chooses_what_predictions_compete_with(three_classes, user_error, tmp_path, capsys):
+def test_val_selects_the_competing_classes(three_classes, user_error, tmp_path, capsys):
     out, some, one = tmp_path / "three", tmp_path / "some", tmp_path / "one"
     assert main(folder_settings(three_classes, out)) == 0
     shutil.copytree(three_classes / "val", some, ignore=lambda _, names: {"dark"} & {*names})
@@ -325,18 +331,18 @@ def test_val_chooses_what_predictions_compete_with(three_classes, user_error, tm
     ]
     for place, words, part, others in expected:
         assert main(["val", str(out), "--data", str(place), *words]) == 0
-        told = capsys.readouterr().out
-        assert f"scored on {part} classes of the weights, {others}\n" in told
-    assert "6 images, 1 class\n" in told
+        message = capsys.readouterr().out
+        assert f"scored on {part} classes of the weights, {others}\n" in message
+    assert "6 images, 1 class\n" in message
     found = weights.load(out)
     data = dataclasses.replace(found.description.config.data, path=str(some))
     records = open_dataset(data, 16, 0, train=False).val
     (batch,) = eval_batches(records, found.description.config, 12, 0, torch.device("cpu"))
     with torch.no_grad():
-        shares = found.model(batch.images).double().softmax(1)[range(12), records.labels + 1]
+        probabilities = found.model(batch.images).double().softmax(1)[range(12), records.labels + 1]
     scores = evaluate(out, str(some), classes="all")
     assert scores.classes == ("light", "white", "dark")
-    assert scores.loss == pytest.approx(-shares.log().mean().item())
+    assert scores.loss == pytest.approx(-probabilities.log().mean().item())
     assert [row[:2] for row in scores.per_class()] == [("light", 6), ("white", 6)]
     (some / "dark").mkdir()  # a class of the set without images
     assert evaluate(out, str(some)).loss == pytest.approx(scores.loss)
@@ -347,7 +353,7 @@ def test_val_chooses_what_predictions_compete_with(three_classes, user_error, tm
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "manifest.json"])
-def test_corrupt_weights_are_refused(run, user_error, tmp_path, name):
+def test_corrupt_weights_are_rejected(run, user_error, tmp_path, name):
     shutil.copytree(run / "weights" / "last", tmp_path / "weights")
     file = tmp_path / "weights" / name
     data = file.read_bytes()
@@ -355,7 +361,7 @@ def test_corrupt_weights_are_refused(run, user_error, tmp_path, name):
     user_error(["val", tmp_path / "weights"], "weights")
 
 
-def test_val_says_that_it_scores_what_was_held_out(image_folder, tmp_path, capsys, monkeypatch):
+def test_val_reports_held_out_images(image_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "held"
     more = ["--data.hold-out", "--data.val-fraction", "0.2"]
     assert main(folder_settings(image_folder, out, *more)) == 0
@@ -363,13 +369,16 @@ def test_val_says_that_it_scores_what_was_held_out(image_folder, tmp_path, capsy
     shutil.copytree(image_folder / "val", tmp_path / "test")
     monkeypatch.chdir(image_folder.parent)
     shutil.copytree(image_folder, tmp_path / "copied")
-    told = "held-out training images"
+    message = "held-out training images"
     own, others = (None, image_folder.name, tmp_path / "copied"), (tmp_path / "test",)
     for data, held_out in (*((place, True) for place in own), *((p, False) for p in others)):
         capsys.readouterr()
         assert main(["val", str(out), *(["--data", str(data)] if data else [])]) == 0
         about, counts = capsys.readouterr().out.splitlines()[:2]
-        assert (told in about, counts) == (held_out, f"{8 if held_out else 12} images, 2 classes")
+        assert (message in about, counts) == (
+            held_out,
+            f"{8 if held_out else 12} images, 2 classes",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -405,8 +414,8 @@ def test_init_takes_weights_with_other_classes(three_classes, run, tmp_path, cap
     more += ["--model.rope-grid", "4"]
     assert main(folder_settings(three_classes, out, *more)) == 0
     assert storage.read_tensors(out / "weights" / "last", "model")["head.weight"].shape == (3, 16)
-    said = f"initialized from {run}; newly initialized parameters: head.bias, head.weight"
-    assert said in (out / "train.log").read_text()
+    output = f"initialized from {run}; newly initialized parameters: head.bias, head.weight"
+    assert output in (out / "train.log").read_text()
 
 
 def test_all_but_the_head_is_copied_exactly(three_classes, odd_run, tmp_path):
@@ -423,7 +432,7 @@ def test_all_but_the_head_is_copied_exactly(three_classes, odd_run, tmp_path):
     assert tuned["head.weight"].shape == (3, 24)
 
 
-def test_a_recipe_without_a_model_takes_that_of_the_weights(odd_run, image_folder, tmp_path):
+def test_a_recipe_without_a_model_uses_that_of_the_weights(odd_run, image_folder, tmp_path):
     out = tmp_path / "tuned"
     words = ["train", "imagenet-finetune", "--data", str(image_folder), "--out", str(out)]
     words += ["--init", str(odd_run), *FINETUNE, "--model.image-size", "32"]
@@ -445,7 +454,7 @@ def test_a_recipe_without_a_model_takes_that_of_the_weights(odd_run, image_folde
         shutil.move(tmp_path / "away", odd_run)
 
 
-def test_the_weights_of_a_preset_are_named_by_it(run, tmp_path):
+def test_weights_with_the_shape_of_a_preset_keep_its_size(run, tmp_path):
     """Otherwise `--model.size` would be heard and not followed."""
     (tmp_path / "tune.yaml").write_text("train: {epochs: 20}")
     trained = weights.load(run).description
@@ -458,7 +467,7 @@ def test_the_weights_of_a_preset_are_named_by_it(run, tmp_path):
     assert other == ViTConfig(size="b", rope_grid=14)
 
 
-def test_a_recipe_for_tuning_wants_weights(image_folder, user_error, tmp_path, monkeypatch):
+def test_a_fine_tuning_recipe_requires_weights(image_folder, user_error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "imagenet-finetune", "--data", image_folder, "--out", tmp_path / "out"]
     user_error(words, "weights: runs/imagenet-b16-300ep: no such directory", "--init names")
@@ -466,14 +475,16 @@ def test_a_recipe_for_tuning_wants_weights(image_folder, user_error, tmp_path, m
     user_error([*words, "--init"], "--init/--train.init: expected 1 argument")
 
 
-def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, user_error, tmp_path, capsys):
+def test_settings_valid_only_with_the_weights_are_accepted(
+    run, image_folder, user_error, tmp_path, capsys
+):
     """A size that is whole patches of the weights, though not of a model that has the defaults."""
     words = ["train", "imagenet-finetune", "--data", str(image_folder), "--init", str(run)]
     words += ["--dry-run", "--model.image-size"]
     assert main([*words, "20"]) == 0
-    said = capsys.readouterr().out
-    assert "image_size: 20" in said
-    assert "patch_size: 4" in said
+    output = capsys.readouterr().out
+    assert "image_size: 20" in output
+    assert "patch_size: 4" in output
     user_error([*words, "21"], "image_size: expected a multiple of patch_size 4, got 21")
     (tmp_path / "tune.yaml").write_text(f"model: {{image_size: 20}}\ntrain: {{init: {run}}}")
     assert weights.load_settings(str(tmp_path / "tune.yaml")).model.patch_size == 4
@@ -486,8 +497,8 @@ def test_what_fits_the_weights_alone_is_no_mistake(run, image_folder, user_error
 
 def test_init_with_another_architecture(image_folder, run, user_error, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
-    told = f"give the settings of that run, `vitral train {run}/config.yaml --init {run}`"
-    user_error([*words, "--model.dim", "32"], "another shape", told, "imagenet-finetune")
+    message = f"give the settings of that run, `vitral train {run}/config.yaml --init {run}`"
+    user_error([*words, "--model.dim", "32"], "another shape", message, "imagenet-finetune")
     user_error([*words, "--model.patch-size", "8"], "another shape")
     user_error(
         [*words, "--model.image-size", "20"], "4 patches a side, got 5; add --model.rope-grid 4"
@@ -517,7 +528,7 @@ def test_broken_image_is_replaced_and_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_broken_image_of_few_stops_the_run_and_is_named(image_folder, tmp_path, capsys, split):
+def test_too_many_broken_images_stop_the_run(image_folder, tmp_path, capsys, split):
     """One of 40 to train on is more than a run puts up with; in validation none is."""
     folder, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(image_folder, folder)
@@ -544,11 +555,11 @@ def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, 
     assert all(tensor.isfinite().all() for tensor in model.values())
 
 
-def test_a_run_says_what_it_adjusts_to_its_epochs(run, image_folder, tmp_path, capsys):
-    said = "adjusted to 2 epochs: train.eval_every 5 -> 1, train.ema_decay 0.99 -> 0.65"
-    assert (run / "train.log").read_text().splitlines()[0].endswith(said)
+def test_a_run_reports_settings_adjusted_to_its_epochs(run, image_folder, tmp_path, capsys):
+    output = "adjusted to 2 epochs: train.eval_every 5 -> 1, train.ema_decay 0.99 -> 0.65"
+    assert (run / "train.log").read_text().splitlines()[0].endswith(output)
     assert main([*folder_settings(image_folder, tmp_path / "out"), "--dry-run"]) == 0
-    assert f"note        {said}\n" in capsys.readouterr().out
+    assert f"note        {output}\n" in capsys.readouterr().out
 
 
 def test_dry_run_only_plans(image_folder, tmp_path, capsys):
@@ -559,7 +570,7 @@ def test_dry_run_only_plans(image_folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_refuses_what_the_run_would(
+def test_dry_run_rejects_what_the_run_would(
     image_folder, three_classes, run, user_error, tmp_path, capsys
 ):
     words = [*folder_settings(image_folder, tmp_path / "out", "--init", str(run)), "--dry-run"]
@@ -582,7 +593,7 @@ def test_init_by_the_settings_of_its_run(three_classes, run, tmp_path):
 
 
 @pytest.mark.parametrize("data", ["--data {}", "--data={}", "--data.path {}"])
-def test_without_a_recipe_the_words_choose_it(image_folder, tmp_path, capsys, data):
+def test_the_default_recipe_depends_on_the_options(image_folder, tmp_path, capsys, data):
     """Also where what else they say does not fit the other: digits are eight pixels wide."""
     words = ["train", *data.format(image_folder).split(), "--out", str(tmp_path / "out")]
     narrow = "--model.dim 16 --model.depth 1 --model.num-heads 1 --model.num-kv-heads 1"
@@ -595,7 +606,7 @@ def test_without_a_recipe_the_words_choose_it(image_folder, tmp_path, capsys, da
 
 
 @pytest.mark.parametrize("words", ["train --data {}", "data preview {}", "bench data {}"])
-def test_help_has_the_values_of_the_recipe_that_the_data_takes(words, capsys):
+def test_help_shows_the_values_of_the_default_recipe(words, capsys):
     shown = []
     for name in ("digits", "pictures"):
         assert main([*words.format(name).split(), "--help"]) == 0
@@ -626,7 +637,7 @@ def test_preview_and_check(image_folder, tmp_path, capsys):
     assert "40" in out
 
 
-def test_what_the_terminal_cannot_show_is_escaped(image_folder, tmp_path, monkeypatch):
+def test_characters_the_terminal_cannot_show_are_escaped(image_folder, tmp_path, monkeypatch):
     for name in ("dark", "light"):
         (tmp_path / f"{name[0]}ö").symlink_to(image_folder / "train" / name)
     shown = {}
@@ -665,7 +676,7 @@ except BaseException:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_ctrl_c_in_an_import_ends_at_once(tmp_path, monkeypatch):
+def test_ctrl_c_during_an_import_exits_at_once(tmp_path, monkeypatch):
     """Where what is imported makes another exception of it."""
     (tmp_path / "half_imported.py").write_text(HALF_IMPORTED)
     monkeypatch.syspath_prepend(tmp_path)
@@ -746,7 +757,7 @@ def test_completions_of_a_line(tmp_path, line, expected):
 
 
 @pytest.mark.parametrize("words", [["--image-sizes"], ["--data", ""], ["--suite", ""]])
-def test_an_option_of_val_with_nothing_after_it(words, capsys):
+def test_an_empty_option_of_val_is_an_error(words, capsys):
     """As an empty variable of a shell leaves it."""
     assert main(["val", "runs/none", *words]) == 2
     error = capsys.readouterr().err

@@ -78,7 +78,7 @@ ALLOWED = [
 ]
 
 
-def told(make, *parts):
+def check_error(make, *parts):
     """Checks that `make` fails with one line that holds `parts`, and gives it."""
     with pytest.raises(UserError) as error:
         make()
@@ -96,7 +96,7 @@ def told(make, *parts):
 def test_refused(section, name, value):
     # a pair is reported whole or by its bound at fault
     got = next((part for part in value if part > 1), "") if isinstance(value, tuple) else value
-    message = told(lambda: section(**{name: value}), str(got) if got else "")
+    message = check_error(lambda: section(**{name: value}), str(got) if got else "")
     assert message.startswith(f"{name}: ")
 
 
@@ -119,12 +119,12 @@ def test_allowed_at_the_edge(section, fields):
     ],
 )
 def test_shapes_that_do_not_fit(fields, parts):
-    message = told(lambda: ViTConfig(**fields), *parts)
+    message = check_error(lambda: ViTConfig(**fields), *parts)
     assert message.startswith(parts[0])
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, Config])
-def test_frozen_and_by_keyword_alone(section):
+def test_frozen_and_keyword_only(section):
     first = dataclasses.fields(section)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(section(), first, None)
@@ -134,7 +134,7 @@ def test_frozen_and_by_keyword_alone(section):
     assert hash(section()) == hash(section())
 
 
-def test_own_shape_goes_before_the_presets():
+def test_explicit_shape_overrides_the_preset():
     assert ViTConfig(size="b").shape == (768, 12, 12, 4)
     assert ViTConfig(size="b", depth=3, num_kv_heads=6).shape == (768, 3, 12, 6)
     assert ViTConfig(size="ti", dim=96, num_heads=2, num_kv_heads=2).shape == (96, 12, 2, 2)
@@ -149,7 +149,7 @@ def test_batch_holds_pairs_of_every_repeat():
     repeats = AugmentConfig(repeats=2)
     Config(augment=repeats, train=TrainConfig(batch_size=8))
     train = TrainConfig(batch_size=6)
-    message = told(lambda: Config(augment=repeats, train=train), "repeats 2", "got 6")
+    message = check_error(lambda: Config(augment=repeats, train=train), "repeats 2", "got 6")
     assert message.startswith("train.batch_size: ")
 
 
@@ -158,7 +158,7 @@ def test_warmup_ends_before_the_training():
     Config(optim=optim, train=TrainConfig(epochs=4))
     for epochs in (3, 2):
         train = TrainConfig(epochs=epochs)
-        message = told(
+        message = check_error(
             lambda train=train: Config(optim=optim, train=train), f"epochs {epochs}", "got 3"
         )
         assert message.startswith("optim.warmup_epochs: ")
@@ -194,7 +194,7 @@ def test_flatten():
     }
 
 
-def test_image_sizes_at_shares_of_the_steps():
+def test_image_sizes_at_fractions_of_the_steps():
     sizes = ((96, 0.5), (160, 0.25), (224, 0.25))
     config = Config(train=TrainConfig(progressive=sizes))
     found = [config.image_size_at(step / 8) for step in range(8)]
@@ -212,6 +212,6 @@ def test_image_sizes_at_shares_of_the_steps():
         (((100, 1.0),), "multiples of model.patch_size 16, got 100"),
     ],
 )
-def test_progressive_mistakes(sizes, message):
+def test_progressive_errors(sizes, message):
     with pytest.raises(UserError, match=message):
         Config(train=TrainConfig(progressive=sizes))

@@ -92,7 +92,7 @@ def test_every_page_is_on_the_site_and_in_its_navigation(pages):
     assert names == {page.stem for page in PAGES}
 
 
-def test_links_and_anchors_of_the_site_lead_somewhere(site, pages):
+def test_links_and_anchors_of_the_site_exist(site, pages):
     for address, page in pages.items():
         for link in page.links:
             target = urlsplit(urljoin(address, link))
@@ -124,7 +124,7 @@ def test_python_page_has_the_docstrings(pages):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_tables_are_what_the_code_says(page, tables):
+def test_tables_match_the_code(page, tables):
     text = page.read_text()
     assert text == tables.filled(text), "python docs/tables.py writes them anew"
 
@@ -171,7 +171,7 @@ def test_what_may_change_on_resuming_is_documented():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_nothing_waits_to_be_filled_in(page):
+def test_no_placeholders_are_left(page):
     assert not re.search(r"^[A-Z_]+$|TODO|FIXME|XXX", page.read_text(), re.MULTILINE)
 
 
@@ -197,18 +197,18 @@ def test_examples_in_docstrings(name, capsys):
 
 
 @pytest.mark.parametrize("name", ["README.md", *sorted(p.name for p in ROOT.glob("docs/*.md"))])
-def test_links_lead_somewhere(name):
+def test_links_exist(name):
     page = ROOT / name if name == "README.md" else ROOT / "docs" / name
     for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / link).exists(), link
 
 
-def test_five_names():
+def test_the_public_names():
     assert vitral.__all__ == ["ViT", "ViTConfig", "evaluate", "load", "train"]
     for name in vitral.__all__:
         assert getattr(vitral, name).__doc__
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert vitral.__version__ == told["version"]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert vitral.__version__ == pyproject["version"]
     with pytest.raises(AttributeError, match="no attribute 'vit'"):
         vitral.vit  # noqa: B018
 
@@ -254,7 +254,7 @@ def test_package_data_and_dependencies():
 PROTOTYPE = {"s": 10_399, "b": 3_955, "l": 1_268}  # images/s at 224 px, as the page says
 
 
-def test_what_imagenet_takes_is_what_vitral_counts():
+def test_imagenet_costs_match_the_flop_count():
     """Each row of the table of sizes and work in docs/imagenet.md, computed anew."""
     from vitral import settings
     from vitral.model import ViT, count_flops
@@ -271,7 +271,7 @@ def test_what_imagenet_takes_is_what_vitral_counts():
         stages = config.train.progressive or ((config.model.image_size, 1.0),)
         counts = [count_flops(config.model, 1000, side) for side, _ in stages]
         seen = 1_281_167 * config.train.epochs
-        mean = sum(n * share for n, (_, share) in zip(counts, stages, strict=True))
+        mean = sum(n * fraction for n, (_, fraction) in zip(counts, stages, strict=True))
         forward = [f"{n / 1e9:.3f}" for n in counts]
         images, each, total, hours = rest.split(" | ")
         assert images == f"{seen:,}"

@@ -27,7 +27,7 @@ def test_names_are_printed_on_one_line(name, shown):
     shown.encode("utf-8")
 
 
-def test_a_data_error_says_where_what_and_how_to_fix_it():
+def test_a_data_error_names_the_place_the_problem_and_the_fix():
     error = data_error(Path("set"), "two\nclasses", "one", "add another")
     assert isinstance(error, UserError)
     assert str(error) == "data: set: expected two\\nclasses, got one; add another"
@@ -72,7 +72,7 @@ def test_the_last_part_of_a_name_comes_before_a_similar_name():
     assert did_you_mean("path", ["paths", "data.path"]) == "; did you mean data.path?"
 
 
-def hung_up():
+def closed_terminal():
     """A stream to a terminal that has gone."""
     own, other = pty.openpty()
     os.close(own)
@@ -91,7 +91,7 @@ def full():
     return os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
 
 
-@pytest.mark.parametrize("stream", [unread, hung_up, full, Path(os.devnull).open])
+@pytest.mark.parametrize("stream", [unread, closed_terminal, full, Path(os.devnull).open])
 def test_messages_are_lost_without_an_error(stream):
     with stream() as real:
         print("first\nsecond", file=Messages(real), flush=True)

@@ -22,7 +22,7 @@ from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 90.0  # seconds, after which a process hangs
+TIMEOUT = 90.0  # seconds, after which a process hangs
 
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
@@ -95,7 +95,7 @@ def test_yaml_on_the_pages_is_a_recipe(name, tmp_path):
         settings.load(str(tmp_path / "mine.yaml"))
 
 
-def test_walk_on_an_own_folder(tmp_path, monkeypatch, capsys):
+def test_the_own_folder_page_end_to_end(tmp_path, monkeypatch, capsys):
     """Every command of the page but training from scratch, on small images and a small model."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
@@ -135,8 +135,8 @@ def job(tmp_path):
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    told = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "2"}
-    return {**os.environ, **told, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1", "SLURM_CPUS_PER_TASK": "2"}
+    return {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
 def test_slurm_job_writes_a_checkpoint_when_its_time_is_up(job, tmp_path):
@@ -154,7 +154,7 @@ def test_slurm_job_writes_a_checkpoint_when_its_time_is_up(job, tmp_path):
         time.sleep(0.01)
         assert parent.poll() is None, (tmp_path / "log").read_text()
     parent.send_signal(signal.SIGUSR1)
-    assert parent.wait(PATIENCE) == 128 + signal.SIGUSR1
+    assert parent.wait(TIMEOUT) == 128 + signal.SIGUSR1
     assert (tmp_path / "scontrol").read_text() == f"requeue {os.getpid()}\n"
     assert "in each of 2 processes" in (out / "train.log").read_text()
     (written,) = (out / "checkpoints").iterdir()

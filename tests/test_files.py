@@ -33,7 +33,7 @@ def test_only_regular_files_are_opened(special, name, opening):
     assert again == free
 
 
-def test_a_file_of_the_limit_is_read(tmp_path):
+def test_a_file_at_the_size_limit_is_read(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"12345678")
     assert read_regular(path, 8) == read_regular(str(path)) == b"12345678"
@@ -51,6 +51,6 @@ def test_a_sparse_file_above_the_limit_is_not_read(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
-def test_a_file_that_is_larger_than_it_says_is_refused():
+def test_a_file_larger_than_its_reported_size_is_rejected():
     with pytest.raises(OSError, match="more than 0 bytes"):
         read_regular("/proc/self/status")

@@ -35,7 +35,7 @@ for _kind, _top1 in (("val", 0.5), ("ema", 0.75)):
     METRICS |= {f"{_kind}_top1": _top1, f"{_kind}_top5": 1.0}
     METRICS |= {f"{_kind}_loss": 0.9, f"{_kind}_ece": 0.1}
 FILES = {"config.json", "manifest.json", "model.safetensors", "ema.safetensors"}
-BESIDE = {".gitattributes", "README.md", "config.yaml", "curves.png"}
+OTHER_FILES = {".gitattributes", "README.md", "config.yaml", "curves.png"}
 
 
 class Repository:
@@ -218,7 +218,7 @@ ROUTES = {
 }
 
 
-def turn_to(address, monkeypatch):
+def use_server(address, monkeypatch):
     """As HF_ENDPOINT would, were the client imported now; and no name is ever looked up."""
     template = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
@@ -244,7 +244,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", tmp_path / "hf" / "harnesses")
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        turn_to(server.address, monkeypatch)
+        use_server(server.address, monkeypatch)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
@@ -308,7 +308,7 @@ def test_what_is_pushed_is_loaded_again(hub, run, capsys):
         "initial commit",
         f"Weights of vitral {weights.load(run).description.vitral}, top-1 75.00% in validation",
     ]
-    assert repository.files.keys() == FILES | BESIDE
+    assert repository.files.keys() == FILES | OTHER_FILES
     assert (
         yaml.safe_load(repository.files["README.md"].split(b"---\n")[1])["license"] == "apache-2.0"
     )
@@ -322,7 +322,7 @@ def test_what_is_pushed_is_loaded_again(hub, run, capsys):
     assert hub.downloads() == FILES
 
 
-def test_nothing_tells_where_it_was_trained(hub, run):
+def test_local_paths_are_not_pushed(hub, run):
     assert push(run) == 0
     for name, data in hub.repositories["anna/shades"].files.items():
         assert str(run.parent).encode() not in data, name
@@ -334,11 +334,11 @@ def test_nothing_tells_where_it_was_trained(hub, run):
 def test_the_settings_that_are_pushed_are_a_recipe(hub, run, tmp_path):
     assert push(run) == 0
     (tmp_path / "config.yaml").write_bytes(hub.repositories["anna/shades"].files["config.yaml"])
-    said = settings.load(
+    loaded = settings.load(
         str(tmp_path / "config.yaml"), ["--data", "x", "--out", "y", "--init", "z"]
     )
     own = settings.load(recipe(run, tmp_path), ["--data", "x", "--out", "y", "--init", "z"])
-    assert said == own
+    assert loaded == own
 
 
 def recipe(run, tmp_path):
@@ -376,7 +376,7 @@ def test_only_weights_are_downloaded(hub, run, tmp_path):
     assert {path.name for path in found.path.iterdir()} == FILES
 
 
-def test_what_has_no_weights_is_not_downloaded(hub, capsys, caplog):
+def test_repositories_without_weights_are_not_downloaded(hub, capsys, caplog):
     large = {"config.json": b"{}", "model.safetensors": b"much"}
     hub.repositories["bo/llm"] = Repository(large)
     refused(capsys, ["val", "hf-hub:bo/llm"], "bo/llm holds no weights of vitral", "manifest.json")
@@ -429,7 +429,7 @@ def tiny(hub, tmp_path, monkeypatch):
     return repository
 
 
-def test_public_models_say_their_commit_and_stay(hub, tiny):
+def test_public_models_are_pinned_to_their_commit(hub, tiny):
     first, second = (commit[0] for commit in tiny.commits)
     new, old = (vitral.load(f"{name}") for name in (f"timm:{TINY}", f"hf-hub:timm/{TINY}@{first}"))
     assert new.description.source == f"timm:{TAGGED}@{second}"
@@ -449,7 +449,7 @@ def test_public_models_without_the_hub(hub, tiny, monkeypatch, tmp_path, capsys)
     assert len(hub.asked) == 1
     hub.failing = None
     huggingface_hub.hf_hub_download(f"timm/{TAGGED}", "model.safetensors")
-    turn_to("http://127.0.0.1:9", monkeypatch)
+    use_server("http://127.0.0.1:9", monkeypatch)
     assert vitral.load(f"timm:{TINY}").description.source.endswith(tiny.commits[1][0])
     other = f"timm:{TINY}.augreg_in21k"
     refused(capsys, ["import", other, tmp_path / "other"], "cannot reach http://127.0.0.1:9")
@@ -476,12 +476,12 @@ def test_training_starts_from_the_hub(hub, run):
     assert model.cls.equal(weights.load(run).model.cls)
 
 
-def test_what_came_before_needs_no_hub(hub, run, monkeypatch, capsys):
+def test_cached_weights_need_no_hub(hub, run, monkeypatch, capsys):
     hub.repositories["bo/x"] = Repository(files_of(run / "weights" / "best"))
     before = vitral.load("hf-hub:bo/x").model.state_dict()
     hub.asked.clear()
     hub.failing = "/"
-    turn_to("http://127.0.0.1:9", monkeypatch)  # where nobody listens
+    use_server("http://127.0.0.1:9", monkeypatch)  # where nobody listens
     after = vitral.load("hf-hub:bo/x").model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())
     refused(
@@ -494,14 +494,14 @@ def test_what_came_before_needs_no_hub(hub, run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "config.json", "manifest.json"])
-def test_files_that_were_tampered_with_are_refused(hub, run, capsys, name):
+def test_tampered_files_are_rejected(hub, run, capsys, name):
     held = files_of(run / "weights" / "best")
     held[name] = held[name][:-9] + bytes([held[name][-9] ^ 1]) + held[name][-8:]
     hub.repositories["bo/x"] = Repository(held)
     refused(capsys, ["predict", "hf-hub:bo/x", "photo.jpg"], "weights: ", "`hf cache`")
 
 
-def test_weights_that_the_manifest_does_not_list_are_refused(hub, run, capsys):
+def test_weights_missing_from_the_manifest_are_rejected(hub, run, capsys):
     held = files_of(run / "weights" / "best")
     manifest = json.loads(held["manifest.json"])
     del manifest["ema.safetensors"]
@@ -523,7 +523,7 @@ def test_weights_that_the_manifest_does_not_list_are_refused(hub, run, capsys):
         ("bo/a--b", ["bo/a--b is not accepted"]),
     ],
 )
-def test_names_that_cannot_be_had(hub, monkeypatch, capsys, name, fragments):
+def test_invalid_and_missing_names(hub, monkeypatch, capsys, name, fragments):
     monkeypatch.delenv("HF_TOKEN")
     hub.repositories["bo/private"] = Repository(private=True)
     hub.repositories["bo/gated"] = Repository({"manifest.json": b"{}"}, gated=True)
@@ -585,7 +585,7 @@ def test_pushing_again_replaces_what_was_pushed(hub, run, tmp_path):
     assert push(tmp_path / "new") == 0
     repository = hub.repositories["anna/shades"]
     assert len(repository.commits) == 3
-    assert repository.files.keys() == (FILES | BESIDE | beside.keys()) - {"ema.safetensors"}
+    assert repository.files.keys() == (FILES | OTHER_FILES | beside.keys()) - {"ema.safetensors"}
     assert vitral.load("hf-hub:anna/shades", which="model").description.config.train.epochs == 90
 
 
@@ -598,7 +598,7 @@ def test_private_stays_private(hub, run, capsys):
     assert len(hub.repositories["anna/open"].commits) == 1
 
 
-def test_pushing_without_leave(hub, run, monkeypatch, capsys):
+def test_pushing_without_permission(hub, run, monkeypatch, capsys):
     refused(capsys, ["push", run, "bo/x"], "bo/x: the token does not allow it")
     refused(capsys, ["push", run, "x"], "expected owner/name, got 'x'")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -612,29 +612,29 @@ def test_pushing_without_leave(hub, run, monkeypatch, capsys):
     assert hub.repositories == {}
 
 
-def test_a_card_that_the_hub_refuses_leaves_nothing(hub, run, capsys):
+def test_a_rejected_card_leaves_nothing(hub, run, capsys):
     words = ["push", run, "anna/x", "--license", "Mine"]
     refused(capsys, words, 'not accepted: "license" must be one of [mit, apache-2.0]\n')
     assert hub.repositories == {}
 
 
 @pytest.mark.parametrize(
-    ("path", "status", "said"),
+    ("path", "status", "message"),
     [
         ("/commit/", 500, "the Hub answers 500, Something went wrong; try again later"),
         ("/lfs/", 403, "the token does not allow it"),
         ("/lfs/", 400, "the Hub answers 400, Something went wrong; try again later"),
     ],
 )
-def test_a_push_that_fails_leaves_nothing(hub, run, capsys, path, status, said):
+def test_a_push_that_fails_leaves_nothing(hub, run, capsys, path, status, message):
     hub.repositories["anna/x"] = Repository({"README.md": b"before"})
     hub.failing, hub.status = path, status
-    refused(capsys, ["push", run, "anna/x"], "anna/x: ", said)
+    refused(capsys, ["push", run, "anna/x"], "anna/x: ", message)
     repository = hub.repositories["anna/x"]
     assert (len(repository.commits), repository.files["README.md"]) == (1, b"before")
     hub.failing = None
     assert push(run, name="anna/x") == 0
-    assert repository.files.keys() == FILES | BESIDE
+    assert repository.files.keys() == FILES | OTHER_FILES
 
 
 def test_corrupt_weights_are_not_pushed(hub, run, tmp_path, capsys):
@@ -644,7 +644,7 @@ def test_corrupt_weights_are_not_pushed(hub, run, tmp_path, capsys):
     assert hub.asked == []
 
 
-def test_dry_run_asks_nobody(hub, run, monkeypatch, capsys):
+def test_dry_run_sends_no_requests(hub, run, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     assert push(run, "--dry-run", "--license", "MIT") == 0
     out = capsys.readouterr().out

@@ -84,13 +84,13 @@ def forward(N):
     return 2 * ((N - 1) * 3 * 2 * 2 * 16 + block + 16 * 10)
 
 
-def test_a_row_is_what_the_runs_came_to_at_their_last_step(ledger_rows, runs):
+def test_a_row_has_the_results_of_the_last_step(ledger_rows, runs):
     """An epoch is 22.45 steps of 64 images: 45 in all, and 22 / 45 is still below a half."""
     first = rows_of(runs[1])
     assert [line["step"] for line in first] == [10, 20, 23, 30, 40, 45]
     first[2] |= {"val_top1": 0.99, "ema_top1": 0.995, "val_loss": 0.01, "memory_gb": 77.0}
     rewrite(runs[1], first)
-    row = ledger_rows.summarise(
+    row = ledger_rows.summarize(
         runs, title="tiny", data="digits", study="heads", note="n", commit="c"
     )
     assert [row[key] for key in ("title", "study", "note", "commit")] == ["tiny", "heads", "n", "c"]
@@ -118,20 +118,20 @@ def test_a_row_is_what_the_runs_came_to_at_their_last_step(ledger_rows, runs):
     assert row["config"]["model.dim"] == 16
     assert row["config"]["train.progressive"] == ((4, 0.5), (8, 0.5))
     assert not row["config"].keys() & {"train.seed", "train.out", "train.eval_every"}
-    assert ledger_rows.quoted(row) == [100 * zero["top1"]["ema"], 100 * one["top1"]["ema"]]
+    assert ledger_rows.headline_top1(row) == [100 * zero["top1"]["ema"], 100 * one["top1"]["ema"]]
 
 
-def test_weights_that_no_average_was_kept_of_are_quoted_raw(ledger_rows, runs):
+def test_without_an_average_the_raw_weights_are_quoted(ledger_rows, runs):
     for run in runs:
         rewrite(run, [{k: v for k, v in r.items() if "ema" not in k} for r in rows_of(run)])
-    row = ledger_rows.summarise(runs, commit="c")
+    row = ledger_rows.summarize(runs, commit="c")
     assert row["runs"][0]["top1"] == {"raw": rows_of(runs[1])[-1]["val_top1"]}
     assert row["runs"][0]["curve"][0][3] is None
-    assert ledger_rows.quoted(row) == [100 * run["top1"]["raw"] for run in row["runs"]]
+    assert ledger_rows.headline_top1(row) == [100 * run["top1"]["raw"] for run in row["runs"]]
 
 
 def test_the_command_repeats_the_settings(ledger_rows, runs):
-    row = ledger_rows.summarise(runs, commit="c")
+    row = ledger_rows.summarize(runs, commit="c")
     vitral, verb, recipe, *words = shlex.split(row["command"])
     assert (vitral, verb, recipe) == ("vitral", "train", "digits")
     assert row["title"] == "`digits`"
@@ -152,15 +152,15 @@ def test_the_recipe_of_a_command_is_the_one_that_was_taken(ledger_rows, name):
     assert "--optim.lr 0.7" in command
 
 
-def test_what_makes_no_row_is_refused(ledger_rows, runs):
+def test_runs_that_do_not_make_a_row_are_rejected(ledger_rows, runs):
     def refused(what):
         with pytest.raises(UserError, match=what) as caught:
-            ledger_rows.summarise(runs, commit="c")
+            ledger_rows.summarize(runs, commit="c")
         assert "\n" not in str(caught.value)
 
-    ledger_rows.summarise(runs, commit="c")
+    ledger_rows.summarize(runs, commit="c")
     with pytest.raises(UserError, match="expected another seed than those before it, got 1 again"):
-        ledger_rows.summarise([runs[0], *runs], commit="c")
+        ledger_rows.summarize([runs[0], *runs], commit="c")
     environment = runs[1] / "env.json"
     spoil(environment, '"parts": ""', '"parts": "muon"')
     refused("0: parts: expected .* as in .*1, got muon; make another row")
@@ -171,13 +171,13 @@ def test_what_makes_no_row_is_refused(ledger_rows, runs):
     spoil(config, "lr: 0.004\n", "lr: 0.003\n")
     spoil(config, "eval_every: 1\n", "eval_every: 2\n")
     spoil(config, "path: digits\n", "path: elsewhere/digits\n")
-    ledger_rows.summarise(runs, commit="c")
+    ledger_rows.summarize(runs, commit="c")
     known = runs[1] / "weights" / "last" / "config.json"
     mark = json.loads(known.read_text())["fingerprint"]
     spoil(known, mark, "0" * 64)
     refused("0: expected the data of .*1, got others")
     shutil.rmtree(runs[1] / "weights")
-    ledger_rows.summarise(runs, commit="c")
+    ledger_rows.summarize(runs, commit="c")
     (checkpoint, *_) = runs[1].glob("checkpoints/*/state.json")
     for state in runs[1].glob("checkpoints/*/state.json"):
         spoil(state, mark, "0" * 64)
@@ -185,9 +185,9 @@ def test_what_makes_no_row_is_refused(ledger_rows, runs):
     assert checkpoint.exists()
     # What a folder without val/ holds out hangs on the seed.
     spoil(environment, '"held_out": false', '"held_out": true')
-    ledger_rows.summarise(runs, commit="c")
+    ledger_rows.summarize(runs, commit="c")
     shutil.rmtree(runs[1] / "checkpoints")
-    ledger_rows.summarise(runs, commit="c")
+    ledger_rows.summarize(runs, commit="c")
     for name in ("weights", "checkpoints"):
         shutil.rmtree(runs[0] / name)
     refused("expected weights or a checkpoint, .* train without train.progressive")
@@ -210,22 +210,22 @@ def test_models_that_the_settings_do_not_describe(ledger_rows, runs):
         (run / "env.json").write_text(json.dumps(environment))
         for name in ("weights", "checkpoints"):
             shutil.rmtree(run / name)
-    row = ledger_rows.summarise(runs, commit="c")
+    row = ledger_rows.summarize(runs, commit="c")
     assert row["runs"][1]["flops"] == 3 * 45 * 64 * 1e9
     assert row["command"].startswith("python benchmarks/variants.py timm digits --model.dim 16 ")
 
 
 def test_spread_is_the_sample_standard_deviation(ledger_rows):
     """Of 1, 2 and 4: the root of (16/9 + 1/9 + 25/9) / 2 is 1.5275."""
-    assert ledger_rows.spread([1, 2, 4]) == "2.33 ± 1.53"
-    assert ledger_rows.spread([94.123]) == "94.12"
+    assert ledger_rows.mean_and_deviation([1, 2, 4]) == "2.33 ± 1.53"
+    assert ledger_rows.mean_and_deviation([94.123]) == "94.12"
 
 
-def test_a_long_curve_is_thinned_and_keeps_both_ends(ledger_rows, runs):
+def test_a_long_curve_is_downsampled_and_keeps_both_ends(ledger_rows, runs):
     template = rows_of(runs[0])[-1]
     log = [{**template, "images": i, "epoch": 2 * i / 995} for i in range(996)]
     rewrite(runs[0], log)
-    (run,) = ledger_rows.summarise(runs[:1], commit="c")["runs"]
+    (run,) = ledger_rows.summarize(runs[:1], commit="c")["runs"]
     found = [point[0] for point in run["curve"]]
     assert len(found) == 100
     assert (found[0], found[-1]) == (0, 995)
@@ -278,7 +278,7 @@ def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
     page, readme = (checkout / name for name in ("docs/results.md", "README.md"))
     text = page.read_text()
     ema, raw = (
-        ledger_rows.spread([100 * run["top1"][kind] for run in row["runs"]])
+        ledger_rows.mean_and_deviation([100 * run["top1"][kind] for run in row["runs"]])
         for kind in ("ema", "raw")
     )
     flops = 3 * 64 * (23 * forward(5) + 22 * forward(17)) / 1e15
@@ -312,7 +312,7 @@ def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
     assert "Nothing measured yet." in page.read_text()
 
 
-def test_mistakes_of_the_command(ledger, runs, checkout, capsys):
+def test_user_errors_of_the_command(ledger, runs, checkout, capsys):
     def refused(what, *words):
         assert ledger.main(words, checkout) == 2
         assert re.search(what, capsys.readouterr().err)
@@ -332,7 +332,7 @@ def test_figures_show_each_seed_and_the_band_between(ledger_rows, runs, checkout
     """Of seeds that end at 90 and 94, on an axis of 90 to 94."""
     from ledger_figures import figure
 
-    row = ledger_rows.summarise(runs, title="`a` & b", data="x < y", commit="c")
+    row = ledger_rows.summarize(runs, title="`a` & b", data="x < y", commit="c")
     for run, top1 in zip(row["runs"], (0.90, 0.94), strict=True):
         run["top1"] = {"raw": 0.1, "ema": top1}
         run["curve"] = [[1000, 2.0, 0.1, 0.5], [2000, 1.0, 0.1, top1]]
@@ -360,7 +360,7 @@ def test_figures_show_each_seed_and_the_band_between(ledger_rows, runs, checkout
     assert (middle[0][1] - low) / (low - high) == pytest.approx(10, rel=0.02)
 
 
-def test_pages_and_figures_are_what_the_files_say(ledger):
+def test_pages_and_figures_match_the_rows(ledger):
     assert ledger.main(["draw", "--check"]) == 0, "python benchmarks/ledger.py draw mends them"
     own = {"cifar10", "cifar100"}  # by torchvision; what lies in folders and packs is encoded anew
     for path in (ROOT / "docs" / "results").glob("*.json"):

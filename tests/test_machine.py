@@ -30,7 +30,7 @@ def test_the_device_is_the_gpu_if_there_is_one(gpu):
     assert [str(device) for device in found] == ["cuda", "cuda", "cpu"]
 
 
-def test_without_a_gpu_only_one_that_was_asked_for_is_an_error(gpu):
+def test_without_a_gpu_only_requesting_one_is_an_error(gpu):
     gpu(None)
     assert [machine.pick_device(name).type for name in ("auto", "cpu")] == ["cpu", "cpu"]
     with pytest.raises(UserError, match="device: expected a GPU that torch can use, got none; "):
@@ -119,7 +119,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
     ("text", "expected"),
     [("vendor_id : AuthenticAMD\n", True), ("vendor_id : GenuineIntel\n", False), (None, False)],
 )
-def test_the_maker_of_the_processor(monkeypatch, text, expected):
+def test_the_processor_vendor(monkeypatch, text, expected):
     def read(path, **_):
         assert str(path) == "/proc/cpuinfo"
         if text is None:

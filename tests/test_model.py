@@ -44,7 +44,7 @@ def tiny(**changes):
     return ViTConfig(**{**fields, "patch_size": 4, "image_size": 16, **changes})
 
 
-def stir(module):
+def randomize(module):
     """`module` in float64 and in evaluation, all parameters random: no zero or one hides a term."""
     torch.manual_seed(1)
     for parameter in module.double().parameters():
@@ -56,7 +56,7 @@ def stir(module):
 
 
 def vit(**changes):
-    return stir(ViT(tiny(**changes), num_classes=5))
+    return randomize(ViT(tiny(**changes), num_classes=5))
 
 
 def images(height=16, width=16, batch=2):
@@ -178,7 +178,7 @@ def test_model_equals_plain_reimplementation(variant, size):
 def attention(num_heads, num_kv_heads):
     """Heads of eight channels, output projection the identity, nothing turned; and its norm."""
     config = tiny(dim=8 * num_heads, num_heads=num_heads, num_kv_heads=num_kv_heads)
-    module, norm = stir(GroupedQueryAttention(config)), stir(PreNorm(config.shape.dim))
+    module, norm = randomize(GroupedQueryAttention(config)), randomize(PreNorm(config.shape.dim))
     nn.init.eye_(module.projection.weight)
     nn.init.zeros_(module.projection.bias)
     return module, norm, torch.ones(1, 7, 8), torch.zeros(1, 7, 8)
@@ -199,7 +199,7 @@ def test_grouped_queries_equal_repeated_keys_and_values(num_heads, num_kv_heads)
 
 
 @torch.no_grad()
-def test_attention_may_come_in_the_layout_of_its_tokens(monkeypatch):
+def test_attention_output_may_have_another_memory_layout(monkeypatch):
     """As a GPU's float32 kernel gives it: heads next to each other, not tokens."""
     model = vit()
     expected = model(images())
@@ -213,7 +213,7 @@ def test_attention_may_come_in_the_layout_of_its_tokens(monkeypatch):
 
 
 @torch.no_grad()
-def test_equal_heads_make_torchs_multi_head_attention():
+def test_equal_heads_equal_torch_multi_head_attention():
     module, norm, *tables = attention(4, 4)
     other = nn.MultiheadAttention(32, 4, batch_first=True).double()
     other.in_proj_weight.copy_(module.qkv.weight)
@@ -248,7 +248,7 @@ def test_grouped_queries_on_gpu(num_heads, num_kv_heads, dtype):
 @torch.no_grad()
 def test_rotation_equals_complex_multiplication(rope, grid, num_registers):
     config = tiny(rope=rope, num_registers=num_registers, rope_theta=50.0)
-    module = stir(RoPE2D(config))
+    module = randomize(RoPE2D(config))
     tables = module(*grid, CPU)
     assert len(tables) == config.depth
     assert all(table.dtype == torch.float32 for pair in tables for table in pair)
@@ -265,7 +265,7 @@ def test_rotation_equals_complex_multiplication(rope, grid, num_registers):
 
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @torch.no_grad()
-def test_scores_depend_on_the_offset_alone(rope):
+def test_scores_depend_only_on_the_offset(rope):
     rows, columns = 5, 4
     module = RoPE2D(tiny(rope=rope))
     if module.mixed is not None:
@@ -287,7 +287,7 @@ def test_scores_depend_on_the_offset_alone(rope):
 @torch.no_grad()
 def test_prefix_tokens_are_exactly_untouched(rope, dtype):
     x = tokens(2, 8, 4 + 6, 8).to(dtype)
-    for cosine, sine in stir(RoPE2D(tiny(rope=rope, num_registers=3)))(3, 2, CPU):
+    for cosine, sine in randomize(RoPE2D(tiny(rope=rope, num_registers=3)))(3, 2, CPU):
         turned = rotate(x, cosine, sine)
         assert turned.dtype == dtype
         assert turned[:, :, :4].equal(x[:, :, :4])
@@ -336,7 +336,7 @@ def test_rms_norm_by_formula(dtype, magnitude):
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
 
 
-def test_dropout_drops_its_share_and_keeps_the_mean():
+def test_dropout_drops_its_fraction_and_keeps_the_mean():
     torch.manual_seed(0)
     residual = Residual(tiny(dim=48, dropout=0.3), skip=0)
     x = torch.ones(20_000, 2, 3)
@@ -358,7 +358,7 @@ def added_by(residual, x):
 
 
 @pytest.mark.parametrize(("batch", "kept"), [(20, 14), (6, 4), (2, 1), (1, 1)])
-def test_much_stochastic_depth_computes_the_branch_of_the_images_that_it_keeps_alone(batch, kept):
+def test_high_stochastic_depth_computes_only_the_kept_images(batch, kept):
     torch.manual_seed(0)
     residual, x = Residual(tiny(dim=48), 0.3), tokens(batch, 2, 3).requires_grad_()
     added, computed = added_by(residual, x)
@@ -372,7 +372,7 @@ def test_much_stochastic_depth_computes_the_branch_of_the_images_that_it_keeps_a
     assert residual.eval()(x, lambda x: x**2).equal(x**2)
 
 
-def test_little_stochastic_depth_skips_image_by_image_and_keeps_the_mean():
+def test_low_stochastic_depth_masks_images_and_keeps_the_mean():
     torch.manual_seed(0)
     x = tokens(20_000, 2, 3)
     added, computed = added_by(Residual(tiny(dim=48), 0.09), x)
@@ -382,7 +382,7 @@ def test_little_stochastic_depth_skips_image_by_image_and_keeps_the_mean():
     torch.testing.assert_close(added[~skipped], x[~skipped] ** 2 / 0.91)
 
 
-def test_stochastic_depth_rises_with_depth_and_draws_each_branch_anew():
+def test_stochastic_depth_rises_with_depth_and_draws_each_branch_separately():
     model = ViT(tiny(depth=4, stochastic_depth=0.6), 5).train()
     torch.manual_seed(0)
     x = torch.ones(20_000, 1, 1)
@@ -391,8 +391,8 @@ def test_stochastic_depth_rises_with_depth_and_draws_each_branch_anew():
         return getattr(block, f"{name}_residual")(x, lambda x: x).flatten() == 0
 
     for name in ("attention", "ffn"):
-        shares = [skipped(block, name).double().mean() for block in model.blocks]
-        assert shares == pytest.approx([0, 0.2, 0.4, 0.6], abs=1e-9)
+        rates = [skipped(block, name).double().mean() for block in model.blocks]
+        assert rates == pytest.approx([0, 0.2, 0.4, 0.6], abs=1e-9)
     both = skipped(model.blocks[-1], "attention") & skipped(model.blocks[-1], "ffn")
     assert both.double().mean() == pytest.approx(0.36, abs=0.02)
 
@@ -404,7 +404,7 @@ def test_stochastic_depth_rises_with_depth_and_draws_each_branch_anew():
         ("ffn_bias", ["ffn.expand.bias", "ffn.contract.bias"]),
     ],
 )
-def test_bias_flags_remove_their_biases_alone(flag, gone):
+def test_bias_flags_remove_only_their_biases(flag, gone):
     removed = {f"blocks.{i}.{name}" for i in range(2) for name in gone}
     assert ViT(tiny(**{flag: False}), 5).state_dict().keys() == vit().state_dict().keys() - removed
 
@@ -413,7 +413,7 @@ def test_bias_flags_remove_their_biases_alone(flag, gone):
 
 
 @torch.no_grad()
-def test_another_resolution_needs_no_other_weights():
+def test_weights_do_not_depend_on_the_resolution():
     model = vit()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     first = model(images())
@@ -437,7 +437,7 @@ def test_another_resolution_needs_no_other_weights():
         ((3, 16, 16), "(B, 3, H, W)", "(3, 16, 16)"),
     ],
 )
-def test_other_images_are_refused(shape, expected, got):
+def test_other_images_are_rejected(shape, expected, got):
     with pytest.raises(UserError) as error:
         vit()(torch.zeros(shape, dtype=torch.float64))
     message = str(error.value)
@@ -485,7 +485,7 @@ def test_gradient_reaches_every_parameter(variant):
             assert parameter.grad.norm() > 1e-9, name
 
 
-def test_initialisation_is_that_of_the_table():
+def test_initialization_matches_the_table():
     config = ViTConfig(size="ti", depth=2, num_registers=40, qk_norm=True, layer_scale=0.1)
     torch.manual_seed(0)
     model = ViT(config, 100)
@@ -540,7 +540,7 @@ def test_parameters_and_operations_counted_by_hand(size, patch_size, side):
     assert count_flops(config, 10, side, training=True) == 2 * multiply_adds
 
 
-def test_skipped_branches_are_no_operations():
+def test_skipped_branches_are_not_counted():
     """Half of the images skip the last of three blocks, and a quarter the one before it."""
     config = tiny(depth=3, stochastic_depth=0.5)
     none = count_flops(tiny(depth=3), 5)
@@ -553,7 +553,7 @@ def test_skipped_branches_are_no_operations():
 
 
 @pytest.mark.parametrize(("kind", "runs"), [("auto", True), ("plain", False)])
-def test_own_kernels_run_when_asked_for_alone(kind, runs, monkeypatch):
+def test_custom_kernels_run_only_when_enabled(kind, runs, monkeypatch):
     monkeypatch.setattr(kernels, "has_feed_forward", lambda device: True)
     model = ViT(tiny(kernels=kind), 5)
     assert not any(block.ffn.fused for block in model.blocks)
@@ -566,7 +566,7 @@ def test_own_kernels_run_when_asked_for_alone(kind, runs, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_compiles_once_and_whole(rope, checkpointing):
+def test_training_compiles_once_without_graph_breaks(rope, checkpointing):
     """Without a graph break; and the steps after the first compile nothing."""
     changes = {"num_registers": 1, "qk_norm": True, "layer_scale": 0.1, "pooling": "mean"}
     changes |= {"dropout": 0.1, "stochastic_depth": 0.5}

@@ -19,7 +19,7 @@ def pack(*words):
 
 
 @KINDS
-def test_it_says_what_it_does(image_folder, tmp_path, capsys, form):
+def test_output_of_packing(image_folder, tmp_path, capsys, form):
     dst = tmp_path / "pack"
     assert pack(image_folder, dst, "--size", "20", *form) == 0
     before, after = capsys.readouterr().out.splitlines()
@@ -30,7 +30,7 @@ def test_it_says_what_it_does(image_folder, tmp_path, capsys, form):
     assert main(["data", "check", str(dst)]) == 0
 
 
-def test_what_is_held_out_is_told(image_folder, tmp_path, capsys):
+def test_held_out_images_are_reported(image_folder, tmp_path, capsys):
     assert pack(image_folder / "train", tmp_path / "pack") == 0
     assert "4 of 40 training images (10% of each class) are held out" in capsys.readouterr().out
 
@@ -47,7 +47,7 @@ def test_what_is_held_out_is_told(image_folder, tmp_path, capsys):
         ("/no/such DST", "/no/such"),
     ],
 )
-def test_mistakes_are_one_line(image_folder, tmp_path, capsys, words, message):
+def test_user_errors_are_one_line(image_folder, tmp_path, capsys, words, message):
     places = {"SRC": str(image_folder), "DST": str(tmp_path / "pack")}
     (tmp_path / "file").touch()
     words = words.replace("FILE", str(tmp_path / "file")).split()
@@ -75,7 +75,7 @@ def small_disk(tmp_path):
 
 
 @KINDS
-def test_a_disk_that_fills_up_while_packing(image_folder, small_disk, capsys, monkeypatch, form):
+def test_a_full_disk_while_packing(image_folder, small_disk, capsys, monkeypatch, form):
     place, enlarge = small_disk
     monkeypatch.setattr(packing, "CHUNK", 4)
     usage = shutil.disk_usage("/")  # as it was before something else filled the disk
@@ -94,7 +94,7 @@ def test_a_disk_that_fills_up_while_packing(image_folder, small_disk, capsys, mo
     assert verify(place / "pack") == []
 
 
-def test_another_failure_of_the_disk_is_no_full_disk(image_folder, tmp_path, monkeypatch):
+def test_other_disk_errors_are_not_reported_as_a_full_disk(image_folder, tmp_path, monkeypatch):
     def fail(_):
         raise OSError(errno.EIO, "Input/output error")
 

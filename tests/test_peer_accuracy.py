@@ -62,7 +62,7 @@ THEIRS = {"timm": ("ti", "vit_tiny_patch16_224"), "timm-rope": ("s", "vit_small_
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("name", THEIRS)
-def test_the_model_is_timms(models, name, pooling):
+def test_the_model_equals_timm(models, name, pooling):
     """Of the same seed, parameters and logits are bit for bit those of the model that timm names.
 
     Options of vitral's alone change nothing, so that these are timm's defaults.
@@ -114,7 +114,7 @@ NORMS = {"norm1", "norm2", "norm"}
     ("name", "others"),
     [("timm", {"cls_token", "pos_embed"}), ("timm-rope", {"cls_token", "gamma_1", "gamma_2"})],
 )
-def test_what_decays(models, name, others):
+def test_which_parameters_decay(models, name, others):
     config = settings.load("digits", ["--model.depth", "2", "--optim.weight-decay", "0.3"])
     found = groups(models, name, config)
     assert found[0.3] == {f"{layer}.weight" for layer in DECAYED}
@@ -123,7 +123,7 @@ def test_what_decays(models, name, others):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_decays_as_said(models, optimizer):
+def test_a_step_decays_the_listed_parameters(models, optimizer):
     """A step without gradients multiplies matrices by 1 - lr * decay, and leaves the rest."""
     config = settings.load("digits", ["--model.depth", "1", "--optim.name", optimizer])
     model = by_name(models)["timm"].model(config.model, 10)
@@ -202,7 +202,7 @@ def watched(models, tmp_path_factory):
     return found
 
 
-def test_all_see_the_same(watched):
+def test_all_contestants_see_the_same_batches(watched):
     found = {name: seen for name, (_, seen) in watched.items()}
     assert found["vitral"] == found["timm"] == found["timm-rope"]
     seen = found["vitral"]
@@ -211,7 +211,7 @@ def test_all_see_the_same(watched):
 
 
 @pytest.mark.parametrize("name", ["timm", "timm-rope"])
-def test_an_interrupted_run_goes_on_exactly(models, watched, name, tmp_path):
+def test_an_interrupted_run_resumes_exactly(models, watched, name, tmp_path):
     parts = by_name(models)[name]
     count = 0
 
@@ -285,21 +285,21 @@ def test_the_page(contest, models):
     assert "timm" in (contest / "peer_accuracy.svg").read_text(encoding="utf-8")
 
 
-def test_what_is_finished_stays(contest, program):
+def test_finished_runs_are_kept(contest, program):
     runs = [contest / "runs" / f"{name}-seed0" / "train.log" for name in ("vitral", "timm")]
     before = [run.read_text() for run in runs]
     assert program.main(contest_of(contest)) == 0
     assert [run.read_text() for run in runs] == before
 
 
-def test_other_settings_are_refused(contest, program, capsys):
+def test_other_settings_are_rejected(contest, program, capsys):
     assert program.main(contest_of(contest, words=["--optim.lr", "0.5"])) == 2
     error = capsys.readouterr().err
     assert error.startswith("peer_accuracy: optim.lr:")
     assert error.count("\n") == 1
 
 
-def test_runs_on_other_data_are_refused(contest, program, tmp_path, capsys):
+def test_runs_on_other_data_are_rejected(contest, program, tmp_path, capsys):
     out = Path(shutil.copytree(contest, tmp_path / "out"))
     for state in out.glob("runs/timm-seed0/checkpoints/*/state.json"):
         state.write_text(json.dumps({**json.loads(state.read_text()), "fingerprint": "another"}))
@@ -341,15 +341,15 @@ def test_dry_run(program, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("--train.progressive 4 0.5 8 0.5", "train.progressive: expected none"),
         ("--train.init runs/none", "runs/none: no such directory"),
     ],
 )
-def test_what_timm_cannot_do(program, tmp_path, capsys, words, told):
+def test_settings_that_timm_lacks(program, tmp_path, capsys, words, message):
     assert program.main(["digits", str(tmp_path / "out"), "--dry-run", "--", *words.split()]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 SOURCE = "timm:test_vit"
@@ -422,7 +422,7 @@ def tuning(program, imported, image_folder, tmp_path_factory):
     return out
 
 
-def test_fine_tuning_starts_alike(tuning):
+def test_fine_tuning_starts_with_equal_losses(tuning):
     """At the first step only the head of zeros has a gradient: so two losses are the same."""
     losses = {
         name: [row["loss"] for row in logged(tuning / "runs" / f"{name}-seed0")]
@@ -448,15 +448,15 @@ def test_rows_of_fine_tuning(tuning, program, tmp_path):
     assert "folded differs in LayerScale.\n" in page
 
 
-def test_peers_fit_the_start(program, contest, imported, tmp_path, capsys):
-    def told(*words):
+def test_peers_must_match_the_initial_weights(program, contest, imported, tmp_path, capsys):
+    def message(*words):
         assert program.main(["imagenet-finetune", str(tmp_path / "out"), *words]) == 2
         return capsys.readouterr().err
 
     init = ["--dry-run", "--", "--train.init"]
     own = str(contest / "runs" / "vitral-seed0")
-    assert "train.init: expected weights imported from timm" in told(*init, own)
-    assert "timm, folded with train.init" in told("--peers", "timm-own", *init, str(imported))
+    assert "train.init: expected weights imported from timm" in message(*init, own)
+    assert "timm, folded with train.init" in message("--peers", "timm-own", *init, str(imported))
     words = ["digits", str(tmp_path / "out"), "--peers", "folded", "--dry-run"]
     assert program.main(words) == 2
     assert "timm-rope-own without train.init, got folded" in capsys.readouterr().err

@@ -64,8 +64,8 @@ def test_text(directory, photos, expected, capsys):
     lines = [
         f"{p.path}: "
         + ", ".join(
-            f"{NAMES[name]} {share:.2%}"
-            for name, share in zip(p.names[:2], p.probabilities[:2], strict=True)
+            f"{NAMES[name]} {probability:.2%}"
+            for name, probability in zip(p.names[:2], p.probabilities[:2], strict=True)
         )
         for p in expected
     ]
@@ -86,8 +86,8 @@ def test_json(directory, photos, expected, tmp_path, capsys):
     for prediction, row in zip(expected, (first, last), strict=True):
         assert row["path"] == prediction.path
         assert [found["class"] for found in row["predictions"]] == [*prediction.names]
-        shares = [found["probability"] for found in row["predictions"]]
-        assert shares == pytest.approx(prediction.probabilities, abs=1e-6)
+        probabilities = [found["probability"] for found in row["predictions"]]
+        assert probabilities == pytest.approx(prediction.probabilities, abs=1e-6)
         readable = {found["class"]: found["name"] for found in row["predictions"]}
         assert readable["n01440764"] == "tench, Tinca tinca"
         assert readable["dark"] == "dark"
@@ -104,8 +104,8 @@ def test_csv(directory, photos, expected, tmp_path):
     for prediction, part in zip(expected, (rows[:3], rows[4:]), strict=True):
         assert [row["rank"] for row in part] == [*"123"]
         assert [row["class"] for row in part] == [*prediction.names]
-        shares = [float(row["probability"]) for row in part]
-        assert shares == pytest.approx(prediction.probabilities, abs=1e-6)
+        probabilities = [float(row["probability"]) for row in part]
+        assert probabilities == pytest.approx(prediction.probabilities, abs=1e-6)
         assert {row["name"] for row in part} >= {"tench, Tinca tinca", "dark"}
     assert rows[3]["error"].startswith("not an image")
     assert {rows[3][key] for key in ("rank", "class", "name", "probability")} == {""}
@@ -133,14 +133,14 @@ def test_arguments_and_options_in_any_order(directory, photos, capsys):
 
 
 def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
-    shares = []
+    probabilities = []
     for side in ("16", "20"):
         words = (photos / "a.jpg", "--json", "--image-size", side, "--out", tmp_path / side)
         assert predict(directory, *words) == 0
         row = json.loads((tmp_path / side).read_text())
-        shares.append([found["probability"] for found in row["predictions"]])
-    assert shares[0] == pytest.approx(expected[0].probabilities, abs=1e-6)
-    assert shares[1] != pytest.approx(expected[0].probabilities, abs=1e-4)
+        probabilities.append([found["probability"] for found in row["predictions"]])
+    assert probabilities[0] == pytest.approx(expected[0].probabilities, abs=1e-6)
+    assert probabilities[1] != pytest.approx(expected[0].probabilities, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
         ("DIR IMAGES --out OUT/x --top -1", "top: expected 1 or more"),
     ],
 )
-def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, message):
+def test_user_errors_are_one_line(directory, photos, tmp_path, capsys, words, message):
     places = {name: tmp_path / name for name in ("EMPTY", "PICKLE", "TAMPERED", "NEWER", "OUT")}
     places["EMPTY"].mkdir()
     torch.save({"head": torch.zeros(2)}, places["PICKLE"])
@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(directory, photos, tmp_path, capsys, words, messa
         (lambda d, t: d.update(default="other"), "default is 'other'"),
     ],
 )
-def test_weights_that_contradict_themselves(directory, photos, tmp_path, capsys, change, message):
+def test_inconsistent_weights(directory, photos, tmp_path, capsys, change, message):
     """As whoever offers them on the Hub can make them: the manifest is right."""
     document = storage.read_json(directory, "config.json")
     tensors = storage.read_tensors(directory, "model")
@@ -250,7 +250,7 @@ def endless(directory, photos):
     return start
 
 
-def test_a_reader_that_goes(endless, photos):
+def test_a_closed_pipe(endless, photos):
     with endless("--top", "1", "--workers", "2") as process:
         assert process.stdout.readline().startswith(str(photos))
         process.stdout.close()
@@ -269,7 +269,7 @@ def test_ctrl_c(endless, photos, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_what_cannot_be_written_is_told_in_a_line(directory, image_folder, capsys):
+def test_unwritable_output_is_a_one_line_error(directory, image_folder, capsys):
     """/proc is said to be writable for root, and is not."""
     assert main(["predict", str(directory), str(image_folder), "--out", "/proc/found.csv"]) == 2
     error = capsys.readouterr().err

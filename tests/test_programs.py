@@ -18,7 +18,7 @@ from vitral.config import Config, ViTConfig
 from vitral.model import ViT
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 90.0  # seconds, after which a process hangs
+TIMEOUT = 90.0  # seconds, after which a process hangs
 
 
 def run_as_user(name, *words):
@@ -26,7 +26,7 @@ def run_as_user(name, *words):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "examples" / name), *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=PATIENCE, check=False,
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -75,7 +75,7 @@ def test_own_folder_is_learned_measured_and_predicted(image_folder, tmp_path, ru
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("own_folder.py --help", "python examples/own_folder.py FOLDER"),
         ("own_folder.py SET --train.epoch 3", "--train.epoch: no such option"),
@@ -83,12 +83,12 @@ def test_own_folder_is_learned_measured_and_predicted(image_folder, tmp_path, ru
         ("search.py WEIGHTS none SET/val/dark/00.jpg", "none: expected a folder with photos"),
     ],
 )
-def test_mistakes_have_no_traceback(image_folder, untrained, run, words, told):
+def test_user_errors_have_no_traceback(image_folder, untrained, run, words, message):
     words = words.replace("SET", str(image_folder)).replace("WEIGHTS", str(untrained))
     with pytest.raises(SystemExit) as end:
         run(*words.split())
     assert isinstance(end.value.code, str)  # which Python prints, and exits with 1
-    assert told in end.value.code
+    assert message in end.value.code
 
 
 def test_linear_probe_tells_classes_apart(image_folder, untrained, tmp_path, run):
@@ -116,8 +116,8 @@ def test_search_finds_the_near_duplicate_and_embeds_photos_once(untrained, tmp_p
         first, *nearest = run("search.py", *words).splitlines()
         return first, [(float(cosine), path) for cosine, path in map(str.split, nearest)]
 
-    told, nearest = search()
-    assert told == "21 photos, 21 of them new"  # all but the query itself
+    message, nearest = search()
+    assert message == "21 photos, 21 of them new"  # all but the query itself
     assert nearest[0][1] == "photos/deep/again.jpg"
     assert nearest[0][0] > 0.99
     assert nearest == sorted(nearest, reverse=True)
@@ -137,6 +137,6 @@ def test_search_finds_the_near_duplicate_and_embeds_photos_once(untrained, tmp_p
     assert search() == ("21 photos, 0 of them new", nearest)
     os.utime(other)
     (photos / "deep" / "again.jpg").unlink()
-    told, changed = search()
-    assert told == "20 photos, 1 of them new"
+    message, changed = search()
+    assert message == "20 photos, 1 of them new"
     assert changed == [(1.0, str(other.relative_to(tmp_path))), *nearest[1:]]

@@ -67,14 +67,14 @@ def test_at_the_trained_size_it_is_what_training_logged(resolution, whole, name)
     }
 
 
-def test_other_sizes_are_what_val_says(resolution, whole, tmp_path):
+def test_other_sizes_match_val(resolution, whole, tmp_path):
     """And the model sees another grid: scores differ."""
     run = whole / "runs" / "mixed-seed0"
     words = ["--image-sizes", "24", "48", "--which", "ema", "--out", str(tmp_path)]
     assert vitral(["val", str(run / "weights" / "last"), *words]) == 0
-    said = (tmp_path / "image_sizes.csv").read_text().splitlines()[1:]
+    expected = (tmp_path / "image_sizes.csv").read_text().splitlines()[1:]
     lines = (run / "image_sizes.csv").read_text().splitlines()
-    assert [lines[1], lines[3]] == said
+    assert [lines[1], lines[3]] == expected
     tops = {row.top1 for name in NAMES for row in resolution.scores(whole / f"runs/{name}-seed0")}
     assert len(tops) > 3
 
@@ -87,7 +87,7 @@ def test_learned_positions_are_those_of_the_run(resolution, whole):
     assert plain.model.state_dict().keys() < found.model.state_dict().keys()
 
 
-def test_what_is_there_is_not_done_again(resolution, whole, copied):
+def test_existing_results_are_not_recomputed(resolution, whole, copied):
     """A size more is scored alone, a table that was lost anew; runs are left as they are."""
     lost, kept = (copied / "runs" / f"{name}-seed0" for name in ("learned", "axial"))
     before = (lost / "train.log").read_bytes()
@@ -129,7 +129,7 @@ def test_the_table_by_hand(resolution, copied):
     assert all(title in text for title in found)
 
 
-def test_mistakes_are_told_before_anything_is_trained(resolution, tmp_path, capsys):
+def test_user_errors_are_reported_before_training(resolution, tmp_path, capsys):
     words = [*DATA, "--sizes", "30", "--", *TINY.split()]
     assert resolution.main([str(tmp_path), *words]) == 2
     assert "multiple of patch_size 8" in capsys.readouterr().err
@@ -137,6 +137,6 @@ def test_mistakes_are_told_before_anything_is_trained(resolution, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
-def test_other_settings_are_refused(resolution, whole, capsys):
+def test_other_settings_are_rejected(resolution, whole, capsys):
     assert resolution.main([str(whole), *WORDS, "--optim.lr", "0.5"]) == 2
     assert "another OUT" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_only_machine_asks_what_the_machine_has(name):
     assert found == {"machine.py"}
 
 
-def test_long_modules_and_classes_say_why():
+def test_long_modules_and_classes_have_a_reason():
     unexplained = []
     for path in MODULES:
         text = path.read_text(encoding="utf-8")

@@ -88,7 +88,7 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, target):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-def test_a_directory_that_cannot_be_made_is_the_users_error(tmp_path):
+def test_a_directory_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"out: cannot write .*file/run: Not a directory; give an"):
         RunDir(tmp_path / "file/run").lock()
@@ -204,7 +204,7 @@ def test_a_run_is_finished_when_its_last_step_is_validated(directory, last, fini
     assert read_run(directory.path).best is None
 
 
-def test_what_is_no_run_directory_is_refused(tmp_path):
+def test_other_directories_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml, got one without; give one such as"):
         read_run(tmp_path)
     with pytest.raises(UserError, match=r"config\.yaml, got no directory"):

@@ -66,7 +66,7 @@ def user_error(load):
 
 
 @pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=["default", "unusual"])
-def test_what_is_written_is_read_again(load, config):
+def test_written_values_are_read_back(load, config):
     train = dataclasses.replace(config.train, out=config.train.out or "runs/own")
     assert load(settings.dump(config)) == dataclasses.replace(config, train=train)
     assert from_sections(json.loads(json.dumps(dataclasses.asdict(config)))) == config
@@ -109,14 +109,14 @@ IMAGENET = [name for name in settings.recipes() if name.startswith("imagenet-")]
 
 
 @pytest.mark.parametrize("name", IMAGENET)
-def test_each_value_for_imagenet_has_its_source_beside_it(name):
+def test_each_imagenet_value_cites_its_source(name):
     lines = settings.recipe_text(name).split("\n\nmodel:\n")[1].splitlines()
     bare = [line for line in lines if line.startswith(" ") and "  # " not in line]
     assert bare == []
 
 
 @pytest.mark.parametrize("name", IMAGENET)
-def test_only_a_recipe_for_tuning_leaves_its_model_to_the_weights(name):
+def test_only_fine_tuning_recipes_omit_the_model(name):
     tunes = settings.load(name).train.init is not None
     assert bool({"model.size", "model.dim"} & settings.read(name).keys()) is not tunes
 
@@ -178,7 +178,7 @@ def test_read(load, content, arguments, expected):
         ("", ("-x", "3"), ["-x"]),
     ],
 )
-def test_unknown_settings_are_refused_with_the_nearest(user_error, content, arguments, parts):
+def test_unknown_settings_are_rejected_with_a_suggestion(user_error, content, arguments, parts):
     user_error(content, arguments, parts)
 
 
@@ -209,7 +209,7 @@ def test_unknown_settings_are_refused_with_the_nearest(user_error, content, argu
         ("", ("--epochs", "2", "--optim.warmup-epochs", "2"), ["warmup_epochs", "2", "got 2"]),
     ],
 )
-def test_wrong_values_are_refused(user_error, monkeypatch, content, arguments, parts):
+def test_wrong_values_are_rejected(user_error, monkeypatch, content, arguments, parts):
     monkeypatch.setenv("COLUMNS", "40")  # frames are drawn and lines are broken by these
     monkeypatch.setenv("FORCE_COLOR", "1")
     user_error(content, arguments, parts)
@@ -235,7 +235,7 @@ def test_wrong_values_are_refused(user_error, monkeypatch, content, arguments, p
         ("model:\ndata: {path: x}", ["model:", "None"]),
     ],
 )
-def test_what_is_no_recipe_is_refused(user_error, content, parts):
+def test_files_that_are_not_recipes_are_rejected(user_error, content, parts):
     user_error(content, (), ["own.yaml", *parts])
 
 
@@ -262,7 +262,7 @@ def test_an_error_of_the_options_is_not_blamed_on_the_recipe(tmp_path):
         ("latin.yml", ["latin.yml", "UTF-8"]),
     ],
 )
-def test_unknown_sources_are_refused(user_error, tmp_path, monkeypatch, source, parts):
+def test_unknown_sources_are_rejected(user_error, tmp_path, monkeypatch, source, parts):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.yaml").mkdir()
     os.mkfifo(tmp_path / "fifo.yaml")
@@ -284,7 +284,7 @@ def test_help_shows_the_recipes_own_values(tmp_path, capsys):
         assert f"(default: {default})" in words.split(option)[1].split(" --")[0]
 
 
-def test_settings_load_nothing_heavy():
+def test_settings_import_nothing_heavy():
     code = (
         "import sys; from vitral import settings; settings.load('digits')\n"
         "print([name for name in ('torch', 'numpy', 'torchvision') if name in sys.modules])"
@@ -310,12 +310,14 @@ def test_fewer_epochs_by_hand():
 @pytest.mark.parametrize("epochs", [1, 2, 7])
 def test_fewer_epochs_of_each_recipe(name, epochs):
     recipe, config = settings.load(name), settings.load(name, ["--epochs", str(epochs)])
-    share = epochs / recipe.train.epochs
-    assert config.optim.warmup_epochs == pytest.approx(share * recipe.optim.warmup_epochs, rel=1e-5)
+    fraction = epochs / recipe.train.epochs
+    assert config.optim.warmup_epochs == pytest.approx(
+        fraction * recipe.optim.warmup_epochs, rel=1e-5
+    )
     assert epochs / config.train.eval_every >= min(epochs, 4)
     if recipe.train.ema_decay:
         spans = [1 / (1 - each.train.ema_decay) for each in (recipe, config)]
-        assert spans[1] == pytest.approx(max(1, share * spans[0]), rel=0.02)
+        assert spans[1] == pytest.approx(max(1, fraction * spans[0]), rel=0.02)
     else:
         assert config.train.ema_decay == 0
 
@@ -328,7 +330,7 @@ def test_as_many_epochs_as_the_recipe_has_adjust_nothing(epochs):
     assert request.notes == ()
 
 
-def test_what_is_given_is_not_adjusted():
+def test_explicit_settings_are_not_adjusted():
     own = ["--optim.warmup-epochs", "1.5", "--train.eval-every", "2", "--train.ema-decay", "0.5"]
     for i in range(0, len(own), 2):
         (path,) = settings.parse_options(own[i : i + 2])

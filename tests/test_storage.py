@@ -37,7 +37,7 @@ def names(folder):
     return [path.name for path in folder.iterdir()]
 
 
-def test_what_is_written_is_read_again(written):
+def test_written_values_are_read_back(written):
     storage.verify(written)
     assert sorted(contents(written)) == FILES
     assert names(written.parent) == ["made"]
@@ -115,7 +115,7 @@ FAILURES = ["tensors", "document", "second file", "flush", "first rename"]
     ("failure", "there_before"),
     [*itertools.product(FAILURES, [True, False]), ("second rename", True)],
 )
-def test_failing_write_leaves_what_was_there(tmp_path, monkeypatch, failure, there_before):
+def test_a_failing_write_keeps_the_old_content(tmp_path, monkeypatch, failure, there_before):
     folder, tensors, documents, error = tmp_path / "made", TENSORS, DOCUMENTS, OSError
     if there_before:
         storage.write(folder, {"old": {"x": torch.ones(2)}}, {})
@@ -217,7 +217,7 @@ def test_tampered_manifest_is_found(written, changes, name):
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{", b'"text"', b"\xff\xfe"])
-def test_files_that_cannot_be_read(written, data):
+def test_unreadable_files(written, data):
     (written / "config.json").write_bytes(data)
     (written / "model.safetensors").write_bytes(data)
     with pytest.raises(CorruptError, match=r"config\.json: "):
@@ -228,7 +228,7 @@ def test_files_that_cannot_be_read(written, data):
         storage.read_tensors(written, "none")
 
 
-def drawn(dtype, *shape):
+def random_tensor(dtype, *shape):
     """A tensor of random bits, or of random truth values."""
     if dtype == torch.bool:
         return torch.randint(0, 2, shape).bool()
@@ -241,8 +241,8 @@ def drawn(dtype, *shape):
     [
         {},
         {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "none": torch.empty(0)},
-        {f"{dtype}": drawn(dtype, 3, 5) for dtype in storage.NAMES},
-        {f"{i}{dtype}": drawn(dtype, i) for i in range(4) for dtype in storage.NAMES},
+        {f"{dtype}": random_tensor(dtype, 3, 5) for dtype in storage.NAMES},
+        {f"{i}{dtype}": random_tensor(dtype, i) for i in range(4) for dtype in storage.NAMES},
         {name: torch.ones(1) for name in ("b", "a.b", "A", "é", 'q"\\', "tab\t", "\u2028", "😀")},
     ],
     ids=["nothing", "odd shapes", "every dtype", "order", "odd names"],
@@ -319,7 +319,7 @@ GOOD = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         "no object",
     ],
 )
-def test_what_is_no_safetensors_file_is_corrupt_whatever_the_manifest_says(written, data):
+def test_invalid_safetensors_are_corrupt_despite_a_valid_manifest(written, data):
     put_listed(written, "model.safetensors", data)
     with pytest.raises(CorruptError, match=r"model\.safetensors: "):
         storage.read_tensors(written, "model")
@@ -452,7 +452,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", FILES)
-def test_special_files_are_refused_at_once(written, name, kind):
+def test_special_files_are_rejected_at_once(written, name, kind):
     """Reading them would wait forever, or have no end."""
     path = written / name
     path.unlink()
@@ -507,7 +507,7 @@ def test_deep_json_is_corrupt(written):
 
 @pytest.mark.parametrize("what", ["file", "link to nothing", "link to a directory"])
 @pytest.mark.parametrize("name", ["made", ".made.new", ".made.old"])
-def test_write_replaces_what_is_no_directory(tmp_path, name, what, exchange):
+def test_write_replaces_files_and_links(tmp_path, name, what, exchange):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "kept").touch()
     if what == "file":
@@ -575,7 +575,7 @@ def test_readers_find_the_old_or_the_new_version(tmp_path, exchange):
 
 
 @pytest.mark.parametrize("what", ["file", "link"])
-def test_a_link_in_the_way_is_not_followed(tmp_path, what):
+def test_an_existing_link_is_not_followed(tmp_path, what):
     (tmp_path / "precious").write_text("kept")
     if what == "link":
         (tmp_path / ".made.txt.new").symlink_to("precious")
@@ -606,7 +606,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, error):
     assert names(tmp_path) == ["made.txt"]
 
 
-def test_what_a_kill_between_two_renames_left_is_restored(written):
+def test_a_kill_between_two_renames_is_repaired(written):
     before = contents(written)
     written.rename(written.with_name(".made.old"))
     storage.recover(written)

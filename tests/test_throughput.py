@@ -17,7 +17,7 @@ from vitral.bench.contest import Training
 from vitral.bench.describe import describe_device
 from vitral.bench.model import NO_TIMM, table
 from vitral.bench.peers import PEERS
-from vitral.bench.profile import Entry, kind_of, summarise
+from vitral.bench.profile import Entry, kind_of, summarize
 from vitral.cli import main
 from vitral.config import Config, ViTConfig
 from vitral.errors import UserError
@@ -49,7 +49,7 @@ def throughput():
 
 
 @needs_timm
-def test_the_whole_command(throughput, tmp_path, capsys):
+def test_the_complete_command(throughput, tmp_path, capsys):
     file = tmp_path / "rates.json"
     assert throughput.main([*TINY, "--mode", "both", "--json", str(file)]) == 0
     out, found = capsys.readouterr().out, json.loads(file.read_text())
@@ -94,7 +94,7 @@ def test_a_profile(throughput, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("fused", "whose"), [(True, ", fused kernels"), (False, "")])
-def test_a_table_says_whose_kernels_ran(fused, whose):
+def test_the_table_names_the_kernels_used(fused, whose):
     """The row of vitral is that of torch's kernels where those were faster."""
     choices = {"processes": 1, "decoder": "cpu", "micro_batch": 2, "fused": fused}
     resolved = Resolved("cuda", "bf16", compile=True, threads=4, **choices)
@@ -135,7 +135,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTimm
 """
 
 
-def test_without_timm_vitral_is_measured_alone(tmp_path):
+def test_without_timm_only_vitral_is_measured(tmp_path):
     """In an interpreter whose path is searched for everything but timm."""
     hide = tmp_path / "sitecustomize.py"
     hide.write_text(HIDE)
@@ -157,7 +157,7 @@ def test_sizes_and_batches_are_cases(throughput):
     assert [contest.num_classes(c) for c in throughput.configs(options)] == [1000] * 4
 
 
-def test_mistakes(throughput, capsys):
+def test_user_errors(throughput, capsys):
     for words, expected in (
         ("--sizes q", "sizes: expected ti, s, b, l, h"),
         ("--sizes s/x", "got s/x"),
@@ -171,7 +171,7 @@ def test_mistakes(throughput, capsys):
         assert expected in capsys.readouterr().err
 
 
-def test_the_front_door(capsys):
+def test_help_of_the_command(capsys):
     words = "--model.depth 1 --train.batch-size 2 --train.threads 1".split()
     assert main(["bench", "model", "digits", "--peers", *words]) == 0
     out = capsys.readouterr().out
@@ -276,13 +276,13 @@ def test_flops_of_timms_small_vit_are_those_counted_by_hand():
         ("other", "void (anonymous namespace)::distribution_philox<float>"),
     ],
 )
-def test_kernels_are_told_apart_by_their_names(kind, name):
+def test_kernels_are_classified_by_name(kind, name):
     assert kind_of(name) == kind
 
 
-def test_shares_of_a_profile_and_its_longest_entries():
+def test_fractions_of_a_profile_and_its_longest_entries():
     entries = [Entry(f"gemm_{i}", "matmul", float(i), 2.0) for i in range(1, 20)]
-    found = summarise([*entries, Entry("flash", "attention", 10.0, 1.0)])
+    found = summarize([*entries, Entry("flash", "attention", 10.0, 1.0)])
     assert found["ms"] == 200
     assert found["shares"]["matmul"] == pytest.approx(0.95)
     assert found["shares"]["attention"] == pytest.approx(0.05)
@@ -309,11 +309,11 @@ def test_the_largest_batch_is_found_to_an_eighth(most):
 def test_noise_gives_gradients():
     """Even targets would be what the head starts with, and give rounding errors for gradients."""
     training = Training(settings.load("digits", ["--train.batch-size", "2"]), 10, 8)
-    training.passes.accumulate(training.batch, last=True)
+    training.accumulator.accumulate(training.batch, last=True)
     assert training.model.head.weight.grad.norm() > 1e-2
 
 
-def test_a_batch_too_large_is_the_users_to_mend(monkeypatch):
+def test_a_batch_that_does_not_fit_is_a_user_error(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError
 

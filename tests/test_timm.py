@@ -23,7 +23,7 @@ CLASSES = ("dark", "light", "neither")
 PRESETS = [f"vitral_vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large", "huge")]
 
 
-def disturbed(model, seed=0):
+def randomized(model, seed=0):
     """No weight at a value that could be lost unseen, as a head of zeros could."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def place(request, tmp_path_factory):
     data = DataConfig(eval_crop=0.8, interpolation="bicubic", mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
     description = weights.describe(Config(model=shape, data=data), CLASSES, "", {})
     states = {
-        kind: disturbed(ViT(shape, len(CLASSES)), seed).state_dict()
+        kind: randomized(ViT(shape, len(CLASSES)), seed).state_dict()
         for seed, kind in enumerate(("model", "ema"))
     }
     folder = tmp_path_factory.mktemp("weights") / "best"
@@ -62,7 +62,7 @@ def test_weights_give_the_same_logits(place, images, which):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_preprocessing_is_that_of_the_weights(place):
+def test_preprocessing_matches_the_weights(place):
     model = timm.create_model("vitral", weights=str(place))
     assert timm.data.resolve_model_data_config(model) == {
         "input_size": (3, 24, 24),
@@ -133,7 +133,7 @@ def test_settings_of_a_fine_tuning(place, images):
         ({"drop_path": 0.1}, TypeError, "drop_path"),
     ],
 )
-def test_settings_that_do_not_fit(place, settings, error, message):
+def test_invalid_settings(place, settings, error, message):
     with pytest.raises(error, match=message):
         timm.create_model("vitral", **{"weights": str(place), **settings})
 

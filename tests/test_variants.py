@@ -26,7 +26,7 @@ def variants(benchmarks):
     return variants
 
 
-def drawn(build, config=CONFIG):
+def random_model(build, config=CONFIG):
     """A model in float64 all of whose weights are noise, those too that start at 0 or 1."""
     torch.manual_seed(0)
     model = build(config, 3).double().eval()
@@ -46,7 +46,7 @@ def shuffled(images, order, columns=4):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_costs_and_starts_as_vitrals_own(variants, name):
+def test_costs_and_initial_weights_equal_vitral(variants, name):
     build = variants.PARTS[name].model
     assert count_flops(CONFIG, 3, build=build) == count_flops(CONFIG, 3)
     torch.manual_seed(1)
@@ -64,17 +64,17 @@ def test_costs_and_starts_as_vitrals_own(variants, name):
         assert table.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-def test_without_positions_the_order_of_patches_is_nothing(variants):
-    model, images, order = drawn(variants.WithoutPositions), noise(), torch.randperm(16)
+def test_without_positions_patch_order_does_not_matter(variants):
+    model, images, order = random_model(variants.WithoutPositions), noise(), torch.randperm(16)
     logits, again = model(images), model(shuffled(images, order))
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-12)
-    own = drawn(ViT)
+    own = random_model(ViT)
     assert (own(images) - own(shuffled(images, order))).abs().max() > 1e-3
 
 
-def test_learned_positions_go_with_the_patches(variants):
+def test_learned_positions_follow_their_patches(variants):
     """Patches that take their rows of the table with them change nothing; alone they do."""
-    model, images, order = drawn(variants.LearnedPositions), noise(), torch.randperm(16)
+    model, images, order = random_model(variants.LearnedPositions), noise(), torch.randperm(16)
     logits, moved = model(images), shuffled(images, order)
     assert (model(moved) - logits).abs().max() > 1e-3
     table = model.patch_embedding.positions
@@ -82,8 +82,8 @@ def test_learned_positions_go_with_the_patches(variants):
     torch.testing.assert_close(model(moved), logits, rtol=0, atol=1e-12)
 
 
-def test_the_table_is_itself_on_its_own_grid(variants):
-    patches = drawn(variants.LearnedPositions).patch_embedding
+def test_the_table_is_unchanged_on_its_own_grid(variants):
+    patches = random_model(variants.LearnedPositions).patch_embedding
     assert torch.equal(patches.table(4, 4), patches.positions.flatten(0, 1))
     same = F.interpolate(
         patches.positions.permute(2, 0, 1)[None], (4, 4), mode="bicubic", antialias=True
@@ -96,7 +96,7 @@ def test_the_table_is_itself_on_its_own_grid(variants):
 @pytest.mark.parametrize("grid", [(7, 7), (3, 3), (5, 2)])
 def test_the_table_is_interpolated_as_timm_does(variants, grid):
     layers = pytest.importorskip("timm.layers")
-    patches = drawn(variants.LearnedPositions).float().patch_embedding
+    patches = random_model(variants.LearnedPositions).float().patch_embedding
     table = patches.positions.flatten(0, 1)[None]
     expected = layers.resample_abs_pos_embed(table, [*grid], [4, 4], num_prefix_tokens=0)[0]
     torch.testing.assert_close(patches.table(*grid), expected)
@@ -135,33 +135,33 @@ def with_layer_norm(model, images):
     return model.head(norm(x, model.norm.scale)[:, 0])
 
 
-def test_layer_norm_is_torchs(variants):
-    model, images = drawn(variants.WithLayerNorm), noise()
+def test_layer_norm_equals_torch(variants):
+    model, images = random_model(variants.WithLayerNorm), noise()
     expected = with_layer_norm(model, images)
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-10)
-    own = drawn(ViT)
+    own = random_model(ViT)
     own.load_state_dict(model.state_dict())
     assert (own(images) - expected).abs().max() > 1e-3
 
 
-def test_a_full_disk_is_told(variants, capsys):
+def test_a_full_disk_is_an_error(variants, capsys):
     def run():
         raise OSError(errno.ENOSPC, "No space left on device", "place")
 
     assert variants.exit_code("variants", run) == 1
-    told = capsys.readouterr().err
-    assert "No space left on device: 'place'; make room and repeat the command" in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "No space left on device: 'place'; make room and repeat the command" in output
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "words", [[], ["no-positions"], ["adam", "digits"], ["layer-norm", "--out", "x"]]
 )
-def test_a_mistake_is_told(variants, words, capsys):
+def test_user_errors_are_reported(variants, words, capsys):
     assert variants.main(words) == 2
-    told = capsys.readouterr().err
-    assert "learned-positions" in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert "learned-positions" in output
+    assert output.count("\n") == 1
 
 
 def test_lora_equals_the_merged_weights_and_trains_only_the_updates(variants, tmp_path):

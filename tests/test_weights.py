@@ -90,7 +90,7 @@ def test_the_better_file_is_the_default(metrics, default):
     assert weights.describe(CONFIG, CLASSES, "", metrics).default == default
 
 
-def test_a_description_stands_by_itself(tmp_path, monkeypatch):
+def test_a_description_is_self_contained(tmp_path, monkeypatch):
     """With the fields of a preset, which may change, and the data's whole path."""
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_missing_and_damaged_files_are_named(saved, action, name, damage):
     assert "copy it again, or repeat `vitral train`" in str(error.value)
 
 
-def test_weights_that_a_run_did_not_keep_are_refused(tmp_path):
+def test_missing_ema_weights_are_rejected(tmp_path):
     bare = save(tmp_path / "bare", {"model": state()}, default="model")
     with pytest.raises(UserError, match=f"{bare} holds no ema weights, only model"):
         weights.load(bare, which="ema")
@@ -167,23 +167,23 @@ def test_a_run_means_its_best_weights_or_else_its_last(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("nothing", "no such directory; expected a directory with config.json"),
         ("empty", "it holds no weights; expected"),
         ("some/one", "no such directory; .*; if it is on the Hugging Face Hub, give hf-hub:some/o"),
     ],
 )
-def test_paths_without_weights(tmp_path, monkeypatch, path, said):
+def test_paths_without_weights(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for action in (weights.find, weights.load, read_description):
-        with pytest.raises(UserError, match=f"weights: {path}: {said}"):
+        with pytest.raises(UserError, match=f"weights: {path}: {message}"):
             action(path)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"schema": 1}, "expected schema 2, got 1; install the version"),
         ({"default": "best"}, "default is 'best'; install vitral"),
@@ -192,16 +192,16 @@ def test_paths_without_weights(tmp_path, monkeypatch, path, said):
         ({"colour": "red"}, "not of this version of vitral: .*colour"),
     ],
 )
-def test_descriptions_of_other_versions_are_refused(saved, change, said):
+def test_descriptions_of_other_versions_are_rejected(saved, change, message):
     document = {**json.loads((saved / "config.json").read_text()), **change}
     tensors = {name: storage.read_tensors(saved, name) for name in ("model", "ema")}
     storage.write(saved, tensors, {"config": document})
-    with pytest.raises(UserError, match=f"weights: {saved}: .*{said}"):
+    with pytest.raises(UserError, match=f"weights: {saved}: .*{message}"):
         weights.load(saved)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             lambda tensors: tensors.pop("cls"),
@@ -222,11 +222,11 @@ def test_descriptions_of_other_versions_are_refused(saved, change, said):
     ],
     ids=["missing", "unknown", "other shape", "other dtype"],
 )
-def test_tensors_of_another_model_are_refused(tmp_path, change, said):
+def test_tensors_of_another_model_are_rejected(tmp_path, change, message):
     tensors = state()
     change(tensors)
     found = save(tmp_path / "odd", {"model": tensors}, default="model")
-    with pytest.raises(UserError, match=rf"model\.safetensors: {said}; .*different models"):
+    with pytest.raises(UserError, match=rf"model\.safetensors: {message}; .*different models"):
         weights.load(found)
 
 
@@ -253,7 +253,7 @@ def test_a_model_is_initialized_with_the_default_weights(saved, changes):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_other_classes_get_a_head_of_their_own(saved):
+def test_other_classes_get_a_new_head(saved):
     model = model_of(classes=5)
     head = {name: value.clone() for name, value in model.head.state_dict().items()}
     assert initialize(model, saved) == ["head.bias", "head.weight"]
@@ -264,7 +264,7 @@ def test_other_classes_get_a_head_of_their_own(saved):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"dim": 32}, "has another shape in this model"),
         ({"depth": 1}, "has no place in this model"),
@@ -274,10 +274,10 @@ def test_other_classes_get_a_head_of_their_own(saved):
         ({"image_size": 32}, "over 4 patches a side, got 8; add --model.rope-grid 4"),
     ],
 )
-def test_a_model_that_the_weights_do_not_fit_is_left_alone(saved, changes, said):
+def test_a_model_is_unchanged_if_the_weights_do_not_fit(saved, changes, message):
     model = model_of(**changes)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(UserError, match=f"init: .*{said}"):
+    with pytest.raises(UserError, match=f"init: .*{message}"):
         initialize(model, saved)
     assert_equal(model.state_dict(), before)
 
@@ -288,12 +288,12 @@ def test_settings_that_fit_are_those_of_the_weights_run(tmp_path):
     with pytest.raises(UserError, match="give the model settings that it was trained with"):
         initialize(model_of(dim=32), run.path)
     run.write_config(CONFIG)
-    told = f"`vitral train {run.config} --init {run.path}`"
-    with pytest.raises(UserError, match=told):
+    message = f"`vitral train {run.config} --init {run.path}`"
+    with pytest.raises(UserError, match=message):
         initialize(model_of(dim=32), run.path)
 
 
-def test_a_recipe_takes_its_model_from_weights_whose_tensors_are_not_read(saved, tmp_path):
+def test_a_recipe_uses_the_model_of_weights_without_reading_tensors(saved, tmp_path):
     for name in ("model", "ema"):
         garble(saved / f"{name}.safetensors")
     recipe = tmp_path / "tune.yaml"

@@ -61,7 +61,7 @@ def _check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _check_share(**values: float) -> None:
+def _check_fraction(**values: float) -> None:
     for name, value in values.items():
         _check(0 <= value < 1, f"{name}: expected 0 or more and below 1, got {value}")
 
@@ -151,7 +151,7 @@ class ViTConfig:
             f"mlp_ratio: expected a hidden width of 1 or more, got {self.mlp_ratio} times {dim}",
         )
         _check_not_negative(num_registers=self.num_registers, layer_scale=self.layer_scale)
-        _check_share(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
+        _check_fraction(dropout=self.dropout, stochastic_depth=self.stochastic_depth)
         _check(
             num_heads % num_kv_heads == 0,
             f"num_heads: expected a multiple of num_kv_heads {num_kv_heads}, got {num_heads}; "
@@ -298,7 +298,7 @@ class AugmentConfig:
             _check_not_negative(**{name: getattr(self, name)})
         for name in ("brightness", "contrast", "saturation"):
             _check_not_negative(**{name: getattr(self, name)})
-        _check_share(zoom=self.zoom)
+        _check_fraction(zoom=self.zoom)
         _check(0 <= self.shear < 90, f"shear: expected 0 to below 90 degrees, got {self.shear}")
         _check(0 <= self.hue <= 0.5, f"hue: expected a share from 0 to 0.5, got {self.hue}")
         _check(
@@ -437,17 +437,18 @@ class TrainConfig:
         for name in ("micro_batch", "threads", "checkpoint_steps"):
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
-        _check_share(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
+        _check_fraction(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
         self._check_frozen()
-        shares = sum(share for _, share in self.progressive)
+        total = sum(fraction for _, fraction in self.progressive)
         _check(
-            not self.progressive or math.isclose(shares, 1, abs_tol=1e-3),
-            f"progressive: expected shares of the steps that add up to 1, got {shares:g}",
+            not self.progressive or math.isclose(total, 1, abs_tol=1e-3),
+            f"progressive: expected shares of the steps that add up to 1, got {total:g}",
         )
-        for side, share in self.progressive:
+        for image_size, fraction in self.progressive:
             _check(
-                side > 0 and share > 0,
-                f"progressive: expected image sizes and shares above 0, got {side} and {share:g}",
+                image_size > 0 and fraction > 0,
+                f"progressive: expected image sizes and shares above 0, got {image_size} and "
+                f"{fraction:g}",
             )
         size, micro = self.batch_size, self.micro_batch
         _check(size % 2 == 0, f"batch_size: expected an even number, got {size}; take {size + 1}")
@@ -508,19 +509,20 @@ class Config:
             "the recipe probe has settings for it",
         )
         patch = self.model.patch_size
-        for side, _ in self.train.progressive:
+        for image_size, _ in self.train.progressive:
             _check(
-                side % patch == 0,
-                f"train.progressive: expected multiples of model.patch_size {patch}, got {side}",
+                image_size % patch == 0,
+                f"train.progressive: expected multiples of model.patch_size {patch}, got "
+                f"{image_size}",
             )
 
     def image_size_at(self, progress: float) -> int:
         """Side of the images trained on, in pixels, at a share `progress` of the steps."""
-        passed = 0.0
-        for side, share in self.train.progressive:
-            passed += share
-            if progress < passed:
-                return side
+        elapsed = 0.0
+        for image_size, fraction in self.train.progressive:
+            elapsed += fraction
+            if progress < elapsed:
+                return image_size
         return self.train.progressive[-1][0] if self.train.progressive else self.model.image_size
 
 

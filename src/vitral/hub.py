@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PREFIX = "hf-hub:"
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ../x is none
-PATIENCE = 10.0  # seconds for the Hub's first answer
+TIMEOUT_SECONDS = 10.0  # seconds for the Hub's first answer
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -60,7 +60,7 @@ def download(name: str) -> Path:
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     check_name(repository)
     api = client()
-    with _explained(repository, revision):
+    with _as_user_errors(repository, revision):
         if cached := _cached_if_unreachable(api, repository, revision, MANIFEST):
             return cached
         # First the file that only weights of vitral have, to not download gigabytes in vain.
@@ -81,7 +81,7 @@ def download_file(repository: str, revision: str, file: str) -> str:
         UserError: as `download`.
     """
     api = client()
-    with _explained(repository, revision):
+    with _as_user_errors(repository, revision):
         cached = _cached_if_unreachable(api, repository, revision, file)
         return (cached or _fetch(api, repository, revision, file)).name
 
@@ -105,7 +105,7 @@ def _cached_if_unreachable(api: HfApi, repository: str, revision: str, file: str
     from huggingface_hub import errors, try_to_load_from_cache
 
     try:
-        api.model_info(repository, revision=revision or None, timeout=PATIENCE)
+        api.model_info(repository, revision=revision or None, timeout=TIMEOUT_SECONDS)
     except errors.RevisionNotFoundError:
         raise
     except (errors.HTTPError, ConnectionError):
@@ -144,7 +144,7 @@ def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
     if get_token() is None:
         raise UserError(f"hub: expected a token to push {name}, got none; {LOG_IN}")
     files = sorted(folder.iterdir())
-    with _explained(name):
+    with _as_user_errors(name):
         ModelCard.load(folder / "README.md").validate()  # before anything is made
         address = api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
@@ -180,7 +180,7 @@ def client() -> HfApi:
 
 
 @contextmanager
-def _explained(name: str, revision: str = "") -> Iterator[None]:
+def _as_user_errors(name: str, revision: str = "") -> Iterator[None]:
     """Says in one line what the Hub's client raises."""
     from huggingface_hub import errors
 
@@ -189,7 +189,7 @@ def _explained(name: str, revision: str = "") -> Iterator[None]:
         with _quiet():
             yield
     except kinds as error:
-        raise UserError(f"hub: {_explanation(error, name, revision)}") from None
+        raise UserError(f"hub: {_error_message(error, name, revision)}") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -201,10 +201,10 @@ def _explained(name: str, revision: str = "") -> Iterator[None]:
         # What a thread of an upload met is wrapped once more.
         if not isinstance(error.__cause__, kinds):
             raise
-        raise UserError(f"hub: {_explanation(error.__cause__, name, revision)}") from None
+        raise UserError(f"hub: {_error_message(error.__cause__, name, revision)}") from None
 
 
-def _explanation(error: BaseException, name: str, revision: str) -> str:
+def _error_message(error: BaseException, name: str, revision: str) -> str:
     from huggingface_hub import constants, errors
 
     place = constants.ENDPOINT
@@ -220,8 +220,10 @@ def _explanation(error: BaseException, name: str, revision: str) -> str:
         case errors.HfHubHTTPError() if error.response.status_code == 403:
             return f"{name}: the token does not allow it; take a token that may write there"
         case errors.HfHubHTTPError():
-            said = f"{error.response.status_code}, {_first_line(error.server_message or 'no more')}"
-            return f"{name}: the Hub answers {said}; try again later"
+            detail = (
+                f"{error.response.status_code}, {_first_line(error.server_message or 'no more')}"
+            )
+            return f"{name}: the Hub answers {detail}; try again later"
         # The base of all that fails on the way, whichever package the client asks the network by.
         case errors.HTTPError() | errors.LocalEntryNotFoundError() | ConnectionError():
             reason = _first_line(error.__cause__ or error)

@@ -125,7 +125,7 @@ class PreNorm(RMSNorm):
     """An RMSNorm in front of a linear layer, which applies the scale."""
 
     def forward(self, x: Tensor) -> Normed:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Normed(kernels.normalise(x), self.scale)
+        return Normed(kernels.normalize(x), self.scale)
 
 
 class RoPE2D(nn.Module):
@@ -301,7 +301,7 @@ class Residual(nn.Module):
     """
 
     # Below it, gathering the others moves more bytes of a GPU's than it spares it work.
-    WORTHWHILE = 0.1
+    MIN_SKIP_FRACTION = 0.1
 
     def __init__(self, config: ViTConfig, skip: float) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ class Residual(nn.Module):
         if not (self.training and self.skip):
             return self.drop(branch(x))
         B = len(x)
-        if self.skip < self.WORTHWHILE:
+        if self.skip < self.MIN_SKIP_FRACTION:
             keep = torch.empty(B, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.skip)
             return self.drop(branch(x)) * (keep / (1 - self.skip))
         kept = max(1, B - round(self.skip * B))
@@ -371,8 +371,8 @@ class ViT(nn.Module):
         self.cls = nn.Parameter(torch.empty(dim)) if config.cls_token else None
         shape = (config.num_registers, dim)
         self.registers = nn.Parameter(torch.empty(shape)) if config.num_registers else None
-        side = config.image_size // config.patch_size
-        table = torch.empty(side, side, dim)
+        grid_size = config.image_size // config.patch_size
+        table = torch.empty(grid_size, grid_size, dim)
         self.positions = nn.Parameter(table) if config.positions == "learned" else None
         if config.embed_norm != "none":
             self.embed_norm = (EmbedNorm if config.embed_norm == "tokens" else RMSNorm)(dim)

@@ -30,7 +30,7 @@ from vitral.errors import UserError, did_you_mean
 from vitral.files import read_regular
 
 T = TypeVar("T")
-Given = Mapping[str, Sequence[str]]
+OptionValues = Mapping[str, Sequence[str]]
 """Values that were given, as words, by the path of the setting, such as `optim.lr`."""
 SHORTCUTS = {
     "data.path": "data",
@@ -100,16 +100,16 @@ class Request:
 
 
 def load(
-    source: str, given: Given | Sequence[str] = (), *, default: Config | None = None
+    source: str, given: OptionValues | Sequence[str] = (), *, default: Config | None = None
 ) -> Config:
     """The settings of a recipe, changed by options, as `request` finds them."""
     return request(source, given, default=default).config
 
 
 def request(
-    source: str, given: Given | Sequence[str] = (), *, default: Config | None = None
+    source: str, given: OptionValues | Sequence[str] = (), *, default: Config | None = None
 ) -> Request:
-    """The settings of a recipe, changed by options, and what `shorten` makes of fewer epochs.
+    """The settings of a recipe, changed by options and, for fewer epochs, by `adjust_to_epochs`.
 
     Values that neither gives come from `default`, or else from `Config()`. Without `train.out` the
     run goes to runs/<recipe>.
@@ -126,14 +126,14 @@ def request(
     base = default or Config()
     try:
         own, asked = flatten(base) | converted(base, recipe), converted(base, given)
-        own |= _forget_budget(asked)
-        shorter = shorten(own, asked)
+        own |= _clear_time_budget(asked)
+        shorter = adjust_to_epochs(own, asked)
         config = replaced(base, own | shorter | asked)
     except UserError as error:
         try:
             build(base, recipe)
-        except UserError as alone:
-            if str(alone) == str(error):  # the options have no part in it
+        except UserError as recipe_error:
+            if str(recipe_error) == str(error):  # the options have no part in it
                 raise UserError(f"{source}: {error}") from None
         raise
     if config.train.out is None:
@@ -147,7 +147,7 @@ def request(
     return Request(config, frozenset(names), (note,) if changes else ())
 
 
-def _forget_budget(given: Mapping[str, Any]) -> dict[str, None]:
+def _clear_time_budget(given: Mapping[str, Any]) -> dict[str, None]:
     """The recipe's time budget where options give the epochs: none. Raises UserError for both."""
     if "train.epochs" not in given:
         return {}
@@ -159,7 +159,7 @@ def _forget_budget(given: Mapping[str, Any]) -> dict[str, None]:
     return {"train.time_budget": None}
 
 
-def shorten(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def adjust_to_epochs(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a run of fewer epochs than its recipe's adjusts, unless they are given.
 
     With r the share of the recipe's epochs: warmup_epochs becomes r times as many. ema_decay d
@@ -176,17 +176,17 @@ def shorten(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     epochs = given.get("train.epochs", 0)
     if not 0 < epochs < recipe["train.epochs"]:
         return {}
-    share = epochs / recipe["train.epochs"]
+    fraction = epochs / recipe["train.epochs"]
     adjusted = {
         # Rounded so that they read well in config.yaml.
-        "optim.warmup_epochs": float(f"{recipe['optim.warmup_epochs'] * share:.6g}"),
+        "optim.warmup_epochs": float(f"{recipe['optim.warmup_epochs'] * fraction:.6g}"),
         "train.eval_every": min(recipe["train.eval_every"], max(1, epochs // 4)),
-        "train.ema_decay": round(max(0.0, 1 - (1 - recipe["train.ema_decay"]) / share), 6),
+        "train.ema_decay": round(max(0.0, 1 - (1 - recipe["train.ema_decay"]) / fraction), 6),
     }
     return {p: v for p, v in adjusted.items() if p not in given and v != recipe[p]}
 
 
-def default_recipe(given: Given, gpu: bool) -> str:
+def default_recipe(given: OptionValues, gpu: bool) -> str:
     """The recipe to use where none is named: by the weights to start from, the data, the device."""
     (weights,) = given.get("train.init", ["None"])
     if weights != "None":
@@ -195,7 +195,7 @@ def default_recipe(given: Given, gpu: bool) -> str:
     return "digits" if path == "digits" else "imagenette128"
 
 
-def parse_options(words: Sequence[str]) -> Given:
+def parse_options(words: Sequence[str]) -> OptionValues:
     """The values in options such as `--optim.lr 1e-3`. Raises UserError."""
     parser = Parser("vitral train")
     parser.add_settings(Config())
@@ -208,7 +208,7 @@ def options(args: argparse.Namespace, default: T) -> T:
     return build(default, {name: value for name, value in vars(args).items() if name in names})
 
 
-def given_settings(args: argparse.Namespace) -> Given:
+def given_settings(args: argparse.Namespace) -> OptionValues:
     """The values of settings among parsed arguments."""
     paths = flatten(Config())
     return {name: value for name, value in vars(args).items() if name in paths}
@@ -225,7 +225,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(sections, sort_keys=False, default_flow_style=False)
 
 
-def build(default: T, given: Given) -> T:
+def build(default: T, given: OptionValues) -> T:
     """A dataclass, possibly of sections, with some fields replaced.
 
     Raises:
@@ -234,7 +234,7 @@ def build(default: T, given: Given) -> T:
     return replaced(default, converted(default, given))
 
 
-def converted(default: Any, given: Given) -> dict[str, Any]:
+def converted(default: Any, given: OptionValues) -> dict[str, Any]:
     """The values, by path, that words give to fields of a dataclass.
 
     Raises:
@@ -437,9 +437,12 @@ class Parser(argparse.ArgumentParser):
             section, dot, key = name.rpartition(".")
             off = f"--{section}{dot}no-{key}"
             self.names.append(off)
-            for flag, value, about in ((flags[0], "true", text), (off, "false", argparse.SUPPRESS)):
+            for flag, value, help_text in (
+                (flags[0], "true", text),
+                (off, "false", argparse.SUPPRESS),
+            ):
                 group.add_argument(
-                    flag, dest=field.path, action="store_const", const=[value], help=about
+                    flag, dest=field.path, action="store_const", const=[value], help=help_text
                 )
             return
         count, metavar = _arity(field.kind)

@@ -157,7 +157,7 @@ def vitral(
     description = loaded.description
     count = len(description.classes)
     trained = description.config.model
-    config = dataclasses.replace(trained, rope_grid=trained.grid, **_take(settings, RENAMED))
+    config = dataclasses.replace(trained, rope_grid=trained.grid, **_pop(settings, RENAMED))
     with torch.device("meta"):
         model = TimmViT(config, count, **settings)
     model.load_state_dict(loaded.model.state_dict(), assign=True)
@@ -183,7 +183,7 @@ def _preset(size: str, name: str) -> Callable[..., TimmViT]:
                 "give yours to timm.create_model as ('vitral', weights=...)"
             )
         fields = {field.name: field.name for field in dataclasses.fields(ViTConfig)}
-        config = ViTConfig(**{"size": size, **_take(settings, {**fields, **RENAMED})})
+        config = ViTConfig(**{"size": size, **_pop(settings, {**fields, **RENAMED})})
         model = TimmViT(config, num_classes, **settings)
         own = pretrained_cfg or _cfg(config, DataConfig())
         return _described(model, name, own, pretrained_cfg_overlay)
@@ -192,7 +192,7 @@ def _preset(size: str, name: str) -> Callable[..., TimmViT]:
     return create
 
 
-def _take(settings: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _pop(settings: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Removes the settings that `names` has, and returns them by their names there."""
     taken = {names[key]: settings.pop(key) for key in names.keys() & settings.keys()}
     size = taken.get("image_size")

@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from vitral.data.archives import members, refuse_doubles
+from vitral.data.archives import check_unique, members
 from vitral.errors import UserError
 
 from .archive_files import (
@@ -59,7 +59,7 @@ def looping():
         (two(("d/" * 3000 + "c.jpg", b"?")), "names of at most 4,096 characters, got 6,005"),
     ],
 )
-def test_a_damaged_or_unsafe_archive_is_refused(tmp_path, content, words, cache):
+def test_a_damaged_or_unsafe_archive_is_rejected(tmp_path, content, words, cache):
     (tmp_path / "train-0.tar").write_bytes(content)
     assert words in refusal(tmp_path)
     assert not cache.exists()
@@ -87,7 +87,7 @@ def test_members_are_those_with_a_suffix_that_are_not_hidden():
     assert listed(content) == [("a.JPG", b"one"), ("b/c.jpg", b"two"), ("d.cls", b"")]
 
 
-def test_an_archive_may_be_a_part_of_a_file():
+def test_an_archive_may_be_part_of_a_file():
     inner = tarred([("a.jpg", b"one"), ("b.jpg", b"two")])
     outer = tarred([("0.tar", b"?" * 700), ("1.tar", inner), ("2.tar", b"?" * 700)])
     with tarfile.open(fileobj=io.BytesIO(outer)) as tar:
@@ -98,7 +98,7 @@ def test_an_archive_may_be_a_part_of_a_file():
         listed(outer, start=part["start"], end=part["start"] + 512 * 4)
 
 
-def test_names_that_come_twice_are_refused():
-    refuse_doubles("place", ["a", "b", "c"])
+def test_duplicate_names_are_rejected():
+    check_unique("place", ["a", "b", "c"])
     with pytest.raises(UserError, match="place: expected each name once, got b, a more than once"):
-        refuse_doubles("place", ["b", "a", "a", "b", "c"])
+        check_unique("place", ["b", "a", "a", "b", "c"])

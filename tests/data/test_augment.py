@@ -15,8 +15,8 @@ from vitral.config import AugmentConfig, Policy
 from vitral.data import augment as module
 from vitral.data.augment import (
     _AUTOAUGMENT,
+    AugmentPlan,
     Mix,
-    Plan,
     augment,
     draw_mix,
     draw_plan,
@@ -54,7 +54,7 @@ def kolmogorov_smirnov(a, b):
     return distance / len(a) * np.sqrt(len(a) / 2)
 
 
-def test_policies_are_torchvisions():
+def test_policies_equal_torchvision():
     for ours, theirs in zip(_AUTOAUGMENT.values(), ("IMAGENET", "CIFAR10"), strict=True):
         expected = AutoAugmentV1(AutoAugmentPolicy[theirs]).policies
         named = [
@@ -64,7 +64,7 @@ def test_policies_are_torchvisions():
         assert named == [tuple((op, p, level or 0) for op, p, level in pair) for pair in expected]
 
 
-def test_magnitudes_are_torchvisions():
+def test_magnitudes_equal_torchvision():
     auto, rand, trivial = AutoAugmentV1(), RandAugmentV1(), TrivialAugmentWide()
     for ours, theirs in [
         (magnitudes(10, 224), auto._augmentation_space(10, (224, 224))),
@@ -80,7 +80,7 @@ def test_magnitudes_are_torchvisions():
                 assert (ours[op] == expected).all(), op
 
 
-def test_affine_equals_torchvisions():
+def test_affine_equals_torchvision():
     images = pictures(33)
     config = AugmentConfig(flip=0, rotation=40, zoom=0.4, shear=30, shift=5)
     plan = draw_plan(config, 33, 0, 0, np.arange(len(images)))
@@ -143,22 +143,22 @@ def test_plan_and_pixels_do_not_depend_on_the_batch(config):
 
 @pytest.mark.parametrize("limits", [(5 * 3 * 32 * 32, 1 << 16), (1 << 20, 3 * 32 * 32 - 1)])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
-def test_the_parts_that_a_cpu_takes_change_nothing(monkeypatch, config, limits):
+def test_cpu_chunks_change_nothing(monkeypatch, config, limits):
     """Five images together, and each alone."""
     images = pictures(32).repeat(3, 1, 1, 1)
     plan = draw_plan(config, 32, 1, 2, np.arange(len(images)))
     pixels = augment(images, plan)
     finished = finish(pixels, plan, (0.5,) * 3, (0.2,) * 3)
-    for name, limit in zip(("CPU_PART", "CPU_LARGE"), limits, strict=True):
+    for name, limit in zip(("CPU_CHUNK", "CPU_LARGE"), limits, strict=True):
         monkeypatch.setattr(module, name, limit)
-    parts = list(module._parts(images))
+    parts = list(module._chunks(images))
     assert [part.start for part in parts] == list(range(0, 36, 5 if limits[0] < 1 << 20 else 1))
     assert torch.equal(augment(images, plan), pixels)
     assert torch.equal(finish(pixels, plan, (0.5,) * 3, (0.2,) * 3), finished)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
-def test_nothing_waits_for_the_device(config):
+def test_nothing_synchronizes_with_the_device(config):
     images = torch.empty(64, 3, 32, 32, dtype=torch.uint8, device="meta")  # has no values to read
     plan = draw_plan(config, 32, 1, 2, np.arange(64))
     finished = finish(augment(images, plan), plan, (0.5,) * 3, (0.2,) * 3)
@@ -166,7 +166,7 @@ def test_nothing_waits_for_the_device(config):
     assert mixed.shape == images.shape
 
 
-def test_shares_of_what_is_drawn():
+def test_frequencies_of_drawn_operations():
     B = 20_000
     indices = np.arange(B)
     plan = draw_plan(AugmentConfig(flip=0.3, policy="3-augment"), 32, 0, 0, indices)
@@ -240,7 +240,7 @@ def test_affine_draws_in_range():
 
 
 @pytest.mark.parametrize("size", [8, 64])
-def test_erased_boxes_have_torchvisions_distribution(size):
+def test_erased_boxes_follow_torchvision(size):
     torch.manual_seed(0)
     theirs = [
         [params[key] for key in ("i", "j", "h", "w")]
@@ -269,14 +269,14 @@ def test_finish_normalizes_then_erases_with_zeros():
     assert torch.allclose(erased, expected, atol=1e-6)
 
 
-def test_mixup_and_cutmix_are_drawn_as_asked():
+def test_mixup_and_cutmix_are_drawn_as_configured():
     assert draw_mix(AugmentConfig(), 32, 0, 0) is None
     mixup = [draw_mix(AugmentConfig(mixup=0.2), 32, 0, step) for step in range(3000)]
     assert all(m.box is None for m in mixup)
-    shares = np.array([m.share for m in mixup])
+    fractions = np.array([m.fraction for m in mixup])
     # Beta(a, a) has mean 1/2 and variance 1 / (8 a + 4).
-    assert abs(shares.mean() - 0.5) < 0.03
-    assert abs(shares.var() - 1 / 5.6) < 0.01
+    assert abs(fractions.mean() - 0.5) < 0.03
+    assert abs(fractions.var() - 1 / 5.6) < 0.01
     both = [draw_mix(AugmentConfig(mixup=0.8, cutmix=1.0), 32, 0, step) for step in range(3000)]
     assert abs(np.mean([m.box is None for m in both]) - 0.5) < 0.04
     assert both[7] == draw_mix(AugmentConfig(mixup=0.8, cutmix=1.0), 32, 0, 7)
@@ -287,12 +287,12 @@ def test_mixup_and_cutmix_are_drawn_as_asked():
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] <= 32).all()
     sides = boxes[:, 2:] - boxes[:, :2]
-    assert np.allclose([m.share for m in cutmix], 1 - sides.prod(axis=1) / 1024)
+    assert np.allclose([m.fraction for m in cutmix], 1 - sides.prod(axis=1) / 1024)
     assert abs((boxes[:, :2] + boxes[:, 2:]).mean() - 32) < 1
     torch.manual_seed(0)
     reference = CutMix(alpha=1.0, num_classes=2)
     theirs = [reference.make_params([torch.empty(2, 3, 32, 32)])["lam_adjusted"] for _ in cutmix]
-    assert kolmogorov_smirnov(np.array([m.share for m in cutmix]), np.array(theirs)) < 2.23
+    assert kolmogorov_smirnov(np.array([m.fraction for m in cutmix]), np.array(theirs)) < 2.23
 
 
 @pytest.mark.parametrize("how", [Mix(0.3, None), Mix(0.75, (2, 4, 10, 12))], ids=["up", "cut"])
@@ -302,13 +302,13 @@ def test_mixing_with_the_partner_in_any_even_slice(how):
     mixed, mixed_targets = mix(images, targets, how)
     for i in range(8):
         partner = i ^ 1
-        expected = how.share * images[i] + (1 - how.share) * images[partner]
+        expected = how.fraction * images[i] + (1 - how.fraction) * images[partner]
         if how.box is not None:
             expected = images[i].clone()
             expected[:, 2:10, 4:12] = images[partner, :, 2:10, 4:12]
         assert torch.allclose(mixed[i], expected)
-        assert mixed_targets[i, i] == pytest.approx(how.share)
-        assert mixed_targets[i, partner] == pytest.approx(1 - how.share)
+        assert mixed_targets[i, i] == pytest.approx(how.fraction)
+        assert mixed_targets[i, partner] == pytest.approx(1 - how.fraction)
         assert mixed_targets[i].sum() == pytest.approx(1)
     for cuts in ([2, 6], [4, 4], [2, 2, 2, 2]):
         parts = [
@@ -331,7 +331,7 @@ def plan_of(ops, values):
     """A plan of nothing but operations, both arguments of shape (B, slots)."""
     B = len(ops)
     ops, values = np.asarray(ops, np.int8), np.asarray(values, np.float64)
-    return Plan(np.zeros(B, bool), None, ops, values, np.zeros((B, 4), np.int64))
+    return AugmentPlan(np.zeros(B, bool), None, ops, values, np.zeros((B, 4), np.int64))
 
 
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())

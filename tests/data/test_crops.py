@@ -32,11 +32,11 @@ def draw(config, sizes, count, seed=3, epochs=1, indices=None):
     return random_boxes(config, 0.875, 224, sizes, seed, epochs, indices)
 
 
-@pytest.mark.parametrize("share", [1.0, 0.875])
-def test_eval_box_is_the_central_square(share):
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+def test_eval_box_is_the_central_square(fraction):
     sizes = np.concatenate([SIZES, [[34, 31], [31, 34], [40, 33]]])  # halves are rounded to even
-    for (height, width), box in zip(sizes, eval_boxes(sizes, share), strict=True):
-        side = round(share * min(height, width))
+    for (height, width), box in zip(sizes, eval_boxes(sizes, fraction), strict=True):
+        side = round(fraction * min(height, width))
         image = torch.arange(height * width).view(1, height, width)
         top, left, h, w = box
         assert (h, w) == (side, side)
@@ -70,7 +70,7 @@ def test_padded_crop_shifts_evenly_by_up_to_the_padding():
         ((8, 8), (0.2, 0.5), (1.0, 1.5)),
     ],
 )
-def test_resized_crop_has_torchvisions_distribution(size, scale, ratio):
+def test_resized_crop_follows_torchvision(size, scale, ratio):
     torch.manual_seed(0)
     count = 3000
     image = torch.empty(3, *size)
@@ -181,7 +181,7 @@ FRACTIONAL = np.array(
 
 @pytest.mark.parametrize(("interpolation", "support"), [("bilinear", 1), ("bicubic", 2)])
 @pytest.mark.parametrize("size", [16, 57])
-def test_fractional_boxes_equal_pillows(size, interpolation, support):
+def test_fractional_boxes_equal_pillow(size, interpolation, support):
     images = picture(len(FRACTIONAL), 90, 70)
     for image, box, ours in zip(
         images, FRACTIONAL, resample(images, FRACTIONAL, size, interpolation), strict=True
@@ -202,7 +202,7 @@ def test_fractional_boxes_equal_pillows(size, interpolation, support):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("length", [1e-3, 0.4, 1 - 1e-7, 1, 1.6, 7.3, 20])
-def test_of_a_fractional_box_the_pixels_with_their_centers_in_it_count(length, interpolation):
+def test_a_fractional_box_uses_pixels_whose_centers_it_contains(length, interpolation):
     rng = np.random.default_rng(2)
     starts = rng.uniform(0, 20 - length, (300, 2))
     starts[:60] = np.floor(2 * starts[:60]) / 2  # centers on the edges
@@ -214,7 +214,7 @@ def test_of_a_fractional_box_the_pixels_with_their_centers_in_it_count(length, i
     assert (resample(images, boxes, 9, interpolation) == 77).all()
 
 
-def test_each_pixel_with_its_center_in_the_box_counts():
+def test_each_pixel_whose_center_is_inside_counts():
     boxes = np.array([[2.6, 3.4, 5.0, 4.0]])  # rows 3 to 7, columns 3 to 6
     images = torch.full((1, 3, 10, 10), 90, dtype=torch.uint8)
     for y in range(10):
@@ -226,7 +226,7 @@ def test_each_pixel_with_its_center_in_the_box_counts():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_whole_boxes_may_be_of_type_float(interpolation):
+def test_integer_boxes_may_be_floats(interpolation):
     boxes = np.concatenate([INSIDE, OUTSIDE])
     images = picture(len(boxes), 90, 70)
     whole = resample(images, boxes, 24, interpolation)
@@ -241,7 +241,7 @@ def test_resampling_reads_no_image_on_the_host():
 
 
 @pytest.mark.parametrize(("height", "width"), [(5, 8), (8, 5), (6, 9), (11, 4), (7, 7), (1, 4)])
-def test_the_central_square_is_where_torchvision_has_it(height, width):
+def test_the_central_square_equals_torchvision(height, width):
     """Also where the margin is odd: torchvision rounds half a pixel to even."""
     ((top, left, h, w),) = eval_boxes(np.array([[height, width]]), 1.0)
     side = min(height, width)
@@ -251,6 +251,6 @@ def test_the_central_square_is_where_torchvision_has_it(height, width):
     assert image[:, top : top + h, left : left + w].equal(expected)
 
 
-def test_squashing_takes_the_same_share_of_both_sides():
+def test_squashing_crops_the_same_fraction_of_both_sides():
     (box,) = eval_boxes(np.array([[40, 81]]), 0.5, "squash")
     assert box.tolist() == [10, 20, 20, 40]

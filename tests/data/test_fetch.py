@@ -15,7 +15,7 @@ from PIL import Image
 
 from vitral.config import AugmentConfig, Config, DataConfig
 from vitral.data import fetch as module
-from vitral.data.decode import gpu_decodes
+from vitral.data.decode import gpu_can_decode
 from vitral.data.fetch import GPU_CHUNK, Request, fetch
 from vitral.data.formats import open_dataset
 from vitral.data.records import Packed
@@ -94,7 +94,7 @@ CROPS = [AugmentConfig(crop=crop) for crop in ("none", "resized", "padded")]
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("augment", CROPS, ids=lambda config: config.crop)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_gpus_crops_are_those_of_the_cpu(folder, augment, workers, interpolation):
+def test_gpu_crops_equal_cpu_crops(folder, augment, workers, interpolation):
     data, records = open_folder(folder, interpolation=interpolation)
     config = Config(data=data, augment=augment)
     indices = np.random.default_rng(0).permutation(np.tile(np.arange(len(records)), 4))
@@ -104,7 +104,12 @@ def test_a_gpus_crops_are_those_of_the_cpu(folder, augment, workers, interpolati
     theirs = list(fetch(records, config, wanted, 0, CPU))
     assert [fetched.request.step for fetched in ours] == [0, 1, 2]
     for a, b in zip(ours, theirs, strict=True):
-        assert a.images.shape == (len(a.request.indices), 3, a.request.side, a.request.side)
+        assert a.images.shape == (
+            len(a.request.indices),
+            3,
+            a.request.image_size,
+            a.request.image_size,
+        )
         assert a.request.indices.tolist() == b.request.indices.tolist()
         assert a.labels.tolist() == b.labels.tolist()
         assert a.broken == b.broken
@@ -112,7 +117,7 @@ def test_a_gpus_crops_are_those_of_the_cpu(folder, augment, workers, interpolati
         # Where an image is doubled, halves are rounded twice.
         assert apart.max() <= 2
         assert (apart > 1).double().mean() < 0.002
-        if augment.crop != "resized" and a.request.side == SIDE:
+        if augment.crop != "resized" and a.request.image_size == SIDE:
             squares = a.labels == 2  # these are moved, but not resized
             assert squares.any()
             assert not apart[squares].any()
@@ -120,7 +125,7 @@ def test_a_gpus_crops_are_those_of_the_cpu(folder, augment, workers, interpolati
 
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_next_record_takes_the_place_of_a_broken_one(folder, decoder, workers):
+def test_the_next_record_replaces_a_broken_one(folder, decoder, workers):
     data, records = open_folder(folder)
     config = Config(data=data, augment=AugmentConfig(crop="none"))
     names = [name.decode().partition("/")[2] for name in records.names.tolist()]
@@ -174,7 +179,7 @@ def test_workers_crop_packed_squares_as_the_main_process_does(augment):
     wanted = requests(draw.integers(0, 50, 99))
     alone, helped = (list(fetch(records, config, wanted, n, CPU)) for n in (0, 2))
     for a, b in zip(alone, helped, strict=True):
-        assert a.images.shape == (33, 3, a.request.side, a.request.side)
+        assert a.images.shape == (33, 3, a.request.image_size, a.request.image_size)
         assert torch.equal(a.images, b.images)
         assert a.labels.tolist() == b.labels.tolist()
         assert a.labels.tolist() == records.labels[a.request.indices].tolist()
@@ -184,17 +189,17 @@ READ = {"color.jpg", "gray.jpg", "progressive.jpg", "upright.jpg"}
 
 
 @pytest.mark.parametrize("name", files((9, 9)))
-def test_what_the_gpu_is_given(name):
-    assert gpu_decodes(files((40, 30))[name]) == (name in READ)
+def test_which_images_the_gpu_decodes(name):
+    assert gpu_can_decode(files((40, 30))[name]) == (name in READ)
 
 
-def test_colors_that_are_not_ycbcr_are_no_gpus():
+def test_only_ycbcr_is_decoded_on_the_gpu():
     image = Image.effect_noise((40, 30), 50).convert("RGB")
     by_adobe = [encoded(image, "JPEG", keep_rgb=keep) for keep in (True, False)]
-    assert list(map(gpu_decodes, by_adobe)) == [False, True]
+    assert list(map(gpu_can_decode, by_adobe)) == [False, True]
     at = by_adobe[0].index(b"\xff\xee")  # its mark; the channels are still called R, G and B
-    assert not gpu_decodes(by_adobe[0][:at] + by_adobe[0][at + 16 :])
-    assert gpu_decodes(by_adobe[1] + b"\0" * 9)  # some cameras leave a few bytes behind the end
+    assert not gpu_can_decode(by_adobe[0][:at] + by_adobe[0][at + 16 :])
+    assert gpu_can_decode(by_adobe[1] + b"\0" * 9)  # some cameras leave a few bytes behind the end
 
 
 CRASH = """
@@ -218,7 +223,7 @@ run()
 """
 
 
-def test_a_crash_ends_the_workers_too(folder):
+def test_a_crash_terminates_the_workers(folder):
     """The traceback keeps them alive, and they ignore the signal that Python ends them by."""
     command = [sys.executable, "-c", CRASH, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -228,7 +233,7 @@ def test_a_crash_ends_the_workers_too(folder):
 
 # Of 400 KB batches there is room for none, or for one, which the model works on meanwhile.
 @pytest.mark.parametrize("size", ["64k", "600k"])
-def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_path, size):
+def test_full_shared_memory_is_an_error(image_folder, tmp_path, size):
     """Where a container has little of it, a batch would be waited for for ever."""
     words = [sys.executable, "-m", "vitral", "train", "digits", "--data", str(image_folder)]
     words += "--model.image-size 64 --model.patch-size 8 --model.depth 1 --data.workers 2".split()
@@ -248,15 +253,15 @@ def test_workers_that_find_shared_memory_full_end_the_command(image_folder, tmp_
     done = subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True, timeout=90)
     if done.returncode == 77 or b"unshare" in done.stderr:
         pytest.skip("may not mount a disk")
-    said = "vitral: /dev/shm: No space left on device; make room and repeat the command\n"
-    assert done.stderr.decode() == said
+    expected = "vitral: /dev/shm: No space left on device; make room and repeat the command\n"
+    assert done.stderr.decode() == expected
     assert done.returncode == 1
 
 
 def test_a_requests_images_are_named(folder):
     data, records = open_folder(folder)
     request = Request(0, 0, SIDE, np.zeros(2, int), np.array([0, 3]))
-    named = module._Decoding(records, Config(data=data)).places(request)
+    named = module._DecodingDataset(records, Config(data=data)).locations(request)
     assert named == [records.where(0), records.where(3)]
 
 

@@ -62,7 +62,7 @@ def flipped(content):
 @pytest.mark.parametrize(
     "damage", [flipped, lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"\x93NUMPY?"]
 )
-def test_a_damaged_index_is_made_anew(tmp_path, cache, damage):
+def test_a_damaged_index_is_rebuilt(tmp_path, cache, damage):
     root = put_shards(tmp_path, val_images(numbered_on=False))
     first = opened(root).fingerprint
     for path in cache.iterdir():
@@ -72,7 +72,7 @@ def test_a_damaged_index_is_made_anew(tmp_path, cache, damage):
     assert opened(root).fingerprint == first
 
 
-def test_a_changed_archive_is_indexed_anew_and_never_read_by_an_old_index(tmp_path):
+def test_a_changed_archive_is_reindexed(tmp_path):
     root = put_ilsvrc(tmp_path, val_images(numbered_on=False))
     before = opened(root)
     images = [(base(name), data[::-1]) for name, data in val_images(numbered_on=False).items()]
@@ -84,7 +84,7 @@ def test_a_changed_archive_is_indexed_anew_and_never_read_by_an_old_index(tmp_pa
         before.val.read(0)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_ignored(tmp_path, monkeypatch):
     root = put_shards(tmp_path / "shards", val_images(numbered_on=False))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "file"))
@@ -95,7 +95,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     assert len([*(tmp_path / "xdg/vitral/index").iterdir()]) == 2
 
 
-def test_a_disk_that_fills_up_leaves_no_half_index(tmp_path, cache):
+def test_a_full_disk_leaves_no_partial_index(tmp_path, cache):
     root = put_shards(tmp_path, val_images(numbered_on=False))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_leaves_no_half_index(tmp_path, cache):
     assert not [*cache.iterdir()]
 
 
-def test_an_index_is_of_one_place_and_one_way_to_read(tmp_path):
+def test_an_index_belongs_to_one_location_and_reader(tmp_path):
     for folder, number in (("a", b"1"), ("b", b"3")):
         (tmp_path / folder).mkdir()
         path = tmp_path / folder / "all.tar"

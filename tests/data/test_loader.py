@@ -11,7 +11,7 @@ from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTCon
 from vitral.data import loader
 from vitral.data.decode import decode
 from vitral.data.formats import open_dataset
-from vitral.data.loader import STILL, eval_batches, train_batches
+from vitral.data.loader import NO_AUGMENTATION, eval_batches, train_batches
 
 EVERYTHING = AugmentConfig(
     policy="trivialaugment", brightness=0.4, erasing=0.5, mixup=0.8, cutmix=1.0, rotation=5.0
@@ -28,7 +28,7 @@ def make_config(path, augment=EVERYTHING, batch_size=24, **train):
     )
 
 
-def batches(config, *, steps=range(4), micro_batch=24, workers=0, share=(0, 1)):
+def batches(config, *, steps=range(4), micro_batch=24, workers=0, shard=(0, 1)):
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     found = train_batches(
         dataset.train,
@@ -39,7 +39,7 @@ def batches(config, *, steps=range(4), micro_batch=24, workers=0, share=(0, 1)):
         micro_batch=micro_batch,
         workers=workers,
         device=CPU,
-        share=share,
+        shard=shard,
     )
     return list(found)
 
@@ -104,7 +104,7 @@ def test_epochs_differ_and_seeds_differ(image_folder):
 
 
 def test_targets_are_smoothed_labels_that_sum_to_one(image_folder):
-    plain = make_config(image_folder, STILL, batch_size=40)
+    plain = make_config(image_folder, NO_AUGMENTATION, batch_size=40)
     (batch,) = batches(plain, steps=range(1), micro_batch=40)
     assert torch.equal(batch.targets.unique(), torch.tensor([0.05, 0.95]))
     assert batch.targets.sum(0).tolist() == pytest.approx([20, 20])
@@ -112,7 +112,7 @@ def test_targets_are_smoothed_labels_that_sum_to_one(image_folder):
     assert all(torch.allclose(b.targets.sum(1), torch.ones(24)) for b in mixed)
 
 
-def test_mixing_stops_when_it_shall(image_folder):
+def test_mixing_stops_at_mix_until(image_folder):
     config = make_config(image_folder, dataclasses.replace(EVERYTHING, mix_until=0.5))
     pure = [len(b.targets.unique()) == 2 for b in batches(config, steps=range(8))]
     assert pure[4:] == [True] * 4
@@ -152,29 +152,29 @@ def test_image_sizes_follow_the_progress(image_folder):
 
 @pytest.mark.parametrize("path", ["folder", "digits"])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_the_shares_of_processes_are_the_global_batches(image_folder, path, processes):
+def test_shards_of_processes_make_up_the_global_batches(image_folder, path, processes):
     config = make_config(image_folder if path == "folder" else path)
     whole = batches(config)
-    shares = [batches(config, share=(k, processes), micro_batch=4) for k in range(processes)]
-    parts = sorted((b for share in shares for b in share), key=lambda b: (b.step, b.first))
+    shards = [batches(config, shard=(k, processes), micro_batch=4) for k in range(processes)]
+    parts = sorted((b for shard in shards for b in shard), key=lambda b: (b.step, b.first))
     assert torch.equal(torch.cat([b.images for b in whole]), torch.cat([b.images for b in parts]))
     assert torch.equal(torch.cat([b.targets for b in whole]), torch.cat([b.targets for b in parts]))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
-def test_evaluation_in_shares_is_the_evaluation(image_folder, processes):
+def test_sharded_evaluation_equals_evaluation(image_folder, processes):
     config = make_config(image_folder)
     val = open_dataset(config.data, 16, 0).val
     whole = list(eval_batches(val, config, 5, 0, CPU))
-    shares = [eval_batches(val, config, 5, 0, CPU, (k, processes)) for k in range(processes)]
-    parts = [batch for share in shares for batch in share]
+    shards = [eval_batches(val, config, 5, 0, CPU, (k, processes)) for k in range(processes)]
+    parts = [batch for shard in shards for batch in shard]
     assert [b.step for b in parts] == [b.step for b in whole]
     for a, b in zip(whole, parts, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.targets, b.targets)
 
 
-class Waits(TorchDispatchMode):
+class SynchronousCopies(TorchDispatchMode):
     """Notes copies between devices that wait for what is under way on a GPU."""
 
     def __init__(self):
@@ -192,13 +192,13 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", ["folder", "digits"])
-def test_no_batch_waits_for_the_device(image_folder, path):
+def test_no_batch_synchronizes_with_the_device(image_folder, path):
     config, meta = make_config(image_folder if path == "folder" else path), torch.device("meta")
     dataset = open_dataset(config.data, 16, 0)
     many = {"steps": range(4), "total_steps": 4, "micro_batch": 24, "workers": 0}
     training = train_batches(dataset.train, config, len(dataset.classes), device=meta, **many)
     for found in (training, eval_batches(dataset.val, config, 5, 0, meta)):
         next(found)  # pixels go to the device once
-        with Waits() as waits:
+        with SynchronousCopies() as waits:
             assert {batch.images.device for batch in found} == {meta}
         assert waits.found == []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitral.data.ops import Op, apply_slot, on_rows
+from vitral.data.ops import Op, apply_slot, apply_to_rows
 
 from .reference_ops import apply_reference, pictures, values_of
 
@@ -20,7 +20,7 @@ def applied(images, op, value):
 
 @pytest.mark.parametrize("op", list(Op), ids=lambda op: op.name.lower())
 @pytest.mark.parametrize("size", SIZES)
-def test_operation_equals_torchvisions(op, size):
+def test_operation_equals_torchvision(op, size):
     images = pictures(size)
     geometric = Op.SHEAR_X <= op <= Op.ROTATE
     wrong = total = 0
@@ -36,7 +36,7 @@ def test_operation_equals_torchvisions(op, size):
 
 
 @pytest.mark.parametrize("op", [Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.ROTATE])
-def test_large_images_move_as_torchvisions(op):
+def test_large_images_equal_torchvision(op):
     """Shears put whole rows halfway between pixels, and processors round these as they like."""
     image = pictures(224)[:1]
     for value in [*values_of(op, 224)[::15], *([0.04, 0.2] if op <= Op.SHEAR_Y else [])]:
@@ -60,7 +60,7 @@ def test_each_image_has_an_operation_of_its_own():
 def test_functions_see_and_change_the_given_rows_only():
     rows = torch.arange(4.0)[:, None].expand(4, 3).clone()
     seen = []
-    on_rows(rows, np.array([3, 1]), lambda part: seen.append(part.clone()) or part + 10)
+    apply_to_rows(rows, np.array([3, 1]), lambda part: seen.append(part.clone()) or part + 10)
     assert seen[0][:, 0].tolist() == [3, 1]
     assert rows[:, 2].tolist() == [0, 11, 2, 13]
-    on_rows(rows, np.arange(0), lambda part: pytest.fail("called for no rows"))
+    apply_to_rows(rows, np.arange(0), lambda part: pytest.fail("called for no rows"))

@@ -10,14 +10,14 @@ import torch
 from vitral.config import DataConfig
 from vitral.data import records
 from vitral.data.formats import open_dataset
-from vitral.data.records import OPEN, Dataset, Pixels, Spans
+from vitral.data.records import MAX_OPEN_FILES, Dataset, Pixels, Spans
 
 from .image_files import opened, paths, put, put_split, refusal
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
 
 
-def test_digits_are_held_out_of_those_to_train_on():
+def test_digits_hold_out_training_images():
     whole = open_dataset(DataConfig(), 8, 0)
     first, other = (open_dataset(DataConfig(hold_out=True), 8, seed) for seed in (0, 1))
     tenth = np.rint(np.bincount(whole.train.labels) / 10)
@@ -36,7 +36,7 @@ def test_one_image_of_each_class_stays_in_train(tmp_path):
     assert np.bincount(dataset.train.labels).tolist() == [1, 1]
 
 
-def test_the_held_out_part_depends_on_seed_and_relative_paths_alone(tmp_path):
+def test_the_held_out_part_depends_only_on_seed_and_relative_paths(tmp_path):
     put(tmp_path, *(f"one/{name}/{i}.png" for name in "ab" for i in range(40)))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     one, two = opened(tmp_path / "one"), opened(tmp_path / "two")
@@ -100,7 +100,7 @@ def test_the_fingerprint_is_computed_once(monkeypatch):
 
 
 def test_few_archives_are_kept_open(tmp_path):
-    paths = [tmp_path / f"{k}.tar" for k in range(OPEN + 9)]
+    paths = [tmp_path / f"{k}.tar" for k in range(MAX_OPEN_FILES + 9)]
     for k, path in enumerate(paths):
         path.write_bytes(b"%04d" % k)
     stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
@@ -110,4 +110,4 @@ def test_few_archives_are_kept_open(tmp_path):
     before = len([*Path("/proc/self/fd").iterdir()])
     for i in [*everything, *everything[::-1], 0, len(paths) - 1]:
         assert spans.read(i) == b"%04d" % i
-    assert len([*Path("/proc/self/fd").iterdir()]) - before == OPEN
+    assert len([*Path("/proc/self/fd").iterdir()]) - before == MAX_OPEN_FILES

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitral.data.sampling import Order, derive_seed, hashed, permutation, uniforms
+from vitral.data.sampling import Order, derive_seed, hash64, permutation, uniforms
 
 INDICES = np.arange(20_000)
 
@@ -63,21 +63,21 @@ def test_an_epoch_a_sample_equals_an_epoch_a_call():
 
 
 def test_hash_is_splitmix64():
-    assert int(hashed(0)) == 0xE220A8397B1DCDAF  # its first two numbers from seed 0, as published
-    assert int(hashed(0x9E3779B97F4A7C15)) == 0x6E789E6AA1B965F4
+    assert int(hash64(0)) == 0xE220A8397B1DCDAF  # its first two numbers from seed 0, as published
+    assert int(hash64(0x9E3779B97F4A7C15)) == 0x6E789E6AA1B965F4
 
 
-def test_hash_takes_every_word_and_its_place_into_account():
+def test_hash_depends_on_every_word_and_its_position():
     calls = [(), (0,), (0, 0), (1,), (0, 1), (1, 0), (-1,), (2**63,), (1, 2, 3), (3, 2, 1)]
-    assert len({int(hashed(*words)) for words in calls}) == len(calls)
+    assert len({int(hash64(*words)) for words in calls}) == len(calls)
     bits = np.unpackbits(
-        (hashed(1, INDICES) ^ hashed(1, INDICES ^ 1)).view(np.uint8).reshape(-1, 8), axis=1
+        (hash64(1, INDICES) ^ hash64(1, INDICES ^ 1)).view(np.uint8).reshape(-1, 8), axis=1
     )
     assert bits.mean() == pytest.approx(0.5, abs=0.005)  # one bit in turns half of those out
-    assert np.array_equal(hashed(1, INDICES)[5:7], hashed(1, INDICES[5:7]))
+    assert np.array_equal(hash64(1, INDICES)[5:7], hash64(1, INDICES[5:7]))
 
 
-def test_derived_seeds_suit_torch_and_differ_by_purpose_and_word():
+def test_derived_seeds_are_valid_and_distinct():
     seeds = [derive_seed(p, *w) for p in ("mix", "drop") for w in ((0,), (1,), (0, 1), (1, 0))]
     assert len(set(seeds)) == 8
     assert all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)

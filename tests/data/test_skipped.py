@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from vitral.data.skipped import SYSTEM, is_system, kinds, note, system_part
+from vitral.data.skipped import SYSTEM_FILES, is_system, kinds, note, system_part
 
 DOCS = Path(__file__).parents[2] / "docs/own-folder.md"
 
 
 def test_every_system_file_is_documented():
     text = DOCS.read_text(encoding="utf-8").lower()
-    assert [name for name in SYSTEM if f"`{name}`" not in text] == []
+    assert [name for name in SYSTEM_FILES if f"`{name}`" not in text] == []
 
 
 @pytest.mark.parametrize("name", ["cat", "recycle", "found", "desktop", "a.git", "tmp", "#1"])
@@ -24,7 +24,7 @@ def test_the_first_part_that_is_skipped_is_named():
     assert system_part("a/b.jpg") is None
 
 
-def test_what_is_said():
+def test_notes_about_skipped_files():
     assert note("set", {}) == note("set", {".txt": 0}) == ()
     assert note("set", {".txt": 1}) == ("set: 1 file is skipped: .txt 1",)
     assert kinds({".b": 1, ".a": 1, ".c": 2000, ".\x1b[2J": 1}) == (

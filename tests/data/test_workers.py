@@ -25,7 +25,7 @@ class Doubled(Dataset):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="older ones do not warn")
-def test_workers_start_beside_threads():
+def test_workers_start_in_a_process_with_threads():
     """CUDA has some in every process; from Python 3.12 on a fork warns of them."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
@@ -42,7 +42,7 @@ class Unsendable(Dataset):
         return lambda: index  # which no pickle takes
 
 
-def test_another_error_of_sending_is_not_called_a_full_disk(monkeypatch):
+def test_other_send_errors_are_not_reported_as_a_full_disk(monkeypatch):
     # Seconds that torch waits for a worker that ignores its signal, twice.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
@@ -64,9 +64,9 @@ def test_too_few_file_descriptors_end_in_fewer_workers_or_a_message(spare, capfd
     try:
         batches = in_workers(Doubled(), range(9), workers=4)
         assert list(batches) == [2 * i for i in range(9)]
-        said = capfd.readouterr().err
-        assert said.startswith("vitral: ")
-        assert "of 4 data workers can be started: Too many open files" in said
+        output = capfd.readouterr().err
+        assert output.startswith("vitral: ")
+        assert "of 4 data workers can be started: Too many open files" in output
     except UserError as error:
         assert "too many open files; raise the limit" in str(error)  # noqa: PT017
     finally:
@@ -79,11 +79,13 @@ def in_daemon(_):
     return list(in_workers(Doubled(), range(3), workers=2))
 
 
-def test_a_daemonic_process_fetches_by_itself(capfd):
+def test_a_daemonic_process_fetches_without_workers(capfd):
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(in_daemon, [0]) == [[0, 2, 4]]
-    said = "vitral: 0 of 2 data workers can be started: a daemonic process may not have children\n"
-    assert capfd.readouterr().err == said
+    output = (
+        "vitral: 0 of 2 data workers can be started: a daemonic process may not have children\n"
+    )
+    assert capfd.readouterr().err == output
 
 
 class Tensors(Dataset):
@@ -108,11 +110,11 @@ class Stopping(Dataset):
             os.kill(os.getpid(), signal.SIGSTOP)
         return index
 
-    def places(self, request):
+    def locations(self, request):
         return [f"/mnt/{request}.jpg"]
 
 
-def test_what_is_waited_for_is_said_and_work_continues(monkeypatch):
+def test_slow_samples_are_reported_and_work_continues(monkeypatch):
     lines = []
 
     def say(line):
@@ -120,13 +122,13 @@ def test_what_is_waited_for_is_said_and_work_continues(monkeypatch):
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGCONT)
 
-    monkeypatch.setattr(module, "_say", say)
-    monkeypatch.setattr(module, "TICK", 1)
-    monkeypatch.setattr(module, "PATIENCE", 1)
+    monkeypatch.setattr(module, "_print_warning", say)
+    monkeypatch.setattr(module, "POLL", 1)
+    monkeypatch.setattr(module, "REPORT_AFTER", 1)
     assert list(in_workers(Stopping(), range(4), workers=2)) == [0, 1, 2, 3]
     assert lines == ["waiting for /mnt/0.jpg, for 1 seconds so far"]
 
 
-def test_a_closed_stderr_loses_the_line_alone(monkeypatch):
+def test_a_closed_stderr_only_loses_the_message(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
-    module._say("a line")
+    module._print_warning("a line")

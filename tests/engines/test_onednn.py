@@ -60,7 +60,7 @@ def test_autocast_changes_nothing():
 
 @quicker
 @torch.no_grad()
-def test_few_images_go_through_all_layers_at_a_time():
+def test_images_are_processed_in_slices():
     model, images = trained(), torch.randn(5, 3, 160, 80)  # 800 patches each
     sizes = []
     hook = model.norm.register_forward_hook(lambda *io: sizes.append(len(io[2])))
@@ -89,7 +89,7 @@ def test_onednn_computes_linear_layers_and_gelu():
 
 @quicker
 @torch.no_grad()
-def test_weights_are_shared_and_the_model_stays_as_it_was():
+def test_weights_are_shared_and_the_model_is_unchanged():
     model, images = trained(), torch.randn(2, 3, 16, 16)
     before = model(images)
     twin = for_inference(model)
@@ -105,7 +105,7 @@ def test_weights_are_shared_and_the_model_stays_as_it_was():
 @quicker
 @pytest.mark.parametrize("place", ["model", "block"])
 @torch.no_grad()
-def test_a_compiled_model_stays_as_it_was(place):
+def test_a_compiled_model_is_unchanged(place):
     model, images = trained(), torch.randn(2, 3, 16, 16)
     expected = model(images)
     if place == "model":
@@ -118,7 +118,7 @@ def test_a_compiled_model_stays_as_it_was(place):
     assert torch.equal(compiled(images), expected)
 
 
-def test_the_model_itself_where_nothing_is_quicker(monkeypatch):
+def test_the_model_itself_is_returned_if_nothing_is_faster(monkeypatch):
     for dtype in (torch.bfloat16, torch.float64):
         other = trained().to(dtype)
         assert for_inference(other) is other

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vitral.data.loader import Batch
-from vitral.evaluation.scores import Scores, measure, merge, summarise
+from vitral.evaluation.scores import Scores, measure, merge, summarize
 
 CLASSES = tuple("abcdefg")
 
@@ -33,7 +33,7 @@ def scores():
     return make([0, 0, 0, 1, 2, 3], ranked, [0.9, 0.5, 0.4, 0.9, 1.0, 0.4])
 
 
-def test_figures_by_hand(scores):
+def test_scores_by_hand(scores):
     # bins (0.333, 0.4], (0.466, 0.533], (0.866, 0.933] and (0.933, 1]: 2 wrong at 0.4, 1 at 0.5,
     # one of two right at 0.9, and one right at 1
     expected_error = (2 * 0.4 + 0.5 + (1.8 - 1) + 0) / 6
@@ -77,7 +77,7 @@ def test_wnids_are_shown_with_their_names(tmp_path):
         ],
         ["class,predicted,images,class_name,predicted_name", "n02012849,own,1,crane,"],
     ]
-    lines = summarise(scores).splitlines()
+    lines = summarize(scores).splitlines()
     assert lines[3] == "n01440764 tench       1  100.00%  100.00%"
     assert lines[4:] == [
         "n02012849 crane       1    0.00%    0.00%",
@@ -179,7 +179,7 @@ def test_summary_shows_every_class_or_the_worst_and_best(num_classes):
     labels = np.repeat(np.arange(num_classes), 2)
     guesses = labels.copy()
     guesses[1::4] = 0  # every other class is half right
-    text = summarise(make(labels, guesses[:, None], np.full(len(labels), 0.5), classes))
+    text = summarize(make(labels, guesses[:, None], np.full(len(labels), 0.5), classes))
     assert text.startswith(f"{len(labels)} images, {num_classes} classes\ntop-1 ")
     assert text.count("\nclass") == 1 + min(num_classes, 15)
     assert ("ten worst" in text) == (num_classes > 20)

@@ -101,8 +101,8 @@ def reference(weights, images, known):
         order = [names[i] for i in np.argsort(-row, kind="stable")[: min(5, len(known))]]
         first.append(order[0] in right)
         five.append(bool(right & {*order}))
-        share = 1 / np.exp(row - row.max()).sum()
-        bins[int(np.ceil(share * 15)) - 1] += share - first[-1]
+        probability = 1 / np.exp(row - row.max()).sum()
+        bins[int(np.ceil(probability * 15)) - 1] += probability - first[-1]
     return len(images), len(known), np.mean(first), np.mean(five), np.abs(bins).sum() / len(images)
 
 
@@ -194,7 +194,7 @@ def test_every_set_agrees_with_numpy(world):
     assert 28 < images["ReaL"] < 48
 
 
-def test_a_class_outside_the_two_hundred_does_not_win(world):
+def test_classes_outside_the_subset_are_ignored(world):
     row = next(evaluate_suite(world.weights, world.root / "imagenet-a"))
     names, images = world.weights.description.classes, world.images["ImageNet-A"]
     plain = logits_of(world.weights, [pixels for pixels, _ in images]).argmax(1)
@@ -226,7 +226,7 @@ def test_weights_with_a_few_classes(world, tmp_path):
             agree(row, reference(weights, world.images[row.name], known))
 
 
-def test_shares_of_nothing_stay_empty(tmp_path):
+def test_undefined_fractions_stay_empty(tmp_path):
     row = Row("ImageNet-A", 0, 1, *[float("nan")] * 3)
     assert str(row).split() == ["0", "1", "-", "-", "-"]
     write_rows(tmp_path / "suite.csv", "set", [row])
@@ -325,7 +325,7 @@ def test_real_needs_images_with_numbers(world, tmp_path):
     assert find_suite(tmp_path).names() == ["ImageNet validation"]
 
 
-def test_a_number_that_no_image_of_validation_has(world, tmp_path):
+def test_an_invalid_validation_image_number(world, tmp_path):
     shutil.copytree(world.root / "val", tmp_path / "val")
     shutil.copy(world.root / "real.json", tmp_path)
     place = tmp_path / "val" / sorted(world.known["ReaL"])[0]
@@ -348,7 +348,7 @@ def user_error(capsys, tmp_path):
     return expect
 
 
-def test_mistakes(world, tmp_path, user_error):
+def test_user_errors(world, tmp_path, user_error):
     ours, out = world.weights.path, ["--out", tmp_path / "out"]
     empty = tmp_path / "empty"
     (empty / "imagenet-a").mkdir(parents=True)
@@ -381,21 +381,21 @@ def test_mistakes(world, tmp_path, user_error):
         (json.dumps([[True]] + [[1]] * 49_999), "[True] for image 1"),
     ],
 )
-def test_other_files_than_reals(world, tmp_path, user_error, content, fragment):
+def test_files_that_are_not_real_labels(world, tmp_path, user_error, content, fragment):
     shutil.copytree(world.root / "val", tmp_path / "val")
     (tmp_path / "real.json").write_text(content)
     user_error([world.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
 
 
-def test_command_writes_what_it_prints(world, tmp_path, capsys):
+def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     sets, out = tmp_path / "sets", tmp_path / "out"
     sets.mkdir()
     for name in ("val", "real.json", "sketch"):
         (sets / name).symlink_to(world.root / name)
     assert main(["val", str(world.weights.path), "--suite", str(sets), "--out", str(out)]) == 0
-    said = capsys.readouterr().out
-    assert f"ImageNet-Sketch: {sets / 'sketch'}\n" in said
-    assert "ImageNet-A: not found (imagenet-a)\n" in said
+    output = capsys.readouterr().out
+    assert f"ImageNet-Sketch: {sets / 'sketch'}\n" in output
+    assert "ImageNet-A: not found (imagenet-a)\n" in output
     rows = list(evaluate_suite(world.weights, sets))
     with (out / "suite.csv").open(newline="") as file:
         header, *written = csv.reader(file)
@@ -403,7 +403,7 @@ def test_command_writes_what_it_prints(world, tmp_path, capsys):
     assert written == [[str(value) for value in dataclasses.astuple(row)] for row in rows]
     assert [row.name for row in rows] == [*NAMES[:2], NAMES[-1]]
     for row in rows:
-        line = next(line for line in said.splitlines() if re.match(rf"{row.name}  +\d", line))
+        line = next(line for line in output.splitlines() if re.match(rf"{row.name}  +\d", line))
         assert line.split()[-3:-1] == [f"{row.top1:.2%}", f"{row.top5:.2%}"]
     assert [path.name for path in out.iterdir()] == ["suite.csv"]
 
@@ -415,13 +415,13 @@ def test_a_broken_image_leaves_no_table(world, tmp_path, capsys):
     bad.write_bytes(b"no image")
     words = [str(world.weights.path), "--suite", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(["val", *words]) == 2
-    said = capsys.readouterr()
-    assert str(bad) in said.err
-    assert re.search(r"ImageNet validation +48", said.out)
+    output = capsys.readouterr()
+    assert str(bad) in output.err
+    assert re.search(r"ImageNet validation +48", output.out)
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_sweep_crops_the_same_share_at_every_size(tmp_path):
+def test_sweep_crops_the_same_fraction_at_every_size(tmp_path):
     """Half of the short side of 32 pixels is 16, which need no resampling to become 16."""
     draws, classes = np.random.default_rng(0), ("a", "b", "c")
     weights = make_weights(tmp_path / "weights", classes, eval_crop=0.5)

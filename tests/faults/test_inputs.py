@@ -56,7 +56,7 @@ def mutations(content, count):
 @pytest.mark.parametrize(
     ("kind", "progressive"), [*((kind, False) for kind in KINDS), ("JPEG", True)]
 )
-def test_mutated_images_decode_or_are_refused(kind, progressive):
+def test_mutated_images_decode_or_are_rejected(kind, progressive):
     """In bounded memory, which a bomb among them would exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -111,7 +111,7 @@ def parquet():
 
 
 @pytest.mark.parametrize(("name", "make"), [("val.tar", tar), ("val.parquet", parquet)])
-def test_mutated_tables_open_or_are_refused(tmp_path, monkeypatch, name, make):
+def test_mutated_tables_open_or_are_rejected(tmp_path, monkeypatch, name, make):
     monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     refused = []
@@ -122,7 +122,7 @@ def test_mutated_tables_open_or_are_refused(tmp_path, monkeypatch, name, make):
     assert not all(refused)
 
 
-def test_mutated_settings_load_or_are_refused(tmp_path):
+def test_mutated_settings_load_or_are_rejected(tmp_path):
     path, refused = tmp_path / "own.yaml", []
     for content in mutations(settings.dump(Config()).encode(), 400):
         path.write_bytes(content)

@@ -14,7 +14,7 @@ from vitral.cli import main
 from vitral.rundir import RunDir, read_rows
 from vitral.training import checkpoint
 
-from ..training.processes import ALONE, newest, options, wait_for
+from ..training.processes import SINGLE, newest, options, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -61,7 +61,7 @@ def start(command, kind):
 def command_for(data, out, **changes):
     places = {"data.path": data, "train.out": out}
     changes = {"train__checkpoint_steps": 1000, **changes}
-    return ["train", "digits", *options(ALONE | places, changes)]
+    return ["train", "digits", *options(SINGLE | places, changes)]
 
 
 def stopped(data, out, kind, number):

@@ -15,7 +15,7 @@ from vitral import storage
 from vitral.rundir import RunDir, read_rows
 from vitral.training import checkpoint, train
 
-from ..training.processes import digests, finish_alone, fork, make_config
+from ..training.processes import digests, finish_single, fork, make_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -106,6 +106,6 @@ def test_what_a_checkpoint_implies_is_on_disk_before_it(failures):
 def test_a_run_resumes_after_a_power_failure(image_folder, failures, tmp_path, chosen):
     out, left = failures
     shutil.copytree(left[chosen] / "deep" / "run", tmp_path / "run")
-    assert finish_alone(make_config(image_folder, tmp_path / "run")) == 0
+    assert finish_single(make_config(image_folder, tmp_path / "run")) == 0
     assert "resumes from step" in (tmp_path / "run" / "train.log").read_text() or chosen == -1
     assert digests(tmp_path / "run") == digests(out)

@@ -47,13 +47,13 @@ def test_weights_recombine_to_the_output_of_each_layer(options, dtype):
     images = torch.randn(2, 3, 16, 12, dtype=dtype)
     logits, weights = attention_weights(model, images)
     assert len(weights) == 3
-    for block, shares, ((x, _, _), output) in zip(model.blocks, weights, seen, strict=True):
+    for block, attention, ((x, _, _), output) in zip(model.blocks, weights, seen, strict=True):
         layer = block.attention
-        assert shares.shape == (2, 4, x.tokens.shape[1], x.tokens.shape[1])
-        torch.testing.assert_close(shares.sum(-1), torch.ones_like(shares[..., 0]))
+        assert attention.shape == (2, 4, x.tokens.shape[1], x.tokens.shape[1])
+        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
         values = layer.qkv(x).split(layer.head_size, dim=-1)[-layer.num_kv_heads :]
         group = 4 // layer.num_kv_heads
-        mixed = [shares[:, head] @ values[head // group] for head in range(4)]
+        mixed = [attention[:, head] @ values[head // group] for head in range(4)]
         again = layer.projection(torch.cat(mixed, dim=-1))
         tolerance = 1e-4 if dtype == torch.float32 else 1e-12
         torch.testing.assert_close(again, output, atol=tolerance, rtol=tolerance)
@@ -61,7 +61,7 @@ def test_weights_recombine_to_the_output_of_each_layer(options, dtype):
     assert all(len(block.attention._forward_hooks) == 1 for block in model.blocks)  # ours alone
 
 
-def test_a_layer_that_does_otherwise_is_noticed():
+def test_a_layer_with_another_formula_is_detected():
     model = tiny()
     attend = model.blocks[1].attention.attend
     model.blocks[1].attention.attend = lambda q, k, v: attend(1.01 * q, k, v)
@@ -70,7 +70,7 @@ def test_a_layer_that_does_otherwise_is_noticed():
     assert not any(block.attention._forward_hooks for block in model.blocks)
 
 
-def test_lowered_precision_is_raised_for_the_comparison_and_put_back():
+def test_precision_is_raised_temporarily():
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
@@ -141,18 +141,18 @@ class OnePatch(nn.Module):
 
     def forward(self, images):
         kept = (images[:, :, *self.part] == self.original).all((1, 2, 3))
-        share = torch.where(kept, 0.9, 0.2)
-        return torch.stack([1 - share, share], dim=1).log()
+        probability = torch.where(kept, 0.9, 0.2)
+        return torch.stack([1 - probability, probability], dim=1).log()
 
 
 @pytest.mark.parametrize("position", [0, 5, 15])
-def test_deletion_and_insertion_of_a_model_that_looks_at_one_patch(position):
+def test_deletion_and_insertion_with_one_relevant_patch(position):
     """The patch is at `position` in the order: one trapezium of 16 goes from 0.9 to 0.2."""
     torch.manual_seed(0)
     image, order = torch.rand(3, 16, 16), torch.randperm(16)
     model = OnePatch(int(order[position]), image)
     deleted, inserted = deletion(model, image, 1, order), insertion(model, image, 1, order)
-    assert deleted.shares.tolist() == [i / 16 for i in range(17)]
+    assert deleted.fractions.tolist() == [i / 16 for i in range(17)]
     before = [0.9] * (position + 1) + [0.2] * (16 - position)
     np.testing.assert_allclose(deleted.probabilities, before, atol=1e-6)
     after = [0.2] * (position + 1) + [0.9] * (16 - position)
@@ -161,7 +161,7 @@ def test_deletion_and_insertion_of_a_model_that_looks_at_one_patch(position):
     assert inserted.area == pytest.approx((0.2 * position + 0.55 + 0.9 * (15 - position)) / 16)
 
 
-def test_curves_of_many_patches_end_at_the_image_and_its_mean_colour():
+def test_curves_of_many_patches_end_at_the_image_and_its_mean_color():
     model, image = tiny(), torch.randn(3, 24, 40)
     order = torch.randperm(60)
     deleted, inserted = deletion(model, image, 3, order), insertion(model, image, 3, order)
@@ -169,8 +169,8 @@ def test_curves_of_many_patches_end_at_the_image_and_its_mean_colour():
     flat = image.mean((1, 2))[None, :, None, None].expand(1, 3, 24, 40)
     nothing = model(flat).softmax(-1)[0, 3]
     for curve, ends in ((deleted, [whole, nothing]), (inserted, [nothing, whole])):
-        assert len(curve.shares) == STEPS + 1
-        assert curve.shares[[0, -1]].tolist() == [0, 1]
+        assert len(curve.fractions) == STEPS + 1
+        assert curve.fractions[[0, -1]].tolist() == [0, 1]
         np.testing.assert_allclose(curve.probabilities[[0, -1]], ends, rtol=1e-5)
     backwards = deletion(model, image, 3, order.flip(0))
     assert backwards.area == pytest.approx(inserted.area)

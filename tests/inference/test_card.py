@@ -74,7 +74,7 @@ def test_front_matter(make):
 
 
 @pytest.mark.parametrize("path", ["digits", "cifar100", "/home/anna/it's: a #1 'set'\n"])
-def test_the_hubs_own_reader_takes_it(make, path):
+def test_huggingface_hub_can_parse_it(make, path):
     data = ModelCard(card(make(path), "anna/x", "MIT")).data
     assert isinstance(data, ModelCardData)
     top1, top5 = data.eval_results
@@ -87,7 +87,7 @@ def test_the_hubs_own_reader_takes_it(make, path):
     assert (top5.metric_value, top5.dataset_split) == (0.9123, "validation")
 
 
-def test_what_was_held_out_is_no_validation_split(make):
+def test_held_out_images_are_not_called_a_validation_split(make):
     text, usual = (card(make("cifar10", hold_out=held), "anna/x", "MIT") for held in (True, False))
     (result,) = front(text)["model-index"][0]["results"]
     assert result["dataset"]["split"] == "train, held out"
@@ -95,7 +95,7 @@ def test_what_was_held_out_is_no_validation_split(make):
     assert "On the validation images of" in section(usual, "Results")
 
 
-def test_what_it_is(make):
+def test_model_section(make):
     text = card(make(), "anna/x")
     hidden, heads = 4 * 16, (4 + 2 * 2) * 4
     block = 16 * heads + heads + 16 * 16 + 16 + 2 * 16 * hidden + hidden + 16 + 2 * 16
@@ -110,11 +110,11 @@ def test_what_it_is(make):
     assert "87.5% of the short side, resized to 24 by 24 pixels (bilinear, antialiased)" in text
 
 
-def test_how_it_is_installed(make):
+def test_installation_section(make):
     """From the source: no index has a package of this name that is this one."""
-    told = section(card(make("digits"), "anna/x", None), "How to use it")
-    assert re.findall(r"pip install '([^']*)'", told) == [".[hub]", ".[hub,timm]"]
-    assert told.count("checkout of vitral's source") == 1
+    usage = section(card(make("digits"), "anna/x", None), "How to use it")
+    assert re.findall(r"pip install '([^']*)'", usage) == [".[hub]", ".[hub,timm]"]
+    assert usage.count("checkout of vitral's source") == 1
 
 
 def test_results_name_the_default(make):
@@ -167,12 +167,12 @@ def test_a_folder_is_not_the_known_set_of_its_name(make, tmp_path):
     assert "vitral train config.yaml --out" in known
 
 
-def test_names_of_classes_stay_on_their_lines(make):
+def test_class_names_do_not_break_lines(make):
     text = card(make(classes=("```", "a\nb", "</details>")), "anna/x")
     assert "   0  ```\n   1  a\\nb\n   2  </details>\n```\n" in text
 
 
-def test_where_it_began(make):
+def test_base_model(make):
     base = TrainConfig(init="hf-hub:bo/base@v1")
     text = card(make(train=base), "anna/x")
     assert front(text)["base_model"] == "bo/base"
@@ -184,7 +184,7 @@ def test_where_it_began(make):
 
 
 @pytest.mark.parametrize(("name", "called"), [("adamw", "AdamW"), ("muon", "Muon")])
-def test_what_trained_it(make, name, called):
+def test_training_data(make, name, called):
     known = make()
     config = replace(known.description.config, optim=OptimConfig(name=name, lr=3e-3))
     text = card(replace(known, description=replace(known.description, config=config)), "anna/x")
@@ -198,7 +198,7 @@ def test_limits_name_every_size_trained_at(make):
     assert "its 2 classes alone" in limits
 
 
-def test_without_a_license_none_is_claimed(make):
+def test_no_license_is_claimed_by_default(make):
     text = card(make(), "anna/x")
     assert "license" not in front(text)
     assert section(text, "License").startswith("None is stated")

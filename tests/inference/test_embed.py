@@ -101,9 +101,9 @@ def test_the_command(directory, files, tmp_path, capsys):
     out = str(tmp_path / "features.npz")
     words = ["embed", str(directory), *files, "--out", out, "--workers", "0"]
     assert main(words) == 1
-    said = capsys.readouterr()
-    assert said.out == f"{out}: 3 images, 16 features\n"
-    assert said.err == f"vitral: {files[2]}: cannot be read\n"
+    output = capsys.readouterr()
+    assert output.out == f"{out}: 3 images, 16 features\n"
+    assert output.err == f"vitral: {files[2]}: cannot be read\n"
     with np.load(out) as stored:
         assert stored["paths"].tolist() == [files[0], files[1], files[3]]
     assert main([*words[:3], "--out", out, "--normalize"]) == 0

@@ -63,7 +63,7 @@ def photo(tmp_path):
 
 
 @pytest.mark.parametrize("column", [0, 3])
-def test_the_map_finds_what_the_prediction_rests_on(loaded, column):
+def test_the_map_highlights_the_relevant_patch(loaded, column):
     found = explain(loaded, scene(column))
     assert found.classes[0] == ("n01440764 tench", CLASSES[1])[column // 3]
     assert found.probabilities[0] > 0.9
@@ -75,7 +75,7 @@ def test_the_map_finds_what_the_prediction_rests_on(loaded, column):
     assert f"deletion {found.deletion.area:.3f}" in found.summary
 
 
-def test_what_is_shown_is_of_the_layer_and_patch_asked_for(loaded):
+def test_the_selected_layer_and_patch_are_shown(loaded):
     image = scene(0)
     found, last = explain(loaded, image, layer=0, patch=(1, 3)), explain(loaded, image)
     assert (found.layer, last.layer) == (0, 1)
@@ -101,7 +101,7 @@ def test_what_is_shown_is_of_the_layer_and_patch_asked_for(loaded):
         ({"image_size": 18}, "multiple of the patch size 4, got 18"),
     ],
 )
-def test_settings_that_the_model_does_not_have(loaded, options, fragment):
+def test_layers_and_patches_that_do_not_exist(loaded, options, fragment):
     with pytest.raises(UserError, match=fragment):
         explain(loaded, scene(0), **options)
 
@@ -111,12 +111,12 @@ def test_the_command_draws_and_lists_what_it_cannot_read(directory, photo, tmp_p
     places = [str(photo), str(tmp_path / "broken.jpg"), str(tmp_path / "none.png"), str(photo)]
     out = tmp_path / "deep" / "pictures"
     assert main(["explain", str(directory), *places, "--patch", "3", "0", "--out", str(out)]) == 0
-    said = capsys.readouterr()
-    assert re.findall(r"vitral: \S+/(\S+): (no.*|No.*)", said.err) == [
+    output = capsys.readouterr()
+    assert re.findall(r"vitral: \S+/(\S+): (no.*|No.*)", output.err) == [
         ("broken.jpg", "not an image in a known format (JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF)"),
         ("none.png", "No such file or directory"),
     ]
-    lines = said.out.splitlines()
+    lines = output.out.splitlines()
     assert len(lines) == 2
     assert CLASSES[1] in lines[0]
     assert re.search(r" \d\d\.\d%; rollout: deletion .*, insertion .*, random", lines[0])
@@ -144,7 +144,7 @@ def test_the_command_draws_and_lists_what_it_cannot_read(directory, photo, tmp_p
         ("WEIGHTS PHOTO --which ema", 2, "holds no ema weights"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(
+def test_user_errors_are_one_line_and_leave_nothing(
     directory, photo, tmp_path, monkeypatch, capsys, words, code, fragment
 ):
     monkeypatch.chdir(tmp_path)
@@ -152,7 +152,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     before = sorted(tmp_path.iterdir())
     named = {"WEIGHTS": str(directory), "PHOTO": str(photo)}
     assert main(["explain", *[named.get(word, word) for word in words.split()]]) == code
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"vitral: .+\n", said)
-    assert fragment in said
+    output = capsys.readouterr().err
+    assert re.fullmatch(r"vitral: .+\n", output)
+    assert fragment in output
     assert sorted(tmp_path.iterdir()) == before

@@ -84,15 +84,15 @@ def open_exported(path):
         (PLAIN, "pt2", 20),
     ],
 )
-def test_file_does_what_the_model_does(model, format, opset, image_folder, tmp_path):
+def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp_path):
     """At sizes and in batches that the export itself never tried."""
     vit = save(tmp_path / "weights", image_folder, **model)
     out = tmp_path / f"model.{format}"
     exported = export(tmp_path / "weights", format=format, out=out, opset=opset, images=5)
     random, validation = exported.agreements
     assert (random.images, random.same) == (12, 12)
-    said = f"5 images of {image_folder.name}"
-    assert (validation.what, validation.images, validation.same) == (said, 5, 5)
+    message = f"5 images of {image_folder.name}"
+    assert (validation.what, validation.images, validation.same) == (message, 5, 5)
     forward, text = open_exported(out)
     P = model["patch_size"]
     draw = torch.Generator().manual_seed(7)
@@ -102,14 +102,14 @@ def test_file_does_what_the_model_does(model, format, opset, image_folder, tmp_p
             expected = vit(images)
         assert expected.std() > 0.1
         torch.testing.assert_close(forward(images), expected, rtol=0, atol=2e-5)
-    told = json.loads(text)
-    assert told["classes"] == list(CLASSES)
-    assert told["names"] == ["tench, Tinca tinca", "dark", "crane"]
-    assert (told["patch_size"], told["image_size"]) == (P, model["image_size"])
-    assert (told["eval_crop"], told["interpolation"]) == (0.9, "bilinear")
-    assert (told["mean"], told["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert (told["weights"], told["fingerprint"]) == ("model", "f" * 64)
-    assert told["vitral"]
+    metadata = json.loads(text)
+    assert metadata["classes"] == list(CLASSES)
+    assert metadata["names"] == ["tench, Tinca tinca", "dark", "crane"]
+    assert (metadata["patch_size"], metadata["image_size"]) == (P, model["image_size"])
+    assert (metadata["eval_crop"], metadata["interpolation"]) == (0.9, "bilinear")
+    assert (metadata["mean"], metadata["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert (metadata["weights"], metadata["fingerprint"]) == ("model", "f" * 64)
+    assert metadata["vitral"]
     assert b"/site-packages/" not in unpacked(out)
     assert str(Path(exporting.__file__).parents[1]).encode() not in unpacked(out)
 
@@ -125,8 +125,8 @@ def unpacked(path):
     return b"".join(members)
 
 
-def test_weights_over_the_limit_of_one_file_lie_beside_it(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(exporting, "ONE_FILE", 1000)
+def test_large_weights_are_stored_in_a_second_file(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1000)
     written = export(run, out=tmp_path / "big.onnx", images=0).files
     assert written == (tmp_path / "big.onnx", tmp_path / "big.onnx.data")
     assert set(written) == set(tmp_path.iterdir())
@@ -142,19 +142,19 @@ def test_command(run, image_folder, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("mine.pt2").write_text("an older one")
     assert main(["export", str(run), "--format", "pt2", "--which", "ema"]) == 0
-    said = capsys.readouterr()
+    message = capsys.readouterr()
     assert re.fullmatch(
         r"mine.pt2: 0.\d MB\n"
         r"12 random images, 16 by 16, 24 by 24, 24 by 16: .+ 100.00%\n"
         rf"12 images of {image_folder.name}: largest error \d.\de-\d\d, top-1 agreement 100.00%\n",
-        said.out.replace("0.0e+00", "0.0e-00"),
+        message.out.replace("0.0e+00", "0.0e-00"),
     )
-    assert said.err == ""
+    assert message.err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["mine.pt2"]
     assert json.loads(open_exported(Path("mine.pt2"))[1])["weights"] == "ema"
 
 
-def test_the_program_of_the_page_predicts_as_the_command_does(run, capsys, monkeypatch, tmp_path):
+def test_the_documented_program_matches_the_command(run, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     photo = Image.fromarray(draw).resize((61, 42))
@@ -169,11 +169,11 @@ def test_the_program_of_the_page_predicts_as_the_command_does(run, capsys, monke
     printed = [line.rsplit(" ", 1) for line in capsys.readouterr().out.splitlines()]
     (expected,) = vitral.load(run).predict("photo.jpg")
     assert [name for name, _ in printed] == [human_name(n) or n for n in expected.names]
-    shares = [float(share.rstrip("%")) / 100 for _, share in printed]
-    assert shares == pytest.approx(expected.probabilities, abs=0.005)
+    probabilities = [float(percentage.rstrip("%")) / 100 for _, percentage in printed]
+    assert probabilities == pytest.approx(expected.probabilities, abs=0.005)
 
 
-def test_weights_of_the_hub_are_called_by_their_name(tmp_path, monkeypatch):
+def test_hub_weights_are_named_after_their_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "models--anna--small-vit" / "snapshots" / "0123abc"
     save(place, tmp_path / "gone", **TINY)
@@ -181,7 +181,7 @@ def test_weights_of_the_hub_are_called_by_their_name(tmp_path, monkeypatch):
     assert Path("small-vit.pt2").exists()
 
 
-def test_without_the_set_trained_on(tmp_path, capsys):
+def test_without_the_training_data(tmp_path, capsys):
     save(tmp_path / "weights", tmp_path / "gone", **TINY)
     out = tmp_path / "model.pt2"
     assert main(["export", str(tmp_path / "weights"), "--format", "pt2", "--out", str(out)]) == 0
@@ -199,21 +199,21 @@ def nonsense(program, file, *_):
 
 
 @pytest.mark.parametrize(
-    ("format", "write", "said"),
+    ("format", "write", "message"),
     [
         ("pt2", another_model, "does not do what the model does: 12 random images"),
         ("onnx", nonsense, "cannot be run"),
         ("pt2", nonsense, "cannot be run"),
     ],
 )
-def test_a_file_that_fails_is_not_kept(format, write, said, run, monkeypatch, capsys, tmp_path):
+def test_a_file_that_fails_is_not_kept(format, write, message, run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(exporting, f"_write_{format}", write)
     out = tmp_path / f"model.{format}"
     out.write_text("an older one")
     assert main(["export", str(run), "--format", format, "--out", str(out)]) == 1
     text = capsys.readouterr().err
     assert re.fullmatch(r"vitral: .+\n", text)
-    assert said in text
+    assert message in text
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert out.read_text() == "an older one"
 
@@ -227,7 +227,7 @@ def test_validation_images_are_those_of_evaluation_from_first_to_last(image_fold
     torch.testing.assert_close(torch.cat(list(batches)), every.images[[0, -1]], rtol=0, atol=0)
 
 
-def test_agreement_is_of_every_class_and_within_the_tolerance():
+def test_agreement_requires_every_class_and_the_tolerance():
     assert Agreement("", 4, 4, 1e-4).good
     assert not Agreement("", 4, 3, 0.0).good
     assert not Agreement("", 4, 4, 1.1e-4).good
@@ -246,7 +246,7 @@ def test_agreement_is_of_every_class_and_within_the_tolerance():
         ("--which emma", ["emma"]),
     ],
 )
-def test_mistakes_are_one_line(words, fragments, run, capsys, monkeypatch, tmp_path):
+def test_user_errors_are_one_line(words, fragments, run, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("folder.onnx").mkdir()
     assert main(["export", str(run), *words.split()]) == 2

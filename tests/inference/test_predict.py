@@ -61,9 +61,9 @@ def files(folder):
 def by_hand(classifier, image, side):
     """Probabilities of one image, cropped by slicing and resized by Pillow's filter. (classes,)"""
     H, W = image.shape[1:]
-    share = round(0.8 * min(H, W))
-    top, left = round((H - share) / 2), round((W - share) / 2)
-    square = image[:, top : top + share, left : left + share].permute(1, 2, 0).numpy()
+    crop_size = round(0.8 * min(H, W))
+    top, left = round((H - crop_size) / 2), round((W - crop_size) / 2)
+    square = image[:, top : top + crop_size, left : left + crop_size].permute(1, 2, 0).numpy()
     small = Image.fromarray(square).resize((side, side), Image.Resampling.BILINEAR)
     data = classifier.description.config.data
     pixels = (np.asarray(small) / 255 - data.mean) / data.std
@@ -128,9 +128,11 @@ def test_embeds_what_the_head_reads(directory, files, pooling, side, workers):
             tokens = model.forward_features(image[None])[0]
             expected = tokens[0] if pooling == "cls" else tokens[1:].mean(0)
             np.testing.assert_allclose(vector, expected, atol=1e-4)
-    shares = model.head(torch.from_numpy(vectors)).softmax(1).amax(1)
+    probabilities = model.head(torch.from_numpy(vectors)).softmax(1).amax(1)
     found = classifier.predict(files, top=1, image_size=side)
-    np.testing.assert_allclose([p.probabilities[0] for p in found], shares.detach(), atol=1e-5)
+    np.testing.assert_allclose(
+        [p.probabilities[0] for p in found], probabilities.detach(), atol=1e-5
+    )
 
 
 def test_embeds_one_image_none_and_broken_ones(directory, files, tmp_path):
@@ -223,7 +225,7 @@ def test_broken_images_are_listed_and_never_replaced(directory, files, tmp_path,
         ({"images": np.zeros((0, 8, 3), np.uint8)}, "got uint8 of shape \\(0, 8, 3\\)"),
     ],
 )
-def test_mistakes(directory, files, settings, message):
+def test_user_errors(directory, files, settings, message):
     with pytest.raises(UserError, match=message):
         load(directory).predict(**{"images": files, **settings})
 
@@ -256,7 +258,7 @@ def test_places_become_files(tmp_path, monkeypatch):
         assert place in str(caught.value)
 
 
-def test_a_name_that_is_no_text(tmp_path, directory, files):
+def test_a_file_name_that_is_not_text(tmp_path, directory, files):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
     Path(odd).write_bytes(Path(files[0]).read_bytes())
     (found,) = load(directory).predict(find_images([str(tmp_path)]))

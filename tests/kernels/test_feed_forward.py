@@ -6,24 +6,24 @@ import torch
 pytest.importorskip("triton")
 
 
-def test_values_and_gradients_are_those_of_float64(interpreted, case):
+def test_values_and_gradients_match_float64(interpreted, case):
     for mine in interpreted["errors"][case, "float32"][0]:
         assert mine < 1e-6
 
 
-def test_half_precision_errs_no_more_than_the_plain_way_does(interpreted, case):
+def test_half_precision_is_as_accurate_as_the_plain_code(interpreted, case):
     for mine, theirs in zip(*interpreted["errors"][case, "float16"], strict=True):
         assert mine < 1.1 * theirs
 
 
-def test_the_layer_with_them_is_the_layer_without(interpreted):
+def test_the_layer_is_the_same_without_kernels(interpreted):
     assert interpreted["layer"] is None, interpreted["layer"]
 
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")  # torch 2.11's compiler warns of its own code
 @pytest.mark.parametrize("dim", [192, 384, 768, 1024])
-def test_on_a_gpu_it_errs_no_more_than_the_plain_way_does(dim):
+def test_on_a_gpu_it_is_as_accurate_as_the_plain_code(dim):
     import torch.nn.functional as F
 
     from vitral import kernels

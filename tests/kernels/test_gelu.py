@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 
-def test_products_are_those_of_float64(interpreted, case):
+def test_products_match_float64(interpreted, case):
     found = interpreted["products"][case]
     assert found.keys() == {"before", "after", "result", "sums"}
     assert max(found.values()) < 1e-6, found

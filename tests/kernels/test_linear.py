@@ -44,7 +44,7 @@ def test_result_and_gradients(shape, biased):
         assert error < 3 * known + 1e-7, (error, known)
 
 
-def test_no_gradient_that_nobody_wants(monkeypatch):
+def test_unneeded_gradients_are_not_computed(monkeypatch):
     products, product = [], linear.onednn_product
     monkeypatch.setattr(
         linear, "onednn_product", lambda *args: products.append(1) or product(*args)
@@ -57,7 +57,7 @@ def test_no_gradient_that_nobody_wants(monkeypatch):
     torch.testing.assert_close(weight.grad, x.sum(0).expand(3, -1))
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_is_an_error():
     x = torch.randn(4, 8, requires_grad=True)
     (first,) = torch.autograd.grad(
         kernels.onednn_linear(x, torch.randn(3, 8), None).square().sum(), x, create_graph=True
@@ -95,7 +95,7 @@ def test_when_training_uses_it(monkeypatch, words, used):
 
 @pytest.mark.parametrize("other", [{"dtype": torch.float64}, {"device": "meta"}])
 @pytest.mark.usefixtures("amd")
-def test_what_it_takes(other, monkeypatch):
+def test_which_inputs_are_accepted(other, monkeypatch):
     assert kernels.can_train_by_onednn(torch.empty(2))
     assert not kernels.can_train_by_onednn(torch.empty(2, **other))
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,13 +107,13 @@ def test_what_it_takes(other, monkeypatch):
     assert not kernels.can_train_by_onednn(torch.empty(2))
 
 
-def test_other_makers_keep_torchs_own(monkeypatch):
+def test_other_processors_use_torch(monkeypatch):
     monkeypatch.setattr(linear, "is_amd", lambda: False)
     assert not kernels.can_train_by_onednn(torch.empty(2))
 
 
 @pytest.mark.usefixtures("amd")
-def test_the_model_gives_what_it_gave():
+def test_the_model_is_unchanged():
     torch.manual_seed(0)
     words = "--model.dim 48 --model.depth 2 --model.stochastic-depth 0".split()
     config = settings.load("cifar10", words).model

@@ -19,21 +19,21 @@ def relative_error(got, expected):
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-3, 0.0])
-def test_normalise_and_its_gradient_by_formula(magnitude):
+def test_normalize_and_its_gradient(magnitude):
     x = (magnitude * draw(2, 3, 8)).requires_grad_()
-    torch.testing.assert_close(kernels.normalise(x), by_formula(x))
+    torch.testing.assert_close(kernels.normalize(x), by_formula(x))
     if magnitude == 1:
-        assert torch.autograd.gradcheck(kernels.normalise, x)
+        assert torch.autograd.gradcheck(kernels.normalize, x)
     weight = draw(2, 3, 8) ** 2
     gradients = [torch.autograd.grad((f(x) * weight).sum(), x)[0]
-                 for f in (kernels.normalise, by_formula)]  # fmt: skip
+                 for f in (kernels.normalize, by_formula)]  # fmt: skip
     torch.testing.assert_close(*gradients)
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_is_an_error():
     """It would lack the part that comes through what is kept."""
     x = draw(2, 3).requires_grad_()
-    (gradient,) = torch.autograd.grad(kernels.normalise(x).sin().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(kernels.normalize(x).sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -43,7 +43,7 @@ def test_dtypes_are_those_of_a_linear_layer(dtype):
     x, weight = torch.ones(2, 8, dtype=dtype, requires_grad=True), torch.ones(3, 8, dtype=dtype)
     for on in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            y = kernels.normalise(x)
+            y = kernels.normalize(x)
             assert y.dtype == F.linear(x, weight).dtype == F.linear(y, weight.to(y.dtype)).dtype
         (gradient,) = torch.autograd.grad(y.float().sum(), x)
         assert gradient.dtype == dtype
@@ -51,10 +51,10 @@ def test_dtypes_are_those_of_a_linear_layer(dtype):
 
 def test_bf16_is_rounded_once():
     x = draw(64, 32).bfloat16()
-    assert (kernels.normalise(x) != by_formula(x.double()).bfloat16()).double().mean() < 0.005
+    assert (kernels.normalize(x) != by_formula(x.double()).bfloat16()).double().mean() < 0.005
 
 
-def test_kept_are_the_result_that_the_product_keeps_too_and_a_number_a_row():
+def test_only_the_result_and_one_number_per_row_are_saved():
     x, weight = torch.ones(64, 32, requires_grad=True), torch.ones(16, 32, dtype=torch.bfloat16)
     kept = {}
 
@@ -66,12 +66,12 @@ def test_kept_are_the_result_that_the_product_keeps_too_and_a_number_a_row():
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
     ):
-        y = F.linear(kernels.normalise(x), weight.requires_grad_())
+        y = F.linear(kernels.normalize(x), weight.requires_grad_())
     assert sum(kept.values()) == 2 * x.numel() + 4 * len(x) + weight.nbytes
     assert y.dtype == torch.bfloat16
 
 
-def test_bf16_errs_no_more_than_the_plain_norm_does():
+def test_bf16_is_as_accurate_as_the_plain_norm():
     """Outputs and gradients of both under autocast, against float64."""
     x, scale, weight = draw(64, 48, 32), 1 + 0.3 * draw(32), draw(40, 32) / 6
     upstream = draw(64, 48, 40)
@@ -87,7 +87,7 @@ def test_bf16_errs_no_more_than_the_plain_norm_does():
         linear = Linear(32, 40, bias=False)
         del linear.weight
         linear.weight = weight
-        return linear(Normed(kernels.normalise(x), scale))
+        return linear(Normed(kernels.normalize(x), scale))
 
     def plain(x, scale, weight):
         return F.linear(F.rms_norm(x, (32,), scale, eps=1e-6), weight)
@@ -105,11 +105,11 @@ def test_bf16_errs_no_more_than_the_plain_norm_does():
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
-def test_compiled_its_gradient_is_the_same_under_autocast():
+def test_the_compiled_gradient_is_the_same_under_autocast():
     """A compiler traces the backward pass under the forward pass's autocast, as on a GPU."""
     x, upstream = draw(4, 16, 32).float().requires_grad_(), draw(4, 16, 32).bfloat16()
     gradients = []
-    for run in (kernels.normalise, torch.compile(kernels.normalise, backend="aot_eager")):
+    for run in (kernels.normalize, torch.compile(kernels.normalize, backend="aot_eager")):
         with torch.autocast("cpu", torch.bfloat16):
             y = run(x)
         gradients += torch.autograd.grad(y, x, upstream)

@@ -24,7 +24,7 @@ def answers(run):
     found = weights.load(run)
     data = found.description.config.data
     raw, labels = load_digits(return_X_y=True)
-    grey = torch.from_numpy(np.rint(raw[-360:] * 255 / 16) / 255).float().view(-1, 1, 8, 8)
+    gray = torch.from_numpy(np.rint(raw[-360:] * 255 / 16) / 255).float().view(-1, 1, 8, 8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
     with torch.no_grad():
-        return labels[-360:].tolist(), found.model((grey - mean) / std).softmax(1).double()
+        return labels[-360:].tolist(), found.model((gray - mean) / std).softmax(1).double()

@@ -55,7 +55,7 @@ def page(tmp_path_factory):
 @pytest.mark.parametrize(
     ("scheme", "width", "ground"), [(LIGHT, 1280, (255, 255, 255)), (DARK, 390, (15, 18, 23))]
 )
-def test_it_shows_itself_and_asks_for_nothing(page, tmp_path, scheme, width, ground):
+def test_the_page_renders_and_loads_nothing(page, tmp_path, scheme, width, ground):
     shot = tmp_path / "shot.png"
     look = [f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},3000"]
     _, console, asked = browse(tmp_path, page, f"--screenshot={shot}", *look)
@@ -69,7 +69,7 @@ def test_it_shows_itself_and_asks_for_nothing(page, tmp_path, scheme, width, gro
     assert (inked > 0.02).all()
 
 
-def test_what_a_page_asks_for_would_be_seen(page, tmp_path):
+def test_requests_of_a_page_are_detected(page, tmp_path):
     bad = tmp_path / "bad.html"
     bad.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.log('hello')</script>")
     _, console, asked = browse(tmp_path, bad, "--dump-dom")

@@ -17,17 +17,17 @@ ROWS = [
 @pytest.fixture
 def plotted(tmp_path, monkeypatch):
     """Draws rows; returns the axes of the loss and of the accuracy."""
-    drawn, save = [], Figure.savefig
+    figures, save = [], Figure.savefig
 
     def keep(figure, *given, **options):
-        drawn.append(figure)
+        figures.append(figure)
         save(figure, *given, **options)
 
     monkeypatch.setattr(Figure, "savefig", keep)
 
     def plot(rows):
         draw(tmp_path / "curves.png", rows)
-        return drawn[-1].axes
+        return figures[-1].axes
 
     return plot
 

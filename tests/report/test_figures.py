@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from vitral.report.figures import Axis, Chart, Line, reliability, thin
+from vitral.report.figures import Axis, Chart, Line, downsample, reliability
 
 
-def test_a_line_lies_where_its_values_are():
+def test_a_line_has_the_coordinates_of_its_values():
     points = [(0.5, 3.0), (1.0, 12.5), (2.0, 7.25)]
     svg = str(Chart("Title", "", (Line("a", points),)).svg)
     (path,) = re.findall(r'<polyline class="s0" points="([^"]*)"', svg)
@@ -30,23 +30,23 @@ def test_a_line_lies_where_its_values_are():
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (-3.0, -3.0), (1e-9, 2e-9), (0, 12345)])
-def test_round_axes_hold_their_values(low, high):
+def test_rounded_axes_contain_their_values(low, high):
     axis = Axis.rounded(low, high, 0, 100)
     assert axis.low <= low <= high <= axis.high
     assert 3 <= len(axis.ticks) <= 8
-    assert 0 <= axis.place(low) <= axis.place(high) <= 100
+    assert 0 <= axis.position(low) <= axis.position(high) <= 100
 
 
 @pytest.mark.parametrize("low", [0.0, 2.3, 60.0, 99.97, 100.0])
 @pytest.mark.parametrize("high", [0.0, 2.3, 60.0, 99.97, 100.0])
-def test_no_axis_of_percentages_leaves_0_to_100(low, high):
+def test_percentage_axes_stay_within_0_and_100(low, high):
     low, high = sorted((low, high))
     axis = Axis.rounded(low, high, 0, 100)
     assert 0 <= axis.low <= low + 1e-9
     assert high - 1e-9 <= axis.high <= 100 + 1e-9
 
 
-def test_charts_leave_out_what_is_not_finite():
+def test_charts_omit_values_that_are_not_finite():
     svg = str(Chart("Loss", "", (Line("a", [(1, 2.0), (2, float("nan")), (3, 1.0)]),)).svg)
     assert "nan" not in svg
     (path,) = re.findall(r'points="([^"]*)"', svg)
@@ -54,15 +54,15 @@ def test_charts_leave_out_what_is_not_finite():
     assert "No value" in Chart("Loss", "", (Line("a", [(1, float("inf"))]),)).svg
 
 
-def test_thinning_keeps_ends_peaks_and_order():
+def test_downsampling_keeps_ends_peaks_and_order():
     values = np.random.default_rng(0).normal(size=10_000)
     values[[0, 1234, 7777, -1]] = 0.5, 99.0, -99.0, 0.25
     points = list(enumerate(values.tolist()))
-    kept = thin(points)
+    kept = downsample(points)
     assert len(kept) < 700
     assert {points[0], points[1234], points[7777], points[-1]} <= {*kept}
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
-    assert thin(points[:500]) == points[:500]
+    assert downsample(points[:500]) == points[:500]
 
 
 def test_reliability_draws_accuracy_and_confidence():

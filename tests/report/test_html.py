@@ -17,7 +17,7 @@ from vitral.data.records import Pixels
 from vitral.evaluation import Scores
 from vitral.report.html import write_report
 from vitral.report.predictions import Predictions, evaluate_best
-from vitral.report.thumbnails import attended, thumbnail
+from vitral.report.thumbnails import attention_pictures, thumbnail
 from vitral.rundir import read_rows, read_run
 
 VOID = {"meta", "link", "img", "br"}
@@ -85,8 +85,8 @@ def check_form(page):
     assert "url(" not in page.source
     assert "@import" not in page.source
     assert all(image["alt"].strip() for image in page.all("img"))
-    labelled = [svg for svg in page.all("svg") if svg.get("role") == "img"]
-    assert all(svg["aria-label"] for svg in labelled)
+    labeled = [svg for svg in page.all("svg") if svg.get("role") == "img"]
+    assert all(svg["aria-label"] for svg in labeled)
     assert page.headings.count(1) == 1
     assert page.headings[0] == 1
     for before, after in zip(page.headings, page.headings[1:], strict=False):
@@ -114,7 +114,7 @@ def page(run):
     return check_form(Page(run / "report.html"))
 
 
-def test_summary_is_that_of_the_log(run, page):
+def test_the_summary_matches_the_log(run, page):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = rows[-1]
     best = max(row[k] for row in rows for k in ("val_top1", "ema_top1") if k in row)
@@ -152,7 +152,7 @@ def test_settings_show_what_differs_first(page):
     ]
 
 
-def test_predictions_are_those_of_a_plain_loop(page, answers):
+def test_predictions_match_a_plain_loop(page, answers):
     labels, probabilities = answers
     predicted = probabilities.argmax(1).tolist()
     confidence = probabilities.max(1).values.tolist()
@@ -193,8 +193,8 @@ def test_confusions_come_with_their_images(page, answers):
         if pair[0] != pair[1]:
             pairs[pair] = pairs.get(pair, 0) + 1
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:12]
-    said = [f"{a} taken for {b} {n} image{'s' * (n > 1)}" for (a, b), n in ordered]
-    assert " ".join(said) in page.words["confusion"]
+    expected = [f"{a} taken for {b} {n} image{'s' * (n > 1)}" for (a, b), n in ordered]
+    assert " ".join(expected) in page.words["confusion"]
     shown = [f"{a}, taken for {b}" for (a, b), n in ordered for _ in range(min(n, 4))]
     alternatives = [image["alt"] for image in page.all("img")]
     assert alternatives[: len(shown)] == shown
@@ -216,7 +216,7 @@ def write(run, out, predictions, missing=""):
     return check_form(Page(out))
 
 
-def test_many_classes_show_the_ends_and_no_matrix(run, tmp_path):
+def test_many_classes_show_the_extremes_and_no_matrix(run, tmp_path):
     classes = tuple(f"class {i}" for i in range(60))
     predictions = predictions_of(run, classes)
     page = write(run, tmp_path / "page.html", predictions)
@@ -228,7 +228,7 @@ def test_many_classes_show_the_ends_and_no_matrix(run, tmp_path):
     assert (tmp_path / "page.html").stat().st_size < 1_000_000
 
 
-def test_whatever_a_name_holds_is_text(run, tmp_path):
+def test_names_are_escaped(run, tmp_path):
     bad = (
         "<script>alert(1)</script>",
         '"><img src=x onerror=alert(1)>',
@@ -253,7 +253,7 @@ def test_whatever_a_name_holds_is_text(run, tmp_path):
     assert "<script>no</script>" in page.words["calibration"]
 
 
-def test_wnids_have_their_names_beside_them(run, tmp_path):
+def test_wnids_are_shown_with_their_names(run, tmp_path):
     page = write(run, tmp_path / "page.html", predictions_of(run, ("n01440764", "n02012849")))
     assert {row[0] for row in page.cells["classes"][1:]} == {"tench n01440764", "crane n02012849"}
     assert "truth: tench n01440764" in page.words["mistakes"]
@@ -270,7 +270,7 @@ def test_no_mistakes_and_one_image(run, tmp_path):
 @pytest.mark.parametrize(
     ("data", "reason"), [("/nowhere", "nothing of that name"), ("synthetic", "is not the set")]
 )
-def test_without_the_images_all_else_is_shown(run, page, tmp_path, capsys, data, reason):
+def test_everything_else_is_shown_without_the_images(run, page, tmp_path, capsys, data, reason):
     out = tmp_path / "new" / "page.html"
     assert main(["report", str(run), "--data", data, "--out", str(out)]) == 0
     partly = check_form(Page(out))
@@ -356,7 +356,7 @@ def test_several_runs_are_compared(run, tmp_path, monkeypatch):
         ([], ["expected RUN"]),
     ],
 )
-def test_mistakes_are_one_line(run, tmp_path, capsys, words, fragments):
+def test_user_errors_are_one_line(run, tmp_path, capsys, words, fragments):
     given = [word.format(run=run, here=tmp_path) for word in words]
     assert main(["report", *given]) == 2
     text = capsys.readouterr().err
@@ -365,7 +365,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys, words, fragments):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_image_that_is_gone_is_left_out(run, image_folder, tmp_path):
+def test_a_missing_image_is_omitted(run, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "set")
     given = "--model.dim 16 --model.depth 2 --model.image-size 16 --model.patch-size 4".split()
     given += "--train.epochs 1 --optim.warmup-epochs 0 --train.threads 1".split()
@@ -374,7 +374,7 @@ def test_an_image_that_is_gone_is_left_out(run, image_folder, tmp_path):
     predictions = evaluate_best(read_run(folder))
     (tmp_path / "set/val/dark/00.jpg").unlink()
     assert thumbnail(predictions.records, 0) is None
-    assert attended(predictions.weights, predictions.records, 0) is None
+    assert attention_pictures(predictions.weights, predictions.records, 0) is None
     wrong = dataclasses.replace(
         predictions.scores, labels=np.zeros(12, int), ranked=np.ones((12, 1), int)
     )
@@ -391,15 +391,15 @@ def palettes():
     return {"light": light, "dark": dark}
 
 
-def rgb(colour):
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+def rgb(color):
+    return np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
 def contrast(a, b):
     """WCAG 2.2."""
 
-    def luminance(colour):
-        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    def luminance(color):
+        linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
         return linear @ [0.2126, 0.7152, 0.0722]
 
     low, high = sorted((luminance(a), luminance(b)))
@@ -408,20 +408,20 @@ def contrast(a, b):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast(scheme):
-    colours = {name: rgb(value) for name, value in palettes()[scheme].items()}
-    assert len(colours) == 14
+    colors = {name: rgb(value) for name, value in palettes()[scheme].items()}
+    assert len(colors) == 14
     for ground in ("--page", "--panel"):
         for ink in ("--text", "--muted", "--good", "--bad", "--done"):
-            assert contrast(colours[ink], colours[ground]) >= 4.5, (ink, ground)
+            assert contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
         for number in range(6):
-            assert contrast(colours[f"--s{number}"], colours[ground]) >= 4.5
-    for tint, share, ground in (
+            assert contrast(colors[f"--s{number}"], colors[ground]) >= 4.5
+    for tint, opacity, ground in (
         ("--good", 0.45, "--panel"),
         ("--bad", 0.45, "--panel"),
         ("--good", 0.3, "--page"),
     ):
-        mixed = share * colours[tint] + (1 - share) * colours[ground]
-        assert contrast(colours["--text"], mixed) >= 4.5, tint
+        mixed = opacity * colors[tint] + (1 - opacity) * colors[ground]
+        assert contrast(colors["--text"], mixed) >= 4.5, tint
 
 
 def test_black_on_white_has_a_contrast_of_21():

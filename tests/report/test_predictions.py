@@ -15,7 +15,7 @@ def predictions(run):
     return evaluate_best(read_run(run))
 
 
-def test_scores_are_those_of_a_plain_loop(predictions, answers):
+def test_scores_match_a_plain_loop(predictions, answers):
     labels, probabilities = answers
     scores = predictions.scores
     assert scores.classes == tuple("0123456789")

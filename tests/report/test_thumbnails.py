@@ -10,7 +10,7 @@ from PIL import Image
 from vitral import weights
 from vitral.data.records import Files, Packed, Pixels
 from vitral.inference.attention import attention_weights
-from vitral.report.thumbnails import attended, data_uri, thumbnail
+from vitral.report.thumbnails import attention_pictures, data_uri, thumbnail
 
 
 def opened(address):
@@ -34,11 +34,11 @@ def test_thumbnails_are_small_and_keep_their_shape():
     assert opened(thumbnail(packed, 0)).size == (37, 112)
 
 
-def test_attention_lights_what_the_prediction_reads(run):
+def test_attention_highlights_the_relevant_patches(run):
     found = weights.load(run)
-    grey = torch.tensor([10, 210], dtype=torch.uint8).view(2, 1, 1, 1)
-    records = Pixels(grey.expand(2, 3, 8, 8), np.zeros(2, int))
-    seen, lit = (np.asarray(opened(a), float) for a in attended(found, records, 1))
+    gray = torch.tensor([10, 210], dtype=torch.uint8).view(2, 1, 1, 1)
+    records = Pixels(gray.expand(2, 3, 8, 8), np.zeros(2, int))
+    seen, lit = (np.asarray(opened(a), float) for a in attention_pictures(found, records, 1))
     assert np.abs(seen - 210).max() <= 2
 
     data = found.description.config.data
@@ -60,7 +60,7 @@ def test_an_image_that_cannot_be_read_has_no_thumbnail(run, tmp_path):
     records = Files(tmp_path, names, np.ones(3, int), np.zeros(3, int))
     assert opened(thumbnail(records, 0)).size == (90, 60)  # three times, which is a whole number
     found = weights.load(run)
-    assert attended(found, records, 0) is not None
+    assert attention_pictures(found, records, 0) is not None
     for index in (1, 2):
         assert thumbnail(records, index) is None
-        assert attended(found, records, index) is None
+        assert attention_pictures(found, records, index) is None

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .processes import digests, end_all, finish_alone, make_config, run, words
+from .processes import digests, end_all, finish_single, make_config, run, words
 
 
 @pytest.fixture(autouse=True)
@@ -40,5 +40,5 @@ def pair(pictures, tmp_path_factory):
 def finished(image_folder, tmp_path_factory):
     """A finished run in one process; tests change copies of it."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert finish_alone(make_config(image_folder, out)) == 0
+    assert finish_single(make_config(image_folder, out)) == 0
     return out

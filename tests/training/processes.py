@@ -18,9 +18,9 @@ from vitral.cli import main
 from vitral.report import curves, html  # noqa: F401  as above
 from vitral.rundir import RunDir, read_rows
 from vitral.training import Interrupted, train
-from vitral.training.metrics import CLOCK
+from vitral.training.metrics import CLOCK_COLUMNS
 
-PATIENCE = 90.0  # seconds until a process counts as hanging
+TIMEOUT = 90.0  # seconds until a process counts as hanging
 COMMON = {
     "model.dim": 16,
     "model.depth": 2,
@@ -41,9 +41,9 @@ COMMON = {
     "train.threads": 1,
 }
 # 27 steps: 8 * 40 images of `image_folder` in batches of 12.
-ALONE = {**COMMON, "train.epochs": 8, "train.batch-size": 12, "train.micro-batch": 8}
+SINGLE = {**COMMON, "train.epochs": 8, "train.batch-size": 12, "train.micro-batch": 8}
 # 16 steps: 18 * 42 images of `pictures` in batches of 48.
-SPREAD = {
+DISTRIBUTED = {
     **COMMON,
     "data.workers": 0,
     "train.device": "cpu",
@@ -64,14 +64,14 @@ def options(base, changes):
 
 
 def make_config(data, out, /, **changes):
-    """The settings of a run in one process, with changes to ALONE."""
+    """The settings of a run in one process, with changes to SINGLE."""
     places = {"data.path": data, "train.out": out}
-    return settings.load("digits", options(ALONE | places, changes))
+    return settings.load("digits", options(SINGLE | places, changes))
 
 
 def words(data, out, /, **changes):
-    """The words of a command that trains in several processes, with changes to SPREAD."""
-    return ["train", "digits", *options(SPREAD | {"data": data, "out": out}, changes)]
+    """The words of a command that trains in several processes, with changes to DISTRIBUTED."""
+    return ["train", "digits", *options(DISTRIBUTED | {"data": data, "out": out}, changes)]
 
 
 def folder_of(command):
@@ -106,7 +106,7 @@ def fork(action, environment=None, stderr=None):
         os._exit(code)
 
 
-def start_alone(config):
+def start_single(config):
     """Trains in a forked process, as torch takes seconds to import; returns its ID."""
 
     def action():
@@ -120,14 +120,14 @@ def start_alone(config):
     return fork(action, stderr=out.with_name(f"{out.name}.err"))
 
 
-def finish_alone(config):
+def finish_single(config):
     """Trains in a forked process and returns its exit code."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_alone(config), 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(start_single(config), 0)[1])
 
 
 def signal_at(config, step, number):
     """Trains until the log has reached `step`, sends a signal, and returns the exit code."""
-    child = start_alone(config)
+    child = start_single(config)
     wait_for([child], Path(config.train.out), step)
     os.kill(child, number)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -171,7 +171,7 @@ def errors(command, rank):
 
 def finish(children):
     """The exit codes of processes; all of them and their workers must end."""
-    codes, end = {}, time.monotonic() + PATIENCE
+    codes, end = {}, time.monotonic() + TIMEOUT
     while (left := set(children) - set(codes)) or any(map(alive, children)):
         for child in left:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -227,7 +227,9 @@ def digests(out):
     found = {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
     assert len(found) == 9, sorted(found)
     rows = read_rows(run.metrics)
-    found["log"] = json.dumps([{k: v for k, v in r.items() if k not in CLOCK} for r in rows])
+    found["log"] = json.dumps(
+        [{k: v for k, v in r.items() if k not in CLOCK_COLUMNS} for r in rows]
+    )
     state = json.loads((newest(out) / "state.json").read_text())
     found["state"] = {k: state[k] for k in ("step", "best", "evaluated", "counters", "metrics")}
     return found

@@ -16,8 +16,8 @@ import pytest
 from vitral.errors import UserError
 from vitral.rundir import RunDir
 from vitral.training import train
-from vitral.training.distributed import one_at_a_time
-from vitral.training.signals import NUMBERS
+from vitral.training.distributed import exclusive_training
+from vitral.training.signals import SIGNAL_NUMBERS
 
 from .processes import digests, make_config
 
@@ -70,13 +70,13 @@ def test_in_a_thread(config, finished):
 
 
 def test_in_an_event_loop(config, finished):
-    before = [signal.getsignal(number) for number in NUMBERS]
+    before = [signal.getsignal(number) for number in SIGNAL_NUMBERS]
 
     async def main():
         return train(config)
 
     check(asyncio.run(main()), finished)
-    assert [signal.getsignal(number) for number in NUMBERS] == before
+    assert [signal.getsignal(number) for number in SIGNAL_NUMBERS] == before
 
 
 @pytest.mark.parametrize("kind", [Stream, lambda: None])
@@ -89,11 +89,11 @@ def test_with_other_streams(config, finished, monkeypatch, kind):
         assert "\nfinished: val top-1 " in stream.text
 
 
-def test_a_second_training_is_refused_while_one_runs(config):
+def test_a_second_training_is_rejected_while_one_runs(config):
     seen, end = threading.Event(), threading.Event()
 
     def first():
-        with one_at_a_time():
+        with exclusive_training():
             seen.set()
             end.wait()
 
@@ -105,5 +105,5 @@ def test_a_second_training_is_refused_while_one_runs(config):
     end.set()
     thread.join()
     assert not RunDir(config.train.out).path.exists()
-    with one_at_a_time():  # the lock is free again
+    with exclusive_training():  # the lock is free again
         pass

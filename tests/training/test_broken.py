@@ -39,16 +39,16 @@ def test_each_is_reported_once_by_name_and_reason(lines):
     assert lines == []
     broken.add([(7, "cut short"), (3, "no image")])
     broken.add([(7, "cut short"), (4999, "empty")])
-    said = "broken image, replaced by another: /data/{}.jpg: {}"
+    template = "broken image, replaced by another: /data/{}.jpg: {}"
     assert lines == [
-        said.format(3, "no image"),
-        said.format(7, "cut short"),
-        said.format(4999, "empty"),
+        template.format(3, "no image"),
+        template.format(7, "cut short"),
+        template.format(4999, "empty"),
     ]
     assert broken.known == {3: "no image", 7: "cut short", 4999: "empty"}
 
 
-def test_those_known_before_a_resume_count_and_are_not_reported(lines):
+def test_images_known_before_a_resume_are_counted_but_not_reported(lines):
     broken = BrokenImages(files(2000), World(), [[1, "a"], [2, "b"]], lines.append)  # from JSON
     broken.add([(2, "b")])
     assert lines == []
@@ -80,13 +80,13 @@ def test_ten_are_named_and_the_rest_counted(lines):
     assert str(error.value).count("/data/") == 10
 
 
-def test_processes_agree_when_they_are_asked_to(lines):
+def test_processes_synchronize_on_request(lines):
     world = first_of_two({5: "theirs", 2: "both"})
     broken = BrokenImages(files(3000), world, (), lines.append)
     broken.add([(9, "mine"), (2, "both")])
     assert (lines, broken.known) == ([], {})
-    broken.agree()
+    broken.synchronize()
     assert list(broken.known.items()) == [(2, "both"), (5, "theirs"), (9, "mine")]
     assert [line.rpartition(": ")[2] for line in lines] == ["both", "theirs", "mine"]
-    broken.agree()  # the other process repeats what is known already
+    broken.synchronize()  # the other process repeats what is known already
     assert len(lines) == 3

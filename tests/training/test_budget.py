@@ -11,7 +11,7 @@ from vitral.config import Seconds
 from vitral.errors import UserError
 from vitral.rundir import RunDir
 from vitral.training import budget
-from vitral.training.budget import Costs, most_epochs, with_epochs
+from vitral.training.budget import Costs, max_epochs, with_epochs
 from vitral.training.distributed import World
 
 NONE = frozenset()
@@ -33,7 +33,7 @@ def test_times(words, seconds):
 
 
 @pytest.mark.parametrize("words", ["soon", "-5", "10 m", "1m1h", "0", "", "inf"])
-def test_what_is_no_time_is_refused(words):
+def test_invalid_times_are_rejected(words):
     with pytest.raises(UserError, match=r"^train\.time_budget: expected a "):
         request("--time-budget", words)
 
@@ -43,19 +43,19 @@ def test_most_epochs_by_hand():
     config = request("--train.eval-every", "70").config
     costs = Costs(fixed=8.0, step=0.1, validation=2.0)
     given = frozenset({"train.eval_every"})
-    assert most_epochs(config, given, costs, 1280, 100.0) == 45  # 8 + 90 + 2
-    assert most_epochs(config, given, costs, 1280, 99.9) == 44
-    assert most_epochs(config, given, costs, 1280, 12.0) == 1
-    assert most_epochs(config, given, costs, 1280, 11.9) == 0
-    assert most_epochs(request().config, NONE, costs, 1280, 100.0) == 38  # 8 + 76 + 8 * 2
-    assert most_epochs(request().config, NONE, costs, 1280, 1e4) > 70
+    assert max_epochs(config, given, costs, 1280, 100.0) == 45  # 8 + 90 + 2
+    assert max_epochs(config, given, costs, 1280, 99.9) == 44
+    assert max_epochs(config, given, costs, 1280, 12.0) == 1
+    assert max_epochs(config, given, costs, 1280, 11.9) == 0
+    assert max_epochs(request().config, NONE, costs, 1280, 100.0) == 38  # 8 + 76 + 8 * 2
+    assert max_epochs(request().config, NONE, costs, 1280, 1e4) > 70
 
 
 def test_more_epochs_always_take_longer_than_the_budget():
     costs = Costs(fixed=3.0, step=0.02, validation=0.7)
     config = request().config
     for seconds in range(5, 300, 7):
-        found = most_epochs(config, NONE, costs, 1437, seconds)
+        found = max_epochs(config, NONE, costs, 1437, seconds)
         times = [costs.total(with_epochs(config, NONE, n), 1437) for n in (found, found + 1)]
         assert times[0] <= seconds < times[1]
 
@@ -75,10 +75,12 @@ def measured(monkeypatch):
 
 
 def fit(tmp_path, *words):
-    return budget.fit(request(*words, "--out", str(tmp_path)), RunDir(tmp_path), World())
+    return budget.fit_time_budget(
+        request(*words, "--out", str(tmp_path)), RunDir(tmp_path), World()
+    )
 
 
-def test_a_new_run_takes_what_fits(measured, tmp_path):
+def test_a_new_run_uses_the_epochs_that_fit(measured, tmp_path):
     found = fit(tmp_path, "--time-budget", "30s", "--train.ema-decay", "0.9")
     (note,) = found.notes
     epochs = found.config.train.epochs
@@ -100,7 +102,7 @@ def test_images_become_smaller_where_too_few_epochs_fit(measured, tmp_path):
     assert (kept.model.image_size, kept.train.epochs) == (8, 4)  # 1 + 90 * 0.05 + 4 * 0.5
 
 
-def test_less_than_an_epoch_is_refused_with_what_would_do(measured, tmp_path):
+def test_less_than_an_epoch_is_rejected_with_the_minimum(measured, tmp_path):
     with pytest.raises(UserError, match=r"at least 3 s for 1 epoch at 8 pixels, got 2 s"):
         fit(tmp_path, "--time-budget", "2s", "--image-size", "8")
     words = ["--time-budget", "5s", "--image-size", "8", "--optim.warmup-epochs", "2"]
@@ -112,7 +114,7 @@ def test_less_than_an_epoch_is_refused_with_what_would_do(measured, tmp_path):
 def test_without_a_budget_nothing_is_measured(monkeypatch, tmp_path, words):
     monkeypatch.setattr(budget, "measure", None)
     asked = request(*words, "--out", str(tmp_path))
-    assert budget.fit(asked, RunDir(tmp_path), World()) is asked
+    assert budget.fit_time_budget(asked, RunDir(tmp_path), World()) is asked
 
 
 def test_epochs_and_a_budget_exclude_each_other(tmp_path):
@@ -131,7 +133,7 @@ def test_epochs_and_a_budget_exclude_each_other(tmp_path):
 def test_a_run_is_resumed_without_a_second_measurement(measured, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     words = ["train", "digits", *TINY, "--out", str(out), "--train.device", "cpu"]
-    monkeypatch.setattr(budget, "MEASURED", 0.0)
+    monkeypatch.setattr(budget, "MEASURING_FRACTION", 0.0)
     assert main([*words, "--time-budget", "4s", "--image-size", "8"]) == 0
     config = settings.load(str(out / "config.yaml"))
     assert config.train.time_budget == 4

@@ -94,7 +94,7 @@ def test_nothing_is_removed_before_the_new_one_is_verified(folder, monkeypatch):
         "manifest.json",
     ],
 )
-def test_a_damaged_one_is_passed_over(folder, name, kind):
+def test_damaged_checkpoints_are_skipped(folder, name, kind):
     damage(folder / "step_0000009" / name, kind)
     warnings = []
     assert_same(checkpoint.latest(folder, warnings.append), made(6))
@@ -104,7 +104,7 @@ def test_a_damaged_one_is_passed_over(folder, name, kind):
         assert name in warning
 
 
-def test_one_of_another_version_is_passed_over(folder, monkeypatch):
+def test_checkpoints_of_another_version_are_skipped(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "SCHEMA", 1)
         checkpoint.save(folder, made(12), None)
@@ -113,7 +113,7 @@ def test_one_of_another_version_is_passed_over(folder, monkeypatch):
     assert f"schema 1, not {checkpoint.SCHEMA}" in warnings[0]
 
 
-def test_one_between_two_renames_is_found(folder):
+def test_a_checkpoint_between_two_renames_is_found(folder):
     """A kill while a checkpoint of the same step is replaced."""
     newest = folder / "step_0000009"
     shutil.copytree(newest, folder / f".{newest.name}.new")
@@ -123,7 +123,7 @@ def test_one_between_two_renames_is_found(folder):
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_one_of_another_step_is_passed_over(folder):
+def test_checkpoints_of_another_step_are_skipped(folder):
     shutil.copytree(folder / "step_0000006", folder / "step_0000018")
     warnings = []
     assert_same(checkpoint.latest(folder, warnings.append), made(9))
@@ -131,7 +131,7 @@ def test_one_of_another_step_is_passed_over(folder):
     assert "step_0000018: step 6, not 18" in warning
 
 
-def test_what_is_no_checkpoint_is_left_alone(folder):
+def test_other_files_are_left_untouched(folder):
     (folder / "step_0000001").touch()
     (folder / "step_0000002").symlink_to("gone")
     (folder / ".step_0000004.new").symlink_to("gone")
@@ -154,7 +154,7 @@ def test_a_link_to_a_checkpoint_is_read_and_pruned(folder):
     assert (elsewhere / "manifest.json").exists()
 
 
-def test_a_file_in_the_place_of_a_checkpoint_is_replaced(folder):
+def test_a_file_at_the_path_of_a_checkpoint_is_replaced(folder):
     (folder / "step_0000012").touch()
     checkpoint.save(folder, made(12), None)
     assert_same(checkpoint.latest(folder, pytest.fail), made(12))

@@ -20,7 +20,7 @@ from vitral import evaluate, storage
 from vitral.data import loader
 from vitral.rundir import read_rows
 from vitral.training import loop, validation
-from vitral.training.distributed import full, joined
+from vitral.training.distributed import gather_full, process_world
 
 from .processes import (
     REPRODUCIBLE,
@@ -48,7 +48,7 @@ def note_samples(file):
         with file.open("a") as lines:
             for r in requests:
                 for place, sample in enumerate(zip(r.epochs, r.indices, strict=True), r.first):
-                    print(r.step, place, r.side, *sample, file=lines)
+                    print(r.step, place, r.image_size, *sample, file=lines)
                 lines.flush()
                 yield r
 
@@ -139,7 +139,9 @@ def assert_close(out, whole):
         pytest.param(4, "fsdp", 4, marks=pytest.mark.slow),
     ],
 )
-def test_processes_train_as_one(pictures, tmp_path, alone, size, parallel, micro_batch):
+def test_distributed_training_equals_one_process(
+    pictures, tmp_path, alone, size, parallel, micro_batch
+):
     cut = {"train__parallel": parallel, "train__micro_batch": micro_batch}
     command = words(pictures, tmp_path / "run", **PLAIN, **cut)
     out = run(command, size, note_samples(tmp_path / "samples"))
@@ -168,29 +170,29 @@ def reproduced(pictures, tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_reproducible_to_the_last_bit(pictures, tmp_path, reproduced, size):
+def test_reproducible_bit_for_bit(pictures, tmp_path, reproduced, size):
     command = words(pictures, tmp_path / "run", **REPRODUCIBLE)
     out = run(command, size, note_samples(tmp_path / "samples"))
     assert (digests(out), samples(tmp_path / "samples")) == reproduced
 
 
-def test_what_was_spread_is_gathered_to_the_main_process_alone(tmp_path):
+def test_sharded_tensors_are_gathered_only_on_the_main_process(tmp_path):
     """The other processes keep no memory of it, which is scarce on a GPU."""
 
     def gather(rank):
-        with joined(gpu=False, timeout_minutes=5) as world:
+        with process_world(gpu=False, timeout_minutes=5) as world:
             spread = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)])
-            whole = full({"weight": spread}, world)["weight"]
+            whole = gather_full({"weight": spread}, world)["weight"]
         right = rank or whole.tolist() == [0, 1, 2, 3, 4, 5]
         os._exit(not right or whole.untyped_storage().nbytes() != (24, 0)[rank])
 
     assert finish(start([["--out", str(tmp_path / "run")]] * 2, gather)) == [0, 0]
 
 
-def test_a_process_that_does_not_answer_is_waited_for_up_to_the_timeout(tmp_path):
+def test_an_unresponsive_process_causes_a_timeout(tmp_path):
     def step(rank):
         try:
-            with joined(gpu=False, timeout_minutes=0.05) as world:
+            with process_world(gpu=False, timeout_minutes=0.05) as world:
                 world.gather(rank)
                 if rank:
                     os.kill(os.getpid(), signal.SIGSTOP)
@@ -234,7 +236,7 @@ def test_resumed_on_other_numbers_of_processes(pictures, tmp_path, reproduced, r
 
 
 @pytest.mark.slow
-def test_resumed_with_the_model_spread_and_whole_again(pictures, tmp_path, alone):
+def test_resumed_with_fsdp_and_in_one_process(pictures, tmp_path, alone):
     """DDP -> FSDP -> one process: as an undisturbed run, to rounding."""
     out = tmp_path / "run"
     command = words(pictures, out, **PLAIN)
@@ -248,7 +250,7 @@ def test_resumed_with_the_model_spread_and_whole_again(pictures, tmp_path, alone
     ("number", "rank", "parallel"),
     [(signal.SIGTERM, 1, "ddp"), (signal.SIGINT, 0, "ddp"), (signal.SIGUSR1, 1, "fsdp")],
 )
-def test_signal_to_one_ends_all(pictures, tmp_path, number, rank, parallel):
+def test_a_signal_to_one_process_stops_all(pictures, tmp_path, number, rank, parallel):
     """With one checkpoint, which is there before any of them has gone."""
 
     def hook(_):
@@ -273,7 +275,7 @@ def test_signal_to_one_ends_all(pictures, tmp_path, number, rank, parallel):
     assert not (out / "weights").exists()
 
 
-def test_checkpoint_of_the_clock_is_written_once(pictures, tmp_path):
+def test_a_timed_checkpoint_is_written_once(pictures, tmp_path):
     def hook(_):
         update = loop.Trainer._step
 
@@ -289,13 +291,13 @@ def test_checkpoint_of_the_clock_is_written_once(pictures, tmp_path):
     assert len(list((out / "checkpoints").iterdir())) == 2  # that one, and the last
 
 
-def test_number_of_processes_shows_where_it_may(pair, reproduced):
+def test_the_number_of_processes_affects_rounding(pair, reproduced):
     """Else equal digests would prove nothing."""
     assert not [name for name in pair if pair[name] == reproduced[0][name] and "csv" not in name]
 
 
 @pytest.mark.parametrize(("rank", "workers"), [(0, 0), pytest.param(1, 1, marks=pytest.mark.slow)])
-def test_killed_process_ends_the_others(pictures, tmp_path, pair, rank, workers):
+def test_a_killed_process_stops_the_others(pictures, tmp_path, pair, rank, workers):
     """And the run goes on from its last checkpoint, to the end it would have had."""
     command = words(pictures, tmp_path / "run", data__workers=workers)
     codes = stop_at(command, 2, 5, signal.SIGKILL, [rank])
@@ -419,7 +421,7 @@ def poison(steps):
         def keep_own_weights(self):
             fit(self)
             mine = dataclasses.replace(self.world, rank=0)  # each process keeps its own
-            tensors = {"model": full(self.optimizer.named, mine)}
+            tensors = {"model": gather_full(self.optimizer.named, mine)}
             storage.write(self.run.path / f"weights_of_{rank}", tensors, {})
 
         loop.train_batches = poisoned

@@ -44,22 +44,22 @@ def flops_of(work, *_):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(estimate, "ENOUGH", 0.0)
-    monkeypatch.setattr(estimate, "TRIALS", 1)
+    monkeypatch.setattr(estimate, "MIN_TIME", 0.0)
+    monkeypatch.setattr(estimate, "NUM_TRIALS", 1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_outline_is_the_model(shape):
+def test_the_meta_model_equals_the_model(shape):
     built = ViT(shape, 7)
-    outline = estimate.outline(Config(model=shape), 7)
-    assert outline.num_parameters == sum(p.numel() for p in built.parameters())
-    assert all(p.is_meta for p in outline.parameters())
+    meta_model = estimate.meta_model(Config(model=shape), 7)
+    assert meta_model.num_parameters == sum(p.numel() for p in built.parameters())
+    assert all(p.is_meta for p in meta_model.parameters())
     images = torch.zeros(1, 3, shape.image_size, shape.image_size)
     assert count_flops(shape, 7) == flops_of(lambda: built.eval()(images))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_parts_add_up_to_the_whole(shape, monkeypatch):
+def test_the_parts_add_up(shape, monkeypatch):
     monkeypatch.setattr(estimate, "_seconds", flops_of)
     config = Config(model=shape, train=TrainConfig(batch_size=4, device="cpu"))
     found = estimate.estimate(config, 7).per_image
@@ -87,7 +87,7 @@ def test_skipped_work_and_smaller_images_take_less(monkeypatch):
 @pytest.mark.parametrize(
     ("per_image", "counts", "seconds"), [(0.001, [2, 4, 8], 0.018 / 8), (0.2, [2], 0.41 / 2)]
 )
-def test_what_the_first_time_costs_is_left_out(monkeypatch, per_image, counts, seconds):
+def test_warmup_time_is_excluded(monkeypatch, per_image, counts, seconds):
     """By a clock that each pass advances by 0.01 s and its images, and the very first by more."""
     now, seen = 0.0, []
 
@@ -96,14 +96,14 @@ def test_what_the_first_time_costs_is_left_out(monkeypatch, per_image, counts, s
         now += 0.01 + per_image * count + (0 if seen else 5)
         seen.append(count)
 
-    monkeypatch.setattr(estimate, "ENOUGH", 0.3)
+    monkeypatch.setattr(estimate, "MIN_TIME", 0.3)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: now))
     found = estimate._seconds_per_image(run, 8, torch.device("cpu"))
     assert found == pytest.approx(seconds)
     assert seen == [count for count in counts for _ in range(2)]
 
 
-def test_an_estimate_leaves_random_numbers_and_threads_alone():
+def test_an_estimate_preserves_random_state_and_threads():
     torch.manual_seed(3)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     config = settings.load("digits", ["--train.threads", str(threads + 1)])
@@ -114,7 +114,7 @@ def test_an_estimate_leaves_random_numbers_and_threads_alone():
 
 def test_a_long_run_from_scratch_is_compared_with_a_public_model(monkeypatch, saved):
     """By a clock of one second a GFLOP: of 100,608 images three passes are 1,947 s."""
-    monkeypatch.setattr(estimate, "SLOWEST", 1.0)
+    monkeypatch.setattr(estimate, "MIN_FLOP_RATE", 1.0)
     monkeypatch.setattr(estimate, "_seconds", lambda work, _: flops_of(work) / 1e9)
 
     def compare(*options):
@@ -165,7 +165,7 @@ def test_weights_to_start_from_are_compared_by_their_shapes(saved):
         with pytest.raises(UserError, match="its content is not what was written"):
             weights.load(saved)
         assert weights.initialize(model, saved) == []
-        other = estimate.outline(Config(model=model.config), 5)
+        other = estimate.meta_model(Config(model=model.config), 5)
         assert weights.initialize(other, saved) == ["head.bias", "head.weight"]
         file.write_bytes(b"\xff" * len(content))
         with pytest.raises(UserError, match="not a safetensors file"):

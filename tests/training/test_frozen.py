@@ -50,19 +50,19 @@ def make_pass(config, dataset, directory, model=None, **changes):
     return FeaturePass(model, config, resolved, 0, dataset.fingerprint, directory)
 
 
-def compute(found, dataset, views=1, share=(0, 1), check=lambda _: None):
-    return found(dataset.train, "train", views, share, check)
+def compute(found, dataset, views=1, shard=(0, 1), check=lambda _: None):
+    return found(dataset.train, "train", views, shard, check)
 
 
 def joined(parts):
-    return Features.joined(parts[place] for place in sorted(parts))
+    return Features.concatenate(parts[place] for place in sorted(parts))
 
 
 @pytest.mark.parametrize(
     ("trainable", "blocks", "norm"),
     [("all", 4, True), ("head", 0, False), (1, 1, True), (4, 4, True)],
 )
-def test_what_is_trained(trainable, blocks, norm):
+def test_which_parameters_are_trained(trainable, blocks, norm):
     model = make_model()
     freeze(model, trainable)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -73,7 +73,7 @@ def test_what_is_trained(trainable, blocks, norm):
     assert ("cls" in trained) == (trainable == "all")
 
 
-def test_frozen_blocks_drop_nothing():
+def test_frozen_blocks_have_no_dropout():
     model, images = make_model(), torch.randn(2, 3, 16, 16)
     freeze(model, "head")
     train_mode(model, "head")
@@ -82,7 +82,7 @@ def test_frozen_blocks_drop_nothing():
     assert [block.training for block in model.blocks] == [False, False, False, True]
 
 
-def test_features_are_what_the_head_reads(config, dataset, tmp_path, small_parts):
+def test_features_are_the_input_of_the_head(config, dataset, tmp_path, small_parts):
     model = make_model().eval()
     found = joined(compute(make_pass(config, dataset, tmp_path, model), dataset))
     batches = eval_batches(dataset.train, config, 40, 0, torch.device("cpu"))
@@ -106,7 +106,7 @@ def test_later_views_are_augmented_as_in_training(config, dataset, tmp_path):
     )  # fmt: skip
     with torch.no_grad():
         expected = model.pool(model.forward_features(batch.images))
-    view = parts[frozen.Place(1, 0)].vectors
+    view = parts[frozen.PartKey(1, 0)].vectors
     distances = torch.cdist(expected.double(), view.double()).min(1)
     assert distances.values.max() < 1e-3
     assert sorted(distances.indices.tolist()) == [*range(40)]  # in the order of the epoch
@@ -142,7 +142,7 @@ def test_a_damaged_part_is_computed_again(config, dataset, tmp_path, small_parts
     assert torch.equal(joined(found).vectors, expected.vectors)
 
 
-def test_features_of_another_model_or_size_are_refused(config, dataset, tmp_path):
+def test_features_of_another_model_or_size_are_rejected(config, dataset, tmp_path):
     compute(make_pass(config, dataset, tmp_path), dataset)
     with pytest.raises(UserError, match="computed with other weights, images or settings; remove"):
         compute(make_pass(config, dataset, tmp_path, make_model(1)), dataset)
@@ -163,7 +163,7 @@ def test_features_of_other_hardware_are_computed_again(config, dataset, tmp_path
 def test_two_processes_share_the_parts(config, dataset, tmp_path, small_parts):
     expected = joined(compute(make_pass(config, dataset, tmp_path / "one"), dataset, views=2))
     halves = [
-        compute(make_pass(config, dataset, tmp_path / "two"), dataset, views=2, share=(rank, 2))
+        compute(make_pass(config, dataset, tmp_path / "two"), dataset, views=2, shard=(rank, 2))
         for rank in range(2)
     ]
     assert not halves[0].keys() & halves[1].keys()

@@ -46,7 +46,7 @@ def test_bf16_and_compile_follow_float32(tmp_path):
     assert curves[0] == pytest.approx(curves[1], abs=0.05)
 
 
-def test_micro_batch_is_cut_until_it_fits():
+def test_micro_batch_is_halved_until_it_fits():
     from vitral.training.resolved import build_model, resolve
 
     config = settings.load("imagenet-b16-300ep", ["--train.compile", "never"])

@@ -15,7 +15,7 @@ from vitral.rundir import RunDir, read_rows, read_run
 from vitral.training import frozen, probe, tokens, train
 from vitral.training.folds import cross_validate
 
-from .processes import SPREAD, digests, finish_alone, fork, options, run, signal_at
+from .processes import DISTRIBUTED, digests, finish_single, fork, options, run, signal_at
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -41,11 +41,17 @@ def pretrained(image_folder, tmp_path_factory):
     config = settings.load(
         "digits",
         options(
-            {**SPREAD, "data": image_folder, "out": out, "train.epochs": 2, "train.batch-size": 8},
+            {
+                **DISTRIBUTED,
+                "data": image_folder,
+                "out": out,
+                "train.epochs": 2,
+                "train.batch-size": 8,
+            },
             {"augment__mixup": 0, "augment__cutmix": 0},
         ),
     )
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     return out
 
 
@@ -66,7 +72,7 @@ def whole(image_folder, pretrained, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "PART", 16)
         out = tmp_path_factory.mktemp("whole") / "run"
-        assert finish_alone(head_config(image_folder, out, pretrained, train__epochs=2)) == 0
+        assert finish_single(head_config(image_folder, out, pretrained, train__epochs=2)) == 0
     return out
 
 
@@ -81,7 +87,7 @@ def test_a_probe_is_an_ordinary_run(whole, pretrained, capsys):
     assert RunDir(whole).report.is_file()
     assert main(["predict", str(whole), str(next(RunDir(whole).path.glob("*.png")))]) == 0
     before = tensors(whole)
-    assert finish_alone(settings.load(str(RunDir(whole).config))) == 0  # it is finished
+    assert finish_single(settings.load(str(RunDir(whole).config))) == 0  # it is finished
     assert tensors(whole) == before
 
 
@@ -121,7 +127,7 @@ def test_killed_in_the_feature_pass_and_the_fit(image_folder, pretrained, whole,
     config = head_config(image_folder, tmp_path / "run", pretrained, train__epochs=2)
     for moment in (1, 3, 5, 20, 100):  # of 6 parts; the later ones are in the fit
         assert kill_at(config, moment) == -signal.SIGKILL
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     assert tensors(tmp_path / "run") == tensors(whole)
 
 
@@ -144,7 +150,7 @@ def test_a_signal_ends_the_feature_pass(image_folder, pretrained, tmp_path):
     assert len([*(tmp_path / "run" / "features").iterdir()]) == 1
 
 
-def test_features_of_changed_weights_are_refused(image_folder, pretrained, tmp_path):
+def test_features_of_changed_weights_are_rejected(image_folder, pretrained, tmp_path):
     config = head_config(image_folder, tmp_path / "run", pretrained)
     assert kill_at(config, 3) == -signal.SIGKILL
     known = weights.load(pretrained)
@@ -169,7 +175,7 @@ def test_two_processes(image_folder, pretrained, tmp_path, recipe, changes):
         changes |= {"optim__warmup_epochs": 0, "model__stochastic_depth": 0}
         changes |= {"train__trainable": 1, "optim__lr": 1e-6}
     config = head_config(image_folder, tmp_path / "one", pretrained, recipe, **changes)
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     file = tmp_path / "recipe.yaml"
     file.write_text(settings.dump(config))
     pair = run(["train", str(file), "--out", str(tmp_path / "two")], 2)
@@ -186,7 +192,7 @@ def test_finetuning_starts_from_the_fitted_head(image_folder, pretrained, whole,
         image_folder, tmp_path / "run", pretrained, "finetune", optim__lr=1e-12,
         optim__warmup_epochs=0, optim__weight_decay=0, train__epochs=1,
     )  # fmt: skip
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     features = frozen.read_features(RunDir(tmp_path / "run").features)
     expected = probe.fit(features, 2, seed=0)
     head = weights.load(tmp_path / "run", which="ema").model.head
@@ -198,7 +204,7 @@ def test_the_last_blocks_alone_are_trained(image_folder, pretrained, tmp_path):
         image_folder, tmp_path / "run", pretrained, "finetune", train__trainable=1,
         optim__warmup_epochs=0, train__epochs=1, train__probe_first=True, optim__lr=1e-2,
     )  # fmt: skip
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     known = weights.load(pretrained).model.state_dict()
     found = weights.load(tmp_path / "run", which="model").model.state_dict()
     changed = {name for name in known if not torch.equal(known[name], found[name])}
@@ -242,7 +248,7 @@ def test_folds_need_images_of_each_class(whole):
         (["--folds", "5", "--train.trainable", "all"], "folds: expected train.trainable head"),
     ],
 )
-def test_settings_that_are_refused(pretrained, tmp_path, capsys, words, expected):
+def test_settings_that_are_rejected(pretrained, tmp_path, capsys, words, expected):
     command = ["train", "probe", "--init", str(pretrained), "--out", str(tmp_path / "run")]
     assert main([*command, "--image-size", "16", *words]) == 2
     assert expected in capsys.readouterr().err
@@ -270,8 +276,8 @@ CACHED = {
 def test_cached_activations_train_like_images(image_folder, pretrained, tmp_path, monkeypatch):
     """The inputs of the last block are computed once, and the weights are the same to rounding."""
     states = []
-    for name, limit in (("cached", tokens.LIMIT), ("images", 0)):
-        monkeypatch.setattr(tokens, "LIMIT", limit)
+    for name, limit in (("cached", tokens.MAX_CACHE_BYTES), ("images", 0)):
+        monkeypatch.setattr(tokens, "MAX_CACHE_BYTES", limit)
         changes = CACHED | {"train__epochs": 2, "optim__lr": 1e-3}
         train(head_config(image_folder, tmp_path / name, pretrained, "finetune", **changes))
         assert (tmp_path / name / "train_batch.jpg").exists() == (name == "images")
@@ -286,7 +292,7 @@ def test_cached_activations_resume_exactly(image_folder, pretrained, tmp_path):
         head_config(image_folder, tmp_path / name, pretrained, "finetune", **changes)
         for name in ("whole", "cut")
     )
-    assert finish_alone(whole) == 0
+    assert finish_single(whole) == 0
     assert signal_at(cut, 7, signal.SIGKILL) == -signal.SIGKILL
-    assert finish_alone(cut) == 0
+    assert finish_single(cut) == 0
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole")

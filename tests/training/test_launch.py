@@ -21,7 +21,7 @@ from vitral.training import launch as launcher
 from vitral.training.distributed import LAUNCHER, World, end_with_launcher
 from vitral.training.signals import Signals
 
-from .processes import PATIENCE, REPRODUCIBLE, digests, newest, words
+from .processes import REPRODUCIBLE, TIMEOUT, digests, newest, words
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -64,7 +64,7 @@ def test_processes_repeat_the_command(launched, monkeypatch):
     assert int(launched["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30
 
 
-def test_a_hangup_that_is_ignored_stays_ignored(launched):
+def test_an_ignored_hangup_stays_ignored(launched):
     """As under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -80,7 +80,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, killed):
     reader, writer = os.pipe()
 
     def rank():
-        signal.alarm(int(PATIENCE))
+        signal.alarm(int(TIMEOUT))
         os.environ[LAUNCHER] = str(os.getppid())
         if killed == "before":
             os.kill(os.getppid(), signal.SIGKILL)
@@ -126,7 +126,7 @@ def test_exit_code(launched, error, code):
     assert launcher.launch(settings.load("digits", CPU), 2, []) == code
 
 
-def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
+def test_more_processes_than_gpus_are_rejected(launched, monkeypatch):
     monkeypatch.setattr(launcher, "num_gpus", lambda: 2)
     with pytest.raises(UserError, match=r"gpus: expected at most the 2 .*, got 4; .*device cpu"):
         launcher.launch(settings.load("digits"), 4, [])
@@ -144,7 +144,7 @@ def test_more_processes_than_gpus_are_refused(launched, monkeypatch):
         ("two", {}, ["gpus: expected an integer", "two"]),
     ],
 )
-def test_launcher_refuses_first(pictures, tmp_path, capsys, gpus, more, fragments):
+def test_the_launcher_checks_before_starting(pictures, tmp_path, capsys, gpus, more, fragments):
     assert main([*words(pictures, tmp_path / "run", **more), "--gpus", gpus]) == 2
     text = capsys.readouterr().err
     assert re.fullmatch(r"vitral: .+\n", text), text
@@ -168,7 +168,7 @@ def processes_of(out):
 
 
 @pytest.mark.slow
-def test_launched_run_stops_at_a_signal_and_goes_on(pictures, tmp_path, pair):
+def test_a_launched_run_stops_at_a_signal_and_resumes(pictures, tmp_path, pair):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "vitral", *words(pictures, out), "--gpus", "2"]
     with (tmp_path / "stderr").open("w") as log:
@@ -177,7 +177,7 @@ def test_launched_run_stops_at_a_signal_and_goes_on(pictures, tmp_path, pair):
         time.sleep(0.001)
         assert parent.poll() is None
     parent.send_signal(signal.SIGINT)
-    assert parent.wait(PATIENCE) == 130
+    assert parent.wait(TIMEOUT) == 130
     assert not processes_of(out)
     assert (tmp_path / "stderr").read_text() == "\nSIGINT: writing a checkpoint\n"
     last = read_rows(out / "metrics.jsonl")[-1]["step"]
@@ -196,8 +196,8 @@ def test_processes_write_a_checkpoint_when_their_parent_is_killed(pictures, tmp_
         time.sleep(0.001)
         assert parent.poll() is None
     parent.kill()
-    parent.wait(PATIENCE)
-    end = time.monotonic() + PATIENCE
+    parent.wait(TIMEOUT)
+    end = time.monotonic() + TIMEOUT
     while processes_of(out):
         time.sleep(0.01)
         assert time.monotonic() < end
@@ -220,6 +220,6 @@ def test_torchrun_recovers_from_a_killed_process(pictures, tmp_path, pair):
         assert parent.poll() is None
     (second,) = (number for number, rank in processes_of(out).items() if rank == 1)
     os.kill(second, signal.SIGKILL)
-    assert parent.wait(PATIENCE) == 0
+    assert parent.wait(TIMEOUT) == 0
     assert "resumes from step" in (out / "train.log").read_text()
     assert digests(out) == pair

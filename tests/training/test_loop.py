@@ -62,15 +62,15 @@ def test_a_run_equals_a_plain_loop(run):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         warmup = 7  # of 14.97 steps an epoch
         passed = (step + 1 - warmup) / (STEPS + 1 - warmup)
-        share = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * passed)) / 2
+        factor = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * passed)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * share
+            group["lr"] = 3e-3 * factor
         optimizer.step()
         optimizer.zero_grad()
         decay = min(0.9, (step + 1) / (step + 10))
         for name, parameter in model.named_parameters():
             average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
-        expected = {"loss": loss.item(), "grad_norm": norm.item(), "lr": 3e-3 * share}
+        expected = {"loss": loss.item(), "grad_norm": norm.item(), "lr": 3e-3 * factor}
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
     val_set = open_dataset(config.data, 8, config.train.seed).val
     images = (val_set.images / 255 - 0.5) / 0.5
@@ -102,7 +102,7 @@ def test_rows_are_means_of_the_steps_since_the_last_row(run, tmp_path):
     assert rows[-1]["val_loss"] == each[-1]["val_loss"]
 
 
-def test_a_run_in_no_directory_is_refused():
+def test_a_run_without_a_directory_is_rejected():
     with pytest.raises(UserError, match=r"train\.out: expected a directory for the run, got none"):
         train(Config())
 
@@ -115,9 +115,9 @@ def test_a_finished_run_changes_nothing(run, capsys):
     assert changed <= {"train.log", ".lock"}
 
 
-def scored(*shares):
+def scored(*accuracies):
     """Stands for validations with these top-1, of 100 images, in turn."""
-    left = iter(shares)
+    left = iter(accuracies)
 
     def measure(self, signals):
         labels = np.zeros(100, np.int64)
@@ -129,7 +129,7 @@ def scored(*shares):
 
 
 @pytest.mark.parametrize(
-    ("shares", "best", "default"),
+    ("accuracies", "best", "default"),
     [
         ([(0.2, 0.1), (0.6, 0.3), (0.4, 0.5)], 2, "model"),
         ([(0.2, 0.9), (0.6, 0.3), (0.4, 0.5)], 1, "ema"),
@@ -138,9 +138,9 @@ def scored(*shares):
     ],
 )
 def test_the_best_weights_are_those_of_the_best_validation(
-    tmp_path, monkeypatch, shares, best, default
+    tmp_path, monkeypatch, accuracies, best, default
 ):
-    flat = [share for pair in shares for share in pair]
+    flat = [factor for pair in accuracies for factor in pair]
     monkeypatch.setattr(loop.Validation, "measure", scored(*flat))
     monkeypatch.setattr(loop.Outputs, "write_report", lambda *_: None)
     words = "--train.epochs 3 --train.eval-every 1 --train.batch-size 480 --optim.warmup-epochs 0"
@@ -148,7 +148,7 @@ def test_the_best_weights_are_those_of_the_best_validation(
     ends = [3, 6, 9]  # 1,437 images are three batches of 480, less three
     rows = [row for row in read_rows(run.metrics) if "val_top1" in row]
     assert [(row["step"], row["val_top1"], row["ema_top1"]) for row in rows] == [
-        (step, *pair) for step, pair in zip(ends, shares, strict=True)
+        (step, *pair) for step, pair in zip(ends, accuracies, strict=True)
     ]
     found, last = (weights.load(place) for place in (run.best, run.last))
     assert found.description.metrics["step"] == ends[best - 1]

@@ -42,7 +42,7 @@ def test_rows_are_read_as_they_were_written(run):
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 7, "ep', '{"step": 7}\n', "\x00\x00"])
-def test_rows_after_the_step_of_a_resume_are_removed(run, tail):
+def test_rows_after_the_resumed_step_are_removed(run, tail):
     """And so is a line that a kill cut short."""
     write(run, 0, [row(k, energy_kwh=k / 10) for k in range(1, 7)])
     with run.metrics.open("a") as file:
@@ -123,7 +123,7 @@ def test_without_a_terminal_progress_is_a_line_that_is_kept(run, capsys):
     assert run.log.read_text().splitlines() == kept  # a resumed run appends
 
 
-def test_a_quiet_one_says_and_writes_nothing(run, capsys):
+def test_a_quiet_console_prints_and_writes_nothing(run, capsys):
     console = Console(run.log, 100, 0, quiet=True)
     console.message("starts")
     console.progress(40, SEEN, PACE, 75.0)
@@ -185,7 +185,7 @@ def test_progress_is_due_now_and_then(run, monkeypatch, stream, seconds):
     console.close()
 
 
-def test_messages_are_kept_when_nobody_listens(run, monkeypatch):
+def test_messages_are_logged_without_a_terminal(run, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:

@@ -91,7 +91,7 @@ def test_a_row_is_about_the_time_since_the_last_one(now):
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_mfu_is_the_work_over_what_all_gpus_could_do(now, monkeypatch, gpu, rate):
+def test_mfu_is_relative_to_the_peak_of_all_gpus(now, monkeypatch, gpu, rate):
     """A backward pass is twice the work of a forward pass. Nothing is said of an unknown GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
@@ -104,7 +104,7 @@ def test_mfu_is_the_work_over_what_all_gpus_could_do(now, monkeypatch, gpu, rate
     assert "mfu" not in Clock(0.0, 0.0, chosen("fp32")).read()  # the rate is that of bf16
 
 
-def test_no_profile_unless_it_is_wanted(tmp_path):
+def test_no_profile_by_default(tmp_path):
     with profiling(False, tmp_path / "trace.json") as profiler:
         assert profiler is None
     assert not (tmp_path / "trace.json").exists()

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from vitral.config import OptimConfig, ViTConfig
 from vitral.model import ViT
-from vitral.training.distributed import full, joined, spread_like
+from vitral.training.distributed import distribute_like, gather_full, process_world
 from vitral.training.muon import orthogonal
 from vitral.training.optim import Optimizer, parameter_groups
 
@@ -24,7 +24,7 @@ CONFIG = ViTConfig(
 OPTIM = {"weight_decay": 0.1, "layer_decay": 0.5}
 
 
-def drawn(**optim):
+def make_model(**optim):
     """A model and its optimiser."""
     torch.manual_seed(0)
     model = ViT(CONFIG, 3)
@@ -57,7 +57,7 @@ def newton_schulz(matrix):
 
 def test_steps_equal_muon_by_formula():
     """Each matrix for itself, in float32: momentum 0.95 as a mean, Nesterov, decoupled decay."""
-    model, optimizer = drawn(name="muon", clip_norm=0.0)
+    model, optimizer = make_model(name="muon", clip_norm=0.0)
     parameters = dict(model.named_parameters())
     expected = {name: parameters[name].detach().clone() for name in matrices(model)}
     momentum = {name: torch.zeros_like(value) for name, value in expected.items()}
@@ -78,9 +78,9 @@ def test_steps_equal_muon_by_formula():
         )
 
 
-def test_steps_are_those_of_torchs_muon():
+def test_steps_equal_torch_muon():
     """To the rounding of bf16, in which torch orthogonalizes; vitral does so only on a GPU."""
-    model, optimizer = drawn(name="muon", clip_norm=0.0)
+    model, optimizer = make_model(name="muon", clip_norm=0.0)
     torch.manual_seed(0)
     known = ViT(CONFIG, 3)
     names = {id(p): name for name, p in known.named_parameters()}
@@ -119,9 +119,9 @@ def test_orthogonal_against_singular_vectors(shape):
     assert orthogonal(torch.zeros(1, *shape)).count_nonzero() == 0
 
 
-def test_the_rest_is_adamws():
+def test_other_parameters_use_adamw():
     """Clipped by one norm over all gradients."""
-    (model, optimizer), (own, other) = drawn(name="muon"), drawn()
+    (model, optimizer), (own, other) = make_model(name="muon"), make_model()
     for m in (model, own):
         fill_gradients(m, 0)
     norm, skipped = optimizer.step(0.01, torch.tensor(1.0))
@@ -141,7 +141,7 @@ def test_the_rest_is_adamws():
     assert all(torch.equal(value, state[key]) for key, value in parts.items())
 
 
-def test_the_device_is_not_waited_for():
+def test_a_step_does_not_synchronize():
     """On the meta device, where no value can be read, a whole step can be taken."""
     with torch.device("meta"):
         model = ViT(CONFIG, 3)
@@ -168,17 +168,17 @@ def test_steps_of_a_sharded_model(tmp_path, size):
         for skipped in (0.0, 1.0, 0.0):
             for parameter in optimizer.named.values():
                 gradient = torch.randn(parameter.shape, generator=draw)
-                parameter.grad = spread_like(gradient, parameter)
+                parameter.grad = distribute_like(gradient, parameter)
             optimizer.muon.step(0.1, torch.tensor(skipped))
         return model, optimizer
 
     whole = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
 
     def step(rank):
-        with joined(gpu=False, timeout_minutes=5) as world:
+        with process_world(gpu=False, timeout_minutes=5) as world:
             model, optimizer = trained(world)
-            state = full(optimizer.state(), world)
-            parts = full(dict(model.named_parameters()), world)
+            state = gather_full(optimizer.state(), world)
+            parts = gather_full(dict(model.named_parameters()), world)
         right = rank or all(torch.equal(parts[name], whole[name]) for name in whole)
         momentum = state["blocks.0.ffn.expand.weight.momentum"]
         os._exit(not right or momentum.numel() != (0 if rank else 64 * 16))

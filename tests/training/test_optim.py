@@ -43,7 +43,7 @@ def assert_equal(first, second):
 
 
 @pytest.mark.parametrize("changes", [{}, {"rope": "mixed"}, {"qkv_bias": False, "ffn_bias": False}])
-def test_decay_is_for_the_matrices_of_linear_layers_alone(changes):
+def test_only_matrices_of_linear_layers_decay(changes):
     model = tiny(**changes)
     groups = parameter_groups(model, OptimConfig(weight_decay=0.3))
     by_id = {id(p): name for name, p in model.named_parameters()}
@@ -110,9 +110,9 @@ def test_steps_equal_adamw_by_formula(clip_norm):
 )
 def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before, place, name):
     model, other = tiny(), tiny()
-    optimizer, undisturbed = (Optimizer(m, OptimConfig(name=name)) for m in (model, other))
+    optimizer, preserve_torch_state = (Optimizer(m, OptimConfig(name=name)) for m in (model, other))
     for step in range(good_before):
-        for m, o in ((model, optimizer), (other, undisturbed)):
+        for m, o in ((model, optimizer), (other, preserve_torch_state)):
             fill_gradients(m, step)
             o.step(1e-2, torch.tensor(1.0))
     before = bits(model, optimizer)
@@ -124,10 +124,10 @@ def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before, pl
     after = bits(model, optimizer)
     assert_equal({name: after[name] for name in before}, before)
     assert all(p.grad is None for p in model.parameters())
-    for m, o in ((model, optimizer), (other, undisturbed)):
+    for m, o in ((model, optimizer), (other, preserve_torch_state)):
         fill_gradients(m, 7)
         assert o.step(2e-2, torch.tensor(1.0))[1].item() == 0
-    assert_equal(bits(model, optimizer), bits(other, undisturbed))
+    assert_equal(bits(model, optimizer), bits(other, preserve_torch_state))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_average_by_hand():
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
-def test_average_is_applied_for_a_while(error):
+def test_average_is_applied_temporarily(error):
     model = tiny()
     ema = EMA(model, 0.9)
     fill_gradients(model, 0)
@@ -228,11 +228,11 @@ def test_loss_by_formula(kind, dtype):
     for x, t in zip(logits.double().tolist(), targets.double().tolist(), strict=True):
         if kind == "ce":
             total = math.log(sum(math.exp(value) for value in x))
-            expected += sum(share * (total - value) for value, share in zip(x, t, strict=True))
+            expected += sum(target * (total - value) for value, target in zip(x, t, strict=True))
         else:
             terms = [
-                share * math.log1p(math.exp(-value)) + (1 - share) * math.log1p(math.exp(value))
-                for value, share in zip(x, t, strict=True)
+                target * math.log1p(math.exp(-value)) + (1 - target) * math.log1p(math.exp(value))
+                for value, target in zip(x, t, strict=True)
             ]
             expected += sum(terms) / 5
     loss = loss_sum(logits, targets, kind)

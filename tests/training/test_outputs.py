@@ -38,19 +38,19 @@ class Recorder:
 
 
 @pytest.fixture
-def said():
+def recorder():
     return Recorder()
 
 
 @pytest.fixture
-def made(tmp_path, said):
+def made(tmp_path, recorder):
     """The outputs of a run that is about to start, with the given parts."""
     config = settings.load("digits", ["--model.dim", "16", "--model.depth", "1"])
     dataset = open_dataset(config.data, 8, 0)
 
     def make(parts=None):
         run = RunDir(tmp_path)
-        return Outputs(config, dataset, run, said, said, parts or Parts())
+        return Outputs(config, dataset, run, recorder, recorder, parts or Parts())
 
     return make
 
@@ -58,9 +58,9 @@ def made(tmp_path, said):
 FACTS = {"step": 0, "workers": 2, "parameters": 1.5e6, "flops_per_image": 2.5e9}
 
 
-def test_start_is_announced_and_recorded(made, said):
+def test_start_is_announced_and_recorded(made, recorder):
     made().announce(RESOLVED, FACTS, 1000, {"cpu": 1234.0, "gpu": 900.0})
-    first, second, third = said.lines
+    first, second, third = recorder.lines
     assert first.endswith(
         "starts: digits, 1,437 training images, 360 validation images, "
         "10 classes: 0, 1, 2 and 7 more"
@@ -77,20 +77,20 @@ def test_start_is_announced_and_recorded(made, said):
     assert "numpy" in environment["packages"]
 
 
-def test_resumed_compiled_and_fused_runs_say_so(made, said):
+def test_resumed_compiled_and_fused_runs_say_so(made, recorder):
     resolved = dataclasses.replace(RESOLVED, compile=True, fused=True, processes=4)
     made().announce(resolved, {**FACTS, "step": 7}, 1000, {})
-    assert "resumes from step 7: digits" in said.lines[0]
-    assert said.lines[1].endswith(
+    assert "resumes from step 7: digits" in recorder.lines[0]
+    assert recorder.lines[1].endswith(
         "in fp32, compiled, linear layers by oneDNN, threads: 3, workers: 2, in each of 4 processes"
     )
 
 
-def test_first_batch_is_shown_as_the_model_sees_it(made, said):
+def test_first_batch_is_shown_as_the_model_sees_it(made, recorder):
     levels = torch.tensor([0, 0.25, 0.5, 1.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
     made().save_batch((levels - 0.5) / 0.5)
     picture = np.asarray(Image.open(made().run.train_batch)).astype(int)
-    assert np.array_equal(said.pictures[0].shape, (3, *picture.shape[:2]))
+    assert np.array_equal(recorder.pictures[0].shape, (3, *picture.shape[:2]))
     middle = picture[picture.shape[0] // 2]
     columns = np.linspace(0, len(middle), 9).astype(int)[1::2]  # the middles of four tiles
     assert np.abs(middle[columns] - [[0], [64], [128], [255]]).max() <= 3
@@ -107,7 +107,7 @@ def test_tables_are_of_the_last_validation_and_the_report_of_the_best(made):
     assert work.reported is None
     for step, best, reported in ((5, 5, 5), (10, 5, 5), (15, 15, 15), (20, 15, 15)):
         progress.step, progress.best = step, {"step": best, "top1": 0.5}
-        work.note_scores(scores(step), progress)
+        work.record_scores(scores(step), progress)
         assert work.reported[0] == reported
         rows = (work.run.path / "per_class.csv").read_text().splitlines()[1:]
         counts = {row.split(",")[0]: int(row.split(",")[1]) for row in rows}
@@ -119,20 +119,20 @@ def test_after_a_resume_the_report_is_of_the_last_validation_until_there_is_a_be
     work, progress = made(), Progress(best={"step": 5, "top1": 0.9})
     for step, best, reported in ((10, 5, 10), (15, 5, 15), (20, 20, 20), (25, 20, 20)):
         progress.step, progress.best["step"] = step, best
-        work.note_scores(scores(step), progress)
+        work.record_scores(scores(step), progress)
         assert work.reported[0] == reported
 
 
 def test_curves_are_drawn_once_a_minute(made, monkeypatch):
-    now, drawn = [0.0], []
+    now, calls = [0.0], []
     monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(curves, "draw", lambda path, rows: drawn.append((now[0], path)))
+    monkeypatch.setattr(curves, "draw", lambda path, rows: calls.append((now[0], path)))
     work = made()
     for second in (10, 59, 61, 100, 121, 122):
         now[0] = second
         work.draw_curves()
-    work.draw_curves(now=True)
-    assert drawn == [(second, work.run.curves) for second in (61, 122, 122)]
+    work.draw_curves(force=True)
+    assert calls == [(second, work.run.curves) for second in (61, 122, 122)]
 
 
 @pytest.mark.parametrize(

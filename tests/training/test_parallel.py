@@ -13,8 +13,8 @@ from vitral import storage
 from vitral.config import Config, TrainConfig, ViTConfig
 from vitral.data.loader import Batch
 from vitral.model import ViT
-from vitral.training.distributed import SHARDS, World, joined
-from vitral.training.parallel import Averaged, InFixedOrder
+from vitral.training.distributed import NUM_SHARDS, World, process_world
+from vitral.training.parallel import AveragedGradients, FixedOrderReduction
 from vitral.training.resolved import Resolved
 
 from .processes import finish, start
@@ -23,18 +23,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
-@pytest.mark.parametrize("passes", [Averaged, InFixedOrder])
-def test_micro_batches_give_the_mean_over_the_batch(passes, micro_batch):
+@pytest.mark.parametrize("accumulator", [AveragedGradients, FixedOrderReduction])
+def test_micro_batches_give_the_mean_over_the_batch(accumulator, micro_batch):
     """Loss and gradients equal those of one cross-entropy over all images."""
     torch.manual_seed(0)
     model = ViT(ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, patch_size=4), 3)
     torch.nn.init.normal_(model.head.weight)
-    size = 4 * SHARDS
+    size = 4 * NUM_SHARDS
     images, targets = torch.randn(size, 3, 8, 8), torch.rand(size, 3).softmax(1)
     expected = F.cross_entropy(model(images), targets)
     gradients = torch.autograd.grad(expected, list(model.parameters()))
     resolved = Resolved("cpu", "fp32", False, 1, micro_batch, 1, "cpu", False)
-    work = passes(model, TrainConfig(batch_size=size), resolved, World())
+    work = accumulator(model, TrainConfig(batch_size=size), resolved, World())
     for step in range(2):
         loss = torch.zeros(())
         for first in range(0, size, micro_batch):
@@ -56,14 +56,17 @@ def test_gradients_are_added_as_one_tree(tmp_path, size):
     losses = [torch.randn((), generator=draw) * scale for scale in scales]
 
     def add_up(rank):
-        with joined(gpu=False, timeout_minutes=5) as world:
+        with process_world(gpu=False, timeout_minutes=5) as world:
             model = torch.nn.Linear(3, 5, bias=False)
             resolved = Resolved("cpu", "fp32", False, 1, 2, size, "cpu", False)
-            passes = InFixedOrder(model, Config().train, resolved, world)
-            for shard in range(SHARDS * rank // size, SHARDS * (rank + 1) // size):
-                model.weight.grad, passes.loss = gradients[shard].clone(), losses[shard].clone()
-                passes._end_shard()
-            loss = passes.reduce(torch.zeros(()))
+            accumulator = FixedOrderReduction(model, Config().train, resolved, world)
+            for shard in range(NUM_SHARDS * rank // size, NUM_SHARDS * (rank + 1) // size):
+                model.weight.grad, accumulator.loss = (
+                    gradients[shard].clone(),
+                    losses[shard].clone(),
+                )
+                accumulator._finish_shard()
+            loss = accumulator.reduce(torch.zeros(()))
         assert model.weight.grad is not None
         storage.write(tmp_path / f"{rank}", {"sums": {"loss": loss, "g": model.weight.grad}}, {})
         os._exit(0)
@@ -94,18 +97,18 @@ class Crossings(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("passes", [Averaged, InFixedOrder])
-def test_a_step_takes_nothing_from_the_host(passes):
+@pytest.mark.parametrize("accumulator", [AveragedGradients, FixedOrderReduction])
+def test_a_step_transfers_nothing_from_the_host(accumulator):
     resolved = Resolved("cuda", "fp32", False, 1, 2, 1, "cpu", False)
     with torch.device("meta"):
         model = ViT(ViTConfig(size="ti", depth=1, image_size=16, patch_size=8), num_classes=3)
         images, targets = torch.empty(2, 3, 16, 16), torch.empty(2, 3)
         total = torch.zeros(())
-    work = passes(model, TrainConfig(batch_size=2 * SHARDS), resolved, World())
+    work = accumulator(model, TrainConfig(batch_size=2 * NUM_SHARDS), resolved, World())
     with Crossings() as crossings:
         for step in range(2):
-            for first in range(0, 2 * SHARDS, 2):
+            for first in range(0, 2 * NUM_SHARDS, 2):
                 batch = Batch(step, first, images, targets, [])
-                total += work.accumulate(batch, last=first + 2 == 2 * SHARDS)
+                total += work.accumulate(batch, last=first + 2 == 2 * NUM_SHARDS)
             assert work.reduce(total).device == total.device
     assert crossings.found == []

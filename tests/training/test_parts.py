@@ -75,14 +75,14 @@ def test_another_model_learns(whole):
     assert top1 > 0.5
 
 
-def test_its_work_is_counted(whole):
+def test_its_flops_are_counted(whole):
     environment = json.loads((whole / "env.json").read_text())
     assert environment["flops_per_image"] == 2 * 3 * 64 * 10
     assert environment["parameters"] == 3 * 64 * 10 + 10
     assert environment["parts"] == "pixels"
 
 
-def test_no_weights_pretend_to_be_a_vit(whole):
+def test_no_vit_weights_are_written(whole):
     assert not (whole / "weights").exists()
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "not vitral&#39;s: pixels" in page or "not vitral's: pixels" in page
@@ -120,7 +120,7 @@ def test_own_model_with_another_optimizer_keeps_its_weights(tmp_path):
     assert all(torch.equal(half[name], plain[name]) for name in plain)
 
 
-def test_running_statistics_are_refused(tmp_path):
+def test_running_statistics_are_rejected(tmp_path):
     class Statistics(Pixels):
         def __init__(self, config, num_classes):
             super().__init__(config, num_classes)
@@ -131,7 +131,7 @@ def test_running_statistics_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_parts_need_a_name():
+def test_custom_parts_need_a_name():
     with pytest.raises(ValueError, match="name"):
         Parts(model=Pixels)
     with pytest.raises(ValueError, match="name"):

@@ -15,10 +15,10 @@ FALL = [(2 + 3**0.5) / 4, 3 / 4, 1 / 2, 1 / 4, (2 - 3**0.5) / 4]
     ("optim", "warmup", "expected"),
     [
         ({"lr": 1.0}, 2, [1 / 2, 1, *FALL]),
-        ({"lr": 8.0}, 4, [2, 4, 6, 8, *[8 * share for share in FALL]]),
+        ({"lr": 8.0}, 4, [2, 4, 6, 8, *[8 * value for value in FALL]]),
         ({"lr": 1.0}, 0, FALL),
-        ({"lr": 0.5}, 1, [0.5, *[share / 2 for share in FALL]]),
-        ({"lr": 2.0, "final_lr": 0.1}, 2, [1, 2, *[0.2 + 1.8 * share for share in FALL]]),
+        ({"lr": 0.5}, 1, [0.5, *[value / 2 for value in FALL]]),
+        ({"lr": 2.0, "final_lr": 0.1}, 2, [1, 2, *[0.2 + 1.8 * value for value in FALL]]),
         ({"lr": 2.0, "final_lr": 1.0}, 0, [2] * 5),
     ],
 )

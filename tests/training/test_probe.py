@@ -24,7 +24,7 @@ def make_features(count, views=1, noise=1.0, labels=None):
     return Features(vectors, labels[images], images, {})
 
 
-def test_the_fit_is_that_of_scikit_learn():
+def test_the_fit_equals_scikit_learn():
     features = make_features(300)
     found = fit(features, CLASSES, seed=0)
     mean, deviation = (part.numpy() for part in standardization(features.vectors))
@@ -38,8 +38,8 @@ def test_the_fit_is_that_of_scikit_learn():
     assert np.abs(difference).max() < 2e-3 * np.abs(wanted).max()
 
 
-def test_the_gradient_is_that_of_autograd(monkeypatch):
-    monkeypatch.setattr(probe, "LOGITS", 10 * CLASSES)  # ten rows at a time
+def test_the_gradient_equals_autograd(monkeypatch):
+    monkeypatch.setattr(probe, "LOGITS_PER_BATCH", 10 * CLASSES)  # ten rows at a time
     vectors, labels = torch.randn(37, DIM).double(), torch.randint(CLASSES, (37,))
     head = torch.randn(CLASSES, DIM + 1, dtype=torch.float64, requires_grad=True)
     expected = torch.nn.functional.cross_entropy(vectors @ head[:, :-1].T + head[:, -1], labels)
@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_autograd(monkeypatch):
 
 def test_the_strength_with_the_best_held_out_score_is_selected(monkeypatch):
     monkeypatch.setattr(probe, "PATIENCE", len(probe.STRENGTHS))
-    monkeypatch.setattr(probe, "ROUGH", 1e-7)
+    monkeypatch.setattr(probe, "SELECTION_TOLERANCE", 1e-7)
     features = make_features(120, noise=3.0)
     mean, deviation = standardization(features.vectors)
     vectors = (features.vectors.double() - mean) / deviation
@@ -100,7 +100,7 @@ def test_one_or_two_images_of_each_class(count):
     assert found.predict(features.vectors).tolist() == features.labels.tolist()
 
 
-def test_stopping_is_asked_for_before_each_evaluation():
+def test_check_is_called_before_each_evaluation():
     class StopError(Exception):
         pass
 

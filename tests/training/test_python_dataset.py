@@ -115,7 +115,7 @@ def test_a_part_is_held_out_and_a_label_that_changes_is_an_error(tmp_path):
     assert "item 3: label 0, which was 1 at first" in log
 
 
-def test_what_goes_with_a_dataset_needs_one(tmp_path):
+def test_dataset_options_need_a_dataset(tmp_path):
     with pytest.raises(UserError, match="dataset: expected one, as val_dataset"):
         train("digits", "--out", str(tmp_path / "run"), classes=["a", "b"])
     assert not Path(tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from vitral.training.resolved import (
     build_model,
     compiled,
     resolve,
-    resolve_again,
+    resolve_resumed,
 )
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def model():
 
 
 @pytest.mark.parametrize(("words", "fused"), [([], True), (["--train.reproducible"], False)])
-def test_no_clock_decides_what_a_reproducible_run_sums_up(model, words, fused):
+def test_a_reproducible_run_does_not_depend_on_timing(model, words, fused):
     assert resolve(settings.load("digits", words), model, CPU).fused is fused
 
 
@@ -48,7 +48,7 @@ def test_reproducible_is_one_thread():
     assert resolve(config, build_model(config, 10), CPU).threads == 1
 
 
-def test_own_kernels_must_be_faster_for_every_process(model):
+def test_custom_kernels_must_be_faster_for_every_process(model):
     class Unlike(World):
         def gather(self, value):
             return [value, False] if value is True else [value]
@@ -96,11 +96,11 @@ def again(was, words, processes=1, run="runs/x"):
     """The choices of a resumed run that started with `was`."""
     config = settings.load("digits", words)
     found = Checkpoint(5, {}, {"resolved": dataclasses.asdict(was)})
-    world = Alike(0, processes, 0, processes)
-    return resolve_again(found, config, build_model(config, 10), RunDir(run), CPU, world)
+    world = IdenticalWorld(0, processes, 0, processes)
+    return resolve_resumed(found, config, build_model(config, 10), RunDir(run), CPU, world)
 
 
-class Alike(World):
+class IdenticalWorld(World):
     """One of some processes, which all have the same."""
 
     def gather(self, value):
@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_choices():
 
 @pytest.mark.usefixtures("_compiles")
 @pytest.mark.parametrize("fused", [True, False])
-def test_another_number_of_processes_takes_another_share_of_the_batch(fused):
+def test_another_number_of_processes_changes_the_micro_batch(fused):
     was = dataclasses.replace(WAS, fused=fused)
     now = again(was, ["--train.batch-size", "16", "--train.threads", "1"], processes=4)
     assert now == dataclasses.replace(was, processes=4, micro_batch=4, threads=1)
@@ -164,11 +164,11 @@ def test_weights_follow_from_the_seed():
         build_model(settings.load("digits", ["--seed", seed]), 10).state_dict() for seed in "112"
     )
     assert all(first[name].equal(same[name]) for name in first)
-    drawn = [name for name in first if name.endswith("weight") and "norm" not in name]
-    assert [n for n in drawn if first[n].equal(other[n]) and n != "head.weight"] == []
+    random_names = [name for name in first if name.endswith("weight") and "norm" not in name]
+    assert [n for n in random_names if first[n].equal(other[n]) and n != "head.weight"] == []
 
 
-class Made(TorchDispatchMode):
+class Allocations(TorchDispatchMode):
     """Notes the shape and the bytes of what is made anew."""
 
     def __init__(self):
@@ -185,12 +185,12 @@ class Made(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("words", "copies"), [([], 4), (["--train.reproducible"], 7)])
-def test_a_micro_batch_is_tried_at_the_largest_size_beside_all_copies(model, words, copies):
+def test_a_micro_batch_is_tried_at_the_largest_size_with_all_copies(model, words, copies):
     """A reproducible run of one process holds gradients of 1, 2 and 4 shards and makes an 8th's."""
     sizes = "16 0.3 32 0.4 24 0.3"  # of the model: 8
     config = settings.load("digits", [*words, "--train.progressive", *sizes.split()])
     resolved = Resolved("cuda", "fp32", False, 1, 2, 1, "cpu", False)
-    with Made() as made:
+    with Allocations() as made:
         _try_batch(2, resolved, config, model, CPU)
     assert made.shapes[0] == (2, 3, 32, 32)
     assert made.ballast == copies * 4 * model.num_parameters + 24 * 2 * 3 * 32 * 32

@@ -21,15 +21,15 @@ from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
-from vitral.training.parallel import Averaged
+from vitral.training.parallel import AveragedGradients
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
-from vitral.training.signals import NUMBERS
+from vitral.training.signals import SIGNAL_NUMBERS
 
 from .processes import (
     damage,
     digests,
-    finish_alone,
+    finish_single,
     make_config,
     newest,
     signal_at,
@@ -44,7 +44,7 @@ STEPS = 27  # of a run
 def whole(image_folder, tmp_path_factory):
     """The digests of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert finish_alone(make_config(image_folder, out, data__workers=0)) == 0
+    assert finish_single(make_config(image_folder, out, data__workers=0)) == 0
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
     return digests(out)
 
@@ -56,11 +56,13 @@ def test_killed_at_random_steps(image_folder, tmp_path, whole, workers):
     for step, count in zip(at, workers, strict=False):
         config = make_config(image_folder, tmp_path / "run", data__workers=count)
         assert signal_at(config, step, signal.SIGKILL) == -signal.SIGKILL
-    assert finish_alone(make_config(image_folder, tmp_path / "run", data__workers=workers[-1])) == 0
+    assert (
+        finish_single(make_config(image_folder, tmp_path / "run", data__workers=workers[-1])) == 0
+    )
     assert digests(tmp_path / "run") == whole
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", SIGNAL_NUMBERS)
 def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_path, whole, number):
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     assert signal_at(config, 5, number) == 128 + number
@@ -68,7 +70,7 @@ def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_pa
     steps = [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert last >= 5
     assert steps[-1] <= last
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     assert digests(tmp_path / "run") == whole
 
 
@@ -77,7 +79,7 @@ def test_a_signal_drops_the_unfinished_step(
     image_folder, tmp_path, whole, micro_batch, monkeypatch
 ):
     """A step has two micro-batches of 8 and 4 images."""
-    accumulate, calls = Averaged.accumulate, []
+    accumulate, calls = AveragedGradients.accumulate, []
 
     def interrupted(*arguments, **options):
         calls.append(arguments)
@@ -87,13 +89,13 @@ def test_a_signal_drops_the_unfinished_step(
 
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(Averaged, "accumulate", interrupted)
-        assert finish_alone(config) == 128 + signal.SIGTERM
+        patch.setattr(AveragedGradients, "accumulate", interrupted)
+        assert finish_single(config) == 128 + signal.SIGTERM
     complete = micro_batch // 2
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == ([complete] if complete else [])
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"SIGTERM: stopped at step {complete}; " in log
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     assert digests(tmp_path / "run") == whole
 
 
@@ -101,9 +103,9 @@ def test_muon_resumes_exactly(image_folder, tmp_path, whole):
     whole_run, cut = (
         make_config(image_folder, tmp_path / name, optim__name="muon") for name in ("whole", "cut")
     )
-    assert finish_alone(whole_run) == 0
+    assert finish_single(whole_run) == 0
     assert signal_at(cut, 11, signal.SIGKILL) == -signal.SIGKILL
-    assert finish_alone(cut) == 0
+    assert finish_single(cut) == 0
     assert digests(tmp_path / "cut") == digests(tmp_path / "whole") != whole
 
 
@@ -120,7 +122,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     shutil.copytree(half_done, tmp_path / "run")
     last = newest(tmp_path / "run")
     damage(last / "model.safetensors", "flipped")
-    assert finish_alone(make_config(image_folder, tmp_path / "run")) == 0
+    assert finish_single(make_config(image_folder, tmp_path / "run")) == 0
     assert digests(tmp_path / "run") == whole
     log = (tmp_path / "run" / "train.log").read_text()
     assert "passed over" in log
@@ -131,8 +133,8 @@ def test_validation_that_a_signal_cut_short_is_logged_once(image_folder, tmp_pat
     """Stopped before its validation was saved, then killed after its row was written."""
     out = tmp_path / "run"
     config = make_config(image_folder, out, train__eval_every=100)
-    assert finish_alone(config) == 0
-    undisturbed = digests(out)
+    assert finish_single(config) == 0
+    preserve_torch_state = digests(out)
     last = newest(out)
     state = storage.read_json(last, "state.json")
     names = [path.stem for path in last.glob("*.safetensors")]
@@ -141,11 +143,11 @@ def test_validation_that_a_signal_cut_short_is_logged_once(image_folder, tmp_pat
     undone = {**state, "evaluated": 0, "best": {"step": -1, "top1": -1}, "metrics": {}}
     undone["counters"] = [row["loss"], row["grad_norm"], 1, 0, 0, 0]
     storage.write(last, tensors, {"state": undone})
-    assert finish_alone(config) == 0
-    assert digests(out) == undisturbed
+    assert finish_single(config) == 0
+    assert digests(out) == preserve_torch_state
 
 
-def test_run_without_a_usable_checkpoint_is_left_alone(image_folder, half_done, tmp_path):
+def test_a_run_without_a_usable_checkpoint_is_left_untouched(image_folder, half_done, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(half_done, out)
     for directory in (out / "checkpoints").iterdir():
@@ -157,7 +159,9 @@ def test_run_without_a_usable_checkpoint_is_left_alone(image_folder, half_done, 
 
 
 @pytest.mark.parametrize("kept", ["weights", "metrics.jsonl"])
-def test_run_whose_checkpoints_were_removed_is_left_alone(image_folder, finished, tmp_path, kept):
+def test_a_run_whose_checkpoints_were_removed_is_left_untouched(
+    image_folder, finished, tmp_path, kept
+):
     """Either tells it from one that was killed before its first checkpoint, which has rows, too."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -176,27 +180,29 @@ def killed_before(monkeypatch, module, name, config):
     """Trains until a function is called, and is killed then."""
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        assert finish_alone(config) == -signal.SIGKILL
+        assert finish_single(config) == -signal.SIGKILL
 
 
-def test_run_killed_at_its_first_validation_begins_anew(image_folder, tmp_path, whole, monkeypatch):
+def test_a_run_killed_at_its_first_validation_starts_over(
+    image_folder, tmp_path, whole, monkeypatch
+):
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     killed_before(monkeypatch, checkpoint, "save", config)
     assert "val_top1" in read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     killed_before(monkeypatch, weights, "save", config)
     assert list((tmp_path / "run" / "checkpoints").iterdir())
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     assert digests(tmp_path / "run") == whole
 
 
-def test_init_counts_until_there_is_a_checkpoint(image_folder, finished, tmp_path, whole):
+def test_init_applies_until_there_is_a_checkpoint(image_folder, finished, tmp_path, whole):
     """A kill in the first write leaves an empty directory of checkpoints."""
     digests_of = []
     for name in ("fresh", "begun"):
         config = make_config(image_folder, tmp_path / name, train__init=finished)
         if name == "begun":
             (tmp_path / name / "checkpoints").mkdir(parents=True)
-        assert finish_alone(config) == 0
+        assert finish_single(config) == 0
         digests_of.append(digests(tmp_path / name))
     assert digests_of[0] == digests_of[1] != whole
 
@@ -245,7 +251,7 @@ def state_of(seed, **train):
     return State(*parts), model
 
 
-def test_what_a_checkpoint_holds_is_restored_to_the_bit(tmp_path):
+def test_a_checkpoint_is_restored_bit_for_bit(tmp_path):
     """Through the file, into a state that differs in everything."""
     (was, _), (now, model) = state_of(1), state_of(2)
     checkpoint.save(tmp_path, was.checkpoint(World(), {3: "empty"}), None)
@@ -285,7 +291,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_settings_that_change_the_results_are_refused(tmp_path, name):
+def test_settings_that_change_the_results_are_rejected(tmp_path, name):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     run.write_config(settings.load("digits", ["--out", str(run.path)]))
@@ -297,7 +303,9 @@ def test_settings_that_change_the_results_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("config_file", ["edited", "removed"])
 @pytest.mark.parametrize("name", ["train.seed", "optim.weight-decay", "optim.lr"])
-def test_the_settings_in_a_checkpoint_count(image_folder, half_done, tmp_path, name, config_file):
+def test_the_settings_in_a_checkpoint_are_checked(
+    image_folder, half_done, tmp_path, name, config_file
+):
     """Not only those in config.yaml, which can be edited or removed."""
     run = RunDir(tmp_path / "run")
     shutil.copytree(half_done, run.path)
@@ -320,7 +328,7 @@ def rewritten(half_done, out, **changes):
     checkpoint.save(folder, Checkpoint(step, found.tensors, state), None)
 
 
-def test_a_checkpoint_beyond_the_end_is_refused(image_folder, half_done, tmp_path):
+def test_a_checkpoint_beyond_the_end_is_rejected(image_folder, half_done, tmp_path):
     out = tmp_path / "run"
     rewritten(half_done, out, step=STEPS + 1)
     with pytest.raises(UserError, match=rf"checkpoint of step 28, but the run has 27 .*{out}-2"):
@@ -330,7 +338,7 @@ def test_a_checkpoint_beyond_the_end_is_refused(image_folder, half_done, tmp_pat
 @pytest.mark.parametrize(
     "config", [None, {}, {"model": 5}, {"train": {"no_such_setting": 1}}, {"train": {"epochs": 0}}]
 )
-def test_settings_of_another_version_are_refused(image_folder, half_done, tmp_path, config):
+def test_settings_of_another_version_are_rejected(image_folder, half_done, tmp_path, config):
     out = tmp_path / "run"
     rewritten(half_done, out, config=config)
     with pytest.raises(UserError, match=r"not of this version of vitral|has .*, not"):
@@ -341,13 +349,13 @@ def test_a_run_is_repeated_from_another_directory(image_folder, tmp_path, monkey
     """Its config.yaml has absolute paths, and a relative path is still the same."""
     monkeypatch.chdir(image_folder.parent)
     config = make_config(image_folder.name, tmp_path / "run", train__epochs=2)
-    assert finish_alone(config) == 0
+    assert finish_single(config) == 0
     kept = settings.load(str(tmp_path / "run" / "config.yaml"))
     assert kept.data.path == str(image_folder)
     assert resume.check_settings(RunDir(tmp_path / "run"), config) == []
     monkeypatch.chdir(tmp_path)
     assert resume.check_settings(RunDir(tmp_path / "run"), kept) == []
-    assert finish_alone(kept) == 0
+    assert finish_single(kept) == 0
     assert "this run is finished" in (tmp_path / "run" / "train.log").read_text()
 
 
@@ -366,7 +374,7 @@ def test_paths_that_exist_become_absolute(tmp_path, monkeypatch):
         assert (absolute.data.path, absolute.train.init) == expected
 
 
-def test_settings_that_do_not_are_noted(tmp_path):
+def test_settings_that_do_not_change_the_results_are_reported(tmp_path):
     run = RunDir(tmp_path)
     assert resume.check_settings(run, settings.load("digits")) == []
     run.write_config(settings.load("digits", ["--out", "elsewhere"]))
@@ -378,31 +386,31 @@ def test_settings_that_do_not_are_noted(tmp_path):
     ]
 
 
-def test_other_data_and_parts_are_refused(tmp_path):
+def test_other_data_and_parts_are_rejected(tmp_path):
     run, config = RunDir(tmp_path), settings.load("digits")
     dataset = open_dataset(config.data, 8, 0)
     resume.check_data(config, run, dataset, dataset.fingerprint)
     with pytest.raises(UserError, match="data: digits is not the data set that the run"):
         resume.check_data(config, run, dataset, "f" * 64)
     resume.check_parts(run, "mine", "mine")
-    for was, now, said in (("mine", "", "has mine, not those of vitral"), ("", "x", "not x;")):
-        with pytest.raises(UserError, match=said):
+    for was, now, message in (("mine", "", "has mine, not those of vitral"), ("", "x", "not x;")):
+        with pytest.raises(UserError, match=message):
             resume.check_parts(run, was, now)
 
 
-def test_a_dry_run_refuses_what_a_run_would(tmp_path):
+def test_a_dry_run_rejects_what_a_run_would(tmp_path):
     run, config = RunDir(tmp_path), settings.load("digits")
     dataset = open_dataset(config.data, 8, 0)
-    resume.check_unstarted(config, run, dataset)
+    resume.check_resumable(config, run, dataset)
     saved = functools.partial(checkpoint.save, run.checkpoints, best_step=None)
     state = {"fingerprint": dataset.fingerprint, "config": dataclasses.asdict(config)}
     saved(Checkpoint(3, {"model": {}}, state))
     damage(newest(run.path) / "model.safetensors", "flipped")  # which is not read
-    resume.check_unstarted(config, run, dataset)
+    resume.check_resumable(config, run, dataset)
     saved(Checkpoint(3, {"model": {}}, {**state, "fingerprint": "f" * 64}))
     with pytest.raises(UserError, match="not the data set"):
-        resume.check_unstarted(config, run, dataset)
+        resume.check_resumable(config, run, dataset)
     shutil.rmtree(run.checkpoints)
     run.weights.mkdir()
     with pytest.raises(UserError, match="checkpoints are gone"):
-        resume.check_unstarted(config, run, dataset)
+        resume.check_resumable(config, run, dataset)

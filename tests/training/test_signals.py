@@ -8,7 +8,7 @@ import pytest
 
 from vitral.training import signals
 from vitral.training.distributed import World
-from vitral.training.signals import NUMBERS, Signals
+from vitral.training.signals import SIGNAL_NUMBERS, Signals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -18,7 +18,7 @@ def _without_torchrun(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("number", SIGNAL_NUMBERS)
 def test_a_signal_is_recorded_and_announced_once(number, capfd):
     with Signals(World()) as recorded:
         assert recorded.received is None
@@ -28,17 +28,17 @@ def test_a_signal_is_recorded_and_announced_once(number, capfd):
     assert capfd.readouterr() == ("", expected)
 
 
-def test_handlers_are_put_back():
-    before = {number: signal.getsignal(number) for number in NUMBERS}
+def test_handlers_are_restored():
+    before = {number: signal.getsignal(number) for number in SIGNAL_NUMBERS}
 
     def interrupted():
         with Signals(World()) as recorded:
-            assert all(signal.getsignal(n) == recorded._note for n in NUMBERS)
+            assert all(signal.getsignal(n) == recorded._record_signal for n in SIGNAL_NUMBERS)
             raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
         interrupted()
-    assert {number: signal.getsignal(number) for number in NUMBERS} == before
+    assert {number: signal.getsignal(number) for number in SIGNAL_NUMBERS} == before
 
 
 def exit_code_after(numbers, world):
@@ -52,7 +52,7 @@ def exit_code_after(numbers, world):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_the_second_signal_ends_a_lone_process_at_once(monkeypatch):
+def test_a_second_signal_ends_a_single_process_at_once(monkeypatch):
     both = [signal.SIGTERM, signal.SIGINT]
     assert exit_code_after(both[:1], World()) == 0
     assert exit_code_after(both, World()) == 128 + signal.SIGINT
@@ -66,7 +66,7 @@ def test_the_second_signal_ends_a_lone_process_at_once(monkeypatch):
     assert exit_code_after(both, World()) == 0
 
 
-def test_in_a_notebook_the_second_signal_ends_the_cell(monkeypatch):
+def test_in_a_notebook_a_second_signal_interrupts_the_cell(monkeypatch):
     monkeypatch.setattr(signals, "in_notebook", lambda: True)
     with Signals(World()):
         signal.raise_signal(signal.SIGINT)
@@ -75,7 +75,7 @@ def test_in_a_notebook_the_second_signal_ends_the_cell(monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
-def test_the_main_process_of_several_speaks(rank, lines, capfd):
+def test_only_the_main_process_prints(rank, lines, capfd):
     with Signals(World(rank, 2)) as recorded:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGUSR1)

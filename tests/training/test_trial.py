@@ -20,7 +20,7 @@ CONFIG = ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, image_size=8, p
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
 )
-def test_autocast_is_for_products_alone(precision, dtype):
+def test_autocast_applies_only_to_products(precision, dtype):
     x = torch.ones(2, 2)
     with autocast("cpu", precision):
         assert (x @ x).dtype == dtype
@@ -70,13 +70,13 @@ def test_without_a_compiler_nothing_is_compiled(compiler, tmp_path):
     words = [sys.executable, "-c", TRY, compiler]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.stdout == f"{compiler == 'g++'}\n", done.stderr
-    told = re.search("training is not compiled, and slower, .*C compiler", done.stderr)
-    assert bool(told) is (compiler != "g++")
+    warning = re.search("training is not compiled, and slower, .*C compiler", done.stderr)
+    assert bool(warning) is (compiler != "g++")
 
 
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_cpu_is_asked_and_not_timed(monkeypatch, onednn, precision):
+def test_cpu_kernels_are_chosen_without_timing(monkeypatch, onednn, precision):
     """Except where the model is compiled, or the settings ask for plain kernels."""
     asked = []
 
@@ -114,7 +114,7 @@ def timed(monkeypatch, fused, plain):
 
     monkeypatch.setattr(kernels, "has_feed_forward", lambda device: device.type == "meta")
     monkeypatch.setattr(kernels, "can_fuse", lambda x: True)
-    monkeypatch.setattr(trial, "_passes", passes)
+    monkeypatch.setattr(trial, "_forward_backward", passes)
     monkeypatch.setattr(trial, "_seconds", seconds)
     faster = trial.fused_is_faster.__wrapped__(CONFIG, "meta", "fp32", True, 8)
     assert sizes == [(8 * (1 + 2 * 2), 16, True)] * 2
@@ -131,7 +131,7 @@ def timed(monkeypatch, fused, plain):
         ([1, 90, 1, 90, 3], [2] * 5, False),
     ],
 )
-def test_medians_decide_on_a_gpu(monkeypatch, fused, plain, faster):
+def test_medians_decide_which_gpu_kernels_run(monkeypatch, fused, plain, faster):
     assert timed(monkeypatch, fused, plain) is faster
 
 

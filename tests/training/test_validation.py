@@ -15,17 +15,17 @@ from vitral.errors import UserError
 from vitral.evaluation import merge
 from vitral.training import Interrupted, validation
 from vitral.training.distributed import World
-from vitral.training.parallel import Averaged
+from vitral.training.parallel import AveragedGradients
 from vitral.training.resolved import Resolved, build_model
 from vitral.training.signals import Signals
 from vitral.training.validation import Validation
 
-QUIET = SimpleNamespace(interrupting=lambda items: items)
+QUIET = SimpleNamespace(until_signal=lambda items: items)
 TINY = "--model.dim 16 --model.depth 1 --model.dropout 0.5".split()
 RESOLVED = Resolved("cpu", "fp32", False, 1, 2, 1, "cpu", False)
 
 
-class Lonely(World):
+class RepeatedWorld(World):
     """One of several processes, which sees the others' scores as its own."""
 
     def gather(self, value):
@@ -39,8 +39,13 @@ def validated(data, *words, world=None, resolved=RESOLVED):
     model = build_model(config, len(dataset.classes))
     torch.manual_seed(1)
     torch.nn.init.normal_(model.head.weight)
-    passes, device = Averaged(model, config.train, resolved, World()), torch.device("cpu")
-    return Validation(config, dataset, model, passes.forward, resolved, world or World(), 0, device)
+    accumulator, device = (
+        AveragedGradients(model, config.train, resolved, World()),
+        torch.device("cpu"),
+    )
+    return Validation(
+        config, dataset, model, accumulator.forward, resolved, world or World(), 0, device
+    )
 
 
 @pytest.mark.parametrize("batch", [7, 360, 512])
@@ -56,12 +61,12 @@ def test_scores_by_hand(monkeypatch, batch):
     assert found.labels.tolist() == labels.tolist()
     assert found.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
-    for k, share in ((1, found.top1), (5, found.top5)):
-        assert share == pytest.approx((ranks < k).double().mean().item())
+    for k, accuracy in ((1, found.top1), (5, found.top5)):
+        assert accuracy == pytest.approx((ranks < k).double().mean().item())
     assert 0.02 < found.top1 < 0.4
 
 
-def test_precision_is_the_one_that_was_chosen():
+def test_precision_is_the_resolved_one():
     precise = validated("digits").measure(QUIET).losses
     resolved = Resolved("cpu", "bf16", False, 1, 2, 1, "cpu", False)
     rounded = validated("digits", resolved=resolved).measure(QUIET).losses
@@ -73,14 +78,16 @@ def test_processes_share_the_images(monkeypatch, image_folder, size):
     """Contiguous parts, of which some may be empty, that add up to the whole."""
     monkeypatch.setattr(validation, "EVAL_BATCH", 4)  # three batches
     whole = validated(image_folder).measure(QUIET)
-    parts = [validated(image_folder, world=Lonely(k, size)).measure(QUIET) for k in range(size)]
+    parts = [
+        validated(image_folder, world=RepeatedWorld(k, size)).measure(QUIET) for k in range(size)
+    ]
     assert sum(len(part.labels) for part in parts) == len(whole.labels) == 12
     joined = merge(parts)
     for name in ("labels", "ranked", "losses", "confidence"):
         assert np.array_equal(getattr(joined, name), getattr(whole, name))
 
 
-def test_a_signal_stops_a_lone_process(image_folder, monkeypatch):
+def test_a_signal_stops_a_single_process(image_folder, monkeypatch):
     monkeypatch.setattr(validation, "EVAL_BATCH", 4)
     signals = Signals(World())
     signals.received = signal.SIGTERM
@@ -88,15 +95,15 @@ def test_a_signal_stops_a_lone_process(image_folder, monkeypatch):
         with pytest.raises(Interrupted) as error:
             work(signals)
         assert error.value.exit_code == 143
-    one = validated(image_folder, world=Lonely(0, 2))
+    one = validated(image_folder, world=RepeatedWorld(0, 2))
     signals.world = one.world
     assert len(one.measure(signals).labels) == 4  # the others would wait for it
 
 
 def test_images_are_checked_where_they_are_decoded(image_folder, tmp_path):
-    assert not validated("digits").decodes
+    assert not validated("digits").needs_decoding
     work = validated(image_folder)
-    assert work.decodes
+    assert work.needs_decoding
     work.check_images(QUIET)
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(image_folder / split)

@@ -26,7 +26,7 @@ from vitral.weights import public
 timm = pytest.importorskip("timm")
 
 SMALL = {"embed_dim": 48, "num_heads": 4, "depth": 2}
-TWINS = {
+RANDOM_MODELS = {
     "vit_tiny_patch16_224": SMALL,
     "vit_small_patch16_224.dino": {**SMALL, "num_classes": 0},
     "deit3_small_patch16_224": SMALL,
@@ -53,11 +53,11 @@ TWINS = {
 }
 
 
-def twin(name, dtype=torch.float32):
+def random_model(name, dtype=torch.float32):
     """A timm model whose every parameter is random, so that no part is neutral."""
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):
-        model = timm.create_model(name.partition(".")[0], pretrained=False, **TWINS[name])
+        model = timm.create_model(name.partition(".")[0], pretrained=False, **RANDOM_MODELS[name])
     for parameter in model.parameters():
         spread = 0.05 if parameter.ndim > 1 else 0.3
         parameter.data += spread * torch.randn_like(parameter)
@@ -68,9 +68,9 @@ def relative(found, expected):
     return ((found - expected).abs().max() / expected.square().mean().sqrt()).item()
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_outputs_and_features_are_timms(name):
-    source = twin(name)
+@pytest.mark.parametrize("name", RANDOM_MODELS)
+def test_outputs_and_features_equal_timm(name):
+    source = random_model(name)
     imported = public.convert(source)
     assert imported.error <= 1e-5
     images = torch.randn(2, 3, *source.patch_embed.img_size)
@@ -80,9 +80,9 @@ def test_outputs_and_features_are_timms(name):
     assert relative(own, features) <= 1e-5
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", RANDOM_MODELS)
 def test_the_last_block_of_every_kind_can_be_trained_alone(name):
-    source = twin(name)
+    source = random_model(name)
     model = public.convert(source).model
     images = torch.randn(2, 3, *source.patch_embed.img_size)
     before = {n: tensor.clone() for n, tensor in model.state_dict().items()}
@@ -108,8 +108,8 @@ DYNAMIC = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "eva02
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_models_for_any_image_size_are_compared_at_several(name, monkeypatch):
     """As `create` makes them; with rotary positions at the native size only."""
-    monkeypatch.setitem(TWINS, name, {**TWINS[name], "dynamic_img_size": True})
-    source, shapes = twin(name), set()
+    monkeypatch.setitem(RANDOM_MODELS, name, {**RANDOM_MODELS[name], "dynamic_img_size": True})
+    source, shapes = random_model(name), set()
     source.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape[2:])))
     assert public.convert(source).error <= 1e-5
     assert len(shapes) == (1 if getattr(source, "rope", None) is not None else 3)
@@ -120,11 +120,11 @@ QUICK = {"vit_wee_patch16_reg1_gap_256", "vit_small_patch16_rope_mixed_ape_224",
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in TWINS]
+    "name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in RANDOM_MODELS]
 )
-def test_onnx_files_compute_timms_outputs(name, tmp_path):
+def test_onnx_files_compute_the_outputs_of_timm(name, tmp_path):
     """`export` also compares the file with vitral's model at other image sizes."""
-    source = twin(name)
+    source = random_model(name)
     model = public.convert(source).model
     classes = public.class_names(source.num_classes)
     description = weights.describe(Config(model=model.config), classes, "", {})
@@ -141,10 +141,10 @@ EXACT = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "aimv2_l
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_in_float64_only_rounding_is_left(name):
+def test_outputs_equal_timm_in_float64(name):
     """Without rotary positions, whose tables are float32."""
-    source = twin(name, torch.float64)
-    imported = public.convert(twin(name)).model.double()
+    source = random_model(name, torch.float64)
+    imported = public.convert(random_model(name)).model.double()
     imported.load_state_dict(dict(_state(source)))  # not rounded to float32
     images = torch.randn(1, 3, *source.patch_embed.img_size, dtype=torch.float64)
     with torch.no_grad():
@@ -164,8 +164,8 @@ def _state(source):
     ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch16_dinov3",
      "vit_base_patch32_clip_quickgelu_224", "eva02_tiny_patch14_224"],
 )  # fmt: skip
-def test_gradients_of_the_images_are_timms(name):
-    source = twin(name)
+def test_image_gradients_equal_timm(name):
+    source = random_model(name)
     model = public.convert(source).model
     images = torch.randn(1, 3, *source.patch_embed.img_size, requires_grad=True)
     gradients = [torch.autograd.grad(m(images).square().sum(), images)[0] for m in (model, source)]
@@ -173,7 +173,7 @@ def test_gradients_of_the_images_are_timms(name):
 
 
 def test_tiny_layer_scales_are_folded_and_counted():
-    source = twin("deit3_small_patch16_224")
+    source = random_model("deit3_small_patch16_224")
     source.blocks[0].ls1.gamma.data[3] = 0.0
     source.blocks[1].ls2.gamma.data[:2] = 1e-9
     imported = public.convert(source)
@@ -307,7 +307,7 @@ def test_a_public_name_is_converted_once_and_verified(file, tmp_path, monkeypatc
 
 
 def test_weights_without_a_head(tmp_path, capsys, image_folder):
-    model = public.convert(twin("vit_small_patch16_224.dino")).model
+    model = public.convert(random_model("vit_small_patch16_224.dino")).model
     config = Config(model=model.config)
     description = weights.describe(config, (), "", {})
     weights.save(tmp_path / "features", {"model": model.state_dict()}, description)
@@ -351,8 +351,8 @@ def test_classes_of_imagenet_heads_are_wordnet_ids(count, position, wnid):
 
 
 def test_an_imported_head_has_them(tmp_path, monkeypatch):
-    monkeypatch.setitem(TWINS, "vit_tiny_patch16_224", {**SMALL, "num_classes": 11821})
-    public.write("x", twin("vit_tiny_patch16_224"), tmp_path / "made")
+    monkeypatch.setitem(RANDOM_MODELS, "vit_tiny_patch16_224", {**SMALL, "num_classes": 11821})
+    public.write("x", random_model("vit_tiny_patch16_224"), tmp_path / "made")
     assert weights.load(tmp_path / "made").description.classes[-1] == "n15102894"
 
 

@@ -18,7 +18,7 @@ from vitral import compat
 from vitral.bench import rounds
 from vitral.bench.describe import describe_device
 from vitral.bench.peers import Builder
-from vitral.bench.rounds import in_turn, ratios
+from vitral.bench.rounds import ratios, run_interleaved
 from vitral.config import Config
 from vitral.errors import UserError
 from vitral.machine import has_gpu, pick_device, synchronize
@@ -30,7 +30,7 @@ WORK: dict[Mode, type[Work]] = {"train": Training, "infer": Inference}
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10}
 REFERENCE = "timm"  # that ratios are to
 WARMUP = 3  # steps, the first of which compiles
-LEAST, MOST = 3, 200  # steps of a round
+MIN_STEPS, MAX_STEPS = 3, 200  # steps of a round
 MATMULS = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384)}
 CLOCKS = {"cpu": "processor time", "cuda": "CUDA events"}
 
@@ -52,28 +52,28 @@ def compare(
     Raises:
         UserError: if the batch does not fit into the GPU's memory.
     """
-    classes, side = num_classes(config), config.model.image_size
+    classes, image_size = num_classes(config), config.model.image_size
     torch.compiler.reset()  # the limit of recompilations is shared by all models of a class
     gc.collect()  # or what is measured before would be taken for memory of others
     try:
-        resolved = Training(config, classes, side).resolved
+        resolved = Training(config, classes, image_size).resolved
         train = dataclasses.replace(config.train, micro_batch=resolved.micro_batch)
         config = dataclasses.replace(config, train=train)
         matmul = matmul_rate(resolved.device, resolved.precision)
         # Compilation is timed as it is the first time, not as read from the disk.
         with compat.fresh_compile_cache():
-            racers = {n: Contestant(config, classes, mode, b) for n, b in builders.items()}
-            times = in_turn({name: racer.round for name, racer in racers.items()}, count)
+            models = {n: BenchmarkedModel(config, classes, mode, b) for n, b in builders.items()}
+            times = run_interleaved({name: model.round for name, model in models.items()}, count)
     except torch.OutOfMemoryError:
         raise UserError(
             f"batch: {mode} with {config.train.micro_batch or config.train.batch_size} images of "
-            f"{side} pixels does not fit into the GPU's memory; give fewer"
+            f"{image_size} pixels does not fit into the GPU's memory; give fewer"
         ) from None
-    rows = [_row(racers[name], name, times, matmul) for name in builders]
+    rows = [_row(models[name], name, times, matmul) for name in builders]
     return {
         "mode": mode,
         "batch": resolved.micro_batch,
-        "image_size": side,
+        "image_size": image_size,
         "num_classes": classes,
         "shape": {**config.model.shape._asdict(), "patch_size": config.model.patch_size},
         "device": describe_device(resolved),
@@ -93,25 +93,25 @@ def num_classes(config: Config) -> int:
 class Times:
     """Milliseconds of a step: medians of one round."""
 
-    passed: float
-    processor: float | None
+    elapsed: float
+    cpu_time: float | None
     """Of all threads; None where a GPU does the work."""
 
     @property
-    def fair(self) -> float:
+    def comparable(self) -> float:
         """What ratios are taken of: a CPU's own time hardly minds what else the machine does."""
-        return self.passed if self.processor is None else self.processor
+        return self.elapsed if self.cpu_time is None else self.cpu_time
 
 
-class Contestant:
+class BenchmarkedModel:
     """A model at its work: built, compiled and warm, and what that took."""
 
     def __init__(self, config: Config, num_classes: int, mode: Mode, build: Builder) -> None:
         with torch.device("meta"):
-            shadow = build(config.model, num_classes).train(mode == "train")
+            meta_model = build(config.model, num_classes).train(mode == "train")
         passes = 3 if mode == "train" else 1
-        self.flops = passes * forward_flops(shadow, config.model.image_size)
-        others = torch.cuda.memory_allocated() if has_gpu() else 0
+        self.flops = passes * forward_flops(meta_model, config.model.image_size)
+        memory_before = torch.cuda.memory_allocated() if has_gpu() else 0
         torch.manual_seed(config.train.seed)
         with pick_device(config.train.device):
             model = build(config.model, num_classes)
@@ -120,13 +120,13 @@ class Contestant:
         first, *_, warm = (self._time(1) for _ in range(WARMUP))
         self.compile_s = None
         if self.work.resolved.compile:
-            self.compile_s = (first.passed - warm.passed) / 1e3
-        self.steps = min(max(round(1e3 * rounds.SECONDS / warm.passed), LEAST), MOST)
+            self.compile_s = (first.elapsed - warm.elapsed) / 1e3
+        self.steps = min(max(round(1e3 * rounds.SECONDS / warm.elapsed), MIN_STEPS), MAX_STEPS)
         self.memory_bytes = None
         if self.work.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # compiling tries things out
             self._time(1)
-            self.memory_bytes = torch.cuda.max_memory_allocated() - others
+            self.memory_bytes = torch.cuda.max_memory_allocated() - memory_before
 
     def round(self) -> Times:
         """Times the steps of a round."""
@@ -147,11 +147,11 @@ def time_steps(work: Work, steps: int) -> Times:
             work.step(work.batch)
             synchronize(work.device)
             marks.append((time.perf_counter(), time.process_time()))
-        passed, busy = (
+        elapsed, busy = (
             statistics.median(1e3 * (b - a) for a, b in itertools.pairwise(clock))
             for clock in zip(*marks, strict=True)
         )
-        return Times(passed, busy if work.device.type == "cpu" else None)
+        return Times(elapsed, busy if work.device.type == "cpu" else None)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for event in events[1:]:
@@ -166,43 +166,47 @@ def matmul_rate(device: str, precision: str) -> float:
     """FLOP/s of the fastest of some large square matrix products, the best of a few runs."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
-    for side in MATMULS.get(device, MATMULS["cpu"]):
-        a = torch.randn(side, side, device=device, dtype=dtype)
+    for size in MATMULS.get(device, MATMULS["cpu"]):
+        a = torch.randn(size, size, device=device, dtype=dtype)
         for _ in range(5):
             synchronize(a.device)
             started = time.perf_counter()
             torch.mm(a, a)
             synchronize(a.device)
-            best = max(best, 2 * side**3 / (time.perf_counter() - started))
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
 def _row(
-    racer: Contestant, name: str, times: Mapping[str, Sequence[Times]], matmul: float
+    model: BenchmarkedModel, name: str, times: Mapping[str, Sequence[Times]], matmul: float
 ) -> dict[str, Any]:
     """What is kept of a contestant, ratios to the reference among it."""
-    own, theirs = times[name], times.get(REFERENCE)
-    images = racer.work.resolved.micro_batch
-    passed = [time.passed for time in own]
-    rate = racer.flops * images / (statistics.median(passed) / 1e3)
-    compared = ratios([t.fair for t in theirs], [t.fair for t in own]) if theirs else None
-    processor = [time.processor for time in own if time.processor is not None]
+    own, reference = times[name], times.get(REFERENCE)
+    images = model.work.resolved.micro_batch
+    elapsed = [time.elapsed for time in own]
+    rate = model.flops * images / (statistics.median(elapsed) / 1e3)
+    compared = (
+        ratios([t.comparable for t in reference], [t.comparable for t in own])
+        if reference
+        else None
+    )
+    cpu_time = [time.cpu_time for time in own if time.cpu_time is not None]
     return {
         "name": name,
-        "parameters": sum(p.numel() for p in racer.work.model.parameters()),
-        "gflops_per_image": racer.flops / 1e9,
-        "ms": passed,
-        "processor_ms": processor or None,
-        "images_per_second": _spread([1e3 * images / ms for ms in passed]),
-        "ratio": compared and _spread(compared),
+        "parameters": sum(p.numel() for p in model.work.model.parameters()),
+        "gflops_per_image": model.flops / 1e9,
+        "ms": elapsed,
+        "processor_ms": cpu_time or None,
+        "images_per_second": _statistics([1e3 * images / ms for ms in elapsed]),
+        "ratio": compared and _statistics(compared),
         "tflops": rate / 1e12,
         "share_of_matmul": rate / matmul,
-        "memory_bytes": racer.memory_bytes,
-        "compile_s": racer.compile_s,
-        "compilations": racer.compilations,
+        "memory_bytes": model.memory_bytes,
+        "compile_s": model.compile_s,
+        "compilations": model.compilations,
     }
 
 
-def _spread(values: list[float]) -> dict[str, Any]:
+def _statistics(values: list[float]) -> dict[str, Any]:
     found = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {**found, "rounds": values}

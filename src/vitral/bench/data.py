@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from vitral.bench import rounds
-from vitral.bench.rounds import rates_in_turn, table
+from vitral.bench.rounds import interleaved_rates, table
 from vitral.config import Config
 from vitral.data import augment, crops
 from vitral.data.decode import DecodeError, decode
@@ -23,14 +23,20 @@ from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers, Order
-from vitral.data.tools.rates import BATCH, ENDLESS, decoders, images_per_second, measure_rate
+from vitral.data.tools.rates import (
+    BATCH,
+    UNLIMITED_STEPS,
+    decoders,
+    images_per_second,
+    measure_rate,
+)
 from vitral.data.workers import in_workers
 from vitral.errors import UserError
 from vitral.machine import available_cores, input_device, pick_device
 from vitral.model import CHANNELS
 from vitral.training.resolved import prepare_device
 
-SAMPLE = 512  # encoded images that are read over and over
+NUM_IMAGES = 512  # encoded images that are read over and over
 REFERENCE = "torchvision's reference transforms"
 
 
@@ -56,32 +62,41 @@ def bench_data(config: Config) -> str:
     )
     augmentation = _augmentation(config, device)
     if isinstance(records, Packed | Pixels):
-        return "\n".join([head, *table(rates_in_turn(runs), REFERENCE), augmentation])
+        return "\n".join([head, *table(interleaved_rates(runs), REFERENCE), augmentation])
     runs[REFERENCE] = partial(_reference_rate, records, config, workers, device)
-    lines = [head, f"with workers: {workers}", *table(rates_in_turn(runs), REFERENCE), augmentation]
+    lines = [
+        head,
+        f"with workers: {workers}",
+        *table(interleaved_rates(runs), REFERENCE),
+        augmentation,
+    ]
     torch.set_num_threads(1)
-    lines += ["on one core", *table(rates_in_turn(_one_core(config, records)), REFERENCE)]
+    lines += ["on one core", *table(interleaved_rates(_one_core(config, records)), REFERENCE)]
     return "\n".join(lines)
 
 
 def _augmentation(config: Config, device: torch.device) -> str:
     """The time that all after the crops takes, Mixup and CutMix too, of a batch on the device."""
-    side, seed, size = config.model.image_size, config.train.seed, 1024
+    image_size, seed, size = config.model.image_size, config.train.seed, 1024
     device = input_device(device)
     if device.type == "cpu":
         size = 64
-    images = torch.randint(256, (size, CHANNELS, side, side), dtype=torch.uint8, device=device)
+    images = torch.randint(
+        256, (size, CHANNELS, image_size, image_size), dtype=torch.uint8, device=device
+    )
     targets = torch.full((size, 1000), 1e-3, device=device)
 
     def work(step: int) -> int:
-        mix = augment.draw_mix(config.augment, side, seed, step)
-        finished = _our_rest(config, images)
+        mix = augment.draw_mix(config.augment, image_size, seed, step)
+        finished = _vitral_augmentation(config, images)
         if mix is not None:
             augment.mix(finished, targets, mix)
         return size
 
     rate = images_per_second(map(work, itertools.count()), 0, device, rounds.SECONDS)
-    return f"augmentation alone of {size:,} images of {side} pixels: {1e3 * size / rate:.1f} ms"
+    return (
+        f"augmentation alone of {size:,} images of {image_size} pixels: {1e3 * size / rate:.1f} ms"
+    )
 
 
 def _sample(records: Records) -> Records:
@@ -89,14 +104,14 @@ def _sample(records: Records) -> Records:
     if isinstance(records, Packed | Pixels):
         return records
     chosen = np.zeros(len(records), bool)
-    for index in np.linspace(0, len(records) - 1, min(len(records), SAMPLE)).astype(int):
-        chosen[index] = _decodes(records, index)
+    for index in np.linspace(0, len(records) - 1, min(len(records), NUM_IMAGES)).astype(int):
+        chosen[index] = _can_decode(records, index)
     if not chosen.any():
         raise UserError(f"data: {records.where(0)} and others: expected images that can be decoded")
     return records.take(chosen)
 
 
-def _decodes(records: Encoded, index: int) -> bool:
+def _can_decode(records: Encoded, index: int) -> bool:
     try:
         decode(records.read(index))
     except (DecodeError, OSError):
@@ -106,7 +121,7 @@ def _decodes(records: Encoded, index: int) -> bool:
 
 def _one_core(config: Config, records: Encoded) -> dict[str, Callable[[], float]]:
     """A worker's part, all of ours, and torchvision's, on encoded images in memory."""
-    encoded = [records.read(i) for i in range(min(len(records), SAMPLE // 4))]
+    encoded = [records.read(i) for i in range(min(len(records), NUM_IMAGES // 4))]
     reference = _reference(config.model.image_size)
 
     def rate(work: Callable[[], object]) -> float:
@@ -114,40 +129,44 @@ def _one_core(config: Config, records: Encoded) -> dict[str, Callable[[], float]
         work()
         return len(encoded) / (time.perf_counter() - started)
 
-    def theirs() -> None:
+    def torchvision_work() -> None:
         for content in encoded:
             reference(Image.open(io.BytesIO(content)).convert("RGB"))
 
     return {
-        "vitral, a worker's part (decode, crop)": lambda: rate(lambda: _our_crops(config, encoded)),
-        "vitral, all of it": lambda: rate(lambda: _our_rest(config, _our_crops(config, encoded))),
-        REFERENCE: lambda: rate(theirs),
+        "vitral, a worker's part (decode, crop)": lambda: rate(
+            lambda: _vitral_crops(config, encoded)
+        ),
+        "vitral, all of it": lambda: rate(
+            lambda: _vitral_augmentation(config, _vitral_crops(config, encoded))
+        ),
+        REFERENCE: lambda: rate(torchvision_work),
     }
 
 
-def _our_crops(config: Config, encoded: list[bytes]) -> Tensor:
-    side, data = config.model.image_size, config.data
-    images = torch.empty(len(encoded), CHANNELS, side, side, dtype=torch.uint8)
+def _vitral_crops(config: Config, encoded: list[bytes]) -> Tensor:
+    image_size, data = config.model.image_size, config.data
+    images = torch.empty(len(encoded), CHANNELS, image_size, image_size, dtype=torch.uint8)
     for i, content in enumerate(encoded):
         image = decode(content)
         size = np.array([image.shape[1:]])
-        drawn = (config.train.seed, 0, np.array([i]))
-        box = crops.random_boxes(config.augment, data.eval_crop, side, size, *drawn)[0]
-        images[i] = crops.crop_resize(image, box, side, data.interpolation)
+        key = (config.train.seed, 0, np.array([i]))
+        box = crops.random_boxes(config.augment, data.eval_crop, image_size, size, *key)[0]
+        images[i] = crops.crop_resize(image, box, image_size, data.interpolation)
     return images
 
 
-def _our_rest(config: Config, images: Tensor) -> Tensor:
+def _vitral_augmentation(config: Config, images: Tensor) -> Tensor:
     indices = np.arange(len(images))
     plan = augment.draw_plan(config.augment, images.shape[-1], config.train.seed, 0, indices)
     return augment.finish(augment.augment(images, plan), plan, config.data.mean, config.data.std)
 
 
-def _reference(side: int) -> Callable[[Image.Image], Tensor]:
+def _reference(image_size: int) -> Callable[[Image.Image], Tensor]:
     """The preset of torchvision's references/classification, with AutoAugment and erasing."""
     return v2.Compose(
         [
-            v2.RandomResizedCrop(side, antialias=True),
+            v2.RandomResizedCrop(image_size, antialias=True),
             v2.RandomHorizontalFlip(),
             v2.AutoAugment(),
             v2.PILToTensor(),
@@ -161,9 +180,9 @@ def _reference(side: int) -> Callable[[Image.Image], Tensor]:
 class _Reference(torch.utils.data.Dataset[Tensor]):
     """Batches as torchvision's reference makes them, image by image; runs in worker processes."""
 
-    def __init__(self, records: Encoded, side: int) -> None:
+    def __init__(self, records: Encoded, image_size: int) -> None:
         self.records = records
-        self.transform = _reference(side)
+        self.transform = _reference(image_size)
 
     def __getitem__(self, indices: Integers) -> Tensor:
         contents = (self.records.read(int(index)) for index in indices)
@@ -175,7 +194,7 @@ class _Reference(torch.utils.data.Dataset[Tensor]):
 def _reference_rate(records: Encoded, config: Config, workers: int, device: torch.device) -> float:
     size = min(config.train.batch_size, BATCH)
     order = Order(config.train.seed, len(records), size)
-    requests = (order.samples(step, 0, size)[1] for step in range(ENDLESS))
+    requests = (order.samples(step, 0, size)[1] for step in range(UNLIMITED_STEPS))
     gpu = device.type == "cuda"
     batches = in_workers(_Reference(records, config.model.image_size), requests, workers, gpu)
     counts = (len(images.to(device, non_blocking=True)) for images in batches)

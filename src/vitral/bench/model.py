@@ -8,7 +8,7 @@ from typing import Any
 
 from vitral.bench import rounds
 from vitral.bench.contest import REFERENCE, compare
-from vitral.bench.peers import PEERS, contestants, has_timm
+from vitral.bench.peers import PEERS, has_timm, select_models
 from vitral.config import Config
 
 NO_TIMM = "timm is not installed (pip install timm): vitral is measured alone"
@@ -16,7 +16,7 @@ NO_TIMM = "timm is not installed (pip install timm): vitral is measured alone"
 
 def bench_model(config: Config, peers: bool = False) -> str:
     """The training step of one micro-batch: of vitral alone, or in turn with timm's models."""
-    case = compare(config, "train", contestants(list(PEERS) if peers else []), rounds.ROUNDS)
+    case = compare(config, "train", select_models(list(PEERS) if peers else []), rounds.ROUNDS)
     return "\n".join([NO_TIMM] * (peers and not has_timm()) + [table(case)])
 
 

@@ -86,7 +86,7 @@ def timm_shape(config: ViTConfig, num_classes: int) -> dict[str, Any]:
     }
 
 
-OURS: dict[str, Builder] = {"vitral": ViT, "vitral-plain": plain}
+VITRAL_MODELS: dict[str, Builder] = {"vitral": ViT, "vitral-plain": plain}
 PEERS: dict[str, Builder] = {
     "timm": timm_vit,
     "timm-rope": timm_rope,
@@ -94,7 +94,7 @@ PEERS: dict[str, Builder] = {
 }
 
 
-def contestants(peers: Sequence[str]) -> dict[str, Builder]:
+def select_models(peers: Sequence[str]) -> dict[str, Builder]:
     """vitral, and the named peers if timm is installed; without it vitral alone.
 
     On a GPU vitral is there twice, with and without kernels of its own; on a CPU `--model.kernels`
@@ -106,8 +106,8 @@ def contestants(peers: Sequence[str]) -> dict[str, Builder]:
     for name in peers:
         if name not in PEERS:
             raise UserError(f"peers: expected some of {', '.join(PEERS)}, got {name}")
-    ours = OURS if has_gpu() else {"vitral": ViT}
-    return ours | {name: PEERS[name] for name in peers if has_timm()}
+    own = VITRAL_MODELS if has_gpu() else {"vitral": ViT}
+    return own | {name: PEERS[name] for name in peers if has_timm()}
 
 
 def has_timm() -> bool:

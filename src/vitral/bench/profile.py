@@ -73,7 +73,7 @@ def breakdown(
         if gpu:
             torch.cuda.synchronize()
     entries = sorted(_entries(profiler, gpu), key=lambda entry: -entry.ms)
-    return {"contestant": name, "mode": mode, **summarise(entries)}
+    return {"contestant": name, "mode": mode, **summarize(entries)}
 
 
 def _entries(profiler: profile, gpu: bool) -> Iterator[Entry]:
@@ -85,7 +85,7 @@ def _entries(profiler: profile, gpu: bool) -> Iterator[Entry]:
         yield Entry(event.key, kind_of(event.key), spent / 1e3 / STEPS, event.count / STEPS)
 
 
-def summarise(entries: Iterable[Entry]) -> dict[str, Any]:
+def summarize(entries: Iterable[Entry]) -> dict[str, Any]:
     """Milliseconds of a step, the share of each kind, and the entries that take most."""
     entries = list(entries)
     total = sum(entry.ms for entry in entries)

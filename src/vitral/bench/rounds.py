@@ -16,7 +16,7 @@ ROUNDS = 3
 SECONDS = 2.0  # that a rate is measured for in each round
 
 
-def in_turn(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+def run_interleaved(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """What each run gave in each round; every round begins with another of them."""
     names = list(runs)
     found: dict[str, list[T]] = {name: [] for name in names}
@@ -42,27 +42,27 @@ class Rates:
     """Kept busy, by this process and workers that have ended."""
 
 
-def rates_in_turn(runs: Mapping[str, Callable[[], float]]) -> dict[str, Rates]:
+def interleaved_rates(runs: Mapping[str, Callable[[], float]]) -> dict[str, Rates]:
     """The rates that the runs return, and the cores that they keep busy, in ROUNDS rounds."""
     found = {name: Rates() for name in runs}
 
-    def watched(name: str) -> None:
+    def measure(name: str) -> None:
         busy, started = sum(os.times()[:4]), time.perf_counter()
         found[name].rates.append(runs[name]())
-        busy, passed = sum(os.times()[:4]) - busy, time.perf_counter() - started
-        found[name].cores.append(busy / passed)
+        busy, elapsed = sum(os.times()[:4]) - busy, time.perf_counter() - started
+        found[name].cores.append(busy / elapsed)
 
-    in_turn({name: partial(watched, name) for name in runs}, ROUNDS)
+    run_interleaved({name: partial(measure, name) for name in runs}, ROUNDS)
     return found
 
 
 def table(found: Mapping[str, Rates], reference: str | None = None) -> Iterator[str]:
     """A line for each: medians, also of the ratio to the reference, where that was run."""
-    theirs = found.get(reference or "")
-    for name, ours in found.items():
-        line = f"{name:40}{statistics.median(ours.rates):9,.0f} images/s"
-        line += f"  {statistics.median(ours.cores):4.1f} cores used"
-        if theirs is not None:
-            ratio = statistics.median(ratios(ours.rates, theirs.rates))
+    baseline = found.get(reference or "")
+    for name, run in found.items():
+        line = f"{name:40}{statistics.median(run.rates):9,.0f} images/s"
+        line += f"  {statistics.median(run.cores):4.1f} cores used"
+        if baseline is not None:
+            ratio = statistics.median(ratios(run.rates, baseline.rates))
             line += f"  {ratio:5.2f} times torchvision"
         yield line

@@ -9,7 +9,7 @@ from pathlib import Path
 from vitral import settings
 from vitral.bench import rounds
 from vitral.bench.describe import describe_device, describe_size
-from vitral.bench.rounds import rates_in_turn, ratios, table
+from vitral.bench.rounds import interleaved_rates, ratios, table
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
@@ -35,11 +35,11 @@ def plan(request: settings.Request) -> str:
             in the tensors of checkpoints, or of the machine.
     """
     run, device = RunDir(request.config.train.out or ""), pick_device(request.config.train.device)
-    request = budget.fit(request, run, World())
+    request = budget.fit_time_budget(request, run, World())
     config = request.config
     notes, dataset, model = prepare(config, run, World(), device="meta")
     assert dataset.train is not None
-    resume.check_unstarted(config, run, dataset)
+    resume.check_resumable(config, run, dataset)
     if config.data.decode == "gpu":
         choose_decoder(dataset.train, config, 0, device)
     train, classes = config.train, len(dataset.classes)
@@ -76,7 +76,7 @@ def bench_train(config: Config) -> str:
         batches = endless_batches(records, config, classes, size, workers, device, decoder)
         return training.rate(batches, workers, rounds.SECONDS)
 
-    found = rates_in_turn({"synthetic": synthetic, "training": real})
+    found = interleaved_rates({"synthetic": synthetic, "training": real})
     ratio = statistics.median(ratios(found["training"].rates, found["synthetic"].rates))
     B, _, S, _ = training.batch.images.shape
     lines = [

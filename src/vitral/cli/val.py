@@ -62,16 +62,16 @@ class Options:
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Evaluates; returns the exit code."""
-    from vitral.evaluation import at_sizes, evaluate, open_set, summarise
+    from vitral.evaluation import at_sizes, evaluate, open_set, summarize
     from vitral.weights import load, require_head
 
     weights = require_head(load(args.weights, which=options.which))
     known = weights.description
     at_sizes(known, options.image_sizes or ())  # before the data are opened
     dataset = None if options.suite else open_set(known, options.data)
-    about = _about(weights, dataset, options)
+    heading = _heading(weights, dataset, options)
     if dataset is None or options.image_sizes:
-        return _table(weights, dataset, options, about)
+        return _table(weights, dataset, options, heading)
     if options.out is not None:
         check_writable(options.out)
     scores = evaluate(
@@ -82,29 +82,31 @@ def run(args: argparse.Namespace, options: Options) -> int:
         workers=options.workers,
         device=options.device,
     )
-    print(about)
-    print(summarise(scores))
+    print(heading)
+    print(summarize(scores))
     if options.out is not None:
         scores.write_tables(Path(options.out))
     return 0
 
 
-def _about(weights: Weights, dataset: Dataset | None, options: Options) -> str:
-    from vitral.evaluation.evaluate import competitors
+def _heading(weights: Weights, dataset: Dataset | None, options: Options) -> str:
+    from vitral.evaluation.evaluate import competing_classes
 
     known = weights.description
     place = options.suite or options.data or known.config.data.path
     place += ", held-out training images" if dataset and dataset.held_out else ""
-    about = f"{weights.path} ({options.which or known.default}) on {place}"
+    heading = f"{weights.path} ({options.which or known.default}) on {place}"
     if dataset and len(dataset.classes) < len(known.classes):
         part = f"{len(dataset.classes):,} of the {len(known.classes):,} classes"
-        removed = len(competitors(known, dataset.classes, options.classes)) < len(known.classes)
+        removed = len(competing_classes(known, dataset.classes, options.classes)) < len(
+            known.classes
+        )
         others = "with the logits of the others removed" if removed else "among all of them"
-        about += f"\nscored on {part} of the weights, {others}"
-    return about
+        heading += f"\nscored on {part} of the weights, {others}"
+    return heading
 
 
-def _table(weights: Weights, dataset: Dataset | None, options: Options, about: str) -> int:
+def _table(weights: Weights, dataset: Dataset | None, options: Options, heading: str) -> int:
     """Evaluates on several data sets or at several sizes, one row each."""
     from vitral.evaluation import evaluate_suite, find_suite, sweep
     from vitral.evaluation.table import show, write_rows
@@ -113,18 +115,18 @@ def _table(weights: Weights, dataset: Dataset | None, options: Options, about: s
     if options.suite is not None:
         suite = find_suite(options.suite)
         title, file, names = "set", "suite.csv", suite.names()
-        about = f"{about}\n{suite.describe()}"
+        heading = f"{heading}\n{suite.describe()}"
         rows = evaluate_suite(weights, suite, **how)
     else:
         sizes = options.image_sizes or ()
         title, file, names = "image size", "image_sizes.csv", [*map(str, sizes)]
-        share = weights.description.config.data.eval_crop
-        about = f"{about}, the central {100 * share:g}% of the short side at every size"
+        fraction = weights.description.config.data.eval_crop
+        heading = f"{heading}, the central {100 * fraction:g}% of the short side at every size"
         found = sweep(weights, sizes, dataset, classes=options.classes, **how)
         rows = (scores.row(str(size)) for size, scores in found)
     if options.out is not None:
         check_writable(options.out)
-    print(about, flush=True)
+    print(heading, flush=True)
     done = show(title, names, rows)
     if options.out is not None:
         write_rows(Path(options.out) / file, title, done)

@@ -11,12 +11,12 @@ from typing import BinaryIO, TypeVar
 
 from tqdm import tqdm
 
-from vitral.data.skipped import ending, system_part
+from vitral.data.skipped import file_kind, system_part
 from vitral.errors import data_error, first_few
 from vitral.machine import in_notebook
 
 T = TypeVar("T")
-AGAIN = "download or pack it again"
+REDOWNLOAD = "download or pack it again"
 MAX_NAME = 4096  # of a member, as of a path in Linux
 
 
@@ -62,7 +62,7 @@ def members(
                     )
                 yield last, member
             elif skipped is not None and member.isreg():
-                skipped[kind or ending(last)] += 1
+                skipped[kind or file_kind(last)] += 1
         file.seek(tar.offset)
         # Where archives end too early between two members, only this block is missing.
         if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
@@ -70,9 +70,9 @@ def members(
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         if not last:
             got = "something else, or a damaged one"
-            raise data_error(place, "a tar archive, uncompressed", got, AGAIN) from error
+            raise data_error(place, "a tar archive, uncompressed", got, REDOWNLOAD) from error
         got = f"one that is cut off or damaged at {last} or behind it"
-        raise data_error(place, "a whole tar archive", got, AGAIN) from error
+        raise data_error(place, "a whole tar archive", got, REDOWNLOAD) from error
 
 
 def _check_name(name: str, place: str) -> str:
@@ -81,19 +81,21 @@ def _check_name(name: str, place: str) -> str:
         raise data_error(place, "names that stay inside the archive", name, fix)
     if len(name) > MAX_NAME:
         got = f"{len(name):,}, {name[:40]}..."
-        raise data_error(place, f"names of at most {MAX_NAME:,} characters", got, AGAIN)
+        raise data_error(place, f"names of at most {MAX_NAME:,} characters", got, REDOWNLOAD)
     return name.removeprefix("./")
 
 
-def refuse_doubles(place: Path | str, names: Iterable[str]) -> None:
+def check_unique(place: Path | str, names: Iterable[str]) -> None:
     """Raises UserError if a name comes twice."""
     doubles = [name for name, count in Counter(names).items() if count > 1]
     if doubles:
-        raise data_error(place, "each name once", f"{first_few(doubles)} more than once", AGAIN)
+        raise data_error(
+            place, "each name once", f"{first_few(doubles)} more than once", REDOWNLOAD
+        )
 
 
 def progress(
-    parts: Iterable[T], what: str = "indexing", unit: str = "tar", total: int | None = None
+    items: Iterable[T], what: str = "indexing", unit: str = "tar", total: int | None = None
 ) -> Iterator[T]:
     """Goes over parts, with a bar if that takes over two seconds.
 
@@ -102,4 +104,4 @@ def progress(
     hidden = False if in_notebook() else None
     if sys.stderr is None:  # tqdm fails without stderr
         hidden = True
-    yield from tqdm(parts, what, total, unit=unit, delay=2, disable=hidden, leave=False)
+    yield from tqdm(items, what, total, unit=unit, delay=2, disable=hidden, leave=False)

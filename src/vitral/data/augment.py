@@ -1,7 +1,7 @@
 """What is done to a batch after its crops: drawn on the host, applied wherever the images lie.
 
-A `Plan` holds every random parameter of a batch, each row a pure function of (seed, epoch, index).
-The policies and their ranges are torchvision's.
+An `AugmentPlan` holds every random parameter of a batch, each row a pure function of (seed, epoch,
+index). The policies and their ranges are torchvision's.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitral.config import AugmentConfig
-from vitral.data.crops import TRIES, Floats, rectangles
-from vitral.data.ops import Op, Ops, affine_matrices, apply_slot, on_rows, to_device, warp
+from vitral.data.crops import NUM_TRIES, Floats, rectangles
+from vitral.data.ops import Op, Ops, affine_matrices, apply_slot, apply_to_rows, to_device, warp
 from vitral.data.sampling import Integers, derive_seed, uniforms
 
 # Sub-policies of two operations, each with its probability and its level of 0 to 9.
@@ -57,17 +57,17 @@ _AUTOAUGMENT = {
     "autoaugment-imagenet": _parse(_IMAGENET),
     "autoaugment-cifar10": _parse(_CIFAR10),
 }
-CPU_PART = 1 << 20  # values that a CPU augments together, so that they stay in its caches
+CPU_CHUNK = 1 << 20  # values that a CPU augments together, so that they stay in its caches
 CPU_LARGE = 1 << 16  # values from which on an image is faster alone: nothing is gathered for it
 _RANDAUGMENT_OPS = 14
 _BINS = 31
 _SIGNED = np.isin(np.arange(len(Op)), np.arange(Op.SHEAR_X, Op.SHARPNESS + 1))
 _FACTOR = np.isin(np.arange(len(Op)), np.arange(Op.BRIGHTNESS, Op.SHARPNESS + 1))
-_WHOLE = np.isin(np.arange(len(Op)), [Op.TRANSLATE_X, Op.TRANSLATE_Y])
+_INTEGER_VALUED = np.isin(np.arange(len(Op)), [Op.TRANSLATE_X, Op.TRANSLATE_Y])
 
 
 @dataclass(frozen=True)
-class Plan:
+class AugmentPlan:
     """The parameters of a batch of B samples, on the host."""
 
     flip: NDArray[np.bool_]
@@ -81,16 +81,16 @@ class Plan:
     erase: Integers
     """Top, left, height and width of what is erased, zeros for nothing, shape (B, 4)."""
 
-    def rows(self, part: slice) -> Plan:
+    def rows(self, chunk: slice) -> AugmentPlan:
         """The plan of a part of the batch."""
-        affine = None if self.affine is None else self.affine[part]
-        ops, values = self.ops[part], self.values[part]
-        return Plan(self.flip[part], affine, ops, values, self.erase[part])
+        affine = None if self.affine is None else self.affine[chunk]
+        ops, values = self.ops[chunk], self.values[chunk]
+        return AugmentPlan(self.flip[chunk], affine, ops, values, self.erase[chunk])
 
 
 def draw_plan(
     config: AugmentConfig, image_size: int, seed: int, epochs: int | Integers, indices: Integers
-) -> Plan:
+) -> AugmentPlan:
     """The plan of a batch, each row a pure function of (seed, epoch, index).
 
     Args:
@@ -103,19 +103,19 @@ def draw_plan(
         return uniforms(seed, epochs, indices, count, purpose)
 
     affine = None
-    most = np.array([config.rotation, config.zoom, config.shear, config.shift, config.shift])
-    if most.any():
-        affine = (2 * draw(5, "affine") - 1) * most + [0, 1, 0, 0, 0]
+    limits = np.array([config.rotation, config.zoom, config.shear, config.shift, config.shift])
+    if limits.any():
+        affine = (2 * draw(5, "affine") - 1) * limits + [0, 1, 0, 0, 0]
     slots = [
         _draw_policy(config, image_size, draw(3 * max(config.randaugment_ops, 2), "policy")),
         _draw_jitter(config, draw(8, "jitter")),
     ]
-    return Plan(
+    return AugmentPlan(
         flip=draw(1, "flip")[:, 0] < config.flip,
         affine=affine,
         ops=np.hstack([ops for ops, _ in slots]).astype(np.int8),
         values=np.hstack([values for _, values in slots]),
-        erase=_draw_erase(config.erasing, image_size, draw(2 * TRIES + 3, "erase")),
+        erase=_draw_erase(config.erasing, image_size, draw(2 * NUM_TRIES + 3, "erase")),
     )
 
 
@@ -171,7 +171,7 @@ def _draw_policy(config: AugmentConfig, image_size: int, uniform: Floats) -> tup
         strength = magnitudes(_BINS, image_size, wide=True)[ops, level]
         negative = uniform[:, 2:3] < 0.5
     values = np.where(negative & _SIGNED[ops], -strength, strength) + _FACTOR[ops]
-    return ops.astype(np.int8), np.where(_WHOLE[ops], np.trunc(values), values)
+    return ops.astype(np.int8), np.where(_INTEGER_VALUED[ops], np.trunc(values), values)
 
 
 def _draw_three_augment(uniform: Floats) -> tuple[Ops, Floats]:
@@ -185,18 +185,18 @@ def _draw_three_augment(uniform: Floats) -> tuple[Ops, Floats]:
 def _draw_jitter(config: AugmentConfig, uniform: Floats) -> tuple[Ops, Floats]:
     """Those of the four that are on, in random order, both of shape (B, number on)."""
     ops = np.array([Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE], np.int8)
-    most = np.array([config.brightness, config.contrast, config.saturation, config.hue])
-    low = np.append(np.maximum(1 - most[:3], 0), -most[3])
-    high = np.append(1 + most[:3], most[3])
+    limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    low = np.append(np.maximum(1 - limits[:3], 0), -limits[3])
+    high = np.append(1 + limits[:3], limits[3])
     values = low + (high - low) * uniform[:, :4]
-    order = np.argsort(uniform[:, 4:8][:, most > 0], axis=1)
-    return ops[most > 0][order], np.take_along_axis(values[:, most > 0], order, axis=1)
+    order = np.argsort(uniform[:, 4:8][:, limits > 0], axis=1)
+    return ops[limits > 0][order], np.take_along_axis(values[:, limits > 0], order, axis=1)
 
 
 def _draw_erase(chance: float, image_size: int, uniform: Floats) -> Integers:
     """Boxes of Random Erasing (Zhong et al. 2017), shape (B, 4)."""
     ratio, scale = (0.3, 3.3), (0.02, 0.33)
-    h, w = rectangles(uniform[:, : 2 * TRIES], image_size**2, scale, ratio)
+    h, w = rectangles(uniform[:, : 2 * NUM_TRIES], image_size**2, scale, ratio)
     fits = (h < image_size) & (w < image_size)
     first = fits.argmax(axis=1, keepdims=True)
     size = np.hstack([np.take_along_axis(h, first, 1), np.take_along_axis(w, first, 1)])
@@ -205,7 +205,7 @@ def _draw_erase(chance: float, image_size: int, uniform: Floats) -> Integers:
     return np.where(erased, np.hstack([corner, size]), 0).astype(np.int64)
 
 
-def augment(images: Tensor, plan: Plan) -> Tensor:
+def augment(images: Tensor, plan: AugmentPlan) -> Tensor:
     """Flip, random affine, the policy's slots and Color Jitter's, in this order.
 
     Args:
@@ -215,13 +215,13 @@ def augment(images: Tensor, plan: Plan) -> Tensor:
         uint8, shape (B, 3, S, S).
     """
     images = images.clone(memory_format=torch.contiguous_format)
-    for part in _parts(images):
-        _augment(images[part], plan.rows(part))
+    for chunk in _chunks(images):
+        _augment(images[chunk], plan.rows(chunk))
     return images
 
 
-def _augment(images: Tensor, plan: Plan) -> None:
-    on_rows(images, np.flatnonzero(plan.flip), lambda x: x.flip(3))
+def _augment(images: Tensor, plan: AugmentPlan) -> None:
+    apply_to_rows(images, np.flatnonzero(plan.flip), lambda x: x.flip(3))
     if plan.affine is not None:
         images.copy_(warp(images, affine_matrices(plan.affine), "bilinear"))
     for slot in range(plan.ops.shape[1]):
@@ -229,7 +229,7 @@ def _augment(images: Tensor, plan: Plan) -> None:
 
 
 def finish(
-    images: Tensor, plan: Plan | None, mean: Sequence[float], std: Sequence[float]
+    images: Tensor, plan: AugmentPlan | None, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
     """Scale to [0, 1], normalise, and erase what the plan says with zeros.
 
@@ -241,14 +241,14 @@ def finish(
         float32, shape (B, 3, S, S).
     """
     levels = np.array([mean, std], np.float32).reshape(2, 1, 3, 1, 1)
-    centre, spread = to_device(levels, images.device)
+    center, deviation = to_device(levels, images.device)
     result = torch.empty(images.shape, device=images.device)
-    for part in _parts(images):
-        pixels = result[part].copy_(images[part]).mul_(1 / 255).sub_(centre).div_(spread)
+    for chunk in _chunks(images):
+        pixels = result[chunk].copy_(images[chunk]).mul_(1 / 255).sub_(center).div_(deviation)
         if plan is not None:
-            box = plan.erase[part]
+            box = plan.erase[chunk]
             rows = np.flatnonzero(box[:, 2])
-            on_rows(pixels, rows, partial(_erase, box=box[rows]))
+            apply_to_rows(pixels, rows, partial(_erase, box=box[rows]))
     return result
 
 
@@ -259,12 +259,12 @@ def _erase(pixels: Tensor, box: Integers) -> Tensor:
     return pixels.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0)
 
 
-def _parts(images: Tensor) -> Iterator[slice]:
+def _chunks(images: Tensor) -> Iterator[slice]:
     """All of a batch on a GPU; on a CPU a few images at a time, which is up to twice as fast."""
     size = len(images)
     if images.device.type == "cpu":
         values = images[0].numel()
-        size = 1 if values > CPU_LARGE else CPU_PART // values
+        size = 1 if values > CPU_LARGE else CPU_CHUNK // values
     for first in range(0, len(images), size):
         yield slice(first, first + size)
 
@@ -273,7 +273,7 @@ def _parts(images: Tensor) -> Iterator[slice]:
 class Mix:
     """How the images of a batch are mixed with their partners."""
 
-    share: float
+    fraction: float
     """Share that an image keeps of itself: the weight of its own target."""
     box: tuple[int, int, int, int] | None
     """CutMix: top, left, bottom and right of what comes from the partner. Mixup: None."""
@@ -289,13 +289,13 @@ def draw_mix(config: AugmentConfig, image_size: int, seed: int, step: int) -> Mi
     generator = np.random.default_rng(derive_seed("mix", seed, step))
     cut = generator.random() < (0.5 if config.mixup and config.cutmix else float(config.cutmix > 0))
     alpha = config.cutmix if cut else config.mixup
-    share = float(generator.beta(alpha, alpha))
+    fraction = float(generator.beta(alpha, alpha))
     if not cut:
-        return Mix(share, None)
-    centre = generator.integers(image_size, size=2)
-    half = int(0.5 * np.sqrt(1 - share) * image_size)
-    top, left = (int(x) for x in np.maximum(centre - half, 0))
-    bottom, right = (int(x) for x in np.minimum(centre + half, image_size))
+        return Mix(fraction, None)
+    center = generator.integers(image_size, size=2)
+    half = int(0.5 * np.sqrt(1 - fraction) * image_size)
+    top, left = (int(x) for x in np.maximum(center - half, 0))
+    bottom, right = (int(x) for x in np.minimum(center + half, image_size))
     return Mix(1 - (bottom - top) * (right - left) / image_size**2, (top, left, bottom, right))
 
 
@@ -310,16 +310,16 @@ def mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
         Mixed images and targets, of the same shapes.
     """
     if mix.box is None:
-        mixed = _blend(images, mix.share)
+        mixed = _blend(images, mix.fraction)
     else:
         top, left, bottom, right = mix.box
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = _partners(images[:, :, top:bottom, left:right])
-    return mixed, _blend(targets, mix.share)
+    return mixed, _blend(targets, mix.fraction)
 
 
-def _blend(x: Tensor, share: float) -> Tensor:
-    return x * share + _partners(x) * (1 - share)
+def _blend(x: Tensor, fraction: float) -> Tensor:
+    return x * fraction + _partners(x) * (1 - fraction)
 
 
 def _partners(x: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from vitral.data.sampling import Integers, uniforms
 Floats = NDArray[np.float64]
 Fit = Literal["crop", "squash"]
 
-TRIES = 10
+NUM_TRIES = 10
 
 
-def eval_boxes(sizes: Integers, share: float, fit: Fit = "crop") -> Integers:
-    """The central squares whose side is `share` of the short side.
+def eval_boxes(sizes: Integers, fraction: float, fit: Fit = "crop") -> Integers:
+    """The central squares whose side is `fraction` of the short side.
 
-    With `fit` "squash" the central boxes whose sides are `share` of the image's, to be squashed.
+    With `fit` "squash" the central boxes whose sides are `fraction` of the image's, to be squashed.
 
     Args:
         sizes: height and width of each image, shape (B, 2).
@@ -37,15 +37,15 @@ def eval_boxes(sizes: Integers, share: float, fit: Fit = "crop") -> Integers:
         Boxes, shape (B, 4).
     """
     if fit == "squash":
-        sides = np.maximum(np.rint(share * sizes), 1)
+        sides = np.maximum(np.rint(fraction * sizes), 1)
         return np.concatenate([np.rint((sizes - sides) / 2), sides], axis=1).astype(np.int64)
-    side = np.maximum(np.rint(share * sizes.min(axis=1, keepdims=True)), 1)
+    side = np.maximum(np.rint(fraction * sizes.min(axis=1, keepdims=True)), 1)
     return np.concatenate([np.rint((sizes - side) / 2), side, side], axis=1).astype(np.int64)
 
 
 def random_boxes(
     config: AugmentConfig,
-    share: float,
+    fraction: float,
     image_size: int,
     sizes: Integers,
     seed: int,
@@ -66,11 +66,11 @@ def random_boxes(
         Boxes, shape (B, 4).
     """
     if config.crop == "none":
-        return eval_boxes(sizes, share, fit)
+        return eval_boxes(sizes, fraction, fit)
     if config.crop == "resized":
-        uniform = uniforms(seed, epochs, indices, 2 * TRIES + 2, purpose="crop")
+        uniform = uniforms(seed, epochs, indices, 2 * NUM_TRIES + 2, purpose="crop")
         return _resized_boxes(config.crop_scale, config.crop_ratio, sizes, uniform)
-    boxes = eval_boxes(sizes, share, fit)
+    boxes = eval_boxes(sizes, fraction, fit)
     uniform = uniforms(seed, epochs, indices, 2, purpose="crop")
     shift = np.floor(uniform * (2 * config.crop_padding + 1)) - config.crop_padding
     boxes[:, :2] += np.rint(shift * boxes[:, 2:] / image_size).astype(np.int64)
@@ -83,17 +83,17 @@ def rectangles(
     """Sides a and b of the rectangles that Inception-style crops and Random Erasing try in turn.
 
     Args:
-        uniform: numbers in [0, 1), shape (B, 2 * TRIES).
+        uniform: numbers in [0, 1), shape (B, 2 * NUM_TRIES).
         area: of the image, in pixels, a number or shape (B, 1).
         scale: range of the rectangle's share of `area`, uniform.
         ratio: range of a / b, log-uniform.
 
     Returns:
-        Whole numbers a and b, both of shape (B, TRIES).
+        Whole numbers a and b, both of shape (B, NUM_TRIES).
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    target = area * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
-    aspect = np.exp(low + (high - low) * uniform[:, TRIES:])
+    target = area * (scale[0] + (scale[1] - scale[0]) * uniform[:, :NUM_TRIES])
+    aspect = np.exp(low + (high - low) * uniform[:, NUM_TRIES:])
     return np.rint(np.sqrt(target * aspect)), np.rint(np.sqrt(target / aspect))
 
 
@@ -102,7 +102,7 @@ def _resized_boxes(
 ) -> Integers:
     """Random resized crops (Szegedy et al. 2014), in the distribution of torchvision's."""
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    w, h = rectangles(uniform[:, : 2 * TRIES], height * width, scale, ratio)
+    w, h = rectangles(uniform[:, : 2 * NUM_TRIES], height * width, scale, ratio)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.argmax(axis=1, keepdims=True)
     w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
@@ -118,10 +118,10 @@ def _resized_boxes(
 
 
 def eval_crop(
-    image: Tensor, share: float, size: int, interpolation: str, fit: Fit = "crop"
+    image: Tensor, fraction: float, size: int, interpolation: str, fit: Fit = "crop"
 ) -> Tensor:
     """What evaluation sees of one image: `crop_resize` of the box of `eval_boxes`."""
-    box = eval_boxes(np.array([image.shape[1:]]), share, fit)[0]
+    box = eval_boxes(np.array([image.shape[1:]]), fraction, fit)[0]
     return crop_resize(image, box, size, interpolation)
 
 
@@ -208,8 +208,8 @@ def _filter_weights(
     """
     scale = (length / size)[:, None, None]
     pixel = torch.arange(-margin, source + margin, device=start.device) - start[:, None, None]
-    centre = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
-    distance = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()  # (B, size, source + 2 margin)
+    center = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    distance = ((pixel + 0.5 - center) / scale.clamp(min=1)).abs()  # (B, size, source + 2 margin)
     if interpolation == "bilinear":
         weights = (1 - distance).clamp(min=0)
     else:  # Keys 1981 with a = -0.5

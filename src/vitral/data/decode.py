@@ -75,12 +75,12 @@ def decode(data: bytes) -> torch.Tensor:
         raise DecodeError(_reason(error)) from error
 
 
-def gpu_decodes(data: bytes) -> bool:
+def gpu_can_decode(data: bytes) -> bool:
     """Whether the GPU's decoder gives what `decode` does: a whole, upright JPEG, grey or YCbCr."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = Image.open(io.BytesIO(data), formats=["JPEG"])
-            _check_work(header, data)
+            _check_decoding_cost(header, data)
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:
         return False
@@ -93,18 +93,18 @@ def gpu_decodes(data: bytes) -> bool:
 
 
 def decode_on_gpu(
-    contents: Sequence[Tensor], plain: NDArray[np.bool_], device: torch.device
+    contents: Sequence[Tensor], gpu_readable: NDArray[np.bool_], device: torch.device
 ) -> list[Tensor | None]:
     """Decode JPEGs on a GPU, and everything that its decoder does not read on the CPU.
 
     Args:
         contents: encoded bytes, each uint8 of shape (length,), on the CPU.
-        plain: what `gpu_decodes` said of each, shape (B,).
+        plain: what `gpu_can_decode` said of each, shape (B,).
 
     Returns:
         An image for each, as `decode` gives it, on `device`; None where it cannot be decoded.
     """
-    chosen = np.flatnonzero(plain).tolist()
+    chosen = np.flatnonzero(gpu_readable).tolist()
     images: list[Tensor | None] = [None] * len(contents)
     try:
         found = decode_jpeg([contents[i] for i in chosen], mode="RGB", device=device)
@@ -126,13 +126,13 @@ def decode_on_gpu(
 def _decode(data: bytes) -> torch.Tensor:
     # Reading the header takes 22 us of the 1.2 ms that an ImageNet JPEG takes.
     header = Image.open(io.BytesIO(data), formats=_heif() if _is_heic(data) else _FORMATS)
-    _check_work(header, data)
-    if _torchcodec_reads(header):
+    _check_decoding_cost(header, data)
+    if _torchcodec_can_decode(header):
         return decode_image(data)
     return decode_pillow(header)
 
 
-def _check_work(header: Image.Image, data: bytes) -> None:
+def _check_decoding_cost(header: Image.Image, data: bytes) -> None:
     """Raises DecodeError where decoding would take too much memory or time.
 
     Tiles are decoded completely, however little of them the image needs, and each scan of a JPEG
@@ -179,7 +179,7 @@ def _heif() -> tuple[str]:
     return ("HEIF",)
 
 
-def _torchcodec_reads(header: Image.Image) -> bool:
+def _torchcodec_can_decode(header: Image.Image) -> bool:
     """Whether torchcodec decodes this image as wanted, and but one frame of it."""
     match header.format:
         case "JPEG" | "MPO":

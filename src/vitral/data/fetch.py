@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from vitral.config import Config, DataConfig
 from vitral.data import crops
-from vitral.data.decode import DecodeError, decode, decode_on_gpu, gpu_decodes
+from vitral.data.decode import DecodeError, decode, decode_on_gpu, gpu_can_decode
 from vitral.data.objects import Objects
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers
@@ -51,7 +51,7 @@ class Request:
     step: int
     first: int
     """Place of the first sample in the global batch."""
-    side: int
+    image_size: int
     """Of the images wanted, in pixels."""
     epochs: Integers
     indices: Integers
@@ -85,12 +85,12 @@ def fetch(
     if isinstance(records, Pixels):
         return _crop_pixels(records, config, requests, device)
     if isinstance(records, Packed):
-        squares = in_workers(_Gathering(records, config, crop=not gpu), requests, workers, gpu)
+        squares = in_workers(_PackedDataset(records, config, crop=not gpu), requests, workers, gpu)
         return _crop_squares(records, config, squares, device) if gpu else squares
     if decoder == "gpu":
-        encoded = in_workers(_Reading(records), requests, workers)
+        encoded = in_workers(_EncodedDataset(records), requests, workers)
         return (_decode_on_gpu(records, config, read, device) for read in encoded)
-    return in_workers(_Decoding(records, config), requests, workers, gpu)
+    return in_workers(_DecodingDataset(records, config), requests, workers, gpu)
 
 
 def describe(records: Records, index: int) -> str:
@@ -104,7 +104,7 @@ def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> In
     return crops.random_boxes(
         config.augment,
         config.data.eval_crop,
-        request.side,
+        request.image_size,
         sizes,
         config.train.seed,
         request.epochs[part],
@@ -113,18 +113,18 @@ def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> In
     )
 
 
-class _Fetching(Dataset[T]):
+class _FetchDataset(Dataset[T]):
     """What worker processes run."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
 
-    def places(self, request: Request) -> list[str]:
+    def locations(self, request: Request) -> list[str]:
         """What the samples of a request are called in messages."""
         return [describe(self.records, int(i)) for i in request.indices]
 
 
-class _Decoding(_Fetching[Fetched]):
+class _DecodingDataset(_FetchDataset[Fetched]):
     """Decodes and crops the samples of a request."""
 
     def __init__(self, records: Encoded, config: Config) -> None:
@@ -133,7 +133,7 @@ class _Decoding(_Fetching[Fetched]):
         self.config = config
 
     def __getitem__(self, request: Request) -> Fetched:
-        size, interpolation = request.side, self.config.data.interpolation
+        size, interpolation = request.image_size, self.config.data.interpolation
         images = torch.empty(len(request.indices), 3, size, size, dtype=torch.uint8)
         labels = torch.empty(len(request.indices), dtype=torch.int64)
         broken: list[tuple[int, str]] = []
@@ -166,7 +166,7 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
     return torch.zeros(3, 1, 1, dtype=torch.uint8), int(records.labels[index])
 
 
-class _Gathering(_Fetching[Fetched]):
+class _PackedDataset(_FetchDataset[Fetched]):
     """Copies the packed squares of a request together, and crops them if no GPU does."""
 
     def __init__(self, records: Packed, config: Config, crop: bool) -> None:
@@ -189,14 +189,14 @@ def _crop(records: Packed, config: Config, squares: Fetched) -> Fetched:
     boxes = _boxes(config, sides, request, slice(None))
     scale = squares.images.shape[-1] / sides
     boxes = boxes * np.hstack([scale, scale])
-    images = crops.resample(squares.images, boxes, request.side, config.data.interpolation)
+    images = crops.resample(squares.images, boxes, request.image_size, config.data.interpolation)
     return replace(squares, images=images)
 
 
 def _crop_squares(
-    records: Packed, config: Config, gathered: Iterator[Fetched], device: torch.device
+    records: Packed, config: Config, batches: Iterator[Fetched], device: torch.device
 ) -> Iterator[Fetched]:
-    for squares in gathered:
+    for squares in batches:
         images = squares.images.to(device, non_blocking=True)
         yield _crop(records, config, replace(squares, images=images))
 
@@ -210,33 +210,35 @@ def _crop_pixels(
         images = pixels[chosen.to(device, non_blocking=True)]
         sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
         boxes = _boxes(config, sizes, request, slice(None))
-        images = crops.resample(images, boxes, request.side, config.data.interpolation)
+        images = crops.resample(images, boxes, request.image_size, config.data.interpolation)
         yield Fetched(request, images, labels[chosen], [])
 
 
 @dataclass(frozen=True)
-class _Read:
+class _EncodedBatch:
     """The encoded bytes of a request's samples, one after the other."""
 
     request: Request
     content: Tensor
     lengths: list[int]
-    plain: NDArray[np.bool_]
+    gpu_readable: NDArray[np.bool_]
     """Which of them the GPU's decoder can read. Shape (B,)."""
 
 
-class _Reading(_Fetching[_Read]):
+class _EncodedDataset(_FetchDataset[_EncodedBatch]):
     """Reads the samples of a request for the GPU to decode."""
 
     def __init__(self, records: Encoded) -> None:
         super().__init__(records)
         self.encoded = records
 
-    def __getitem__(self, request: Request) -> _Read:
+    def __getitem__(self, request: Request) -> _EncodedBatch:
         contents = [self._read(int(index)) for index in request.indices]
-        plain = np.array([gpu_decodes(content) for content in contents], bool)
+        gpu_readable = np.array([gpu_can_decode(content) for content in contents], bool)
         joined = np.frombuffer(b"".join(contents), np.uint8).copy()
-        return _Read(request, torch.from_numpy(joined), [len(c) for c in contents], plain)
+        return _EncodedBatch(
+            request, torch.from_numpy(joined), [len(c) for c in contents], gpu_readable
+        )
 
     def _read(self, index: int) -> bytes:
         try:
@@ -247,24 +249,26 @@ class _Reading(_Fetching[_Read]):
             return b""  # decoding it fails once more, and puts another in its place
 
 
-def _decode_on_gpu(records: Encoded, config: Config, read: _Read, device: torch.device) -> Fetched:
+def _decode_on_gpu(
+    records: Encoded, config: Config, read: _EncodedBatch, device: torch.device
+) -> Fetched:
     request, broken = read.request, []
     labels = torch.from_numpy(records.labels[request.indices])
     contents = read.content.split(read.lengths)
-    shape = (len(contents), 3, request.side, request.side)
+    shape = (len(contents), 3, request.image_size, request.image_size)
     images = torch.empty(shape, dtype=torch.uint8, device=device)
     for first in range(0, len(contents), GPU_CHUNK):
         part = slice(first, first + GPU_CHUNK)
-        decoded = decode_on_gpu(contents[part], read.plain[part], device)
+        decoded = decode_on_gpu(contents[part], read.gpu_readable[part], device)
         for k, image in enumerate(decoded):
             if image is None:
                 index = int(request.indices[first + k])
                 image, labels[first + k] = _decode(records, index, broken)
                 decoded[k] = image.to(device)
-        whole = [image for image in decoded if image is not None]
-        sizes = np.array([image.shape[1:] for image in whole])
+        complete = [image for image in decoded if image is not None]
+        sizes = np.array([image.shape[1:] for image in complete])
         boxes = _boxes(config, sizes, request, part)
-        images[part] = _crop_ragged(whole, boxes, request.side, config.data.interpolation)
+        images[part] = _crop_ragged(complete, boxes, request.image_size, config.data.interpolation)
     return Fetched(request, images, labels, broken)
 
 
@@ -276,5 +280,5 @@ def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, interpolation
         y, x = max(-top, 0), max(-left, 0)
         crop = image[:, max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)]
         place[:, y : y + crop.shape[1], x : x + crop.shape[2]] = crop
-    whole = np.hstack([np.zeros_like(boxes[:, :2]), boxes[:, 2:]])
-    return crops.resample(stacked, whole, size, interpolation)
+    complete = np.hstack([np.zeros_like(boxes[:, :2]), boxes[:, 2:]])
+    return crops.resample(stacked, complete, size, interpolation)

@@ -26,7 +26,7 @@ Row = tuple[bytes, bytes, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class ArchiveIndex:
     """Images in archives, in order of (what labels them, name)."""
 
     values: Names
@@ -38,7 +38,7 @@ class Found:
     skipped: Mapping[str, int]
     """Number of files in the archives that are not used, by kind."""
 
-    def relabelled(self, labels: Integers) -> Spans:
+    def relabeled(self, labels: Integers) -> Spans:
         """The images under these labels, shape (N,), in order of (label, name)."""
         order = np.argsort(labels, kind="stable")
         columns = {name: getattr(self.spans, name)[order] for name in COLUMNS}
@@ -49,7 +49,7 @@ Reader = Callable[[Sequence[Path]], tuple[list[Row], dict[bytes, bytes], Counter
 """Reads archives: an image a row, wnids by value, and the kinds of files that are not used."""
 
 
-def find(archives: Sequence[Path], read: Reader) -> Found:
+def index_archives(archives: Sequence[Path], read: Reader) -> ArchiveIndex:
     """The images in `archives` as `read` finds them, or found them before.
 
     Any number of processes may do so at once. A cache that is damaged or cannot be written costs
@@ -70,7 +70,9 @@ def find(archives: Sequence[Path], read: Reader) -> Found:
         with contextlib.suppress(OSError):
             _save(place, columns)
     values, wnids, skipped = (columns.pop(name) for name in KEYS)
-    return Found(values, wnids, Spans(archives, stamps, **columns), json.loads(skipped.item()))
+    return ArchiveIndex(
+        values, wnids, Spans(archives, stamps, **columns), json.loads(skipped.item())
+    )
 
 
 def _arrange(

@@ -25,7 +25,7 @@ from vitral.errors import UserError
 from vitral.machine import input_device
 
 EVAL_BATCH = 256  # images of a forward pass in evaluation
-STILL = AugmentConfig(crop="none", flip=0.0)
+NO_AUGMENTATION = AugmentConfig(crop="none", flip=0.0)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def train_batches(
     micro_batch: int,
     workers: int,
     device: torch.device,
-    share: tuple[int, int] = (0, 1),
-    parts: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    num_slices: int = 1,
     decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
     """The micro-batches of the global batches `steps`, in order, augmented and mixed.
@@ -70,35 +70,35 @@ def train_batches(
         share: which part of every global batch, of how many equal ones, all of even size.
         parts: how many equal parts of that share no micro-batch goes across, of even size too.
     """
-    place = input_device(device)
+    data_device = input_device(device)
     seed, smoothing = config.train.seed, config.train.label_smoothing
-    size = config.train.batch_size // (share[1] * parts)
-    starts = range(share[0] * parts * size, (share[0] + 1) * parts * size, size)
+    size = config.train.batch_size // (shard[1] * num_slices)
+    starts = range(shard[0] * num_slices * size, (shard[0] + 1) * num_slices * size, size)
     order = Order(seed, len(records), config.train.batch_size, config.augment.repeats)
 
     def requests() -> Iterator[Request]:
         for step in steps:
-            side = config.image_size_at(step / total_steps)
+            image_size = config.image_size_at(step / total_steps)
             for start in starts:
                 for first in range(start, start + size, micro_batch):
                     chosen = order.samples(step, first, min(first + micro_batch, start + size))
-                    yield Request(step, first, side, *chosen)
+                    yield Request(step, first, image_size, *chosen)
 
     def prepare(fetched: Fetched) -> Batch:
-        request, side = fetched.request, fetched.request.side
-        plan = augment.draw_plan(config.augment, side, seed, request.epochs, request.indices)
-        images = augment.augment(fetched.images.to(place, non_blocking=True), plan)
+        request, image_size = fetched.request, fetched.request.image_size
+        plan = augment.draw_plan(config.augment, image_size, seed, request.epochs, request.indices)
+        images = augment.augment(fetched.images.to(data_device, non_blocking=True), plan)
         images = augment.finish(images, plan, config.data.mean, config.data.std)
-        labels = fetched.labels.to(place, non_blocking=True)
+        labels = fetched.labels.to(data_device, non_blocking=True)
         targets = smoothed(labels, num_classes, smoothing)
         if request.step < config.augment.mix_until * total_steps:
-            mix = augment.draw_mix(config.augment, side, seed, request.step)
+            mix = augment.draw_mix(config.augment, image_size, seed, request.step)
             if mix is not None:
                 images, targets = augment.mix(images, targets, mix)
         return Batch(request.step, request.first, images, targets, fetched.broken)
 
-    fetched = fetch(records, config, requests(), workers, place, decoder)
-    return _beside(fetched, prepare, device)
+    fetched = fetch(records, config, requests(), workers, data_device, decoder)
+    return _prepare_ahead(fetched, prepare, device)
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
@@ -112,7 +112,7 @@ def eval_batches(
     batch_size: int,
     workers: int,
     device: torch.device,
-    share: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
     decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
     """Every record once, in order.
@@ -126,11 +126,13 @@ def eval_batches(
     Raises:
         UserError: for an image that cannot be decoded.
     """
-    place = input_device(device)
+    data_device = input_device(device)
     everything = np.arange(len(records))
-    parts = [everything[first : first + batch_size] for first in range(0, len(records), batch_size)]
-    mine = range(*(len(parts) * (share[0] + k) // share[1] for k in (0, 1)))
-    chosen = [parts[n] for n in mine]
+    index_batches = [
+        everything[first : first + batch_size] for first in range(0, len(records), batch_size)
+    ]
+    own_range = range(*(len(index_batches) * (shard[0] + k) // shard[1] for k in (0, 1)))
+    own_batches = [index_batches[n] for n in own_range]
 
     def prepare(fetched: Fetched) -> Batch:
         for index, reason in fetched.broken:
@@ -138,34 +140,40 @@ def eval_batches(
                 f"data: {describe(records, index)}: {reason}; "
                 "fix or remove it and start again; `vitral data check` finds all"
             )
-        images = fetched.images.to(place, non_blocking=True)
+        images = fetched.images.to(data_device, non_blocking=True)
         if len(images) < batch_size:
             filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
             images = torch.cat([images, filling])
         images = augment.finish(images, None, config.data.mean, config.data.std)
         first = int(fetched.request.indices[0])
-        labels = fetched.labels.to(place, non_blocking=True)
+        labels = fetched.labels.to(data_device, non_blocking=True)
         return Batch(first // batch_size, first, images, labels, [])
 
-    return _beside(fetch_still(records, config, chosen, workers, place, decoder), prepare, device)
+    return _prepare_ahead(
+        fetch_eval_crops(records, config, own_batches, workers, data_device, decoder),
+        prepare,
+        device,
+    )
 
 
-def fetch_still(
+def fetch_eval_crops(
     records: Records,
     config: Config,
-    parts: Sequence[Integers],
+    index_batches: Sequence[Integers],
     workers: int,
     device: torch.device,
     decoder: Decoder = "cpu",
 ) -> Iterator[Fetched]:
-    """Chosen records as evaluation sees them, before normalisation: a batch for each of `parts`."""
-    still = dataclasses.replace(config, augment=STILL)
-    side = config.model.image_size
-    requests = [Request(0, 0, side, np.zeros_like(part), part) for part in parts]
+    """Chosen records as evaluation sees them, unnormalized: a batch for each of `index_batches`."""
+    still = dataclasses.replace(config, augment=NO_AUGMENTATION)
+    image_size = config.model.image_size
+    requests = [
+        Request(0, 0, image_size, np.zeros_like(indices), indices) for indices in index_batches
+    ]
     return fetch(records, still, requests, workers, device, decoder)
 
 
-def _beside(
+def _prepare_ahead(
     fetched: Iterator[Fetched], prepare: Callable[[Fetched], Batch], device: torch.device
 ) -> Iterator[Batch]:
     """Prepares each batch; on a side stream of a GPU, while the step before it still runs there."""
@@ -178,8 +186,8 @@ def _beside(
             yield dataclasses.replace(batch, images=images, targets=targets, waited=waited)
             started = time.perf_counter()
         return
-    side, before = torch.cuda.Stream(device), None
-    side.wait_stream(torch.cuda.current_stream(device))
+    side_stream, before = torch.cuda.Stream(device), None
+    side_stream.wait_stream(torch.cuda.current_stream(device))
     while True:
         main = torch.cuda.current_stream(device)
         done = torch.cuda.Event(enable_timing=True)
@@ -187,21 +195,21 @@ def _beside(
         if before is not None:
             # Else a quick host would prepare several batches, whose memory nobody reckoned with.
             before.synchronize()
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side_stream):
             item = next(fetched, None)
             if item is None:
                 return
-            waited = _idle_since(done, main)
+            waited = _idle_seconds(done, main)
             batch = dataclasses.replace(prepare(item), waited=waited)
         before = done
-        main.wait_stream(side)
+        main.wait_stream(side_stream)
         # Else the allocator would hand the memory out again while the step still reads it.
         batch.images.record_stream(main)
         batch.targets.record_stream(main)
         yield batch
 
 
-def _idle_since(done: torch.cuda.Event, stream: torch.cuda.Stream) -> float:
+def _idle_seconds(done: torch.cuda.Event, stream: torch.cuda.Stream) -> float:
     """Seconds that a stream has had nothing to do for; `done` was the last that it was given."""
     if not done.query():
         return 0.0

@@ -57,10 +57,10 @@ def apply_slot(images: Tensor, ops: Ops, values: Floats) -> None:
     kinds = _KIND[ops]
     for kind, function in enumerate(_FUNCTIONS, start=1):
         rows = np.flatnonzero(kinds == kind)
-        on_rows(images, rows, partial(function, ops=ops[rows], values=values[rows]))
+        apply_to_rows(images, rows, partial(function, ops=ops[rows], values=values[rows]))
 
 
-def on_rows(tensor: Tensor, rows: NDArray, function: Callable[[Tensor], Tensor]) -> None:
+def apply_to_rows(tensor: Tensor, rows: NDArray, function: Callable[[Tensor], Tensor]) -> None:
     """Puts `function` of the given rows in their place."""
     if len(rows) == len(tensor):
         tensor.copy_(function(tensor))

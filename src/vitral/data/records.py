@@ -29,7 +29,7 @@ from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import MAX_IMAGE, open_regular, read_regular, require_regular
 
 Names = NDArray[np.bytes_]
-OPEN = 64  # archives that a process keeps open
+MAX_OPEN_FILES = 64  # archives that a process keeps open
 VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first that is there is taken
 
 
@@ -142,7 +142,7 @@ class Spans:
                 if stamp(path, os.fstat(file.fileno())) != self.stamps[which]:
                     raise FileNotFoundError(f"{path} has changed since it was opened")
                 self._open[which] = os.dup(file.fileno())
-            if len(self._open) > OPEN:
+            if len(self._open) > MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(which)
         if self.sizes[i] > MAX_IMAGE:
@@ -265,7 +265,7 @@ class Dataset:
         return digest.hexdigest()
 
 
-def combine(
+def merge_splits(
     root: Path,
     training: Split | None,
     val: Split | None,

@@ -27,7 +27,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def hashed(*words: int | Integers) -> NDArray[np.uint64]:
+def hash64(*words: int | Integers) -> NDArray[np.uint64]:
     """A 64-bit hash of integers, elementwise over arrays of one shape or scalars."""
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
@@ -39,7 +39,7 @@ def hashed(*words: int | Integers) -> NDArray[np.uint64]:
 
 def derive_seed(purpose: str, *words: int) -> int:
     """A seed for `torch.manual_seed`, below 2**63, from a purpose and (seed, step) or the like."""
-    return int(hashed(crc32(purpose.encode()), *words)) >> 1
+    return int(hash64(crc32(purpose.encode()), *words)) >> 1
 
 
 def uniforms(
@@ -55,7 +55,7 @@ def uniforms(
     Returns:
         Shape (B, count).
     """
-    rows = hashed(seed, crc32(purpose.encode()), np.broadcast_to(epoch, indices.shape), indices)
+    rows = hash64(seed, crc32(purpose.encode()), np.broadcast_to(epoch, indices.shape), indices)
     columns = np.arange(count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         bits = _mix(rows[:, None] + (columns + np.uint64(1)) * np.uint64(_GOLDEN))
@@ -65,7 +65,7 @@ def uniforms(
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> Integers:
     """The order of the `size` samples in `epoch`. Shape (size,), a permutation of 0 to size - 1."""
-    order = np.argsort(hashed(seed, crc32(b"order"), epoch, np.arange(size)), kind="stable")
+    order = np.argsort(hash64(seed, crc32(b"order"), epoch, np.arange(size)), kind="stable")
     order.setflags(write=False)
     return order
 
@@ -94,7 +94,7 @@ def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> I
     Args:
         keys, labels, purpose: as for `held_out`.
     """
-    order = np.lexsort((hashed(seed, crc32(purpose.encode()), keys), labels))
+    order = np.lexsort((hash64(seed, crc32(purpose.encode()), keys), labels))
     counts = np.bincount(labels)
     ranks = np.empty(len(keys), np.int64)
     ranks[order] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from vitral.data.decode import HEIC
 from vitral.errors import counted, first_few, printable
 
-SYSTEM = frozenset(
+SYSTEM_FILES = frozenset(
     name.lower()
     for name in (
         *("__MACOSX", "Network Trash Folder", "Temporary Items"),  # macOS
@@ -26,13 +26,13 @@ They are skipped wherever images are looked for, in folders and archives, in let
 So is every name that begins with a dot, such as .git and .DS_Store.
 """
 
-OUTSIDE = "images outside class folders"
-INSTALL = "pip install 'vitral[heic]' to read {}"
+OUTSIDE_CLASSES = "images outside class folders"
+INSTALL_HINT = "pip install 'vitral[heic]' to read {}"
 
 
 def is_system(name: str) -> bool:
     """Whether a file or folder of this name is skipped, with everything in it."""
-    return name.startswith(".") or name.lower() in SYSTEM
+    return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
 def system_part(path: str) -> str | None:
@@ -40,7 +40,7 @@ def system_part(path: str) -> str | None:
     return next(filter(is_system, path.split("/")), None)
 
 
-def ending(name: str) -> str:
+def file_kind(name: str) -> str:
     """The kind of a file that is no image, by its name."""
     return os.path.splitext(name)[1].lower() or "no ending"  # noqa: PTH122
 
@@ -57,7 +57,7 @@ def kinds(skipped: Mapping[str, int]) -> str:
     counts = sorted(Counter(skipped).items(), key=lambda item: (-item[1], item[0]))
     text = first_few([f"{printable(kind)} {n:,}" for kind, n in counts if n])
     heic = [kind for kind in HEIC if skipped.get(kind)]  # read as images if the library is there
-    return f"{text}; {INSTALL.format(', '.join(heic))}" if heic else text
+    return f"{text}; {INSTALL_HINT.format(', '.join(heic))}" if heic else text
 
 
 def note(name: str, skipped: Mapping[str, int]) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from vitral.compat import abandon_loader, is_loader_timeout, loader_workers, wra
 from vitral.errors import UserError, first_few
 
 T = TypeVar("T")
-TICK, PATIENCE = 5, 60  # seconds without a batch, until it is looked into and said
+POLL, REPORT_AFTER = 5, 60  # seconds without a batch, until it is looked into and said
 _started = weakref.WeakSet[BaseProcess]()  # workers
 
 
@@ -35,20 +35,20 @@ def in_workers(
     """What `dataset` has for each request, in order, fetched by worker processes.
 
     Where they cannot be started, fewer or none do the work, and a line on stderr says so. Another
-    line says what is waited for if nothing comes for a minute; a dataset's `places(request)` names
-    it.
+    line says what is waited for if nothing comes for a minute; a dataset's `locations(request)`
+    names it.
     """
     pending: deque[Any] = deque()
-    asked, reason = workers, ""
+    requested, reason = workers, ""
     if workers and multiprocessing.current_process().daemon:
         workers, reason = 0, "a daemonic process may not have children"
 
-    def handed_out() -> Iterator[Any]:
+    def recorded_requests() -> Iterator[Any]:
         for request in requests:
             pending.append(request)
             yield request
 
-    source = handed_out()
+    source = recorded_requests()
     while True:
         try:
             batches = _start(dataset, source, workers, pin_memory)
@@ -58,9 +58,9 @@ def in_workers(
                 raise
             workers, reason = workers // 2, getattr(error, "strerror", None) or str(error)
     if reason:
-        _say(f"{workers} of {asked} data workers can be started: {reason}")
+        _print_warning(f"{workers} of {requested} data workers can be started: {reason}")
     _started.update(loader_workers(batches))
-    return _watched(batches, pending, getattr(dataset, "places", None))
+    return _monitored(batches, pending, getattr(dataset, "locations", None))
 
 
 def _start(
@@ -78,9 +78,9 @@ def _start(
             batch_size=None,
             sampler=requests,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=pin_memory,
-            timeout=TICK if workers else 0,
+            timeout=POLL if workers else 0,
             worker_init_fn=_prepare_worker,
             multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
         )
@@ -94,8 +94,8 @@ def _start(
             raise
 
 
-def _watched(
-    batches: Iterator[T], pending: deque[Any], places: Callable[[Any], list[str]] | None
+def _monitored(
+    batches: Iterator[T], pending: deque[Any], locations: Callable[[Any], list[str]] | None
 ) -> Iterator[T]:
     """The batches; says once what it waits for.
 
@@ -111,10 +111,10 @@ def _watched(
             return
         except RuntimeError as error:
             if is_loader_timeout(error, batches):
-                waited += TICK
-                if waited == PATIENCE:
-                    what = first_few(places(pending[0])) if places else "the data workers"
-                    _say(f"waiting for {what}, for {PATIENCE} seconds so far")
+                waited += POLL
+                if waited == REPORT_AFTER:
+                    what = first_few(locations(pending[0])) if locations else "the data workers"
+                    _print_warning(f"waiting for {what}, for {REPORT_AFTER} seconds so far")
                 continue
             # Not by the reason that it gives, which torch 2.11 has wrong.
             if "unable to allocate shared memory" in str(error):
@@ -128,13 +128,13 @@ def _watched(
         yield batch
 
 
-def _say(line: str) -> None:
+def _print_warning(line: str) -> None:
     """Prints a line to stderr, if it is there."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         print(f"vitral: {line}", file=sys.stderr, flush=True)
 
 
-def _as_it_is(fetched: Any) -> Any:
+def _identity(fetched: Any) -> Any:
     return fetched
 
 

@@ -23,7 +23,7 @@ from vitral import kernels
 from vitral.model import FeedForward, Normed, ViT
 
 M = TypeVar("M", bound=nn.Module)
-SLICE = 8 * 196  # patches; half and twice as many are a little slower
+TOKENS_PER_SLICE = 8 * 196  # patches; half and twice as many are a little slower
 
 
 def for_inference(model: ViT) -> ViT:
@@ -33,19 +33,19 @@ def for_inference(model: ViT) -> ViT:
     precision than float32, on other processors than x86.
     """
     fit = all(p.is_cpu and p.dtype == torch.float32 for p in model.parameters())
-    return _twin(model) if kernels.has_onednn() and fit else model
+    return _shared_copy(model) if kernels.has_onednn() and fit else model
 
 
-def _twin(module: M) -> M:
+def _shared_copy(module: M) -> M:
     twin = copy.copy(module)
     # By vars: a module from torch.compile hands what is set on it to the one that it was made of.
-    vars(twin)["_modules"] = {name: _twin(child) for name, child in module.named_children()}
-    if quick := _QUICK.get(type(module)):
+    vars(twin)["_modules"] = {name: _shared_copy(child) for name, child in module.named_children()}
+    if quick := _FAST_CLASSES.get(type(module)):
         twin.__class__ = quick  # pyright: ignore
     return twin
 
 
-class _Linears(TorchFunctionMode):
+class _LinearMode(TorchFunctionMode):
     """Gives linear layers to oneDNN, those too whose weights are scaled by a norm."""
 
     def __torch_function__(
@@ -69,10 +69,10 @@ class _FeedForward(FeedForward):
 class _ViT(ViT):
     def forward_features(self, images: Tensor) -> Tensor:
         patches = images.shape[2:].numel() // self.config.patch_size**2
-        parts = images.split(max(1, SLICE // max(1, patches)))
+        slices = images.split(max(1, TOKENS_PER_SLICE // max(1, patches)))
         # Under autocast oneDNN would get operands of two kinds, which it refuses.
-        with torch.autocast("cpu", enabled=False), _Linears():
-            return torch.cat([*map(super().forward_features, parts)])
+        with torch.autocast("cpu", enabled=False), _LinearMode():
+            return torch.cat([*map(super().forward_features, slices)])
 
 
-_QUICK: dict[type[nn.Module], type[nn.Module]] = {FeedForward: _FeedForward, ViT: _ViT}
+_FAST_CLASSES: dict[type[nn.Module], type[nn.Module]] = {FeedForward: _FeedForward, ViT: _ViT}

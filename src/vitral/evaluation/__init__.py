@@ -1,7 +1,7 @@
 """Exact accuracy over every image once, per class, and calibration."""
 
 from vitral.evaluation.evaluate import at_sizes, evaluate, open_set, sweep
-from vitral.evaluation.scores import Scores, measure, merge, summarise
+from vitral.evaluation.scores import Scores, measure, merge, summarize
 from vitral.evaluation.suite import evaluate_suite
 from vitral.evaluation.testsets import find_suite
 
@@ -14,6 +14,6 @@ __all__ = [
     "measure",
     "merge",
     "open_set",
-    "summarise",
+    "summarize",
     "sweep",
 ]

@@ -23,7 +23,7 @@ from vitral.evaluation.scores import Scores, measure
 from vitral.machine import pick_device
 from vitral.weights import Description, Weights, Which, load, require_head
 
-Compared = Literal["subset", "all"]
+CompetingClasses = Literal["subset", "all"]
 
 
 def evaluate(
@@ -31,7 +31,7 @@ def evaluate(
     data: str | Dataset | Source | None = None,
     *,
     which: Which | None = None,
-    classes: Compared | None = None,
+    classes: CompetingClasses | None = None,
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
@@ -58,8 +58,8 @@ def evaluate(
     """
     weights = prepare(weights, which, device)
     dataset, config = _open(weights.description, data, workers)
-    competing = competitors(weights.description, dataset.classes, classes)
-    return score(weights, _to_validate(dataset), competing, config, batch_size)
+    competing = competing_classes(weights.description, dataset.classes, classes)
+    return score(weights, _validation_records(dataset), competing, config, batch_size)
 
 
 def sweep(
@@ -68,7 +68,7 @@ def sweep(
     data: str | Dataset | Source | None = None,
     *,
     which: Which | None = None,
-    classes: Compared | None = None,
+    classes: CompetingClasses | None = None,
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
@@ -91,8 +91,8 @@ def sweep(
     weights = prepare(weights, which, device)
     models = at_sizes(weights.description, image_sizes)
     dataset, config = _open(weights.description, data, workers)
-    records = _to_validate(dataset)
-    competing = competitors(weights.description, dataset.classes, classes)
+    records = _validation_records(dataset)
+    competing = competing_classes(weights.description, dataset.classes, classes)
     configs = [dataclasses.replace(config, model=model) for model in models]
     return (
         (config.model.image_size, score(weights, records, competing, config, batch_size))
@@ -104,7 +104,7 @@ def at_sizes(description: Description, image_sizes: Sequence[int]) -> list[ViTCo
     """The model for images of other sizes; raises UserError for one that is not whole patches."""
     model = description.config.model
     try:
-        return [dataclasses.replace(model, image_size=side) for side in image_sizes]
+        return [dataclasses.replace(model, image_size=image_size) for image_size in image_sizes]
     except UserError as error:
         raise UserError(f"image-sizes: {str(error).removeprefix('image_size: ')}") from None
 
@@ -141,19 +141,19 @@ def score(
     Raises:
         UserError: for an image that cannot be decoded.
     """
-    place = weights.model.device
+    data_device = weights.model.device
     position = {nfc(name): i for i, name in enumerate(weights.description.classes)}
-    columns = torch.tensor([position[name] for name in classes], device=place)
+    columns = torch.tensor([position[name] for name in classes], device=data_device)
     workers = resolve_workers(config.data, records)
-    batches = eval_batches(records, config, batch_size, workers, place)
+    batches = eval_batches(records, config, batch_size, workers, data_device)
     return measure(lambda images: weights.model(images)[:, columns], batches, tuple(classes))
 
 
-def competitors(
-    description: Description, classes: tuple[str, ...], compared: Compared | None
+def competing_classes(
+    description: Description, classes: tuple[str, ...], which: CompetingClasses | None
 ) -> tuple[str, ...]:
     """The classes of a set, followed by the others that its predictions compete with."""
-    if compared == "subset" or (compared is None and len(classes) > 1):
+    if which == "subset" or (which is None and len(classes) > 1):
         return classes
     return classes + tuple(name for name in map(nfc, description.classes) if name not in classes)
 
@@ -169,14 +169,14 @@ def open_set(description: Description, data: str | None) -> Dataset:
     """
     settings = dataclasses.replace(description.config.data, path=data_path(description, data))
     config = dataclasses.replace(description.config, data=settings)
-    side, seed = config.model.image_size, config.train.seed
+    image_size, seed = config.model.image_size, config.train.seed
     trained_on = Path(description.config.data.path)
     if data is None or Path(data).expanduser().resolve() == trained_on.resolve():
-        dataset = open_dataset(config.data, side, seed)
+        dataset = open_dataset(config.data, image_size, seed)
     else:
-        dataset = open_dataset(config.data, side, seed, train=False)
+        dataset = open_dataset(config.data, image_size, seed, train=False)
         dataset = _as_trained_on(dataset, description, config) or dataset
-    _refuse_other_classes(description.classes, dataset.classes, config)
+    _check_classes(description.classes, dataset.classes, config)
     return dataset
 
 
@@ -216,27 +216,27 @@ def _open(
         dataset = data if isinstance(data, Dataset) else open_set(description, data)
     else:
         classes = own_names(data) or description.classes
-        _refuse_other_classes(description.classes, classes, description.config)
+        _check_classes(description.classes, classes, description.config)
         dataset = Dataset(PATH, classes, None, records_of("data", data, classes, settings, ""))
     return dataset, dataclasses.replace(description.config, data=settings)
 
 
-def _to_validate(dataset: Dataset) -> Records:
+def _validation_records(dataset: Dataset) -> Records:
     assert dataset.val is not None
     return dataset.val
 
 
-def _refuse_other_classes(ours: tuple[str, ...], theirs: tuple[str, ...], config: Config) -> None:
-    ours = tuple(map(nfc, ours))
-    strange = [name for name in theirs if name not in ours]
-    if not strange:
+def _check_classes(expected: tuple[str, ...], found: tuple[str, ...], config: Config) -> None:
+    expected = tuple(map(nfc, expected))
+    unknown = [name for name in found if name not in expected]
+    if not unknown:
         return
-    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b]
     first = ", ".join(f"class {i} is {b!r}, not {a!r}" for i, a, b in pairs[:3])
-    if len(ours) != len(theirs):
-        first = f"{first_few(strange)}, which they do not know"
+    if len(expected) != len(found):
+        first = f"{first_few(unknown)}, which they do not know"
     place = printable(config.data.path)
     raise UserError(
-        f"data: {place}: expected the {len(ours)} classes that the weights know, got "
-        f"{len(theirs)}: {printable(first)}; evaluate on a set with the same classes"
+        f"data: {place}: expected the {len(expected)} classes that the weights know, got "
+        f"{len(found)}: {printable(first)}; evaluate on a set with the same classes"
     )

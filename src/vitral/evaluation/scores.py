@@ -156,9 +156,9 @@ def measure(
     for batch in batches:
         truth = batch.targets
         logits = forward(batch.images)[: len(truth)].float()
-        likely = logits.softmax(1).topk(k)
+        top_classes = logits.softmax(1).topk(k)
         losses = F.cross_entropy(logits, truth, reduction="none")
-        found = (truth, likely.indices, likely.values[:, 0], losses)
+        found = (truth, top_classes.indices, top_classes.values[:, 0], losses)
         truth, ranked, confidence, losses = (column.cpu() for column in found)
         parts.append((truth, ranked, confidence.double(), losses.double()))
     return Scores(classes, *(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
@@ -171,7 +171,7 @@ def merge(parts: Sequence[Scores]) -> Scores:
     return Scores(parts[0].classes, *joined)
 
 
-def summarise(scores: Scores) -> str:
+def summarize(scores: Scores) -> str:
     """The figures as text, with a table of the classes: above twenty the worst and the best."""
     lines = [
         f"{counted(len(scores.labels), 'image')}, {counted(len(scores.classes), 'class')}",

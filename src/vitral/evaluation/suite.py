@@ -16,10 +16,10 @@ from vitral.errors import UserError, first_few
 from vitral.evaluation.evaluate import prepare, score
 from vitral.evaluation.scores import Scores, calibration_error
 from vitral.evaluation.table import Row
-from vitral.evaluation.testsets import IMAGENET, REAL, LabelledSet, Suite, find_suite, read_real
+from vitral.evaluation.testsets import IMAGENET, REAL, LabeledSet, Suite, find_suite, read_real
 from vitral.weights import Weights, Which
 
-NOTHING = (float("nan"),) * 3
+NO_SCORES = (float("nan"),) * 3
 Truth = NDArray[np.bool_]
 """Which classes are right for each image, none where it does not count. Shape (N, classes)."""
 
@@ -58,7 +58,7 @@ def evaluate_suite(
     """
     weights = prepare(weights, which, device)
     suite = suite if isinstance(suite, Suite) else find_suite(suite)
-    _refuse_other_classes(weights, suite)
+    _check_classes(weights, suite)
     real = None if suite.real is None else read_real(suite.real)
     settings = weights.description.config
     data = dataclasses.replace(settings.data, workers=workers)
@@ -72,24 +72,24 @@ def evaluate_suite(
 
 def _rows(
     weights: Weights,
-    labelled: LabelledSet,
+    labeled: LabeledSet,
     real: list[list[int]] | None,
     config: Config,
     batch_size: int,
 ) -> Iterator[Row]:
     """A row for the set's own labels, and one for ReaL's, from the same forward passes."""
-    shared = _shared(weights, labelled)
-    truths = {labelled.kind.name: _own_truth(labelled, shared)}
+    shared = _common_classes(weights, labeled)
+    truths = {labeled.kind.name: _own_truth(labeled, shared)}
     if real is not None:
-        truths[REAL.name] = _real_truth(labelled, shared, real)
+        truths[REAL.name] = _real_truth(labeled, shared, real)
     right = np.logical_or.reduce([*truths.values()])
     scored = right.any(1)
     if len(shared) < 2 or not scored.any():
-        yield from (Row(name, 0, len(shared), *NOTHING) for name in truths)
+        yield from (Row(name, 0, len(shared), *NO_SCORES) for name in truths)
         return
     # One label each, as cross-entropy wants it, which is not reported here.
     labels = right[scored].argmax(1)
-    records = dataclasses.replace(labelled.records.take(scored), labels=labels)
+    records = dataclasses.replace(labeled.records.take(scored), labels=labels)
     scores = score(weights, records, shared, config, batch_size)
     for name, truth in truths.items():
         yield _row(name, scores, truth[scored])
@@ -99,7 +99,7 @@ def _row(name: str, scores: Scores, truth: Truth) -> Row:
     """The figures for those images that have a right class in `truth`."""
     counts = truth.any(1)
     if not counts.any():
-        return Row(name, 0, len(scores.classes), *NOTHING)
+        return Row(name, 0, len(scores.classes), *NO_SCORES)
     right = np.take_along_axis(truth, scores.ranked, 1)[counts]  # of the five likeliest classes
     return Row(
         name,
@@ -111,22 +111,22 @@ def _row(name: str, scores: Scores, truth: Truth) -> Row:
     )
 
 
-def _shared(weights: Weights, labelled: LabelledSet) -> tuple[str, ...]:
+def _common_classes(weights: Weights, labeled: LabeledSet) -> tuple[str, ...]:
     """The classes that both know, sorted."""
-    return tuple(sorted({*weights.description.classes} & {*labelled.classes}))
+    return tuple(sorted({*weights.description.classes} & {*labeled.classes}))
 
 
-def _own_truth(labelled: LabelledSet, shared: tuple[str, ...]) -> Truth:
-    known = np.array(labelled.classes)[:, None] == np.array(shared, str)
-    return known[labelled.records.labels]
+def _own_truth(labeled: LabeledSet, shared: tuple[str, ...]) -> Truth:
+    known = np.array(labeled.classes)[:, None] == np.array(shared, str)
+    return known[labeled.records.labels]
 
 
-def _real_truth(labelled: LabelledSet, shared: tuple[str, ...], real: list[list[int]]) -> Truth:
+def _real_truth(labeled: LabeledSet, shared: tuple[str, ...], real: list[list[int]]) -> Truth:
     """ReaL's labels by the number in each image's name."""
     position = {wnid: i for i, wnid in enumerate(shared)}
     columns = [position.get(wnid) for wnid in wnids()]
-    truth = np.zeros((len(labelled.records), len(shared)), bool)
-    for i, number in enumerate(labelled.numbers().tolist()):
+    truth = np.zeros((len(labeled.records), len(shared)), bool)
+    for i, number in enumerate(labeled.numbers().tolist()):
         for label in real[number - 1] if number else []:
             column = columns[label]
             if column is not None:
@@ -134,14 +134,14 @@ def _real_truth(labelled: LabelledSet, shared: tuple[str, ...], real: list[list[
     return truth
 
 
-def _refuse_other_classes(weights: Weights, suite: Suite) -> None:
+def _check_classes(weights: Weights, suite: Suite) -> None:
     classes = weights.description.classes
     if not {*classes} & {*wnids()}:
         raise UserError(
             f"weights: {weights.path}: expected classes of ImageNet by wnid, such as n01440764, "
             f"got {first_few(classes)}; --suite is for ImageNet's classes, --data for others"
         )
-    if all(len(_shared(weights, each)) < 2 for each in suite.sets):
+    if all(len(_common_classes(weights, each)) < 2 for each in suite.sets):
         raise UserError(
             f"suite: {suite.root}: expected a set with two or more of the {len(classes):,} classes "
             f"that the weights know, got {', '.join(suite.names())} without; give another folder"

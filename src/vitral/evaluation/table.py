@@ -24,8 +24,10 @@ class Row:
     calibration_error: float
 
     def __str__(self) -> str:
-        shares = (self.top1, self.top5, self.calibration_error)
-        top1, top5, error = ("-" if share != share else f"{share:.2%}" for share in shares)
+        fractions = (self.top1, self.top5, self.calibration_error)
+        top1, top5, error = (
+            "-" if fraction != fraction else f"{fraction:.2%}" for fraction in fractions
+        )
         return f"{self.images:7,}  {self.classes:7,}  {top1:>7}  {top5:>7}  {error:>17}"
 
 

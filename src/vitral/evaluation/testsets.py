@@ -24,7 +24,7 @@ from vitral.data.skipped import is_system
 from vitral.errors import data_error, first_few, printable
 from vitral.files import read_regular
 
-MAX_REAL = 1 << 26  # bytes of ReaL's labels, which have a hundredth of that
+MAX_REAL_BYTES = 1 << 26  # bytes of ReaL's labels, which have a hundredth of that
 DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
 WNID = "n[0-9]{8}"
 CLASS = f"{WNID}|[0-9]{{1,3}}"  # not a year, as in imagenet/2012
@@ -38,7 +38,7 @@ class Kind:
     name: str
     pattern: str
     """Of what its folder is called, in lower case and without punctuation."""
-    usual: str
+    example: str
     """What its folder is called in the archive that it comes in."""
 
 
@@ -69,7 +69,7 @@ KINDS = (IMAGENET, REAL, *OTHERS)
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledSet:
+class LabeledSet:
     """The images of a test set."""
 
     kind: Kind
@@ -91,7 +91,7 @@ class Suite:
     """The test sets below a folder."""
 
     root: Path
-    sets: tuple[LabelledSet, ...]
+    sets: tuple[LabeledSet, ...]
     real: Path | None
     """ReaL's labels, where there are images of ImageNet's validation set to use them with."""
 
@@ -111,7 +111,7 @@ class Suite:
         lines = [
             f"{kind.name}: {printable(places[kind])}"
             if kind in places
-            else f"{kind.name}: not found ({kind.usual})"
+            else f"{kind.name}: not found ({kind.example})"
             for kind in KINDS
         ]
         return "\n".join(lines)
@@ -143,7 +143,7 @@ def find_suite(path: str | Path) -> Suite:
         where = error.filename or root
         raise data_error(where, "to read it", str(error.strerror), "fix or remove it") from error
     if not sets:
-        expected = ", ".join(f"{kind.usual} ({kind.name})" for kind in KINDS)
+        expected = ", ".join(f"{kind.example} ({kind.name})" for kind in KINDS)
         raise data_error(root, f"one or more of {expected}", "none", "give the folder they lie in")
     numbered = sets[0].kind == IMAGENET and sets[0].numbers().any()
     return Suite(root, sets, found.get(REAL) if numbered else None)
@@ -157,17 +157,20 @@ def read_real(path: Path) -> list[list[int]]:
     Raises:
         UserError: the file holds something else.
     """
-    count, most = len(validation_labels()), len(wnids()) - 1
-    expected, fix = f"a list of {count:,} lists of labels from 0 to {most}", "download it again"
+    count, max_label = len(validation_labels()), len(wnids()) - 1
+    expected, fix = (
+        f"a list of {count:,} lists of labels from 0 to {max_label}",
+        "download it again",
+    )
     try:
-        labels = json.loads(read_regular(path, MAX_REAL))
+        labels = json.loads(read_regular(path, MAX_REAL_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise data_error(path, expected, str(error), fix) from error
     if not isinstance(labels, list) or len(labels) != count:
         raise data_error(path, expected, "something else, or another number of them", fix)
     for number, each in enumerate(labels, 1):
         if not isinstance(each, list) or any(
-            type(label) is not int or not 0 <= label <= most for label in each
+            type(label) is not int or not 0 <= label <= max_label for label in each
         ):
             raise data_error(path, expected, f"{each} for image {number}", fix)
     return labels
@@ -180,7 +183,7 @@ def _locate(root: Path) -> dict[Kind, Path]:
     for folder, inner, files in _walk(root):
         kind = _kind(root, folder)
         for name in files:
-            if re.fullmatch(REAL.pattern, _plain(name)):
+            if re.fullmatch(REAL.pattern, _normalized(name)):
                 _add(found, REAL, folder / name)
         if any(NUMBERED.match(os.fsencode(name)) and _is_image(name) for name in files):
             _add(found, IMAGENET, folder)
@@ -194,8 +197,8 @@ def _locate(root: Path) -> dict[Kind, Path]:
 
 def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
     """Whether these are shards or Parquet of ImageNet; other sets have a `val` too."""
-    told = re.search("imagenet|ilsvrc|in1k", _plain(str(folder)))
-    return told is not None and any(name.endswith((".tar", ".parquet")) for name in files)
+    imagenet_name = re.search("imagenet|ilsvrc|in1k", _normalized(str(folder)))
+    return imagenet_name is not None and any(name.endswith((".tar", ".parquet")) for name in files)
 
 
 def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
@@ -227,12 +230,12 @@ def _kind(root: Path, folder: Path) -> Kind | None:
     for kinds in (OTHERS, (IMAGENET,)):
         for part in parts:
             for kind in kinds:
-                if re.fullmatch(kind.pattern, _plain(part)):
+                if re.fullmatch(kind.pattern, _normalized(part)):
                     return kind
     return None
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub("[^a-z0-9]", "", name.lower())
 
 
@@ -251,7 +254,7 @@ def _class_folders(kind: Kind, names: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, wnids()[int(name)]) for name in numbers if int(name) < len(wnids())]
 
 
-def _open(kind: Kind, place: Path) -> LabelledSet:
+def _open(kind: Kind, place: Path) -> LabeledSet:
     names = sorted(entry.name for entry in place.iterdir() if entry.is_dir())
     images = [
         (wnid, path, size)
@@ -259,19 +262,19 @@ def _open(kind: Kind, place: Path) -> LabelledSet:
         for path, size in walk_images(place / name, os.fsencode(name))
     ]
     if not images and kind == IMAGENET:
-        images = list(_flat(place))
+        images = list(_flat_images(place))
     if images:
         images.sort()
         labels, paths, sizes = zip(*images, strict=True)
         classes, positions = np.unique(np.array(labels), return_inverse=True)
         records = Files(place, np.array(paths), np.array(sizes), positions)
-        return LabelledSet(kind, place, tuple(classes.tolist()), records)
+        return LabeledSet(kind, place, tuple(classes.tolist()), records)
     if kind == IMAGENET:
         return _open_archives(place)
     raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", "unpack them there")
 
 
-def _flat(folder: Path) -> Iterator[tuple[str, bytes, int]]:
+def _flat_images(folder: Path) -> Iterator[tuple[str, bytes, int]]:
     """Wnid, path and size of each validation image that lies in `folder` itself."""
     truth = validation_labels()
     for entry in folder.iterdir():
@@ -281,7 +284,7 @@ def _flat(folder: Path) -> Iterator[tuple[str, bytes, int]]:
             yield wnids()[truth[int(match[1]) - 1]], name, entry.stat().st_size
 
 
-def _open_archives(place: Path) -> LabelledSet:
+def _open_archives(place: Path) -> LabeledSet:
     """ImageNet's validation set in tars or Parquet."""
     config = replace(Config().data, path=str(place))
     dataset = open_dataset(config, image_size=1, seed=0, train=False)
@@ -293,4 +296,4 @@ def _open_archives(place: Path) -> LabelledSet:
         raise data_error(place, expected, got, "move them away")
     seen, labels = np.unique(records.labels, return_inverse=True)
     named = tuple(classes[i] for i in seen.tolist())
-    return LabelledSet(IMAGENET, place, named, replace(records, labels=labels))
+    return LabeledSet(IMAGENET, place, named, replace(records, labels=labels))

@@ -55,11 +55,11 @@ def _recompute(
     q, k, v = layer.heads(*inputs)
     group = layer.num_heads // layer.num_kv_heads
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    shares = (q @ k.mT / layer.head_size**0.5).softmax(-1)
-    again = layer.projection((shares @ v).transpose(1, 2).reshape(output.shape))
-    error, largest = (again - output).abs().max(), output.abs().max()
+    probabilities = (q @ k.mT / layer.head_size**0.5).softmax(-1)
+    recomputed = layer.projection((probabilities @ v).transpose(1, 2).reshape(output.shape))
+    error, largest = (recomputed - output).abs().max(), output.abs().max()
     assert error <= 1e-4 * largest, f"recomputed attention is off by {error:.1g} of {largest:.1g}"
-    weights.append(shares)
+    weights.append(probabilities)
 
 
 def rollout(weights: Sequence[Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ def position_similarity(
 class Curve(NamedTuple):
     """Probability of a class against the share of the patches that is missing, or that is seen."""
 
-    shares: Tensor
+    fractions: Tensor
     """From 0 to 1. Shape (points,), float64, on the CPU."""
     probabilities: Tensor
     """Shape (points,), float64, on the CPU."""
@@ -132,7 +132,7 @@ class Curve(NamedTuple):
     @property
     def area(self) -> float:
         """The area under the curve, from 0 to 1."""
-        return float(torch.trapezoid(self.probabilities, self.shares))
+        return float(torch.trapezoid(self.probabilities, self.fractions))
 
 
 @torch.inference_mode()
@@ -167,5 +167,5 @@ def insertion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
     A good map makes the area under it large. It is the deletion in reverse order read backwards, so
     that over random orders both areas have the same mean.
     """
-    shares, probabilities = deletion(model, image, target, order.flip(0))
-    return Curve(1 - shares.flip(0), probabilities.flip(0))
+    fractions, probabilities = deletion(model, image, target, order.flip(0))
+    return Curve(1 - fractions.flip(0), probabilities.flip(0))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 
-class Source(NamedTuple):
+class DatasetSource(NamedTuple):
     """A data set as people and the Hub know it."""
 
     title: str
@@ -36,14 +36,14 @@ class Source(NamedTuple):
     """Its name on the Hub."""
 
 
-KNOWN = {
-    "digits": Source("handwritten digits, as scikit-learn has them"),
-    "synthetic": Source("synthetic images"),
-    "cifar10": Source("CIFAR-10", "uoft-cs/cifar10"),
-    "cifar100": Source("CIFAR-100", "uoft-cs/cifar100"),
-    "imagenette": Source("Imagenette", "frgfm/imagenette"),
+KNOWN_DATASETS = {
+    "digits": DatasetSource("handwritten digits, as scikit-learn has them"),
+    "synthetic": DatasetSource("synthetic images"),
+    "cifar10": DatasetSource("CIFAR-10", "uoft-cs/cifar10"),
+    "cifar100": DatasetSource("CIFAR-100", "uoft-cs/cifar100"),
+    "imagenette": DatasetSource("Imagenette", "frgfm/imagenette"),
 }
-IMAGENET = Source("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
+IMAGENET = DatasetSource("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
 
 
 def push(weights: Weights, name: str, *, private: bool = False, license: str | None = None) -> str:
@@ -60,7 +60,7 @@ def push(weights: Weights, name: str, *, private: bool = False, license: str | N
     Raises:
         UserError: if it may not be written, or the Hub does not know the license.
     """
-    description = _without_places(weights.description)
+    description = _strip_paths(weights.description)
     files = weights.path.glob("*.safetensors")
     states = {file.stem: storage.read_tensors(weights.path, file.stem) for file in files}
     with TemporaryDirectory() as place:
@@ -77,44 +77,44 @@ def card(weights: Weights, name: str, license: str | None = None) -> str:
     """The README.md of weights that are called owner/name: Markdown behind YAML front matter."""
     hub.client()  # raises an error if the package is missing
     license = license or weights.description.license or None
-    description = _without_places(weights.description)
+    description = _strip_paths(weights.description)
     source = _source(description)
     parts = [
         f"---\n{_card_data(description, source, name, license).to_yaml()}\n---",
         f"# {name.split('/')[1]}",
-        _what(weights),
-        _use(name),
+        _overview(weights),
+        _usage(name),
         _data(description, source),
         _training(description.config, name),
         _results(description, _curves(weights.path) is not None),
-        _limits(description),
-        _terms(description, license),
+        _limitations(description),
+        _license_terms(description, license),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _without_places(description: Description) -> Description:
+def _strip_paths(description: Description) -> Description:
     """Absolute paths cut to their last name: what is pushed tells nobody how a disk is laid out."""
 
-    def bare(path: str) -> str:
+    def strip(path: str) -> str:
         if not Path(path).expanduser().is_absolute():
             return path
         return f"./{Path(path).name}"  # with ./, as a folder called cifar10 is not the set
 
     config = description.config
-    init = config.train.init and bare(config.train.init)
-    data = dataclasses.replace(config.data, path=bare(config.data.path))
+    init = config.train.init and strip(config.train.init)
+    data = dataclasses.replace(config.data, path=strip(config.data.path))
     train = dataclasses.replace(config.train, out=None, init=init)
     return dataclasses.replace(
         description, config=dataclasses.replace(config, data=data, train=train)
     )
 
 
-def _source(description: Description) -> Source:
+def _source(description: Description) -> DatasetSource:
     path = description.config.data.path
     if description.classes == wnids():
         return IMAGENET
-    return KNOWN.get(path) or Source(printable(Path(path).name))
+    return KNOWN_DATASETS.get(path) or DatasetSource(printable(Path(path).name))
 
 
 def _curves(directory: Path) -> Path | None:
@@ -137,13 +137,13 @@ def _message(description: Description) -> str:
 
 
 def _card_data(
-    description: Description, source: Source, name: str, license: str | None
+    description: Description, source: DatasetSource, name: str, license: str | None
 ) -> ModelCardData:
     """What the Hub reads of the card."""
     from huggingface_hub import EvalResult, ModelCardData
 
     init, scores = description.config.train.init or "", _scores(description, description.default)
-    base = _on_the_hub(description.source or init)
+    base = _hub_repository(description.source or init)
     names = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
     results = [
         EvalResult(
@@ -172,7 +172,7 @@ def _card_data(
     )
 
 
-def _on_the_hub(name: str) -> str | None:
+def _hub_repository(name: str) -> str | None:
     """The repository of hf-hub:owner/name or timm:NAME; None for a local path."""
     if name.startswith(hub.PREFIX):
         return name.removeprefix(hub.PREFIX).partition("@")[0]
@@ -181,10 +181,10 @@ def _on_the_hub(name: str) -> str | None:
     return None
 
 
-def _what(weights: Weights) -> str:
+def _overview(weights: Weights) -> str:
     config, classes = weights.description.config, len(weights.description.classes)
     model = config.model
-    side, (dim, depth, num_heads, num_kv_heads) = model.image_size, model.shape
+    size, (dim, depth, num_heads, num_kv_heads) = model.image_size, model.shape
     flops = count_flops(model, classes)
     rows = {
         "classes": classes,
@@ -194,22 +194,22 @@ def _what(weights: Weights) -> str:
         "attention": f"{num_heads} query heads, {num_kv_heads} key/value heads, RoPE in x and y",
         "patches": f"{model.patch_size} by {model.patch_size} pixels",
         "head": f"reads the {'CLS token' if model.pooling == 'cls' else 'mean of the patches'}",
-        "images": _preprocessing(config.data, side),
+        "images": _preprocessing(config.data, size),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"A Vision Transformer that classifies images.\n\n| | |\n|---|---|\n{table}"
 
 
-def _preprocessing(data: DataConfig, side: int) -> str:
+def _preprocessing(data: DataConfig, size: int) -> str:
     mean, std = (", ".join(f"{x:g}" for x in values) for values in (data.mean, data.std))
     return (
         f"RGB; the central square of {100 * data.eval_crop:g}% of the short side, resized to "
-        f"{side} by {side} pixels ({data.interpolation}, antialiased), scaled to 0 to 1, less "
+        f"{size} by {size} pixels ({data.interpolation}, antialiased), scaled to 0 to 1, less "
         f"({mean}), over ({std})"
     )
 
 
-def _use(name: str) -> str:
+def _usage(name: str) -> str:
     return f"""## How to use it
 
 `pip install '.[hub]'` in a checkout of vitral's source installs it. Then:
@@ -238,7 +238,7 @@ model = timm.create_model("vitral", weights="{hub.PREFIX}{name}").eval()
 No file is a pickle, and each is compared with its SHA-256 in `{MANIFEST}` before it is used."""
 
 
-def _data(description: Description, source: Source) -> str:
+def _data(description: Description, source: DatasetSource) -> str:
     link = f" ([{source.hub}](https://huggingface.co/datasets/{source.hub}))" if source.hub else ""
     rows = []
     for position, name in enumerate(description.classes):
@@ -260,7 +260,7 @@ Trained on {source.title}{link}; fingerprint `{description.fingerprint}`.
 
 
 def _training(config: Config, name: str) -> str:
-    train, known = config.train, config.data.path in KNOWN
+    train, known = config.train, config.data.path in KNOWN_DATASETS
     start = f"began from `{printable(train.init)}`" if train.init else "began from random weights"
     optimizer = {"adamw": "AdamW", "muon": "Muon"}[config.optim.name]
     return f"""## Training
@@ -305,20 +305,20 @@ Weights that a run kept as its best were chosen by these very images, which flat
 {picture}"""
 
 
-def _limits(description: Description) -> str:
-    sides = {side for side, _ in description.config.train.progressive}
-    seen = sorted(sides | {description.config.model.image_size})
+def _limitations(description: Description) -> str:
+    image_sizes = {size for size, _ in description.config.train.progressive}
+    trained_sizes = sorted(image_sizes | {description.config.model.image_size})
     patch = description.config.model.patch_size
     return f"""## Limits
 
 * It knows its {len(description.classes):,} classes alone, and gives one of them to every image.
-* It was trained at {", ".join(map(str, seen))} pixels and measured at \
+* It was trained at {", ".join(map(str, trained_sizes))} pixels and measured at \
 {description.config.model.image_size}. It takes any multiple of {patch}, of which nothing is known.
 * It was measured on images like those it was trained on; not on other cameras, places or styles, \
 on corrupted or adversarial images, or for its fairness to people in them."""
 
 
-def _terms(description: Description, license: str | None) -> str:
+def _license_terms(description: Description, license: str | None) -> str:
     stated = f"`{license.lower()}`." if license else "None is stated: ask the owner before use."
     if set(description.classes) <= set(wnids()):
         stated += (

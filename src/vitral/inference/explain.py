@@ -44,18 +44,18 @@ from vitral.inference.attention import (
     read,
     rollout,
 )
-from vitral.inference.predict import image_side, to_pixels
+from vitral.inference.predict import resolve_image_size, to_pixels
 from vitral.storage import replacing
 from vitral.weights import Weights
 
 Map = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
-COLOURS = "viridis"
+COLORMAP = "viridis"
 ORDERS = 6  # random ones, that a map is compared with
 SHOWN_HEADS = 16
 SHOWN_CLASSES = 5
-SIDE = 512  # pixels that an overlay's sides have at least
+MIN_PICTURE_SIZE = 512  # pixels that an overlay's sides have at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,8 @@ def explain(
         UserError: for a layer, a patch or a image_size that the model does not have.
     """
     model, config = weights.model, weights.description.config
-    side = image_side(config.model, image_size)
-    grid, last = side // config.model.patch_size, len(model.blocks) - 1
+    size = resolve_image_size(config.model, image_size)
+    grid, last = size // config.model.patch_size, len(model.blocks) - 1
     layer = last if layer is None else layer
     if not 0 <= layer <= last:
         raise UserError(f"layer: expected 0 to {last}, got {layer}")
@@ -137,7 +137,7 @@ def explain(
         raise UserError(f"patch: expected a row and a column, each 0 to {grid - 1}, got {got}")
 
     pixels = eval_crop(
-        image, config.data.eval_crop, side, config.data.interpolation, config.data.fit
+        image, config.data.eval_crop, size, config.data.interpolation, config.data.fit
     )
     batch = finish(pixels[None], None, config.data.mean, config.data.std).to(model.device)
     logits, attention = attention_weights(model, batch)
@@ -228,24 +228,24 @@ def _png(figure: Figure) -> bytes:
 
 def _scale(values: Map) -> ScalarMappable:
     """The colours from the least value to the greatest."""
-    return ScalarMappable(Normalize(values.min(), values.max()), COLOURS)
+    return ScalarMappable(Normalize(values.min(), values.max()), COLORMAP)
 
 
 def _common_scale(heads: Map) -> ScalarMappable:
     """The colours from nothing to nearly the greatest: one sharp head would darken the others."""
-    return ScalarMappable(Normalize(0, float(np.quantile(heads, 0.99))), COLOURS)
+    return ScalarMappable(Normalize(0, float(np.quantile(heads, 0.99))), COLORMAP)
 
 
 def _overlay(pixels: Pixels, values: Map, scale: ScalarMappable) -> Pixels:
-    """A map in colours over the image in grey, enlarged to SIDE at least."""
-    factor = max(1, -(-SIDE // len(pixels)))
+    """A map in colours over the image in grey, enlarged to MIN_PICTURE_SIZE at least."""
+    factor = max(1, -(-MIN_PICTURE_SIZE // len(pixels)))
     large = pixels.repeat(factor, 0).repeat(factor, 1)
-    grey = (large @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
+    gray = (large @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
     smooth = F.interpolate(
         torch.from_numpy(values)[None, None], large.shape[:2], mode="bilinear", align_corners=False
     )
-    colours = scale.to_rgba(smooth[0, 0].numpy())[..., :3]
-    return ((0.45 * grey + 0.55 * colours) * 255).round().astype(np.uint8)
+    colors = scale.to_rgba(smooth[0, 0].numpy())[..., :3]
+    return ((0.45 * gray + 0.55 * colors) * 255).round().astype(np.uint8)
 
 
 def _figure(shown: Explanation, title: str) -> Figure:
@@ -261,8 +261,8 @@ def _figure(shown: Explanation, title: str) -> Figure:
     figure.suptitle(short, parse_math=False, **style)
     parts = figure.subfigures(3, 1, height_ratios=[3.5, 3.1, below], squeeze=False)
     top, middle, bottom = parts.flat
-    given, predicted, curves = top.subplots(1, 3, width_ratios=[1, 1, 2])
-    _draw_input(given, shown)
+    input_axes, predicted, curves = top.subplots(1, 3, width_ratios=[1, 1, 2])
+    _draw_input(input_axes, shown)
     _draw_prediction(predicted, shown)
     _draw_curves(curves, shown)
     _draw_maps(middle, shown)
@@ -277,22 +277,22 @@ def _bare(axes: Axes, title: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _frame(axes: Axes, shown: Explanation, side: float) -> None:
-    """Frames the chosen patch of a picture with sides of `side`."""
-    size = side / len(shown.rollout)
+def _frame(axes: Axes, shown: Explanation, extent: float) -> None:
+    """Frames the chosen patch of a picture with sides of `extent`."""
+    size = extent / len(shown.rollout)
     corner = (shown.patch[1] * size - 0.5, shown.patch[0] * size - 0.5)
-    for colour, width in (("black", 3.5), ("white", 1.5)):
-        frame = Rectangle(corner, size, size, fill=False, edgecolor=colour, linewidth=width)
+    for color, width in (("black", 3.5), ("white", 1.5)):
+        frame = Rectangle(corner, size, size, fill=False, edgecolor=color, linewidth=width)
         frame.set_clip_on(False)
         axes.add_patch(frame)
 
 
 def _draw_input(axes: Axes, shown: Explanation) -> None:
-    side = len(shown.pixels)
+    size = len(shown.pixels)
     axes.imshow(shown.pixels, interpolation="nearest")
-    _frame(axes, shown, side)
+    _frame(axes, shown, size)
     row, column = shown.patch
-    _bare(axes, f"input, {side} by {side} pixels\nframed: patch {row} {column}")
+    _bare(axes, f"input, {size} by {size} pixels\nframed: patch {row} {column}")
 
 
 def _draw_prediction(axes: Axes, shown: Explanation) -> None:
@@ -311,15 +311,15 @@ def _draw_prediction(axes: Axes, shown: Explanation) -> None:
 def _draw_curves(axes: Axes, shown: Explanation) -> None:
     mean, deviation = shown.chance
     probabilities = torch.stack([curve.probabilities for curve in shown.random]).mean(0)
-    shares = shown.random[0].shares
+    fractions = shown.random[0].fractions
     chance = f"at random: {mean:.3f} ± {deviation:.3f}"
-    for word, better, colour, curve, seen in (
-        ("deleted", "lower", "tab:blue", shown.deletion, shares),
-        ("inserted", "higher", "tab:orange", shown.insertion, 1 - shares),
+    for word, better, color, curve, seen in (
+        ("deleted", "lower", "tab:blue", shown.deletion, fractions),
+        ("inserted", "higher", "tab:orange", shown.insertion, 1 - fractions),
     ):
         label = f"{word}: {curve.area:.3f} ({better} is better)"
-        axes.plot(*curve, color=colour, linewidth=2, label=label)
-        axes.plot(seen, probabilities, color=colour, linestyle=":", label=f"{word} {chance}")
+        axes.plot(*curve, color=color, linewidth=2, label=label)
+        axes.plot(seen, probabilities, color=color, linestyle=":", label=f"{word} {chance}")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
@@ -352,7 +352,7 @@ def _draw_maps(figure: SubFigure, shown: Explanation) -> None:
         figure.colorbar(scale, ax=place, fraction=0.046, pad=0.02)
         _bare(place, title)
     _frame(axes[2], shown, axes[2].get_xlim()[1] + 0.5)
-    picture = axes[3].imshow(shown.similarity, cmap=COLOURS, vmax=1)
+    picture = axes[3].imshow(shown.similarity, cmap=COLORMAP, vmax=1)
     _frame(axes[3], shown, len(shown.similarity))
     figure.colorbar(picture, ax=axes[3], fraction=0.046, pad=0.02)
     _bare(axes[3], f"RoPE similarity to it, layer {layer}\nby position alone")
@@ -388,7 +388,7 @@ def _layers(shown: Explanation) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     scale = _common_scale(shown.heads)
-    axes.imshow(mosaic, cmap=COLOURS, clim=scale.get_clim())
+    axes.imshow(mosaic, cmap=COLORMAP, clim=scale.get_clim())
     _bare(axes, f"{shown.reader} attention of every layer and head\nin multiples of even attention")
     across, down = range(num_heads), range(depth)
     axes.set_xticks([(i + 0.5) * (columns + 1) - 1 for i in across], [str(i) for i in across])

@@ -34,7 +34,7 @@ from vitral.config import Config
 from vitral.data.augment import finish
 from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
-from vitral.data.loader import fetch_still
+from vitral.data.loader import fetch_eval_crops
 from vitral.errors import UserError
 from vitral.model import CHANNELS, ViT
 from vitral.rundir import RunDir
@@ -45,7 +45,7 @@ Forward = Callable[[Tensor], Tensor]
 Comparison = tuple[str, Iterable[Tensor]]  # what the images are, and batches of them
 
 TOLERANCE = 1e-4
-ONE_FILE = 2_000_000_000  # bytes of weights; an ONNX file ends at 2 GiB, its graph included
+MAX_FILE_BYTES = 2_000_000_000  # bytes of weights; an ONNX file ends at 2 GiB, its graph included
 BATCH = 32
 
 
@@ -71,8 +71,8 @@ class Agreement:
         return self.same == self.images and self.error <= TOLERANCE
 
     def __str__(self) -> str:
-        share = self.same / self.images
-        return f"{self.what}: largest error {self.error:.1e}, top-1 agreement {share:.2%}"
+        fraction = self.same / self.images
+        return f"{self.what}: largest error {self.error:.1e}, top-1 agreement {fraction:.2%}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def export(
     if out.suffix != f".{format}" or out.is_dir():
         raise UserError(f"out: expected a file name that ends in .{format}, got {out}")
     comparisons = [_random_images(description.config)]
-    data = data or _data_at_hand(description.config)
+    data = data or _local_dataset(description.config)
     if data and images:
         comparisons.append(_validation_images(description.config, data, images))
     document = json.dumps(_describe(weights, which or description.default))
@@ -147,8 +147,8 @@ def _write(
         else:
             _write_pt2(program, file, document)
         bar.set_description_str("checking")
-        theirs = _open(file)
-        return tuple(_compare(*each, model, theirs, bar) for each in comparisons)
+        exported = _open(file)
+        return tuple(_compare(*each, model, exported, bar) for each in comparisons)
 
 
 @contextmanager
@@ -184,7 +184,7 @@ def _name(directory: Path) -> str:
     return place.name if run is None else run.path.name
 
 
-def _data_at_hand(config: Config) -> str | None:
+def _local_dataset(config: Config) -> str | None:
     """The set that was trained on, unless it has gone or would have to be downloaded."""
     path = config.data.path
     there = path in ("digits", "synthetic") or Path(path).expanduser().is_dir()
@@ -237,7 +237,7 @@ def _write_onnx(program: ExportedProgram, file: Path, document: str, opset: int)
     assert made is not None
     made.model.metadata_props["vitral"] = document
     size = sum(value.nbytes for value in program.state_dict.values())
-    made.save(file, external_data=size > ONE_FILE)
+    made.save(file, external_data=size > MAX_FILE_BYTES)
 
 
 def _write_pt2(program: ExportedProgram, file: Path, document: str) -> None:
@@ -268,9 +268,13 @@ def _cannot_run(error: Exception) -> ExportError:
 def _random_images(config: Config) -> Comparison:
     """Images of the size trained on, of a larger one and of neither, in batches of 1 and 3."""
     P = config.model.patch_size
-    side = max(2, config.model.image_size // P)
-    larger = side + max(1, side // 2)
-    sizes = [(side * P, side * P), (larger * P, larger * P), (larger * P, side * P)]
+    grid_size = max(2, config.model.image_size // P)
+    larger_grid = grid_size + max(1, grid_size // 2)
+    sizes = [
+        (grid_size * P, grid_size * P),
+        (larger_grid * P, larger_grid * P),
+        (larger_grid * P, grid_size * P),
+    ]
     draw = torch.Generator().manual_seed(0)
     shapes = [(count, CHANNELS, *size) for size in sizes for count in (1, 3)]
     batches = [torch.randn(shape, generator=draw) for shape in shapes]
@@ -286,28 +290,30 @@ def _validation_images(config: Config, path: str, count: int) -> Comparison:
     chosen = np.unique(np.linspace(0, len(dataset.val) - 1, count).round().astype(np.int64))
     parts = np.array_split(chosen, -(-len(chosen) // BATCH))
     config = dataclasses.replace(config, data=data)
-    fetched = fetch_still(dataset.val, config, parts, 0, torch.device("cpu"))
+    fetched = fetch_eval_crops(dataset.val, config, parts, 0, torch.device("cpu"))
     batches = (finish(part.images, None, data.mean, data.std) for part in fetched)
     return f"{len(chosen):,} images of {dataset.name}", batches
 
 
 @torch.no_grad()
 def _compare(
-    what: str, batches: Iterable[Tensor], ours: Forward, theirs: Forward, bar: tqdm
+    what: str, batches: Iterable[Tensor], model: Forward, exported: Forward, bar: tqdm
 ) -> Agreement:
     """Raises ExportError if the two do not agree."""
     errors, same = [], []
     for images in batches:
-        expected = ours(images)
+        expected = model(images)
         try:
-            got = theirs(images)
+            got = exported(images)
         except Exception as error:
             raise _cannot_run(error) from error
         errors.append((got - expected).abs().max())
         same.append(got.argmax(1) == expected.argmax(1))
         bar.update(len(images))
-    alike = torch.cat(same)
-    agreement = Agreement(what, len(alike), int(alike.sum()), float(torch.stack(errors).max()))
+    same_classes = torch.cat(same)
+    agreement = Agreement(
+        what, len(same_classes), int(same_classes.sum()), float(torch.stack(errors).max())
+    )
     if not agreement.good:
         raise ExportError(f"the file does not do what the model does: {agreement}")
     return agreement

@@ -37,11 +37,11 @@ from vitral.machine import available_cores, input_device
 from vitral.model import ViT
 from vitral.storage import replacing
 
-Picture = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-Form = Literal["text", "json", "csv"]
+ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
+Format = Literal["text", "json", "csv"]
 T = TypeVar("T")
 _Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the likeliest classes, their probabilities
-_Seen = tuple[T | None, str | None]  # what was found in an image, or why it could not be read
+_Result = tuple[T | None, str | None]  # what was found in an image, or why it could not be read
 CSV_HEADER = "path,rank,class,name,probability,error\n"
 
 
@@ -66,7 +66,7 @@ class Classifier(weights.Weights):
 
     def predict(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageLike | Sequence[ImageLike],
         top: int = 5,
         *,
         image_size: int | None = None,
@@ -88,12 +88,12 @@ class Classifier(weights.Weights):
                 cannot be read gets a Prediction that says why.
         """
         how = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-        return list(predictions(self, _listed(images), top, **how))
+        return list(predictions(self, _as_list(images), top, **how))
 
     @torch.no_grad()
     def embed(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageLike | Sequence[ImageLike],
         *,
         image_size: int | None = None,
         batch_size: int = 64,
@@ -109,15 +109,15 @@ class Classifier(weights.Weights):
         Raises:
             UserError: for a setting, an array or another object that cannot be used.
         """
-        many = _listed(images)
+        many = _as_list(images)
         model = for_inference(self.model)
 
         def pooled(pixels: Tensor) -> NDArray[np.float32]:
             return model.pool(model.forward_features(pixels)).float().cpu().numpy()
 
         vectors = np.full((len(many), model.config.shape.dim), np.nan, np.float32)
-        seen = _look_at(self, many, pooled, image_size, batch_size, workers)
-        for row, (vector, _) in zip(vectors, seen, strict=True):
+        results = _process_images(self, many, pooled, image_size, batch_size, workers)
+        for row, (vector, _) in zip(vectors, results, strict=True):
             if vector is not None:
                 row[:] = vector
         return vectors
@@ -181,7 +181,7 @@ def _images_in(name: str) -> list[str]:
 
 def predictions(
     source: weights.Weights,
-    images: Sequence[Picture],
+    images: Sequence[ImageLike],
     top: int = 5,
     *,
     image_size: int | None = None,
@@ -189,24 +189,24 @@ def predictions(
     workers: int | None = None,
 ) -> Iterator[Prediction]:
     """What `Classifier.predict` returns, one after the other; it takes the same arguments."""
-    _at_least(1, top=top)
+    _check_minimum(1, top=top)
     weights.require_head(source)
     rank = partial(_rank, for_inference(source.model), top)
-    seen = _look_at(source, images, rank, image_size, batch_size, workers)
-    return map(partial(_prediction, source.description.classes), seen, images)
+    results = _process_images(source, images, rank, image_size, batch_size, workers)
+    return map(partial(_prediction, source.description.classes), results, images)
 
 
-def _prediction(names: Sequence[str], seen: _Seen[_Ranked], image: Picture) -> Prediction:
+def _prediction(names: Sequence[str], result: _Result[_Ranked], image: ImageLike) -> Prediction:
     path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-    ranked, error = seen
+    ranked, error = result
     if ranked is None:
         return Prediction(path=path, error=error)
-    likely, shares = ranked
-    chosen = tuple(names[c] for c in likely)
-    return Prediction(path=path, classes=likely, names=chosen, probabilities=shares)
+    top_classes, probabilities = ranked
+    chosen = tuple(names[c] for c in top_classes)
+    return Prediction(path=path, classes=top_classes, names=chosen, probabilities=probabilities)
 
 
-def _listed(images: Any) -> list[Picture]:
+def _as_list(images: Any) -> list[ImageLike]:
     kinds = str | os.PathLike | Image.Image | np.ndarray | Tensor
     single = isinstance(images, kinds | bytes) or not isinstance(images, Iterable)
     many: list[Any] = [images] if single else list(images)
@@ -218,54 +218,54 @@ def _listed(images: Any) -> list[Picture]:
     return many
 
 
-def _at_least(bound: int, **settings: int) -> None:
-    for name, given in settings.items():
-        if given < bound:
-            raise UserError(f"{name}: expected {bound} or more, got {given}")
+def _check_minimum(minimum: int, **settings: int) -> None:
+    for name, value in settings.items():
+        if value < minimum:
+            raise UserError(f"{name}: expected {minimum} or more, got {value}")
 
 
-def _look_at(
+def _process_images(
     source: weights.Weights,
-    images: Sequence[Picture],
-    look: Callable[[Tensor], Iterable[T]],
+    images: Sequence[ImageLike],
+    compute: Callable[[Tensor], Iterable[T]],
     image_size: int | None,
     batch_size: int,
     workers: int | None,
-) -> Iterator[_Seen[T]]:
-    """What `look` has for each image, from batches (B, C, S, S), normalised, on the device."""
-    _at_least(1, batch_size=batch_size)
-    _at_least(0, workers=workers or 0)
+) -> Iterator[_Result[T]]:
+    """What `compute` has for each image, from batches (B, C, S, S), normalised, on the device."""
+    _check_minimum(1, batch_size=batch_size)
+    _check_minimum(0, workers=workers or 0)
     config = source.description.config
-    cropping = _Cropping(images, config.data, image_side(config.model, image_size))
+    dataset = _CropDataset(images, config.data, resolve_image_size(config.model, image_size))
     starts = range(0, len(images), batch_size)
     batches = [range(first, min(first + batch_size, len(images))) for first in starts]
     if not all(isinstance(image, str | os.PathLike) for image in images):
         workers = 0  # they are in this process
     elif workers is None:
         workers = max(0, min(16, available_cores() - 1, len(batches) - 1))
-    return _seen(cropping, batches, workers, source.model.norm.scale, look)
+    return _results(dataset, batches, workers, source.model.norm.scale, compute)
 
 
-def _seen(
-    cropping: _Cropping,
+def _results(
+    dataset: _CropDataset,
     batches: list[range],
     workers: int,
-    like: Tensor,
-    look: Callable[[Tensor], Iterable[T]],
-) -> Iterator[_Seen[T]]:
-    mean, std = cropping.config.mean, cropping.config.std
-    cropped = in_workers(cropping, batches, workers, like.is_cuda)
+    reference: Tensor,
+    compute: Callable[[Tensor], Iterable[T]],
+) -> Iterator[_Result[T]]:
+    mean, std = dataset.config.mean, dataset.config.std
+    cropped = in_workers(dataset, batches, workers, reference.is_cuda)
     for batch, (pixels, broken) in zip(batches, cropped, strict=True):
         found = iter(())
         if len(pixels):
-            pixels = pixels.to(input_device(like.device), non_blocking=True)
+            pixels = pixels.to(input_device(reference.device), non_blocking=True)
             finished = augment.finish(pixels, None, mean, std)
-            found = iter(look(finished.to(like.device, like.dtype)))
+            found = iter(compute(finished.to(reference.device, reference.dtype)))
         for i in batch:
             yield (None, broken[i]) if i in broken else (next(found), None)
 
 
-def image_side(config: ViTConfig, image_size: int | None) -> int:
+def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
     """Side of the model's images, in pixels; raises UserError where patches do not fill it."""
     if image_size is None:
         return config.image_size
@@ -281,22 +281,22 @@ def image_side(config: ViTConfig, image_size: int | None) -> int:
 
 @torch.no_grad()
 def _rank(model: ViT, top: int, images: Tensor) -> list[_Ranked]:
-    likely = model(images).float().softmax(1).topk(min(top, model.num_classes))
-    rows = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+    top_classes = model(images).float().softmax(1).topk(min(top, model.num_classes))
+    rows = zip(top_classes.indices.tolist(), top_classes.values.tolist(), strict=True)
     return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]
 
 
-class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
+class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
     """The crops of the images that can be read, and why others cannot; runs in worker processes."""
 
-    def __init__(self, images: Sequence[Picture], config: DataConfig, side: int) -> None:
+    def __init__(self, images: Sequence[ImageLike], config: DataConfig, image_size: int) -> None:
         self.images = images
         self.config = config
-        self.side = side
+        self.image_size = image_size
 
     def __getitem__(self, batch: range) -> tuple[Tensor, dict[int, str]]:
-        config, side, broken, done = self.config, self.side, {}, 0
-        cropped = torch.empty(len(batch), 3, side, side, dtype=torch.uint8)
+        config, image_size, broken, done = self.config, self.image_size, {}, 0
+        cropped = torch.empty(len(batch), 3, image_size, image_size, dtype=torch.uint8)
         for i in batch:
             try:
                 pixels = to_pixels(self.images[i])
@@ -304,13 +304,13 @@ class _Cropping(Dataset[tuple[Tensor, dict[int, str]]]):
                 broken[i] = getattr(error, "strerror", None) or str(error)
                 continue
             cropped[done] = crops.eval_crop(
-                pixels, config.eval_crop, side, config.interpolation, config.fit
+                pixels, config.eval_crop, image_size, config.interpolation, config.fit
             )
             done += 1
         return cropped[:done], broken
 
 
-def to_pixels(image: Picture) -> Tensor:
+def to_pixels(image: ImageLike) -> Tensor:
     """uint8 RGB, shape (3, H, W). Raises OSError, DecodeError, or UserError for an array."""
     if isinstance(image, Image.Image):
         return decode_pillow(image)
@@ -326,7 +326,7 @@ def to_pixels(image: Picture) -> Tensor:
     return pixels.permute(2, 0, 1) if shape[2] == 3 else pixels
 
 
-def write(found: Iterable[Prediction], count: int, form: Form, place: Path | None) -> int:
+def write(found: Iterable[Prediction], count: int, format: Format, place: Path | None) -> int:
     """Writes predictions for files as they come, and to standard error what could not be read.
 
     Text has a line for each image that could be read; JSON a line with an object, and CSV lines,
@@ -342,13 +342,13 @@ def write(found: Iterable[Prediction], count: int, form: Form, place: Path | Non
     formats = {"text": _text, "json": _json, "csv": _csv}
     read = 0
     with _opened(place) as out, tqdm(total=count, unit=" images", disable=None) as bar:
-        out.write(CSV_HEADER if form == "csv" else "")
+        out.write(CSV_HEADER if format == "csv" else "")
         for prediction in found:
             if prediction.error is not None:
                 line = f"vitral: {printable(str(prediction.path))}: {prediction.error}"
                 tqdm.write(line, file=sys.stderr)
             read += prediction.error is None
-            tqdm.write(formats[form](prediction), file=out, end="")
+            tqdm.write(formats[format](prediction), file=out, end="")
             out.flush()
             bar.update()
     if read < count:
@@ -365,32 +365,34 @@ def _opened(place: Path | None) -> Iterator[TextIO]:
         yield file
 
 
-def _likely(prediction: Prediction) -> Iterator[tuple[str, float]]:
+def _named_probabilities(prediction: Prediction) -> Iterator[tuple[str, float]]:
     return zip(prediction.names, prediction.probabilities, strict=True)
 
 
 def _text(prediction: Prediction) -> str:
     if prediction.error is not None:
         return ""
-    likely = ", ".join(f"{display(name)} {p:.2%}" for name, p in _likely(prediction))
-    return f"{printable(str(prediction.path))}: {likely}\n"
+    top_classes = ", ".join(
+        f"{display(name)} {p:.2%}" for name, p in _named_probabilities(prediction)
+    )
+    return f"{printable(str(prediction.path))}: {top_classes}\n"
 
 
 def _json(prediction: Prediction) -> str:
     if prediction.error is not None:
         return json.dumps({"path": prediction.path, "error": prediction.error}) + "\n"
-    likely = [
+    top_classes = [
         {"class": name, "name": human_name(name) or name, "probability": round(p, 6)}
-        for name, p in _likely(prediction)
+        for name, p in _named_probabilities(prediction)
     ]
-    return json.dumps({"path": prediction.path, "predictions": likely}) + "\n"
+    return json.dumps({"path": prediction.path, "predictions": top_classes}) + "\n"
 
 
 def _csv(prediction: Prediction) -> str:
     path = printable(str(prediction.path))
     rows = [
         (path, rank, name, human_name(name) or name, f"{p:.6f}", "")
-        for rank, (name, p) in enumerate(_likely(prediction), 1)
+        for rank, (name, p) in enumerate(_named_probabilities(prediction), 1)
     ]
     lines = io.StringIO()
     csv.writer(lines, lineterminator="\n").writerows(rows or [(path, *[""] * 4, prediction.error)])

@@ -2,7 +2,7 @@
 
 from vitral.kernels.feed_forward import can_fuse, feed_forward, has_feed_forward
 from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear, onednn_product
-from vitral.kernels.norm import EPS, normalise
+from vitral.kernels.norm import EPS, normalize
 from vitral.kernels.rows import put_rows, take_rows
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "feed_forward",
     "has_feed_forward",
     "has_onednn",
-    "normalise",
+    "normalize",
     "onednn_linear",
     "onednn_product",
     "put_rows",

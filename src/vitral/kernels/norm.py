@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 EPS = 1e-6
 
 
-def normalise(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 1e-6) over the last axis (Zhang and Sennrich 2019), without a scale.
 
     Computed in float32, or in float64 if that is what x is. Kept for the gradient are the result,
@@ -24,7 +24,7 @@ def normalise(x: Tensor) -> Tensor:
     Returns:
         (..., D) in the dtype of x, or in autocast's where that is on, as for a linear layer.
     """
-    return _Normalise.apply(x, product_dtype(x))[0]  # pyright: ignore[reportIndexIssue]
+    return _Normalize.apply(x, product_dtype(x))[0]  # pyright: ignore[reportIndexIssue]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -36,7 +36,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """Also gives 1 / sqrt(mean(x^2) + 1e-6), (..., 1), as a part of the backward pass."""
 
     @staticmethod
@@ -64,5 +64,5 @@ class _Normalise(torch.autograd.Function):
         g, y = gradients[0].to(inverse.dtype), y.to(inverse.dtype)
         # (g - y mean(g y)) inverse: a CPU takes half the time for it so.
         # Not by vecdot, the same to the last bit: a compiler takes it in bf16, as autocast says.
-        share = (g * y).sum(-1, keepdim=True).div_(-y.shape[-1])
-        return torch.addcmul(g, y, share).mul_(inverse).to(ctx.dtype), None
+        projection = (g * y).sum(-1, keepdim=True).div_(-y.shape[-1])
+        return torch.addcmul(g, y, projection).mul_(inverse).to(ctx.dtype), None

@@ -23,10 +23,10 @@ def put_rows(x: Tensor, order: Tensor) -> Tensor:
     return _Put.apply(x, order)  # pyright: ignore[reportReturnType]
 
 
-def _spread(x: Tensor, order: Tensor) -> Tensor:
-    place = order.argsort()
-    there = (place < len(x)).view(-1, *[1] * (x.ndim - 1))
-    return torch.where(there, x[place.clamp(max=len(x) - 1)], 0)
+def _scatter(x: Tensor, order: Tensor) -> Tensor:
+    position = order.argsort()
+    is_kept = (position < len(x)).view(-1, *[1] * (x.ndim - 1))
+    return torch.where(is_kept, x[position.clamp(max=len(x) - 1)], 0)
 
 
 class _Take(torch.autograd.Function):
@@ -40,13 +40,13 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _spread(gradients[0], *ctx.saved_tensors), None, None
+        return _scatter(gradients[0], *ctx.saved_tensors), None, None
 
 
 class _Put(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, order: Tensor) -> Tensor:
-        return _spread(x, order)
+        return _scatter(x, order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,10 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from vitral.evaluation.scores import BINS
 
-COLOURS = 6  # that report.css has, as .s0 to .s5
+NUM_COLORS = 6  # that report.css has, as .s0 to .s5
 WIDTH, HEIGHT = 400, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 386, 10, 216  # of the area that is drawn in
-POINTS = 300  # buckets that a longer line is thinned to
+NUM_BUCKETS = 300  # buckets that a longer line is thinned to
 
 Points = Sequence[tuple[float, float]]
 
@@ -26,13 +26,13 @@ class Line:
     label: str
     points: Points
     """x and y, x rising."""
-    colour: int = 0
+    color: int = 0
     dashed: bool = False
 
     @property
     def css(self) -> str:
         """The classes that style it."""
-        return f"s{self.colour % COLOURS}" + (" dashed" if self.dashed else "")
+        return f"s{self.color % NUM_COLORS}" + (" dashed" if self.dashed else "")
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,18 @@ class Chart:
     @property
     def svg(self) -> Markup:
         """The drawing; its label says where each line begins and ends."""
-        drawn = [thin([p for p in line.points if math.isfinite(p[1])]) for line in self.lines]
-        everything = [point for points in drawn for point in points]
+        curves = [
+            downsample([p for p in line.points if math.isfinite(p[1])]) for line in self.lines
+        ]
+        everything = [point for points in curves for point in points]
         if not everything:
             return Markup('<p class="empty">No value yet.</p>')
         low = 0.0 if self.from_zero else min(y for _, y in everything)
         x = Axis.exact(0.0, max(x for x, _ in everything), LEFT, RIGHT)
         y = Axis.rounded(low, max(y for _, y in everything), BOTTOM, TOP)
         parts = [*x.grid(vertical=True), *y.grid(vertical=False), _caption("epoch")]
-        for line, points in zip(self.lines, drawn, strict=True):
-            path = " ".join(f"{x.place(a):.1f},{y.place(b):.1f}" for a, b in points)
+        for line, points in zip(self.lines, curves, strict=True):
+            path = " ".join(f"{x.position(a):.1f},{y.position(b):.1f}" for a, b in points)
             if len(points) == 1:
                 a, b = path.split(",")
                 parts.append(f'<circle class="{line.css}" cx="{a}" cy="{b}" r="4"/>')
@@ -64,7 +66,7 @@ class Chart:
                 parts.append(f'<polyline class="{line.css}" points="{path}"/>')
         ends = (
             f"{line.label} from {number(points[0][1])} to {number(points[-1][1])}"
-            for line, points in zip(self.lines, drawn, strict=True)
+            for line, points in zip(self.lines, curves, strict=True)
             if points
         )
         return _svg(f"{self.title} over epochs: {'; '.join(ends)}", parts)
@@ -94,16 +96,16 @@ class Axis:
         ticks = _round_values(low, high)
         return cls(ticks[0], ticks[-1], ticks, begin, end)
 
-    def place(self, value: float) -> float:
+    def position(self, value: float) -> float:
         """Where a value lies."""
-        share = (value - self.low) / (self.high - self.low)
-        return self.begin + share * (self.end - self.begin)
+        fraction = (value - self.low) / (self.high - self.low)
+        return self.begin + fraction * (self.end - self.begin)
 
     def grid(self, vertical: bool) -> list[str]:
         """Lines and their numbers."""
         parts = []
         for tick in self.ticks:
-            at = f"{self.place(tick):.1f}"
+            at = f"{self.position(tick):.1f}"
             if vertical:
                 parts.append(f'<path class="grid" d="M{at} {TOP}V{BOTTOM}"/>')
                 parts.append(f'<text x="{at}" y="{BOTTOM + 15}" class="mid">{tick:,.6g}</text>')
@@ -123,22 +125,22 @@ def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
     parts = [*x.grid(vertical=True), *y.grid(vertical=False), _caption("confidence")]
     most = max(count for _, count, _, _ in bins)
     for edge, count, confidence, accuracy in bins:
-        begin, end = x.place(edge - 1 / BINS) + 1, x.place(edge) - 1
-        top, said = y.place(accuracy), y.place(confidence)
+        begin, end = x.position(edge - 1 / BINS) + 1, x.position(edge) - 1
+        top, confidence_y = y.position(accuracy), y.position(confidence)
         parts.append(
             f'<rect class="bar" x="{begin:.1f}" y="{top:.1f}" width="{end - begin:.1f}" '
             f'height="{BOTTOM - top:.1f}" opacity="{0.3 + 0.7 * (count / most) ** 0.5:.2f}"/>'
-            f'<path class="said" d="M{begin:.1f} {said:.1f}H{end:.1f}"/>'
+            f'<path class="said" d="M{begin:.1f} {confidence_y:.1f}H{end:.1f}"/>'
         )
     parts.append(f'<path class="diagonal" d="M{LEFT} {BOTTOM}L{RIGHT} {TOP}"/>')
     return _svg("Accuracy of the predictions, over the confidence they are made with", parts)
 
 
-def thin(points: Points) -> Points:
+def downsample(points: Points) -> Points:
     """About 600 of the points at most, with the least and the greatest of each stretch."""
-    if len(points) <= 2 * POINTS:
+    if len(points) <= 2 * NUM_BUCKETS:
         return points
-    size = -(-len(points) // POINTS)
+    size = -(-len(points) // NUM_BUCKETS)
     kept = [points[0]]
     for first in range(0, len(points), size):
         stretch = points[first : first + size]

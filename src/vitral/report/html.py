@@ -19,18 +19,18 @@ from vitral.config import Config, flatten
 from vitral.data.imagenet import short_name
 from vitral.errors import printable
 from vitral.evaluation import Scores
-from vitral.report.figures import COLOURS, Chart, Line, number, reliability
+from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
 from vitral.report.predictions import Predictions
-from vitral.report.thumbnails import attended, data_uri, thumbnail
+from vitral.report.thumbnails import attention_pictures, data_uri, thumbnail
 from vitral.rundir import Row, Run, RunDir, duration
 from vitral.storage import replacing
 
-MATRIX_CLASSES = 50  # that a full confusion matrix is shown for
-LISTED_CLASSES = 20  # above that the ten best and the ten worst
-PAIRS, PAIR_IMAGES = 12, 4
-MISTAKES = 24
-LOOKED_AT = 8  # images whose attention is shown
-PICTURE_SIDE = 1100  # pixels of the augmented batch
+MAX_MATRIX_CLASSES = 50  # that a full confusion matrix is shown for
+MAX_LISTED_CLASSES = 20  # above that the ten best and the ten worst
+MAX_PAIRS, IMAGES_PER_PAIR = 12, 4
+MAX_MISTAKES = 24
+NUM_ATTENTION_IMAGES = 8  # images whose attention is shown
+MAX_PICTURE_SIZE = 1100  # pixels of the augmented batch
 
 
 def write_report(run: Run, out: Path, predictions: Predictions | None, missing: str = "") -> None:
@@ -52,11 +52,11 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
         command=_command(run.environment),
         settings=settings,
         changed={k: (v, defaults[k]) for k, v in settings.items() if v != defaults[k]},
-        environment=_leaves(run.environment),
+        environment=_flattened(run.environment),
         charts=_charts({"": run.rows}),
         cost=_cost(run),
         batch=_picture(RunDir(run.path).train_batch),
-        judged=predictions and Judged(predictions),
+        results=predictions and PredictionReport(predictions),
         missing=missing,
     )
 
@@ -71,14 +71,14 @@ def write_comparison(runs: Sequence[Run], out: Path) -> None:
         "comparison.html",
         title=f"{len(runs)} runs compared",
         runs=list(zip(names, runs, strict=True)),
-        colours=COLOURS,
+        colors=NUM_COLORS,
         different={k: v for k, v in columns.items() if any(value != v[0] for value in v)},
         charts=_charts(dict(zip(names, [run.rows for run in runs], strict=True))),
     )
 
 
 @dataclass(frozen=True)
-class Judged:
+class PredictionReport:
     """The part of a page that is about single predictions."""
 
     predictions: Predictions
@@ -105,43 +105,43 @@ class Judged:
     def per_class(self) -> dict[str, list[tuple[str, int, float, float]]]:
         """Tables of classes by title, the best first; above 20 classes their two ends."""
         rows = sorted(self.scores.per_class(), key=lambda row: -row[2])
-        if len(rows) <= LISTED_CLASSES:
+        if len(rows) <= MAX_LISTED_CLASSES:
             return {"All classes": rows}
         return {"Best classes": rows[:10], "Worst classes": rows[:-11:-1]}
 
     @cached_property
     def matrix(self) -> list[list[tuple[int, int]]] | None:
         """Images, and their share of the true class in percent, by true and predicted class."""
-        if len(self.scores.classes) > MATRIX_CLASSES:
+        if len(self.scores.classes) > MAX_MATRIX_CLASSES:
             return None
         counts = self.scores.confusion()
-        shares = np.rint(100 * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
-        pairs = zip(counts.tolist(), shares.tolist(), strict=True)
+        percentages = np.rint(100 * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
+        pairs = zip(counts.tolist(), percentages.tolist(), strict=True)
         return [list(zip(*pair, strict=True)) for pair in pairs]
 
     @cached_property
     def pairs(self) -> list[tuple[str, str, int, list[dict[str, Any]]]]:
         """True class, predicted class and images of the commonest confusions, with examples."""
         scores, found = self.scores, []
-        for truth, other, count in scores.confused_pairs()[:PAIRS]:
+        for truth, other, count in scores.confused_pairs()[:MAX_PAIRS]:
             a, b = scores.classes.index(truth), scores.classes.index(other)
             chosen = np.flatnonzero((scores.labels == a) & (scores.ranked[:, 0] == b))
-            found.append((truth, other, count, self._shown(chosen, PAIR_IMAGES)))
+            found.append((truth, other, count, self._shown(chosen, IMAGES_PER_PAIR)))
         return found
 
     @cached_property
     def mistakes(self) -> list[dict[str, Any]]:
         """The wrong predictions of the greatest confidence."""
-        return self._shown(np.flatnonzero(~self.scores.hits(1)), MISTAKES)
+        return self._shown(np.flatnonzero(~self.scores.hits(1)), MAX_MISTAKES)
 
     @cached_property
     def attention(self) -> list[dict[str, Any]]:
         """A few images from all over the set, and what of them the model attends to."""
         records, found = self.predictions.records, []
-        for i in np.unique(np.linspace(0, len(records) - 1, LOOKED_AT).astype(int)):
-            pictures = attended(self.predictions.weights, records, int(i))
+        for i in np.unique(np.linspace(0, len(records) - 1, NUM_ATTENTION_IMAGES).astype(int)):
+            pictures = attention_pictures(self.predictions.weights, records, int(i))
             if pictures is not None:
-                found.append({"seen": pictures[0], "lit": pictures[1], **self._said(i)})
+                found.append({"seen": pictures[0], "lit": pictures[1], **self._caption(i)})
         return found
 
     @cached_property
@@ -154,9 +154,9 @@ class Judged:
         scores = self.scores
         order = np.argsort(-scores.confidence[indices], kind="stable")[:count]
         records = self.predictions.records
-        return [{"picture": thumbnail(records, int(i)), **self._said(i)} for i in indices[order]]
+        return [{"picture": thumbnail(records, int(i)), **self._caption(i)} for i in indices[order]]
 
-    def _said(self, i: int) -> dict[str, Any]:
+    def _caption(self, i: int) -> dict[str, Any]:
         """The true class of image i, and what is predicted."""
         scores = self.scores
         return {
@@ -217,9 +217,9 @@ def _cost(run: Run) -> dict[str, str]:
     cost = {"Images seen": f"{last['images']:,.0f}"}
     flops = known.get("training_flops_per_image")
     if flops:
-        most = "at most " if run.config.train.progressive else ""
+        qualifier = "at most " if run.config.train.progressive else ""
         work = f"{flops * last['images']:.3g}".replace("e+", "e")
-        cost["Floating-point operations"] = f"{most}{work}, three forward passes an image"
+        cost["Floating-point operations"] = f"{qualifier}{work}, three forward passes an image"
     processes = known.get("resolved", {}).get("processes", 1)
     device = known.get("gpu") or f"CPU with {known.get('cpu_cores', '?')} cores"
     hours = last["seconds"] * processes / 3600
@@ -252,18 +252,18 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return names if len(set(names)) == len(names) else [printable(run.path) for run in runs]
 
 
-def _leaves(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flattened(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested facts as one table."""
     table = {}
     for key, value in facts.items():
-        table |= _leaves(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
+        table |= _flattened(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
     return table
 
 
 def _picture(path: Path) -> tuple[str, int, int] | None:
     try:
         with Image.open(path) as image:
-            return data_uri(image, min(PICTURE_SIDE, max(image.size))), *image.size
+            return data_uri(image, min(MAX_PICTURE_SIZE, max(image.size))), *image.size
     except OSError:
         return None
 

@@ -52,6 +52,6 @@ def evaluate_best(run: Run, data: str | None = None) -> Predictions:
     workers = resolve_workers(settings, records)
     batches = eval_batches(records, config, EVAL_BATCH, workers, device)
     total = -(-len(records) // EVAL_BATCH)
-    watched = tqdm(batches, "evaluating", total, leave=False, disable=None)
-    scores = measure(found.model, watched, dataset.classes)
+    checked = tqdm(batches, "evaluating", total, leave=False, disable=None)
+    scores = measure(found.model, checked, dataset.classes)
     return Predictions(scores, records, found)

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from vitral.data.augment import finish
 from vitral.data.decode import DecodeError, decode
-from vitral.data.loader import fetch_still
+from vitral.data.loader import fetch_eval_crops
 from vitral.data.records import Packed, Pixels, Records
 from vitral.inference.attention import attention_weights, read, rollout
 from vitral.weights import Weights
 
-SIDE = 112  # pixels of the longer side
+THUMBNAIL_SIZE = 112  # pixels of the longer side
 
 
 def thumbnail(records: Records, index: int) -> str | None:
@@ -33,15 +33,15 @@ def thumbnail(records: Records, index: int) -> str | None:
             image = _image(decode(records.read(index)))
     except (OSError, DecodeError):
         return None
-    return data_uri(image, SIDE)
+    return data_uri(image, THUMBNAIL_SIZE)
 
 
-def data_uri(image: Image.Image, side: int) -> str:
-    """An image as a JPEG of `side` pixels at its longer side, in an address that holds it.
+def data_uri(image: Image.Image, size: int) -> str:
+    """An image as a JPEG of `size` pixels at its longer side, in an address that holds it.
 
     A small one is enlarged by a whole number without being blurred.
     """
-    factor = side / max(image.size)
+    factor = size / max(image.size)
     smooth = Image.Resampling.LANCZOS
     how, factor = (Image.Resampling.NEAREST, int(factor)) if factor > 1 else (smooth, factor)
     W, H = (max(1, round(length * factor)) for length in image.size)
@@ -50,17 +50,17 @@ def data_uri(image: Image.Image, side: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def attended(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:
+def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:
     """What the model sees of an image, and the same lit by attention rollout, as data URIs.
 
     None if the image cannot be read.
     """
     config = weights.description.config
-    (fetched,) = fetch_still(records, config, [np.array([index])], 0, torch.device("cpu"))
+    (fetched,) = fetch_eval_crops(records, config, [np.array([index])], 0, torch.device("cpu"))
     if fetched.broken:
         return None
-    place = weights.model.device
-    images = finish(fetched.images, None, config.data.mean, config.data.std).to(place)
+    data_device = weights.model.device
+    images = finish(fetched.images, None, config.data.mean, config.data.std).to(data_device)
     _, attention = attention_weights(weights.model, images)
     grid = config.model.image_size // config.model.patch_size
     flow = read(weights.model, rollout(attention)).view(1, 1, grid, grid).cpu()
@@ -68,7 +68,7 @@ def attended(weights: Weights, records: Records, index: int) -> tuple[str, str] 
     light = (light - light.min()) / (light.max() - light.min()).clamp_min(1e-9)
     seen = fetched.images[0]
     lit = (seen * (0.15 + 0.85 * light)).to(torch.uint8)
-    return data_uri(_image(seen), SIDE), data_uri(_image(lit), SIDE)
+    return data_uri(_image(seen), THUMBNAIL_SIZE), data_uri(_image(lit), THUMBNAIL_SIZE)
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -9,8 +9,8 @@ from vitral.data.records import Records
 from vitral.errors import UserError, counted
 from vitral.training.distributed import World
 
-REPORTED = 10  # broken images that are named at once
-MAX_SHARE = 0.001  # of the training images
+MAX_REPORTED = 10  # broken images that are named at once
+MAX_FRACTION = 0.001  # of the training images
 
 
 class BrokenImages:
@@ -30,34 +30,35 @@ class BrokenImages:
     ) -> None:
         self.records, self.world, self.message = records, world, message
         self.known = dict(known)
-        self.found: dict[int, str] = {}  # by this process, since the last `agree`
+        self.found: dict[int, str] = {}  # by this process, since the last `synchronize`
 
     def add(self, broken: Iterable[tuple[int, str]]) -> None:
         """Records what a batch found. Raises UserError in a lone process if there are too many."""
         self.found.update(broken)
         if self.found and self.world.size == 1:
-            self.agree()
+            self.synchronize()
 
-    def agree(self) -> None:
+    def synchronize(self) -> None:
         """Exchanges what the processes have found and reports what is new.
 
         Raises:
-            UserError: more than MAX_SHARE of the training images are broken.
+            UserError: more than MAX_FRACTION of the training images are broken.
         """
         found = {i: why for part in self.world.gather(self.found) for i, why in part.items()}
         self.found = {}
         new = {i: found[i] for i in sorted(found) if i not in self.known}
         self.known |= new
-        for i, why in list(new.items())[:REPORTED]:
+        for i, why in list(new.items())[:MAX_REPORTED]:
             self.message(f"broken image, replaced by another: {describe(self.records, i)}: {why}")
-        if len(new) > REPORTED:
-            self.message(f"and {len(new) - REPORTED} more")
-        if len(self.known) > MAX_SHARE * len(self.records):
-            first = sorted(self.known)[:REPORTED]
+        if len(new) > MAX_REPORTED:
+            self.message(f"and {len(new) - MAX_REPORTED} more")
+        if len(self.known) > MAX_FRACTION * len(self.records):
+            first = sorted(self.known)[:MAX_REPORTED]
             names = ", ".join(describe(self.records, i) for i in first)
             verb = "is" if len(self.known) == 1 else "are"
             raise UserError(
                 f"data: {len(self.known)} of {counted(len(self.records), 'training image')} {verb} "
-                f"broken, more than {MAX_SHARE:.1%}: {names} (the first: {self.known[first[0]]}); "
+                f"broken, more than {MAX_FRACTION:.1%}: {names} "
+                f"(the first: {self.known[first[0]]}); "
                 "fix or remove them and start again; `vitral data check` finds all"
             )

@@ -15,7 +15,7 @@ import torch
 
 from vitral.config import Config, flatten
 from vitral.data.fetch import resolve_workers
-from vitral.data.formats.objects import Given, open_data
+from vitral.data.formats.objects import PythonDatasets, open_data
 from vitral.data.loader import Batch, eval_batches
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.tools.rates import choose_decoder, endless_batches, synchronize
@@ -24,22 +24,22 @@ from vitral.errors import UserError
 from vitral.machine import pick_device
 from vitral.model import count_flops
 from vitral.rundir import RunDir, duration
-from vitral.settings import Request, load, replaced, shorten
+from vitral.settings import Request, adjust_to_epochs, load, replaced
 from vitral.training.distributed import World
-from vitral.training.estimate import estimate, mean_work, undisturbed
+from vitral.training.estimate import estimate, mean_work, preserve_torch_state
 from vitral.training.frozen import freeze
 from vitral.training.plan import Plan
 from vitral.training.resolved import build_model
 from vitral.training.work import Inference, Training
 
-ENOUGH_EPOCHS = 5  # fewer than these at the recipe's image size, and it is made smaller
-MEASURED = 0.05  # share of the budget that each rate is measured for
-MOST_MEASURED = 10.0  # seconds
-OUTPUTS = 2.0  # seconds of the curves and the report, with the import of matplotlib
-DISK = 200e6  # bytes/s at which weights and checkpoints are hashed and written
-FIT = 3e-6  # seconds of fitting a head, per number in the features
-COPIES = 8  # of the weights at a validation: last, best, EMA of both, and a checkpoint
-CHOSEN = (
+MIN_EPOCHS = 5  # fewer than these at the recipe's image size, and it is made smaller
+MEASURING_FRACTION = 0.05  # share of the budget that each rate is measured for
+MAX_MEASURING_SECONDS = 10.0  # seconds
+OUTPUT_SECONDS = 2.0  # seconds of the curves and the report, with the import of matplotlib
+DISK_RATE = 200e6  # bytes/s at which weights and checkpoints are hashed and written
+FIT_SECONDS = 3e-6  # seconds of fitting a head, per number in the features
+SAVED_COPIES = 8  # of the weights at a validation: last, best, EMA of both, and a checkpoint
+ADJUSTABLE = (
     "train.epochs",
     "train.eval_every",
     "train.ema_decay",
@@ -64,7 +64,9 @@ class Costs(NamedTuple):
         return self.fixed + plan.total * self.step + len(plan.evaluations) * self.validation
 
 
-def fit(request: Request, run: RunDir, world: World, data: Given | None = None) -> Request:
+def fit_time_budget(
+    request: Request, run: RunDir, world: World, data: PythonDatasets | None = None
+) -> Request:
     """The request with the epochs that fit its time budget.
 
     A run that exists keeps what was chosen when it was new. Without a budget among the options
@@ -77,19 +79,23 @@ def fit(request: Request, run: RunDir, world: World, data: Given | None = None) 
     if budget is None or "train.time_budget" not in request.given:
         return request
     if run.config.exists():
-        was = load(str(run.config))
-        if was.train.time_budget is None:
+        existing = load(str(run.config))
+        if existing.train.time_budget is None:
             return request  # and the settings are refused as different
-        values = {p: v for p, v in flatten(was).items() if p in CHOSEN and p not in request.given}
+        values = {
+            p: v for p, v in flatten(existing).items() if p in ADJUSTABLE and p not in request.given
+        }
         return dataclasses.replace(request, config=replaced(request.config, values))
-    config = world.from_main(world.together(lambda: _choose(request, budget, world.size, data)))
+    config = world.broadcast(
+        world.run_on_all_ranks(lambda: _choose(request, budget, world.size, data))
+    )
     before, after = flatten(request.config), flatten(config)
-    changes = [f"{p} {before[p]:g} -> {after[p]:g}" for p in CHOSEN if before[p] != after[p]]
+    changes = [f"{p} {before[p]:g} -> {after[p]:g}" for p in ADJUSTABLE if before[p] != after[p]]
     note = f"train.time_budget {duration(budget)}: {', '.join(changes) or 'nothing changes'}"
     return dataclasses.replace(request, config=config, notes=(*request.notes, note))
 
 
-def most_epochs(
+def max_epochs(
     config: Config, given: frozenset[str], costs: Costs, num_images: int, seconds: float
 ) -> int:
     """The most epochs that fit, or 0.
@@ -99,24 +105,26 @@ def most_epochs(
         num_images: to train on.
         seconds: that the run may take.
     """
-    least = _least_epochs(config, given)
+    fewest = _min_epochs(config, given)
 
     def seconds_of(epochs: int) -> float:
         return costs.total(with_epochs(config, given, epochs), num_images)
 
-    most = least + int(seconds / (costs.step * num_images / config.train.batch_size))
-    found = bisect.bisect_right(range(least, most + 1), seconds, key=seconds_of)
-    return least + found - 1 if found else 0
+    upper_bound = fewest + int(seconds / (costs.step * num_images / config.train.batch_size))
+    found = bisect.bisect_right(range(fewest, upper_bound + 1), seconds, key=seconds_of)
+    return fewest + found - 1 if found else 0
 
 
 def with_epochs(config: Config, given: frozenset[str], epochs: int) -> Config:
-    """The settings with another number of epochs, and what `shorten` adjusts to fewer."""
+    """The settings with another number of epochs, and what `adjust_to_epochs` adjusts to fewer."""
     own = flatten(config)
     fixed = {path: own[path] for path in given} | {"train.epochs": epochs}
-    return replaced(config, shorten(own, fixed) | {"train.epochs": epochs})
+    return replaced(config, adjust_to_epochs(own, fixed) | {"train.epochs": epochs})
 
 
-def measure(config: Config, processes: int, data: Given | None = None) -> tuple[Costs, int]:
+def measure(
+    config: Config, processes: int, data: PythonDatasets | None = None
+) -> tuple[Costs, int]:
     """What the parts of a run take here, and the number of images to train on.
 
     Training is measured on the real input, in micro-batches of a size that shows the rate within
@@ -130,27 +138,27 @@ def measure(config: Config, processes: int, data: Given | None = None) -> tuple[
     workers = resolve_workers(config.data, dataset.train)
     if config.train.trainable == "head":
         return _measure_head(config, dataset, opened, workers, seconds, processes)
-    whole = replaced(config, {"train.progressive": ()})
-    per_image, per_step = estimate(whole, classes)
+    full_size = replaced(config, {"train.progressive": ()})
+    per_image, per_step = estimate(full_size, classes)
     began = time.perf_counter()
-    with undisturbed():
-        model = build_model(whole, classes)
+    with preserve_torch_state():
+        model = build_model(full_size, classes)
         freeze(model, config.train.trainable)
-        training = Training(whole, classes, config.model.image_size, model)
-        wave, most = max(1, workers), training.resolved.micro_batch
-        size = max(2, min(most, 2 * int(seconds / (2 * wave * per_image))))
+        training = Training(full_size, classes, config.model.image_size, model)
+        wave, max_images = max(1, workers), training.resolved.micro_batch
+        size = max(2, min(max_images, 2 * int(seconds / (2 * wave * per_image))))
         decoder, _ = choose_decoder(dataset.train, config, workers, device)
-        batches = endless_batches(dataset.train, whole, classes, size, workers, device, decoder)
+        batches = endless_batches(dataset.train, full_size, classes, size, workers, device, decoder)
         built = time.perf_counter() - began
-        first, per_image = _pace(batches, training.accumulate, wave, seconds, device)
+        first, per_image = _measure_seconds(batches, training.accumulate, wave, seconds, device)
         validation, checking = _validation(training, dataset, size, workers, seconds)
     per_step += config.train.batch_size / processes * per_image * mean_work(config, classes)
     averages = 2 if config.train.ema_decay else 1
-    saving = COPIES * 4 * training.model.num_parameters / DISK
-    fixed = opened + built + first + checking + OUTPUTS
+    saving = SAVED_COPIES * 4 * training.model.num_parameters / DISK_RATE
+    fixed = opened + built + first + checking + OUTPUT_SECONDS
     if config.train.probe_first:  # a forward pass, which is a third of the work
         images = len(dataset.train)
-        fixed += images * (per_image / 3 / processes + config.model.shape.dim * FIT)
+        fixed += images * (per_image / 3 / processes + config.model.shape.dim * FIT_SECONDS)
     costs = Costs(fixed, per_step, averages * validation / processes + saving)
     return costs, len(dataset.train)
 
@@ -167,7 +175,7 @@ def _measure_head(
     began, device = time.perf_counter(), pick_device(config.train.device)
     assert dataset.train is not None
     assert dataset.val is not None
-    with undisturbed():
+    with preserve_torch_state():
         work = Inference(config, len(dataset.classes), config.model.image_size)
         engine = for_inference(work.model)
         size = min(work.resolved.micro_batch, len(dataset.train))
@@ -178,60 +186,60 @@ def _measure_head(
                 engine(batch.images)
 
         built = time.perf_counter() - began
-        first, per_image = _pace(batches, forward, max(1, workers), seconds, device)
+        first, per_image = _measure_seconds(batches, forward, max(1, workers), seconds, device)
     images = len(dataset.train)
-    saving = 3 * 4 * work.model.num_parameters / DISK  # last, best and a checkpoint
+    saving = 3 * 4 * work.model.num_parameters / DISK_RATE  # last, best and a checkpoint
     costs = Costs(
-        opened + built + first + OUTPUTS + images * config.model.shape.dim * FIT,
+        opened + built + first + OUTPUT_SECONDS + images * config.model.shape.dim * FIT_SECONDS,
         config.train.batch_size * per_image / processes,
         len(dataset.val) * per_image / processes + saving,
     )
     return costs, images
 
 
-def _choose(request: Request, budget: float, processes: int, data: Given | None) -> Config:
+def _choose(request: Request, budget: float, processes: int, data: PythonDatasets | None) -> Config:
     """The settings that fit; at a smaller image size where too few epochs would."""
     config, given = request.config, request.given
     costs, images = measure(config, processes, data)
     left = budget - (time.monotonic() - request.started)
-    enough_epochs = 1 if config.train.trainable == "head" else ENOUGH_EPOCHS
-    sides, whole = _image_sizes(config, given), count_flops(config.model, 10)
+    min_epochs = 1 if config.train.trainable == "head" else MIN_EPOCHS
+    image_sizes, full_flops = _image_sizes(config, given), count_flops(config.model, 10)
 
-    def enough(side: int) -> bool:
-        share = count_flops(config.model, 10, side) / whole
-        scaled = Costs(costs.fixed, costs.step * share, costs.validation * share)
-        return most_epochs(config, given, scaled, images, left) >= enough_epochs
+    def fits(image_size: int) -> bool:
+        scale = count_flops(config.model, 10, image_size) / full_flops
+        scaled = Costs(costs.fixed, costs.step * scale, costs.validation * scale)
+        return max_epochs(config, given, scaled, images, left) >= min_epochs
 
-    side = next(filter(enough, sides), sides[-1])
-    if side != config.model.image_size:
-        config = replaced(config, {"model.image_size": side})
+    image_size = next(filter(fits, image_sizes), image_sizes[-1])
+    if image_size != config.model.image_size:
+        config = replaced(config, {"model.image_size": image_size})
         costs, images = measure(config, processes, data)
         left = budget - (time.monotonic() - request.started)
-    if epochs := most_epochs(config, given, costs, images, left):
+    if epochs := max_epochs(config, given, costs, images, left):
         return with_epochs(config, given, epochs)
-    least = _least_epochs(config, given)
-    needed = budget - left + costs.total(with_epochs(config, given, least), images)
+    fewest = _min_epochs(config, given)
+    needed = budget - left + costs.total(with_epochs(config, given, fewest), images)
     raise UserError(
-        f"train.time_budget: expected at least {duration(math.ceil(needed))} for {least} epoch"
-        f"{'s' * (least > 1)} at {config.model.image_size} pixels, got {duration(budget)}; "
+        f"train.time_budget: expected at least {duration(math.ceil(needed))} for {fewest} epoch"
+        f"{'s' * (fewest > 1)} at {config.model.image_size} pixels, got {duration(budget)}; "
         "give more time, or a smaller model"
     )
 
 
-def _least_epochs(config: Config, given: frozenset[str]) -> int:
+def _min_epochs(config: Config, given: frozenset[str]) -> int:
     return int(config.optim.warmup_epochs) + 1 if "optim.warmup_epochs" in given else 1
 
 
 def _image_sizes(config: Config, given: frozenset[str]) -> list[int]:
     """The image sizes that may be chosen, from the recipe's down to half of it."""
-    side, patch = config.model.image_size, config.model.patch_size
+    image_size, patch = config.model.image_size, config.model.patch_size
     if "model.image_size" in given or config.train.progressive:
-        return [side]
-    return [*range(side, (side - 1) // 2, -patch)]
+        return [image_size]
+    return [*range(image_size, (image_size - 1) // 2, -patch)]
 
 
 def _seconds_to_measure(config: Config) -> float:
-    return min(MOST_MEASURED, MEASURED * (config.train.time_budget or math.inf))
+    return min(MAX_MEASURING_SECONDS, MEASURING_FRACTION * (config.train.time_budget or math.inf))
 
 
 def _validation(
@@ -245,10 +253,10 @@ def _validation(
 
     def forward(batch: Batch) -> None:
         with torch.no_grad(), training.resolved.autocast():
-            training.passes.forward(batch.images)
+            training.accumulator.forward(batch.images)
 
     def seconds_of(work: Callable[[Batch], object]) -> float:
-        first, per_image = _pace(batches(), work, max(1, workers), seconds, device)
+        first, per_image = _measure_seconds(batches(), work, max(1, workers), seconds, device)
         return first + max(0, len(records) - max(1, workers) * size) * per_image
 
     training.model.eval()
@@ -256,7 +264,7 @@ def _validation(
     return seconds_of(forward), 0.0 if decoded else seconds_of(lambda _: None)
 
 
-def _pace(
+def _measure_seconds(
     batches: Iterator[Batch],
     work: Callable[[Batch], object],
     wave: int,

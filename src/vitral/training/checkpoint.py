@@ -13,7 +13,7 @@ from torch import Tensor
 from vitral import storage
 
 SCHEMA = 2
-KEEP = 3
+NUM_KEPT = 3
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
     storage.write(directory, checkpoint.tensors, {"state": state})
     storage.verify(directory)
     present = sorted(steps(folder), reverse=True)
-    for step in present[KEEP:]:
+    for step in present[NUM_KEPT:]:
         if step != best_step:
             storage.remove(folder / f"step_{step:07d}")
-    for stray in folder.glob(".step_*"):  # of a write that was killed
-        storage.remove(stray)
+    for leftover in folder.glob(".step_*"):  # of a write that was killed
+        storage.remove(leftover)
 
 
 def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:

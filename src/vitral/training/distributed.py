@@ -28,8 +28,8 @@ from vitral.machine import num_gpus
 T = TypeVar("T")
 LAUNCHER = "VITRAL_LAUNCHER"  # environment variable with the process ID of `vitral train --gpus N`
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-TRAINING = threading.Lock()  # held while this process trains
-SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
+TRAINING_LOCK = threading.Lock()  # held while this process trains
+NUM_SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
 
 
 class Interrupted(Exception):
@@ -53,7 +53,7 @@ class World:
     """For agreements, which go from CPU to CPU."""
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and talks."""
         return self.rank == 0
 
@@ -80,36 +80,36 @@ class World:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Does `action` in every process; a UserError in one is raised in all."""
-        result = mistake = None
+        result = message = None
         try:
             result = action()
         except UserError as error:
-            mistake = str(error)
-        mistakes = self.gather(mistake)
-        for rank, text in enumerate(mistakes):
+            message = str(error)
+        messages = self.gather(message)
+        for rank, text in enumerate(messages):
             if text is not None:
-                alone = self.size > 1 and len({*mistakes}) > 1
-                error = UserError(f"process {rank}: {text}" if alone else text)
+                name_rank = self.size > 1 and len({*messages}) > 1
+                error = UserError(f"process {rank}: {text}" if name_rank else text)
                 error.shared = True
                 raise error
         return result  # pyright: ignore[reportReturnType]
 
-    def from_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """What the main process has."""
         values: list[Any] = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
-    def tensors_from_main(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The named tensors of the main process, on the CPU; the others may give none."""
         if self.size == 1:
             return dict(tensors or {})
         known = {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()}
         received = {}
-        for name, (shape, dtype) in self.from_main(known).items():
+        for name, (shape, dtype) in self.broadcast(known).items():
             own = tensors[name].cpu() if tensors else torch.empty(shape, dtype=dtype)
             received[name] = own.contiguous()
             dist.broadcast(received[name], src=0, group=self.group)
@@ -117,13 +117,13 @@ class World:
 
 
 @contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
+def exclusive_training() -> Iterator[None]:
     """Refuses a second training in this process: all threads share its random state.
 
     Raises:
         UserError: another thread is training.
     """
-    if not TRAINING.acquire(blocking=False):
+    if not TRAINING_LOCK.acquire(blocking=False):
         raise UserError(
             "train: expected one training at a time in a process, got a second one in another "
             "thread; wait for the first, or start another process"
@@ -131,11 +131,11 @@ def one_at_a_time() -> Iterator[None]:
     try:
         yield
     finally:
-        TRAINING.release()
+        TRAINING_LOCK.release()
 
 
 @contextlib.contextmanager
-def joined(gpu: bool, timeout_minutes: float) -> Iterator[World]:
+def process_world(gpu: bool, timeout_minutes: float) -> Iterator[World]:
     """The world that torchrun's environment describes, for as long as it is in use.
 
     Args:
@@ -152,7 +152,7 @@ def joined(gpu: bool, timeout_minutes: float) -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-    if store := _store_of_attempt(timeout):
+    if store := _attempt_store(timeout):
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout)
@@ -181,7 +181,7 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store | None:
+def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
     """The store through which the processes find each other, if torchrun's would mislead them.
 
     torchrun's own store outlives a restart, with the addresses of the processes before it. On one
@@ -198,14 +198,14 @@ def _store_of_attempt(timeout: datetime.timedelta) -> dist.Store | None:
 def check_processes(config: Config, processes: int) -> None:
     """Refuses a number of processes that the batch cannot be cut for. Raises UserError."""
     size, reproducible = config.train.batch_size, config.train.reproducible
-    cuts = SHARDS if reproducible else processes
-    if SHARDS % processes and reproducible:
+    cuts = NUM_SHARDS if reproducible else processes
+    if NUM_SHARDS % processes and reproducible:
         raise UserError(
-            f"train.reproducible: expected 1, 2, 4 or {SHARDS} processes, got {processes}"
+            f"train.reproducible: expected 1, 2, 4 or {NUM_SHARDS} processes, got {processes}"
         )
     if size % (2 * cuts):
-        least = math.lcm(2 * cuts, 2 * config.augment.repeats)
-        fitting = max(1, round(size / least)) * least
+        multiple = math.lcm(2 * cuts, 2 * config.augment.repeats)
+        fitting = max(1, round(size / multiple)) * multiple
         what = f"{cuts} shards of train.reproducible" if reproducible else f"{cuts} processes"
         raise UserError(
             f"train.batch_size: expected a multiple of twice the {what}, "
@@ -215,53 +215,53 @@ def check_processes(config: Config, processes: int) -> None:
         raise UserError("train.parallel: expected ddp with train.reproducible, got fsdp")
 
 
-class Agreement:
+class DelayedMax:
     """What all processes wish, known one step later, so that no step waits for it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.pending: tuple[dist.Work, Tensor] | None = None
 
-    def exchange(self, *wishes: int) -> list[int]:
+    def exchange(self, *values: int) -> list[int]:
         """Tells the others, and returns the greatest of what each told at the step before.
 
         A world of one has its own wishes at once.
         """
         if self.world.size == 1:
-            return list(wishes)
-        agreed = self.finish() or [0] * len(wishes)
-        told = torch.tensor(wishes)
-        work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.world.group, async_op=True)
+            return list(values)
+        agreed = self.finish() or [0] * len(values)
+        tensor = torch.tensor(values)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.world.group, async_op=True)
         assert work is not None
-        self.pending = work, told
+        self.pending = work, tensor
         return agreed
 
     def finish(self) -> list[int] | None:
         """Waits for the last exchange, so that none is left open."""
         if self.pending is None:
             return None
-        work, told = self.pending
+        work, tensor = self.pending
         work.wait()
         self.pending = None
-        return told.tolist()
+        return tensor.tolist()
 
 
-def full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Whole tensors of those that are spread over processes; every process must take part.
 
     They are gathered one by one to the main process's CPU; the others get none of them.
     """
-    whole = {}
+    gathered = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
             # Not a view of nothing, which would keep the whole on every other GPU.
-            tensor = tensor.cpu() if world.main else tensor.new_empty(0)
-        whole[name] = tensor
-    return whole
+            tensor = tensor.cpu() if world.is_main else tensor.new_empty(0)
+        gathered[name] = tensor
+    return gathered
 
 
-def spread_like(value: Tensor, model: Tensor) -> Tensor:
+def distribute_like(value: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, spread over the processes as another of the same shape is, on its device."""
     value = value.to(model.device)
     if not isinstance(model, DTensor) or value.shape != model.shape:

@@ -22,16 +22,16 @@ from vitral.training.optim import EMA
 from vitral.training.resolved import compiled
 from vitral.training.work import Inference, Training
 
-SAMPLE = 2  # images that a CPU is timed with at first, and twice as many until it takes ENOUGH
-ENOUGH = 0.3  # seconds
-LONG = 1800.0  # seconds of training, above which it is compared with a public model's features
-SLOWEST = 5e9  # FLOP/s that any machine has
-PUBLIC = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+MIN_IMAGES = 2  # images that a CPU is timed with at first, then twice as many until MIN_TIME
+MIN_TIME = 0.3  # seconds
+LONG_RUN = 1800.0  # seconds of training, above which it is compared with a public model's features
+MIN_FLOP_RATE = 5e9  # FLOP/s that any machine has
+PUBLIC_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 PUBLIC_SHAPE = ViTConfig(
     size="s", num_kv_heads=6, patch_size=14, image_size=14, num_registers=4, layer_scale=1e-5,
     positions="learned", rope="none", activation="gelu",
 )  # fmt: skip
-TRIALS = 3  # of which the fastest counts: the others include what else the machine does
+NUM_TRIALS = 3  # of which the fastest counts: the others include what else the machine does
 
 
 class Estimate(NamedTuple):
@@ -53,45 +53,47 @@ def estimate(config: Config, num_classes: int) -> Estimate:
     shallow = replaced(config, {"model.depth": 1, "model.stochastic_depth": 0.0})
     deeper = replaced(shallow, {"model.depth": 2}).model
     block_flops = flops(deeper) - flops(shallow.model)
-    further = (flops(config.model) - flops(shallow.model)) / block_flops
-    with undisturbed():
+    num_further = (flops(config.model) - flops(shallow.model)) / block_flops
+    with preserve_torch_state():
         training = Training(shallow, num_classes, config.model.image_size)
-        most, parameters = len(training.batch.images), training.model.num_parameters
-        first = _seconds_per_image(partial(_passes, training), most, training.device)
-        block = _seconds_per_image(block_passes(training), most, training.device)
+        max_images, parameters = len(training.batch.images), training.model.num_parameters
+        first = _seconds_per_image(
+            partial(_forward_backward, training), max_images, training.device
+        )
+        block = _seconds_per_image(block_forward_backward(training), max_images, training.device)
         step = _seconds_of_step(training)
-    per_image = (first + further * block) * mean_work(config, num_classes)
-    return Estimate(per_image, step * outline(config, num_classes).num_parameters / parameters)
+    per_image = (first + num_further * block) * mean_work(config, num_classes)
+    return Estimate(per_image, step * meta_model(config, num_classes).num_parameters / parameters)
 
 
 def compare_with_frozen(config: Config, dataset: Dataset, num_steps: int) -> str:
     """What a run takes on this machine, and one pass of all images through a public model.
 
-    Empty for a run of at most LONG seconds, and for one that starts from weights.
+    Empty for a run of at most LONG_RUN seconds, and for one that starts from weights.
     """
     train, classes = config.train, len(dataset.classes)
     flops = 3 * count_flops(config.model, classes) * num_steps * train.batch_size
-    if train.init is not None or flops < LONG * SLOWEST:  # not worth the time of an estimate
+    if train.init is not None or flops < LONG_RUN * MIN_FLOP_RATE:  # not worth an estimate
         return ""
     found = estimate(config, classes)
     scratch = num_steps * (train.batch_size * found.per_image + found.per_step)
-    if scratch <= LONG:
+    if scratch <= LONG_RUN:
         return ""
     images = sum(len(records) for records in (dataset.train, dataset.val) if records is not None)
     return (
-        f"from scratch: about {_rounded(scratch)} on this machine; "
-        f"with --init {PUBLIC}: about {_rounded(images * _frozen_seconds(config))}"
+        f"from scratch: about {_format_duration(scratch)} on this machine; "
+        f"with --init {PUBLIC_MODEL}: about {_format_duration(images * _frozen_seconds(config))}"
     )
 
 
-def outline(config: Config, num_classes: int) -> ViT:
+def meta_model(config: Config, num_classes: int) -> ViT:
     """The model of a run on the meta device: shapes without numbers."""
     with torch.device("meta"):
         return ViT(config.model, num_classes)
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def preserve_torch_state() -> Iterator[None]:
     """Restores torch's random state and number of threads afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng([torch.cuda.current_device()] if has_gpu() else []):
@@ -101,18 +103,18 @@ def undisturbed() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def block_passes(training: Training) -> Callable[[int], None]:
+def block_forward_backward(training: Training) -> Callable[[int], None]:
     """Both passes of the first block, for a number of images."""
     model, resolved = training.model, training.resolved
     config, device, block = model.config, training.device, compiled(model.blocks[0], resolved)
-    side = config.image_size // config.patch_size
+    grid_size = config.image_size // config.patch_size
     tables = (None, None)
     if config.rope != "none":
         with torch.no_grad():
-            tables = model.rope(side, side, device)[0]
+            tables = model.rope(grid_size, grid_size, device)[0]
     if config.activation_checkpointing:
         block = partial(checkpoint, block, use_reentrant=False)
-    shape = (len(training.batch.images), config.num_prefix + side**2, config.shape.dim)
+    shape = (len(training.batch.images), config.num_prefix + grid_size**2, config.shape.dim)
     tokens = torch.randn(shape, device=device, requires_grad=True)
 
     def run(count: int) -> None:
@@ -124,43 +126,45 @@ def block_passes(training: Training) -> Callable[[int], None]:
 
 
 def _frozen_seconds(config: Config) -> float:
-    """The time of a forward pass of PUBLIC for an image of about the run's size."""
+    """The time of a forward pass of PUBLIC_MODEL for an image of about the run's size."""
     patch = PUBLIC_SHAPE.patch_size
-    side = max(1, round(config.model.image_size / patch)) * patch
-    whole = dataclasses.replace(PUBLIC_SHAPE, image_size=side)
-    shallow = dataclasses.replace(whole, depth=1)
+    image_size = max(1, round(config.model.image_size / patch)) * patch
+    public = dataclasses.replace(PUBLIC_SHAPE, image_size=image_size)
+    shallow = dataclasses.replace(public, depth=1)
     train = TrainConfig(device=config.train.device, threads=config.train.threads)
-    with undisturbed():
-        work = Inference(Config(model=shallow, train=train), 0, side)
+    with preserve_torch_state():
+        work = Inference(Config(model=shallow, train=train), 0, image_size)
 
         def run(count: int) -> None:
             images = work.batch.images[:count]
             work.step(dataclasses.replace(work.batch, images=images))
 
         seconds = _seconds_per_image(run, len(work.batch.images), work.device)
-    return seconds * count_flops(whole, 0) / count_flops(shallow, 0)
+    return seconds * count_flops(public, 0) / count_flops(shallow, 0)
 
 
-def _rounded(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds / 3600:,.0f} h" if seconds >= 7200 else f"{max(1.0, seconds / 60):.0f} min"
 
 
-def _passes(training: Training, count: int) -> torch.Tensor:
+def _forward_backward(training: Training, count: int) -> torch.Tensor:
     """Both passes of the model for a number of images; returns their loss."""
     images, targets = training.batch.images[:count], training.batch.targets[:count]
     batch = dataclasses.replace(training.batch, images=images, targets=targets)
     return training.accumulate(batch)
 
 
-def _seconds_per_image(run: Callable[[int], object], most: int, device: torch.device) -> float:
-    """The time of `run`, which does its work for a number of images, `most` at most."""
-    count = min(SAMPLE, most) if device.type == "cpu" else most
+def _seconds_per_image(
+    run: Callable[[int], object], max_images: int, device: torch.device
+) -> float:
+    """The time of `run`, which does its work for a number of images, `max_images` at most."""
+    count = min(MIN_IMAGES, max_images) if device.type == "cpu" else max_images
     while True:
         run(count)  # allocates, imports and compiles
-        seconds = min(_seconds(partial(run, count), device) for _ in range(TRIALS))
-        if count == most or seconds > ENOUGH:
+        seconds = min(_seconds(partial(run, count), device) for _ in range(NUM_TRIALS))
+        if count == max_images or seconds > MIN_TIME:
             return seconds / count
-        count = min(2 * count, most)  # a small model spends its time between the operations
+        count = min(2 * count, max_images)  # a small model spends its time between the operations
 
 
 def _seconds_of_step(training: Training) -> float:
@@ -173,8 +177,8 @@ def _seconds_of_step(training: Training) -> float:
             average.update(1, skipped)
 
     times = []
-    for _ in range(1 + TRIALS):  # the first makes the optimizer's state
-        loss = _passes(training, SAMPLE)
+    for _ in range(1 + NUM_TRIALS):  # the first makes the optimizer's state
+        loss = _forward_backward(training, MIN_IMAGES)
         times.append(_seconds(step, training.device))
     return min(times[1:])
 
@@ -189,7 +193,8 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def mean_work(config: Config, num_classes: int) -> float:
     """Work of a mean step over that of one at the model's image size."""
-    parts = [
-        share * count_flops(config.model, num_classes, n) for n, share in config.train.progressive
+    terms = [
+        fraction * count_flops(config.model, num_classes, n)
+        for n, fraction in config.train.progressive
     ]
-    return sum(parts) / count_flops(config.model, num_classes) if parts else 1.0
+    return sum(terms) / count_flops(config.model, num_classes) if terms else 1.0

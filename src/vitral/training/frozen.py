@@ -18,7 +18,7 @@ from vitral import storage
 from vitral.config import Config
 from vitral.data import augment
 from vitral.data.fetch import Fetched, Request, fetch
-from vitral.data.loader import fetch_still
+from vitral.data.loader import fetch_eval_crops
 from vitral.data.records import Records
 from vitral.data.sampling import Integers
 from vitral.engines.onednn import for_inference
@@ -51,7 +51,7 @@ def train_mode(model: ViT, trainable: Trainable) -> None:
             block.eval()
 
 
-class Place(NamedTuple):
+class PartKey(NamedTuple):
     """Which images a part holds: those from `first` on, in one view."""
 
     view: int
@@ -72,7 +72,7 @@ class Features:
     """Images that cannot be decoded, which have no vector, and why."""
 
     @classmethod
-    def joined(cls, parts: Iterable[Features]) -> Features:
+    def concatenate(cls, parts: Iterable[Features]) -> Features:
         """The features of all parts, in order."""
         parts = list(parts)
         vectors, labels, images = (
@@ -105,7 +105,7 @@ class FeaturePass:
         directory: Path,
     ) -> None:
         self.config, self.resolved, self.workers = config, resolved, workers
-        self.directory, self.device, self.place = (
+        self.directory, self.device, self.data_device = (
             directory,
             model.device,
             input_device(model.device),
@@ -124,9 +124,9 @@ class FeaturePass:
         records: Records,
         split: Literal["train", "val"],
         views: int,
-        share: tuple[int, int],
+        shard: tuple[int, int],
         check: Callable[[int], None],
-    ) -> dict[Place, Features]:
+    ) -> dict[PartKey, Features]:
         """The features of this process's share of the parts.
 
         Args:
@@ -138,17 +138,14 @@ class FeaturePass:
             UserError: the directory holds features of other weights, images or settings.
         """
         first = range(0, len(records), PART)
-        places = [Place(view, start) for view in range(views) for start in first]
-        return {
-            place: self._read(records, split, place, check)
-            for place in places[share[0] :: share[1]]
-        }
+        keys = [PartKey(view, start) for view in range(views) for start in first]
+        return {key: self._read(records, split, key, check) for key in keys[shard[0] :: shard[1]]}
 
     def _read(
-        self, records: Records, split: str, place: Place, check: Callable[[int], None]
+        self, records: Records, split: str, key: PartKey, check: Callable[[int], None]
     ) -> Features:
         """A part from its directory, or computed and written there."""
-        part = self.directory / f"{split}-view{place.view}-{place.first:07d}"
+        part = self.directory / f"{split}-view{key.view}-{key.first:07d}"
         try:
             known = storage.read_json(part, "part.json")
             if known["source"] != self.source:
@@ -161,7 +158,7 @@ class FeaturePass:
                 return Features(**tensors, broken=dict(known["broken"]))
         except storage.CorruptError:
             pass  # missing, or damaged
-        features = Features.joined(self._compute(records, place, check))
+        features = Features.concatenate(self._compute(records, key, check))
         tensors = {name: getattr(features, name) for name in ("vectors", "labels", "images")}
         document = {
             "source": self.source,
@@ -174,14 +171,14 @@ class FeaturePass:
 
     @torch.no_grad()
     def _compute(
-        self, records: Records, place: Place, check: Callable[[int], None]
+        self, records: Records, key: PartKey, check: Callable[[int], None]
     ) -> Iterator[Features]:
-        indices = np.arange(place.first, min(place.first + PART, len(records)))
+        indices = np.arange(key.first, min(key.first + PART, len(records)))
         size = self.resolved.micro_batch
         chosen = [indices[i : i + size] for i in range(0, len(indices), size)]
-        for fetched in self._fetch(records, place.view, chosen):
+        for fetched in self._fetch(records, key.view, chosen):
             index = fetched.request.indices
-            pixels = self._pixels(fetched, place.view)
+            pixels = self._pixels(fetched, key.view)
             with self.resolved.autocast():
                 vectors = self.engine.pool(self.engine.forward_features(pixels)).float().cpu()
             good = torch.from_numpy(~np.isin(index, [i for i, _ in fetched.broken]))
@@ -194,20 +191,24 @@ class FeaturePass:
             check(len(index))
 
     def _fetch(self, records: Records, view: int, chosen: list[Integers]) -> Iterator[Fetched]:
-        where = self.workers, self.place, self.resolved.decoder
+        where = self.workers, self.data_device, self.resolved.decoder
         if view == 0:
-            return fetch_still(records, self.config, chosen, *where)
-        side = self.config.model.image_size
-        requests = [Request(0, 0, side, np.full_like(part, view), part) for part in chosen]
+            return fetch_eval_crops(records, self.config, chosen, *where)
+        image_size = self.config.model.image_size
+        requests = [Request(0, 0, image_size, np.full_like(part, view), part) for part in chosen]
         return fetch(records, self.config, requests, *where)
 
     def _pixels(self, fetched: Fetched, view: int) -> Tensor:
         """The images of a batch as the model sees them, (B, C, S, S)."""
         config, request, plan = self.config, fetched.request, None
-        images = fetched.images.to(self.place, non_blocking=True)
+        images = fetched.images.to(self.data_device, non_blocking=True)
         if view:
             plan = augment.draw_plan(
-                config.augment, request.side, config.train.seed, request.epochs, request.indices
+                config.augment,
+                request.image_size,
+                config.train.seed,
+                request.epochs,
+                request.indices,
             )
             images = augment.augment(images, plan)
         return augment.finish(images, plan, config.data.mean, config.data.std).to(self.device)
@@ -220,8 +221,8 @@ def read_features(directory: Path) -> Features:
         view, first = part.name.removeprefix("train-view").split("-")
         broken = dict(storage.read_json(part, "part.json")["broken"])
         tensors = storage.read_tensors(part, "features")
-        found[Place(int(view), int(first))] = Features(**tensors, broken=broken)
-    return Features.joined(found[place] for place in sorted(found))
+        found[PartKey(int(view), int(first))] = Features(**tensors, broken=broken)
+    return Features.concatenate(found[key] for key in sorted(found))
 
 
 def _weights_digest(model: ViT) -> str:

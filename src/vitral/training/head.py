@@ -13,7 +13,7 @@ from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, duration
 from vitral.training.broken import BrokenImages
-from vitral.training.distributed import Interrupted, World, spread_like
+from vitral.training.distributed import Interrupted, World, distribute_like
 from vitral.training.frozen import FeaturePass, Features
 from vitral.training.metrics import Console
 from vitral.training.probe import Probe, fit
@@ -26,10 +26,10 @@ def set_head(model: ViT, probe: Probe) -> None:
     """Gives a model, sharded or not, a fitted head."""
     for name, value in (("head.weight", probe.weight), ("head.bias", probe.bias)):
         own = model.get_parameter(name)
-        own.copy_(spread_like(value, own))
+        own.copy_(distribute_like(value, own))
 
 
-class Watch:
+class ProgressCheck:
     """Shows how far a pass over images is, and stops it after a signal.
 
     Args:
@@ -107,13 +107,13 @@ class HeadFit:
             if self.world.size == 1:
                 signals.check()
 
-        def fitted() -> Probe:
+        def fit_head() -> Probe:
             device = self.model.device if self.model.device.type == "cuda" else "cpu"
             num_classes, seed = len(self.dataset.classes), self.config.train.seed
             return fit(features, num_classes, seed, check, device)
 
-        found = fitted() if self.world.main else None
-        head = self.world.from_main(found)
+        found = fit_head() if self.world.is_main else None
+        head = self.world.broadcast(found)
         assert head is not None
         console.message(
             f"head fitted to {len(features.labels):,} vectors in "
@@ -131,17 +131,17 @@ class HeadFit:
         records, world, train = self.dataset.train, self.world, self.config.train
         assert records is not None
         views = train.epochs if train.trainable == "head" else 1
-        check = Watch("features", views * len(records), world.size, signals, console)
+        check = ProgressCheck("features", views * len(records), world.size, signals, console)
 
         def compute() -> tuple[dict, int | None]:
             try:
-                share = world.rank, world.size
-                return self.compute(records, "train", views, share, check), None
+                shard = world.rank, world.size
+                return self.compute(records, "train", views, shard, check), None
             except Interrupted:
                 return {}, signals.received
 
-        parts = world.gather(world.together(compute))
+        parts = world.gather(world.run_on_all_ranks(compute))
         if received := max(number or 0 for _, number in parts):
             raise Interrupted(received)
-        found = {place: part for some, _ in parts for place, part in some.items()}
-        return Features.joined(found[place] for place in sorted(found))
+        found = {key: part for some, _ in parts for key, part in some.items()}
+        return Features.concatenate(found[key] for key in sorted(found))

@@ -20,7 +20,7 @@ from vitral.machine import num_gpus
 from vitral.rundir import RunDir
 from vitral.training.distributed import LAUNCHER, check_processes
 from vitral.training.resume import check_settings
-from vitral.training.signals import handled
+from vitral.training.signals import handled_signals
 
 
 def launch(config: Config, processes: int, words: Sequence[str]) -> int:
@@ -45,7 +45,7 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=",".join(number.name for number in (*handled(), signal.SIGQUIT)),
+        signals_to_handle=",".join(number.name for number in (*handled_signals(), signal.SIGQUIT)),
     )
     try:
         elastic_launch(plan, sys.executable)("-m", "vitral", "train", *words)

@@ -14,7 +14,7 @@ from vitral.data.loader import Batch, train_batches
 from vitral.data.objects import Objects
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
-from vitral.data.tools.rates import choose_decoder, verdict
+from vitral.data.tools.rates import choose_decoder, input_speed_message
 from vitral.errors import UserError
 from vitral.evaluation import Scores
 from vitral.model import ViT, count_flops
@@ -24,18 +24,18 @@ from vitral.training import resume
 from vitral.training.broken import BrokenImages
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
-    SHARDS,
-    Agreement,
+    NUM_SHARDS,
+    DelayedMax,
     Interrupted,
     World,
 )
 from vitral.training.frozen import train_mode
-from vitral.training.head import HeadFit, Watch
+from vitral.training.head import HeadFit, ProgressCheck
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.monitor import Clock, Counters, profiling
 from vitral.training.optim import EMA
 from vitral.training.outputs import Outputs
-from vitral.training.parallel import Averaged, InFixedOrder
+from vitral.training.parallel import AveragedGradients, FixedOrderReduction
 from vitral.training.parts import Parts
 from vitral.training.plan import Plan
 from vitral.training.resolved import (
@@ -43,14 +43,14 @@ from vitral.training.resolved import (
     compiled,
     prepare_device,
     resolve,
-    resolve_again,
+    resolve_resumed,
 )
 from vitral.training.resume import Progress, State
 from vitral.training.signals import Signals
 from vitral.training.tokens import TokenCache, TrainedBlocks, can_cache
 from vitral.training.validation import Validation
 
-PATIENCE = 10  # consecutive non-finite updates that stop a run
+MAX_SKIPS = 10  # consecutive non-finite updates that stop a run
 
 
 class Trainer:
@@ -84,10 +84,10 @@ class Trainer:
         self.head_fit = None
         if checkpoint is None and (config.train.trainable == "head" or config.train.probe_first):
             self.head_fit = HeadFit(model, config, dataset, self.resolved, self.workers, run, world)
-        passes = InFixedOrder if config.train.reproducible else Averaged
+        accumulator = FixedOrderReduction if config.train.reproducible else AveragedGradients
         self.cached = can_cache(config, len(self.records), world.size)
         trained = TrainedBlocks(model, config) if self.cached else model
-        self.passes = passes(trained, config.train, self.resolved, world)
+        self.accumulator = accumulator(trained, config.train, self.resolved, world)
         self.optimizer = parts.optimizer(model, config.optim)
         self.ema = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
         self.counters, self.progress = Counters(device), Progress()
@@ -97,25 +97,29 @@ class Trainer:
         )  # fmt: skip
         if checkpoint is not None:
             self.state.restore(checkpoint)
-        forward = compiled(model, self.resolved) if self.cached else self.passes.forward
+        forward = compiled(model, self.resolved) if self.cached else self.accumulator.forward
         self.validation = Validation(
             config, dataset, model, forward, self.resolved, world, self.workers, device
         )
-        sides = {side for side, _ in config.train.progressive} | {config.model.image_size}
+        image_sizes = {image_size for image_size, _ in config.train.progressive} | {
+            config.model.image_size
+        }
         flops = functools.partial(count_flops, config.model, len(dataset.classes), training=True)
-        self.flops = {side: flops(side, build=parts.model) for side in sides}
+        self.flops = {
+            image_size: flops(image_size, build=parts.model) for image_size in image_sizes
+        }
         # The row of a validation that has to be repeated is dropped from the log.
         step, evaluated = self.progress.step, self.progress.evaluated
         undone = step in self.plan.evaluations and evaluated != step
-        self.log = MetricsLog(run, step - undone) if world.main else None
-        self.console = Console(run.log, self.plan.total, step, not world.main)
+        self.log = MetricsLog(run, step - undone) if world.is_main else None
+        self.console = Console(run.log, self.plan.total, step, not world.is_main)
         self.outputs = None
         if self.log is not None:
             self.outputs = Outputs(config, dataset, run, self.console, self.log, parts)
         known = checkpoint.state["broken"] if checkpoint else ()
         self.broken = BrokenImages(self.records, world, known, self.console.message)
         self.clock = Clock(*(self.log.totals if self.log else (0.0, 0.0)), self.resolved)
-        self.agreement = Agreement(world)
+        self.agreement = DelayedMax(world)
         self.num_rows = 0  # written by this process
         self.last_checkpoint = time.monotonic()
 
@@ -128,13 +132,13 @@ class Trainer:
             self.console.message(f"this run is finished: {progress.summary()}")
             return
         self._announce()
-        profile = self.config.train.profile and self.world.main
+        profile = self.config.train.profile and self.world.is_main
         with Signals(self.world) as signals, profiling(profile, self.run.trace) as profiler:
             try:
                 self._check_images(signals)
                 if self.head_fit is not None:
                     self._fit_head(self.head_fit, signals)
-                batches = signals.interrupting(self._batches(signals))  # its workers start at once
+                batches = signals.until_signal(self._batches(signals))  # its workers start at once
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
                     self._step(batches)
@@ -143,7 +147,7 @@ class Trainer:
                     self._log_if_due()
                     self._validate_if_due(signals)
                     now, limit = time.monotonic(), 60 * self.config.train.checkpoint_minutes
-                    late = self.world.main and now - self.last_checkpoint > limit
+                    late = self.world.is_main and now - self.last_checkpoint > limit
                     if late:  # agreed on one step later, and not to be asked for twice
                         self.last_checkpoint = now
                     signal, late = self.agreement.exchange(signals.received or 0, late)
@@ -162,7 +166,7 @@ class Trainer:
                 raise
         self._save_checkpoint()
         if self.outputs is not None:
-            self.outputs.draw_curves(now=True)
+            self.outputs.draw_curves(force=True)
             self.outputs.write_report(progress)
         self.console.message(f"finished: {progress.summary()}; everything is in {self.run.path}")
 
@@ -188,9 +192,9 @@ class Trainer:
         train, progress = self.config.train, self.progress
         train_mode(self.model, train.trainable)
         loss = torch.zeros((), device=self.device)
-        done, share = 0, train.batch_size // self.world.size
-        side = self.config.image_size_at(progress.step / self.plan.total)
-        while done < share:
+        done, images_per_process = 0, train.batch_size // self.world.size
+        image_size = self.config.image_size_at(progress.step / self.plan.total)
+        while done < images_per_process:
             batch = next(batches)
             assert batch.step == progress.step
             self.clock.waited += batch.waited
@@ -199,26 +203,26 @@ class Trainer:
                 self.outputs.save_batch(batch.images[:32])
             torch.manual_seed(derive_seed("dropout", train.seed, progress.step, batch.first))
             done += len(batch.images)
-            loss += self.passes.accumulate(batch, last=done == share)
-        loss = self.passes.reduce(loss)
+            loss += self.accumulator.accumulate(batch, last=done == images_per_process)
+        loss = self.accumulator.reduce(loss)
         norm, skipped = self.optimizer.step(self.plan.schedule.lr(progress.step), loss)
         progress.step += 1
         if self.ema is not None:
             self.ema.update(progress.step, skipped)
         self.counters.add(loss, norm, skipped)
-        self.clock.count(train.batch_size, self.flops[side])
+        self.clock.count(train.batch_size, self.flops[image_size])
 
     def _log_if_due(self) -> None:
         """Shows progress, and writes the log row of a step that is not validated."""
         step, plan = self.progress.step, self.plan
-        if self.world.main and self.console.due():
-            seen, pace = self.counters.read(), self.clock.read()
+        if self.world.is_main and self.console.due():
+            means, pace = self.counters.read(), self.clock.read()
             if self.world.size == 1:
-                self._stop_if_diverged(seen["worst"])
+                self._stop_if_diverged(means["worst"])
             left = (plan.total - step) * self.config.train.batch_size
             self.console.progress(
                 step,
-                {"epoch": step / plan.steps_per_epoch, "lr": plan.schedule.lr(step - 1), **seen},
+                {"epoch": step / plan.steps_per_epoch, "lr": plan.schedule.lr(step - 1), **means},
                 pace,
                 left / max(pace["images_per_second"], 1e-9),
             )
@@ -226,16 +230,16 @@ class Trainer:
             self._write_row(self.clock.read(), {})
 
     def _write_row(self, pace: dict[str, float], measured: dict[str, float]) -> None:
-        seen = self.counters.read()
-        self._stop_if_diverged(seen.pop("worst"))
-        self.broken.agree()
+        means = self.counters.read()
+        self._stop_if_diverged(means.pop("worst"))
+        self.broken.synchronize()
         step = self.progress.step
         row = {
             "step": step,
             "epoch": step / self.plan.steps_per_epoch,
             "images": step * self.config.train.batch_size,
             "lr": self.plan.schedule.lr(step - 1),
-            **seen,
+            **means,
             "broken": len(self.broken.known),
             **measured,
             **pace,
@@ -248,19 +252,19 @@ class Trainer:
         # The first row includes the start of the workers and compilation.
         if self.num_rows == 2 and not isinstance(self.records, Pixels):
             packed = isinstance(self.records, Packed | Objects)
-            self.console.message(verdict(pace["data_wait"], packed=packed))
+            self.console.message(input_speed_message(pace["data_wait"], packed=packed))
 
     def _stop_if_diverged(self, worst: float) -> None:
-        if worst >= PATIENCE:
+        if worst >= MAX_SKIPS:
             raise UserError(
-                f"training: {PATIENCE} consecutive updates before step {self.progress.step} were "
+                f"training: {MAX_SKIPS} consecutive updates before step {self.progress.step} were "
                 "not finite; the last checkpoint is intact; lower optim.lr "
                 f"{self.config.optim.lr:g}, or clip the gradients"
             )
 
     def _check_images(self, signals: Signals) -> None:
         """Decodes the validation images of a new run, hours before they are needed."""
-        if self.progress.step == 0 and self.validation.decodes:
+        if self.progress.step == 0 and self.validation.needs_decoding:
             number = len(self.validation.records)
             self.console.message(f"decoding the {number:,} validation images once to check them")
             self.validation.check_images(signals)
@@ -296,7 +300,7 @@ class Trainer:
             progress.best = {"step": progress.step, "top1": top1}
         # The checkpoint implies the tables, and weights imply that there was a checkpoint.
         if self.outputs is not None:
-            self.outputs.note_scores(scores[kind], progress)
+            self.outputs.record_scores(scores[kind], progress)
         if improved:
             self._save_checkpoint()
         if self.outputs is not None:
@@ -308,7 +312,7 @@ class Trainer:
         if progress.saved == (progress.step, progress.evaluated):
             return
         self._stop_if_diverged(self.counters.read()["worst"])
-        self.broken.agree()
+        self.broken.synchronize()
         checkpoint = self.state.checkpoint(self.world, self.broken.known)
         if self.log is not None:
             self.log.sync()
@@ -320,15 +324,17 @@ class Trainer:
         """The choices of a new run and measured decoder rates, or the choices it started with."""
         config, device, world = self.config, self.device, self.world
         if checkpoint is not None:
-            return resolve_again(checkpoint, config, self.model, self.run, device, world), {}
-        found = world.together(lambda: choose_decoder(self.records, config, self.workers, device))
-        decoder, rates = world.from_main(found)
+            return resolve_resumed(checkpoint, config, self.model, self.run, device, world), {}
+        found = world.run_on_all_ranks(
+            lambda: choose_decoder(self.records, config, self.workers, device)
+        )
+        decoder, rates = world.broadcast(found)
         return resolve(config, self.model, device, world, decoder), {**rates}
 
     def _batches(self, signals: Signals) -> Iterator[Batch]:
         if self.cached:
             steps = range(self.progress.step, self.plan.total)
-            check = Watch("activations", len(self.records), 1, signals, self.console)
+            check = ProgressCheck("activations", len(self.records), 1, signals, self.console)
             what = self.model, self.config, self.records, self.resolved, self.workers
             cache = TokenCache(*what, check)
             self.broken.add(cache.broken.items())
@@ -342,19 +348,19 @@ class Trainer:
             micro_batch=self.resolved.micro_batch,
             workers=self.workers,
             device=self.device,
-            share=(self.world.rank, self.world.size),
-            parts=SHARDS // self.world.size if self.config.train.reproducible else 1,
+            shard=(self.world.rank, self.world.size),
+            num_slices=NUM_SHARDS // self.world.size if self.config.train.reproducible else 1,
             decoder=self.resolved.decoder,
         )
 
     def _announce(self) -> None:
-        side, classes = self.config.model.image_size, len(self.dataset.classes)
-        flops = count_flops(self.config.model, classes, side, build=self.parts.model)
+        image_size, classes = self.config.model.image_size, len(self.dataset.classes)
+        flops = count_flops(self.config.model, classes, image_size, build=self.parts.model)
         facts = {
             "workers": self.workers,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "flops_per_image": flops,
-            "training_flops_per_image": 3 * self.flops[side],
+            "training_flops_per_image": 3 * self.flops[image_size],
             "step": self.progress.step,
         }
         if self.outputs is not None:

@@ -28,7 +28,7 @@ from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import make_directory, naming, replacing, sync
 
 # Columns that depend on the machine and the time; an exact resume does not reproduce them.
-CLOCK = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
+CLOCK_COLUMNS = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
 
 
 class MetricsLog:
@@ -47,7 +47,7 @@ class MetricsLog:
         last = rows[-1] if rows else {}
         self.totals = float(last.get("seconds", 0)), float(last.get("energy_kwh", 0))
         """Seconds and kWh that the run has used so far."""
-        self.run, self.board = run, Board(run.tensorboard, step + 1)
+        self.run, self.board = run, TensorBoardWriter(run.tensorboard, step + 1)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Appends a row."""
@@ -71,7 +71,7 @@ class MetricsLog:
         self.board.close()
 
 
-class Board:
+class TensorBoardWriter:
     """A file of TensorBoard events.
 
     torch's SummaryWriter writes in a thread, which prints a traceback on a full disk.
@@ -149,7 +149,7 @@ class Console:
         return time.monotonic() - self.last >= interval
 
     def progress(
-        self, step: int, seen: Mapping[str, float], pace: Mapping[str, float], seconds_left: float
+        self, step: int, values: Mapping[str, float], pace: Mapping[str, float], seconds_left: float
     ) -> None:
         """Shows how far the run is.
 
@@ -161,8 +161,8 @@ class Console:
         """
         self.last = time.monotonic()
         text = (
-            f"epoch {seen['epoch']:.1f}  loss {seen['loss']:.3f}  lr {seen['lr']:.1e}  "
-            f"norm {seen['grad_norm']:.2f}  {pace['images_per_second']:,.0f} img/s  "
+            f"epoch {values['epoch']:.1f}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
+            f"norm {values['grad_norm']:.2f}  {pace['images_per_second']:,.0f} img/s  "
             f"wait {pace['data_wait']:.0%}  {pace['memory_gb']:.1f} GB"
         )
         text += f"  MFU {pace['mfu']:.0%}" if "mfu" in pace else ""

@@ -82,15 +82,15 @@ class Clock:
     def read(self) -> dict[str, float]:
         """The clock columns of a log row; MFU counts the model's own work, forward and backward."""
         now = time.monotonic()
-        passed = max(now - self.row, 1e-9)
+        elapsed = max(now - self.row, 1e-9)
         columns = {
             "seconds": round(now - self.begin, 3),
-            "images_per_second": round(self.images / passed, 1),
-            "data_wait": round(self.waited / passed, 4),
+            "images_per_second": round(self.images / elapsed, 1),
+            "data_wait": round(self.waited / elapsed, 4),
             "memory_gb": round(memory_gb(self.device), 3),
         }
         if self.peak is not None:
-            columns["mfu"] = round(3 * self.flops / passed / self.peak, 4)
+            columns["mfu"] = round(3 * self.flops / elapsed / self.peak, 4)
         joules = self.joules()
         if joules is not None:
             # Of one GPU, times their number: they do the same work.
@@ -99,9 +99,9 @@ class Clock:
 
 
 @contextlib.contextmanager
-def profiling(wanted: bool, path: Path) -> Iterator[profile | None]:
+def profiling(enabled: bool, path: Path) -> Iterator[profile | None]:
     """A profiler of ten steps, after five to warm up, that writes a trace to `path`; or none."""
-    if not wanted:
+    if not enabled:
         yield None
         return
 

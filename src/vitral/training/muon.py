@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from vitral.compat import add_all, copy_all, scale_all
-from vitral.training.distributed import spread_like
+from vitral.training.distributed import distribute_like
 
 MOMENTUM = 0.95
 # Of the quintic p(s) = a s + b s^3 + c s^5 that five times over takes singular values of 0 to 1 to
@@ -20,7 +20,7 @@ RMS = 0.2  # that of AdamW's updates, roughly: so its rate and decay serve both 
 
 
 @dataclass(frozen=True)
-class Alike:
+class MatrixGroup:
     """Matrices of one shape, one decay and one factor on the learning rate."""
 
     members: list[nn.Parameter]
@@ -37,9 +37,9 @@ class Muon:
     gathers the updates, one shape after the other, and makes all of them orthogonal.
     """
 
-    def __init__(self, alike: Sequence[Alike]) -> None:
-        self.alike = alike
-        members = (p for group in alike for p in group.members)
+    def __init__(self, matrix_groups: Sequence[MatrixGroup]) -> None:
+        self.matrix_groups = matrix_groups
+        members = (p for group in matrix_groups for p in group.members)
         self.state = {p: {"momentum": torch.zeros_like(p)} for p in members}
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Muon:
             lr: learning rate.
             skipped: 0.0 or 1.0, on the device, which is not waited for.
         """
-        for group in self.alike:
+        for group in self.matrix_groups:
             parameters = [_local(p) for p in group.members]
             rate = lr * group.lr_factor
             updates = torch.where(skipped == 1, 0, self._updates(group.members, skipped))
@@ -68,16 +68,18 @@ class Muon:
         moved = momentum.lerp(gradients, 1 - MOMENTUM)
         moved = torch.where(skipped == 1, momentum, moved)
         copy_all(momenta, moved.unbind())
-        ahead = gradients.lerp_(moved, MOMENTUM)
+        lookahead = gradients.lerp_(moved, MOMENTUM)
         like = members[0]
         if not isinstance(like, DTensor):
-            return _scaled(ahead)
+            return _scaled(lookahead)
         shape = len(members), *like.shape
         stride = torch.empty(shape, device="meta").stride()
         assert like.placements == (Shard(0),)
         mesh, rows = like.device_mesh, (Shard(1),)
-        whole = DTensor.from_local(ahead, mesh, rows, shape=torch.Size(shape), stride=stride)
-        return _local(spread_like(_scaled(whole.full_tensor()), whole))
+        full_tensor = DTensor.from_local(
+            lookahead, mesh, rows, shape=torch.Size(shape), stride=stride
+        )
+        return _local(distribute_like(_scaled(full_tensor.full_tensor()), full_tensor))
 
 
 def _scaled(matrices: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from vitral.compat import lerp_all
 from vitral.config import OptimConfig
 from vitral.model import ViT, matrices
-from vitral.training.distributed import spread_like
-from vitral.training.muon import Alike, Muon
+from vitral.training.distributed import distribute_like
+from vitral.training.muon import MatrixGroup, Muon
 
 
 def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
@@ -44,10 +44,10 @@ def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
     ]
 
 
-def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[Alike]:
+def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[MatrixGroup]:
     """Takes the matrices of the blocks out of parameter groups, those of one shape together."""
     taken = matrices(model.blocks)
-    alike: list[Alike] = []
+    matrix_groups: list[MatrixGroup] = []
     for group in groups:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in group["params"]:
@@ -55,8 +55,8 @@ def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[Alike]:
                 shapes.setdefault(parameter.shape, []).append(parameter)
         group["params"] = [p for p in group["params"] if p not in taken]
         known = group["weight_decay"], group["lr_factor"]
-        alike += [Alike(members, *known) for members in shapes.values()]
-    return alike
+        matrix_groups += [MatrixGroup(members, *known) for members in shapes.values()]
+    return matrix_groups
 
 
 class Optimizer:
@@ -117,7 +117,7 @@ class Optimizer:
         for name, value in tensors.items():
             name, _, key = name.rpartition(".")
             parameter = self.named[name]
-            self._state_of(parameter)[key] = spread_like(value, parameter)
+            self._state_of(parameter)[key] = distribute_like(value, parameter)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return self.muon.state.get(parameter) or self.adamw.state[parameter]
@@ -190,4 +190,4 @@ class EMA:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Takes over the averages of a checkpoint."""
         for name, value in self.average.items():
-            value.copy_(spread_like(tensors[name], value))
+            value.copy_(distribute_like(tensors[name], value))

@@ -23,7 +23,7 @@ from vitral.training.parts import Parts
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress
 
-REDRAW = 60.0  # seconds between drawings of the curves
+REDRAW_SECONDS = 60.0  # seconds between drawings of the curves
 States = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -45,7 +45,7 @@ class Outputs:
         self.config, self.dataset, self.run = config, dataset, run
         self.console, self.log = console, log
         self.parts = parts
-        self.drawn = time.monotonic()
+        self.last_drawn = time.monotonic()
         # Step and scores for the report: the best, or else the last since the run was resumed.
         self.reported: tuple[int, Scores] | None = None
 
@@ -92,8 +92,8 @@ class Outputs:
             + f", threads: {resolved.threads}, workers: {facts['workers']}"
             + (f", in each of {resolved.processes} processes" if resolved.processes > 1 else "")
         )
-        alone = resolved.device == "cpu" and resolved.processes == 1
-        if alone and not facts["step"] and self.parts.describable:
+        single_cpu = resolved.device == "cpu" and resolved.processes == 1
+        if single_cpu and not facts["step"] and self.parts.describable:
             cost = compare_with_frozen(self.config, self.dataset, total)
             if cost:
                 self.console.message(cost)
@@ -111,7 +111,7 @@ class Outputs:
             for name in names:
                 weights.save(self.run.weights / name, states, self._describe(metrics))
 
-    def note_scores(self, scores: Scores, progress: Progress) -> None:
+    def record_scores(self, scores: Scores, progress: Progress) -> None:
         """Writes the tables of a validation and remembers its scores for the report."""
         scores.write_tables(self.run.path)
         if self.reported is None or self.reported[0] != progress.best["step"]:
@@ -138,14 +138,14 @@ class Outputs:
             if found < step or (known and found == step and known.config.data.path != place):
                 self._restore(name, step)
 
-    def draw_curves(self, *, now: bool = False) -> None:
-        """Draws the curves, at most once a minute unless `now`."""
-        if not now and time.monotonic() - self.drawn <= REDRAW:
+    def draw_curves(self, *, force: bool = False) -> None:
+        """Draws the curves, at most once a minute unless `force`."""
+        if not force and time.monotonic() - self.last_drawn <= REDRAW_SECONDS:
             return
         from vitral.report import curves  # imports matplotlib
 
         curves.draw(self.run.curves, read_rows(self.run.metrics))
-        self.drawn = time.monotonic()
+        self.last_drawn = time.monotonic()
 
     def write_report(self, progress: Progress) -> None:
         """Writes the report of a finished run."""

@@ -16,12 +16,12 @@ from vitral.compat import add_all, allow_recompiles
 from vitral.config import TrainConfig
 from vitral.data.loader import Batch
 from vitral.model import ViT
-from vitral.training.distributed import SHARDS, World
+from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.resolved import Resolved, compiled
 
 
-class Averaged:
+class AveragedGradients:
     """Gradients are averaged over the processes while the backward pass still runs.
 
     Each process holds the whole model (DDP, Li et al. 2020), or a part of every parameter (FSDP2,
@@ -35,7 +35,7 @@ class Averaged:
         self.wrapped: DistributedDataParallel | FSDPModule | None = None
         if world.size > 1 and train.parallel == "fsdp":
             assert isinstance(model, ViT)
-            self.wrapped = _spread(model, resolved, world)
+            self.wrapped = _shard_model(model, resolved, world)
             self.forward = model
             return
         self.forward = compiled(model, resolved)
@@ -45,13 +45,13 @@ class Averaged:
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
         """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""
-        quiet = contextlib.nullcontext()
+        no_sync = contextlib.nullcontext()
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_gradient_sync(last)
         elif self.wrapped is not None and not last:
-            quiet = self.wrapped.no_sync()
+            no_sync = self.wrapped.no_sync()
         call = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else self.forward
-        with quiet:
+        with no_sync:
             with self.resolved.autocast():
                 loss = loss_sum(call(batch.images), batch.targets, self.train.loss)
                 loss = loss / self.train.batch_size
@@ -66,8 +66,8 @@ class Averaged:
         return loss
 
 
-class InFixedOrder:
-    """Gradients of SHARDS equal parts of the global batch, added up as one binary tree.
+class FixedOrderReduction:
+    """Gradients of NUM_SHARDS equal parts of the global batch, added up as one binary tree.
 
     The tree is the same whatever the number of processes, so the weights are too, bit by bit. It
     costs a copy of the gradients for each level, and nothing is sent before the backward pass ends.
@@ -79,7 +79,7 @@ class InFixedOrder:
         self.train, self.resolved, self.world = train, resolved, world
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.forward = compiled(model, resolved)
-        self.shard = train.batch_size // SHARDS
+        self.shard = train.batch_size // NUM_SHARDS
         self.sums: list[tuple[int, list[Tensor]]] = []
         self.loss = torch.zeros((), device=self.parameters[0].device)
 
@@ -91,10 +91,10 @@ class InFixedOrder:
         loss.backward()
         self.loss = self.loss + loss.detach()
         if (batch.first + len(batch.images)) % self.shard == 0:
-            self._end_shard()
+            self._finish_shard()
         return loss.detach()
 
-    def _end_shard(self) -> None:
+    def _finish_shard(self) -> None:
         leaves = [self.loss]
         for parameter in self.parameters:
             assert parameter.grad is not None
@@ -110,39 +110,39 @@ class InFixedOrder:
     def reduce(self, loss: Tensor) -> Tensor:
         """Puts the sums in the place of the gradients; returns the loss of the global batch."""
         ((count, leaves),) = self.sums
-        assert count * self.world.size == SHARDS
+        assert count * self.world.size == NUM_SHARDS
         self.sums = []
-        total, *gradients = map(self._add_up, leaves)
+        total, *gradients = map(self._tree_reduce, leaves)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         return total
 
-    def _add_up(self, own: Tensor) -> Tensor:
+    def _tree_reduce(self, own: Tensor) -> Tensor:
         if self.world.size == 1:
             return own
-        parts = own.new_empty(self.world.size, *own.shape)
-        dist.all_gather(list(parts.unbind()), own.contiguous())
-        while len(parts) > 1:
-            parts = parts[0::2] + parts[1::2]
-        return parts[0]
+        sums = own.new_empty(self.world.size, *own.shape)
+        dist.all_gather(list(sums.unbind()), own.contiguous())
+        while len(sums) > 1:
+            sums = sums[0::2] + sums[1::2]
+        return sums[0]
 
 
 @contextlib.contextmanager
-def gathered(model: ViT) -> Iterator[None]:
+def unsharded(model: ViT) -> Iterator[None]:
     """Has every process hold all parameters for a while, so that none waits for another."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
     try:
         yield
     finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
-def _spread(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
+def _shard_model(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
     """Spreads the parameters over all processes, block by block.
 
     In bf16 the blocks' parameters travel as bf16, and gradients are added in float32. What is

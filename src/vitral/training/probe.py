@@ -17,14 +17,14 @@ from vitral.training.frozen import Features
 
 STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # 3 to 1e-5
 FOLDS = 5  # parts of the images, each held out in turn to select the strength
-FEW = 0.1  # strength where no image can be held out
-MANY = 20_000  # images above which holding out one part is enough
+DEFAULT_STRENGTH = 0.1  # strength where no image can be held out
+MAX_CROSS_VALIDATED = 20_000  # images above which holding out one part is enough
 PATIENCE = 2  # weaker penalties that are tried after the best
-ITERATIONS = 200
+MAX_ITERATIONS = 200
 TOLERANCE = 1e-5  # largest component of the gradient
-ROUGH = 1e-4  # the same while the strength is selected
-LOGITS = 1 << 22  # computed at a time
-EXACT = 1 << 20  # numbers up to which float64 is used; more take float32, in half the time
+SELECTION_TOLERANCE = 1e-4  # the same while the strength is selected
+LOGITS_PER_BATCH = 1 << 22  # computed at a time
+MAX_FLOAT64 = 1 << 20  # numbers up to which float64 is used; more take float32, in half the time
 
 
 Check = Callable[[], None]
@@ -68,7 +68,7 @@ def fit(
     """
     vectors, labels = features.vectors.to(device), features.labels.to(device)
     mean, deviation = standardization(vectors)
-    small = len(labels) * max(num_classes, vectors.shape[1]) <= EXACT
+    small = len(labels) * max(num_classes, vectors.shape[1]) <= MAX_FLOAT64
     dtype = torch.float64 if small else torch.float32
     images, first, inverse = np.unique(features.images, return_index=True, return_inverse=True)
     fold = random_ranks(images, features.labels.numpy()[first], seed, "probe") % FOLDS
@@ -78,7 +78,7 @@ def fit(
         standardized = (vectors[chosen].double() - mean) / deviation
         return Problem(standardized.to(dtype), labels[chosen], num_classes, check)
 
-    folds = FOLDS if len(images) <= MANY else 1
+    folds = FOLDS if len(images) <= MAX_CROSS_VALIDATED else 1
     used = [k for k in range(folds) if (fold == k).any() and (fold != k).any()]
     strength, accuracy, head = select(
         [(problem(fold[inverse] != k), problem(first[fold == k])) for k in used]
@@ -106,13 +106,13 @@ def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tens
         The strength, its accuracy, and its head in the first fold; FEW, nan and None without folds.
     """
     if not folds:  # no class has two images
-        return FEW, math.nan, None
+        return DEFAULT_STRENGTH, math.nan, None
     heads = [fitted.start() for fitted, _ in folds]
     best = STRENGTHS[0], -1.0, heads[0]
     since = 0
     for strength in STRENGTHS:
         heads = [
-            fitted.minimize(head, strength, ROUGH)[0]
+            fitted.minimize(head, strength, SELECTION_TOLERANCE)[0]
             for (fitted, _), head in zip(folds, heads, strict=True)
         ]
         right = sum(held.num_right(head) for (_, held), head in zip(folds, heads, strict=True))
@@ -139,7 +139,7 @@ class Problem:
         self.vectors, self.labels, self.num_classes, self.check = (
             vectors, labels, num_classes, check,
         )  # fmt: skip
-        self.rows = max(1, LOGITS // num_classes)
+        self.rows = max(1, LOGITS_PER_BATCH // num_classes)
 
     def start(self) -> Tensor:
         """The head to start from, (classes, D + 1), all zero."""
@@ -159,7 +159,7 @@ class Problem:
         head = head.clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS(
             [head],
-            max_iter=ITERATIONS,
+            max_iter=MAX_ITERATIONS,
             tolerance_grad=tolerance,
             history_size=10,
             line_search_fn="strong_wolfe",

@@ -21,11 +21,11 @@ from vitral.machine import available_cores
 from vitral.model import CHANNELS, ViT
 from vitral.rundir import RunDir
 from vitral.training.checkpoint import Checkpoint
-from vitral.training.distributed import SHARDS, World
+from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.trial import autocast, can_compile, fused_is_faster
 
-GRAPHS = 64  # that a run may compile at most
+MAX_GRAPHS = 64  # that a run may compile at most
 CPU_BATCH = 64  # images of a micro-batch: on a CPU, larger ones take memory and are no faster
 
 
@@ -82,20 +82,22 @@ def resolve(
     if train.compile == "auto" and gpu:
         compiled = all(world.gather(can_compile(device)))
     reproducible = train.reproducible
-    share = train.batch_size // (SHARDS if reproducible else world.size)
+    images_per_process = train.batch_size // (NUM_SHARDS if reproducible else world.size)
     threads = 1 if reproducible else max(1, min(16, available_cores() // world.local_size))
     resolved = Resolved(
         device=device.type,
         precision=precision,
         compile=compiled,
         threads=train.threads or threads,
-        micro_batch=min(train.micro_batch or (share if gpu else CPU_BATCH), share),
+        micro_batch=min(
+            train.micro_batch or (images_per_process if gpu else CPU_BATCH), images_per_process
+        ),
         processes=world.size,
         decoder=decoder,
         fused=False,
     )
     if gpu and train.micro_batch is None:
-        resolved = _with_fitting_batch(resolved, config, model, device)
+        resolved = _fit_micro_batch(resolved, config, model, device)
         torch.cuda.reset_peak_memory_stats(device)  # what did not fit is none of the run's memory
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
     if reproducible:  # else the sums would hang on a clock
@@ -137,11 +139,11 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
         model.fuse(resolved.fused)
     if not resolved.compile:
         return model
-    allow_recompiles(GRAPHS)  # one for each image size and each size of a micro-batch
+    allow_recompiles(MAX_GRAPHS)  # one for each image size and each size of a micro-batch
     return torch.compile(model, dynamic=False)
 
 
-def resolve_again(
+def resolve_resumed(
     checkpoint: Checkpoint,
     config: Config,
     model: ViT,
@@ -154,27 +156,27 @@ def resolve_again(
     Raises:
         UserError: the run cannot be resumed on this device.
     """
-    was = Resolved(**checkpoint.state["resolved"])
-    if was.device != device.type:
+    saved = Resolved(**checkpoint.state["resolved"])
+    if saved.device != device.type:
         raise UserError(
-            f"train.device: the run in {run.path} started on {was.device}, not {device.type}; "
+            f"train.device: the run in {run.path} started on {saved.device}, not {device.type}; "
             "resume it there, or start another run with --out"
         )
-    if was.compile and not all(world.gather(can_compile(device))):
+    if saved.compile and not all(world.gather(can_compile(device))):
         raise UserError(
             f"train.compile: the run in {run.path} is compiled, which fails on this machine; "
             "resume it on another, or start another run with --out"
         )
     if config.train.reproducible:  # otherwise the micro-batch would depend on free memory
-        return dataclasses.replace(was, processes=world.size)
-    if was.processes == world.size:
-        return was
-    now = resolve(config, model, device, world, was.decoder)
-    kept = {name: getattr(was, name) for name in ("precision", "compile", "fused")}
+        return dataclasses.replace(saved, processes=world.size)
+    if saved.processes == world.size:
+        return saved
+    now = resolve(config, model, device, world, saved.decoder)
+    kept = {name: getattr(saved, name) for name in ("precision", "compile", "fused")}
     return dataclasses.replace(now, **kept)
 
 
-def _with_fitting_batch(
+def _fit_micro_batch(
     resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> Resolved:
     """Halves the micro-batch until both passes fit beside the optimiser's state.
@@ -201,16 +203,18 @@ def _try_batch(
     micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> None:
     """A forward and backward pass beside as much memory as a run has in use besides."""
-    side = max([side for side, _ in config.train.progressive] or [config.model.image_size])
-    images = torch.zeros(micro, CHANNELS, side, side, device=device)
+    image_size = max(
+        [image_size for image_size, _ in config.train.progressive] or [config.model.image_size]
+    )
+    images = torch.zeros(micro, CHANNELS, image_size, image_size, device=device)
     targets = torch.zeros(micro, model.num_classes, device=device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # Moments, EMA and a spare, or a share of them; of a reproducible run three levels of gradients
     # that are still to be added up; the next batch, which is augmented meanwhile.
-    parts = resolved.processes if config.train.parallel == "fsdp" else 1
+    num_shards = resolved.processes if config.train.parallel == "fsdp" else 1
     copies = 7 if config.train.reproducible else 4
-    besides = copies * weights // parts + 24 * images.numel()
-    ballast = torch.empty(besides, dtype=torch.uint8, device=device)
+    ballast_bytes = copies * weights // num_shards + 24 * images.numel()
+    ballast = torch.empty(ballast_bytes, dtype=torch.uint8, device=device)
     with resolved.autocast():
         loss = loss_sum(model(images), targets, config.train.loss)
     loss.backward()

@@ -18,7 +18,7 @@ from vitral.rundir import RunDir, read_rows
 from vitral.storage import CorruptError
 from vitral.training import checkpoint as checkpoints
 from vitral.training.checkpoint import Checkpoint
-from vitral.training.distributed import World, full
+from vitral.training.distributed import World, gather_full
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
 from vitral.training.plan import Plan
@@ -63,9 +63,9 @@ class State:
 
     def weights(self, world: World) -> dict[str, dict[str, torch.Tensor]]:
         """Full tensors of "model" and, if the run keeps one, "ema"; every process takes part."""
-        states = {"model": full(dict(self.model.named_parameters()), world)}
+        states = {"model": gather_full(dict(self.model.named_parameters()), world)}
         if self.ema is not None:
-            states["ema"] = full(self.ema.average, world)
+            states["ema"] = gather_full(self.ema.average, world)
         return states
 
     def checkpoint(self, world: World, broken: dict[int, str]) -> Checkpoint:
@@ -73,7 +73,7 @@ class State:
         weights = self.weights(world)
         tensors = {
             "model": weights.pop("model"),
-            "optimizer": full(self.optimizer.state(), world),
+            "optimizer": gather_full(self.optimizer.state(), world),
             **weights,
         }
         state = {
@@ -114,14 +114,16 @@ def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
         UserError: the directory is in use, or its checkpoints are lost or damaged.
     """
     warnings: list[str] = []
-    checkpoint = world.together(lambda: _lock_and_read(run, warnings) if world.main else None)
+    checkpoint = world.run_on_all_ranks(
+        lambda: _lock_and_read(run, warnings) if world.is_main else None
+    )
     known = (checkpoint.step, list(checkpoint.tensors), checkpoint.state) if checkpoint else None
-    known = world.from_main(known)
+    known = world.broadcast(known)
     if known is None:
         return None, warnings
     step, kinds, state = known
     tensors = {
-        kind: world.tensors_from_main(checkpoint.tensors[kind] if checkpoint else None)
+        kind: world.broadcast_tensors(checkpoint.tensors[kind] if checkpoint else None)
         for kind in kinds
     }
     return Checkpoint(step, tensors, state), warnings
@@ -155,15 +157,15 @@ def check_settings(run: RunDir, config: Config) -> list[str]:
 
 
 def _compare_settings(run: RunDir, before: Config, after: Config) -> list[str]:
-    was, now = (flatten(weights.absolute_paths(config)) for config in (before, after))
-    changed = [name for name in now if now[name] != was[name] and name != "train.out"]
+    old, new = (flatten(weights.absolute_paths(config)) for config in (before, after))
+    changed = [name for name in new if new[name] != old[name] and name != "train.out"]
     for name in changed:
         if name not in CHANGEABLE:
             raise UserError(
-                f"{name}: the run in {run.path} has {was[name]}, not {now[name]}; "
+                f"{name}: the run in {run.path} has {old[name]}, not {new[name]}; "
                 f"resume it with its own settings, or start another: --out {run.unused_name()}"
             )
-    return [f"{name}: {was[name]} becomes {now[name]}" for name in changed]
+    return [f"{name}: {old[name]} becomes {new[name]}" for name in changed]
 
 
 def check_checkpoints_exist(run: RunDir) -> None:
@@ -212,16 +214,16 @@ def check_data(config: Config, run: RunDir, dataset: Dataset, fingerprint: str) 
         )
 
 
-def check_parts(run: RunDir, was: str, now: str) -> None:
+def check_parts(run: RunDir, old: str, new: str) -> None:
     """Raises UserError unless the model and optimizer are those that the run started with."""
-    if was != now:
+    if old != new:
         raise UserError(
-            f"parts: the run in {run.path} has {was or 'those of vitral'}, not "
-            f"{now or 'those of vitral'}; resume it with its own, or start another with --out"
+            f"parts: the run in {run.path} has {old or 'those of vitral'}, not "
+            f"{new or 'those of vitral'}; resume it with its own, or start another with --out"
         )
 
 
-def check_unstarted(config: Config, run: RunDir, dataset: Dataset) -> None:
+def check_resumable(config: Config, run: RunDir, dataset: Dataset) -> None:
     """Raises UserError where resuming the run in this directory would, but reads no tensors."""
     steps = checkpoints.steps(run.checkpoints)
     if not steps:

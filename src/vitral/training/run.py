@@ -9,7 +9,7 @@ import torch
 
 from vitral import weights
 from vitral.config import Config
-from vitral.data.formats.objects import Given, given_data, open_data
+from vitral.data.formats.objects import PythonDatasets, open_data, python_datasets
 from vitral.data.objects import Source
 from vitral.data.records import Dataset
 from vitral.errors import UserError
@@ -19,13 +19,13 @@ from vitral.rundir import RunDir, RunPath
 from vitral.settings import Request
 from vitral.training import budget, resume
 from vitral.training import checkpoint as checkpoints
-from vitral.training.distributed import World, check_processes, joined, one_at_a_time
+from vitral.training.distributed import World, check_processes, exclusive_training, process_world
 from vitral.training.frozen import freeze
 from vitral.training.loop import Trainer
 from vitral.training.parts import Parts
 from vitral.training.resolved import build_model
 
-OWN = Parts()
+DEFAULT_PARTS = Parts()
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
     val_dataset: Source | None = None,
     classes: Sequence[str] | None = None,
     fingerprint: str | None = None,
-    parts: Parts = OWN,
+    parts: Parts = DEFAULT_PARTS,
 ) -> RunPath:
     """Trains a model, or resumes an existing run, and returns the path of the run directory.
 
@@ -58,26 +58,28 @@ def train(
     if isinstance(recipe, str):
         recipe = weights.request(recipe, options)
     request = Request(recipe) if isinstance(recipe, Config) else recipe
-    config, given = given_data(request.config, dataset, val_dataset, classes, fingerprint)
+    config, datasets = python_datasets(request.config, dataset, val_dataset, classes, fingerprint)
     request = dataclasses.replace(request, config=config)
     if config.train.out is None:
         raise UserError("train.out: expected a directory for the run, got none")
     run = RunDir(config.train.out)
     device = pick_device(config.train.device)
     gpu, minutes = device.type == "cuda", config.train.timeout_minutes
-    with one_at_a_time(), joined(gpu, minutes) as world, run:
-        device = world.together(lambda: world.device(device))
-        request = budget.fit(request, run, world, given)
+    with exclusive_training(), process_world(gpu, minutes) as world, run:
+        device = world.run_on_all_ranks(lambda: world.device(device))
+        request = budget.fit_time_budget(request, run, world, datasets)
         config = request.config
-        notes, data, model = world.together(lambda: prepare(config, run, world, parts, given))
+        notes, data, model = world.run_on_all_ranks(
+            lambda: prepare(config, run, world, parts, datasets)
+        )
         if len({*world.gather(data.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same for all processes")
         checkpoint, warnings = resume.open_run(run, world)
-        trainer = world.together(
+        trainer = world.run_on_all_ranks(
             lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
         )
         try:
-            if world.main:
+            if world.is_main:
                 run.write_config(weights.absolute_paths(config))
             for text in (*request.notes, *notes, *warnings):
                 trainer.console.message(text)
@@ -91,8 +93,8 @@ def prepare(
     config: Config,
     run: RunDir,
     world: World,
-    parts: Parts = OWN,
-    given: Given | None = None,
+    parts: Parts = DEFAULT_PARTS,
+    datasets: PythonDatasets | None = None,
     device: str = "cpu",
 ) -> tuple[list[str], Dataset, ViT]:
     """Notes, data set and model of a run; finds errors before anything is written.
@@ -100,8 +102,8 @@ def prepare(
     On the device "meta" the model and the weights to start from are compared by shapes alone.
     """
     check_processes(config, world.size)
-    changes = resume.check_settings(run, config) if world.main else []
-    dataset = open_data(config, given)
+    changes = resume.check_settings(run, config) if world.is_main else []
+    dataset = open_data(config, datasets)
     with torch.device(device):
         model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]

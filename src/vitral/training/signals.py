@@ -15,13 +15,13 @@ from vitral.machine import in_notebook
 from vitral.training.distributed import Interrupted, World
 
 T = TypeVar("T")
-NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNAL_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
-def handled() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """The signals that end a run in good order. A hangup that is ignored, as by nohup, does not."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    return [number for number in NUMBERS if number != signal.SIGHUP or not ignored]
+    return [number for number in SIGNAL_NUMBERS if number != signal.SIGHUP or not ignored]
 
 
 class Signals:
@@ -39,8 +39,8 @@ class Signals:
     def __enter__(self) -> Signals:
         self.received: int | None = None
         main = threading.current_thread() is threading.main_thread()
-        numbers = handled() if main else ()
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        numbers = handled_signals() if main else ()
+        self.before = {number: signal.signal(number, self._record_signal) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +52,7 @@ class Signals:
         if self.received is not None:
             raise Interrupted(self.received)
 
-    def interrupting(self, items: Iterable[T]) -> Iterator[T]:
+    def until_signal(self, items: Iterable[T]) -> Iterator[T]:
         """The items, until a lone process receives a signal: raises Interrupted before the next.
 
         So a lone process drops the optimizer step that it is in after the current micro-batch.
@@ -63,7 +63,7 @@ class Signals:
                 self.check()
             yield item
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _record_signal(self, number: int, _: FrameType | None) -> None:
         first = self.received is None
         # torchrun forwards signals that a scheduler may have sent to its children already.
         lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
@@ -75,7 +75,7 @@ class Signals:
         if first or number != signal.SIGHUP:
             self.received = number
         # Without stderr another file may have its number.
-        if not first or not self.world.main or sys.__stderr__ is None:
+        if not first or not self.world.is_main or sys.__stderr__ is None:
             return
         hint = "; send it again to stop at once" if lone else ""
         text = f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n"

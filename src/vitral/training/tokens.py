@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from vitral.config import Config
 from vitral.data import augment
-from vitral.data.loader import Batch, fetch_still, smoothed
+from vitral.data.loader import Batch, fetch_eval_crops, smoothed
 from vitral.data.records import Records
 from vitral.data.sampling import Order
 from vitral.machine import input_device
 from vitral.model import ViT
 from vitral.training.resolved import Resolved
 
-LIMIT = 4e9  # bytes of tokens that are kept in memory
+MAX_CACHE_BYTES = 4e9  # bytes of tokens that are kept in memory
 
 
 def can_cache(config: Config, num_images: int, processes: int) -> bool:
@@ -32,7 +32,7 @@ def can_cache(config: Config, num_images: int, processes: int) -> bool:
         return False
     tokens = model.num_prefix + (model.image_size // model.patch_size) ** 2
     size = 4 * num_images * tokens * model.shape.dim
-    return processes == 1 and config.augment.off and size <= LIMIT
+    return processes == 1 and config.augment.off and size <= MAX_CACHE_BYTES
 
 
 class TrainedBlocks(nn.Module):
@@ -42,11 +42,11 @@ class TrainedBlocks(nn.Module):
         super().__init__()
         self.model = model
         self.first = _num_frozen(config)
-        self.side = config.model.image_size // config.model.patch_size
+        self.grid_size = config.model.image_size // config.model.patch_size
 
     def forward(self, tokens: Tensor) -> Tensor:
         model = self.model
-        x = model.encode(tokens, self.side, self.side, self.first)
+        x = model.encode(tokens, self.grid_size, self.grid_size, self.first)
         return model.head(model.pool(x if model.config.pooling == "mean-norm" else model.norm(x)))
 
 
@@ -74,9 +74,11 @@ class TokenCache:
         size = resolved.micro_batch
         chosen = [everything[i : i + size] for i in range(0, len(records), size)]
         model.eval()
-        place = input_device(model.device)
-        for fetched in fetch_still(records, config, chosen, workers, place, resolved.decoder):
-            images = fetched.images.to(place, non_blocking=True)
+        data_device = input_device(model.device)
+        for fetched in fetch_eval_crops(
+            records, config, chosen, workers, data_device, resolved.decoder
+        ):
+            images = fetched.images.to(data_device, non_blocking=True)
             images = augment.finish(images, None, config.data.mean, config.data.std)
             images = images.to(model.device)
             with resolved.autocast():

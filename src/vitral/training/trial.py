@@ -63,26 +63,26 @@ def fused_is_faster(
             return eager and kernels.can_train_by_onednn(torch.empty(1))
     if config.kernels == "plain" or not kernels.has_feed_forward(torch.device(device)):
         return False
-    side = config.image_size // config.patch_size
-    tokens = micro_batch * (config.num_prefix + side**2)
+    grid_size = config.image_size // config.patch_size
+    tokens = micro_batch * (config.num_prefix + grid_size**2)
     with autocast(device, precision):
         if not kernels.can_fuse(torch.empty(1, device=device)):
             return False
         x = torch.randn(tokens, config.shape.dim, device=device, requires_grad=True)
-        fused, plain = (_passes(config, x, compile, kind) for kind in (True, False))
+        fused, plain = (_forward_backward(config, x, compile, kind) for kind in (True, False))
         try:
             fused()
             plain()
             rounds = [(_seconds(fused), _seconds(plain)) for _ in range(ROUNDS)]
         except Exception as error:  # a compiler's, of whatever kind
-            told = f"torch's kernels do the work, as vitral's fail: {_reason(error)}"
-            warnings.warn(told, stacklevel=2)
+            message = f"torch's kernels do the work, as vitral's fail: {_reason(error)}"
+            warnings.warn(message, stacklevel=2)
             return False
         finally:
             del x, fused, plain
             torch.cuda.empty_cache()
-    ours, theirs = map(statistics.median, zip(*rounds, strict=True))
-    return ours < theirs
+    fused_seconds, plain_seconds = map(statistics.median, zip(*rounds, strict=True))
+    return fused_seconds < plain_seconds
 
 
 def _reason(error: Exception) -> str:
@@ -90,7 +90,9 @@ def _reason(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _passes(config: ViTConfig, x: torch.Tensor, compiled: bool, fused: bool) -> Callable[[], None]:
+def _forward_backward(
+    config: ViTConfig, x: torch.Tensor, compiled: bool, fused: bool
+) -> Callable[[], None]:
     norm, layer = PreNorm(config.shape.dim).to(x.device), FeedForward(config).to(x.device)
     layer.fused = fused
     call = torch.compile(layer, dynamic=False) if compiled else layer

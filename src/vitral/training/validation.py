@@ -14,7 +14,7 @@ from vitral.data.records import Dataset, Packed, Pixels
 from vitral.evaluation import Scores, measure, merge
 from vitral.model import ViT
 from vitral.training.distributed import World
-from vitral.training.parallel import gathered
+from vitral.training.parallel import unsharded
 from vitral.training.resolved import Resolved
 from vitral.training.signals import Signals
 
@@ -51,14 +51,14 @@ class Validation:
             with self.resolved.autocast():
                 return self.call(images)
 
-        with gathered(self.model):
-            part = self.world.together(
+        with unsharded(self.model):
+            part = self.world.run_on_all_ranks(
                 lambda: measure(forward, self._batches(signals), self.classes)
             )
         return merge(self.world.gather(part))
 
     @property
-    def decodes(self) -> bool:
+    def needs_decoding(self) -> bool:
         """Whether the images have to be decoded."""
         return not isinstance(self.records, Packed | Pixels)
 
@@ -68,7 +68,7 @@ class Validation:
         Raises:
             UserError: an image cannot be decoded.
         """
-        self.world.together(lambda: collections.deque(self._batches(signals), maxlen=0))
+        self.world.run_on_all_ranks(lambda: collections.deque(self._batches(signals), maxlen=0))
 
     def _batches(self, signals: Signals) -> Iterator[Batch]:
         """This process's part of the validation images, until a signal arrives."""
@@ -81,4 +81,4 @@ class Validation:
             (self.world.rank, self.world.size),
             self.resolved.decoder,
         )
-        return signals.interrupting(batches)
+        return signals.until_signal(batches)

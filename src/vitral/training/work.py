@@ -16,7 +16,7 @@ from vitral.machine import pick_device
 from vitral.model import CHANNELS, ViT
 from vitral.training.distributed import World
 from vitral.training.optim import Optimizer
-from vitral.training.parallel import Averaged
+from vitral.training.parallel import AveragedGradients
 from vitral.training.resolved import build_model, compiled, prepare_device, resolve
 
 
@@ -30,7 +30,7 @@ class Work(ABC):
     """
 
     def __init__(
-        self, config: Config, num_classes: int, side: int, model: nn.Module | None = None
+        self, config: Config, num_classes: int, image_size: int, model: nn.Module | None = None
     ) -> None:
         self.config, self.device = config, pick_device(config.train.device)
         own = build_model(config, num_classes) if model is None else model
@@ -40,7 +40,7 @@ class Work(ABC):
         self.resolved = resolve(config, self.model, self.device)
         torch.set_num_threads(self.resolved.threads)
         size = self.resolved.micro_batch
-        images = torch.randn(size, CHANNELS, side, side, device=self.device)
+        images = torch.randn(size, CHANNELS, image_size, image_size, device=self.device)
         # Even ones would be what the head starts with: gradients of nothing but rounding.
         targets = torch.randn(size, num_classes, device=self.device).softmax(1)
         self.batch = Batch(0, 0, images, targets, [])
@@ -54,15 +54,15 @@ class Training(Work):
     """The step that training takes: both passes, clipping, the optimiser, gradients cleared."""
 
     def __init__(
-        self, config: Config, num_classes: int, side: int, model: nn.Module | None = None
+        self, config: Config, num_classes: int, image_size: int, model: nn.Module | None = None
     ) -> None:
-        super().__init__(config, num_classes, side, model)
+        super().__init__(config, num_classes, image_size, model)
         self.optimizer = Optimizer(self.model, config.optim)
-        self.passes = Averaged(self.model, config.train, self.resolved, World())
+        self.accumulator = AveragedGradients(self.model, config.train, self.resolved, World())
 
     def accumulate(self, batch: Batch) -> torch.Tensor:
         """Both passes of a batch; returns its loss."""
-        return self.passes.accumulate(batch, last=True)
+        return self.accumulator.accumulate(batch, last=True)
 
     def step(self, batch: Batch) -> int:
         loss = self.accumulate(batch)
@@ -78,9 +78,9 @@ class Inference(Work):
     """A forward pass, as evaluation has it in training."""
 
     def __init__(
-        self, config: Config, num_classes: int, side: int, model: nn.Module | None = None
+        self, config: Config, num_classes: int, image_size: int, model: nn.Module | None = None
     ) -> None:
-        super().__init__(config, num_classes, side, model)
+        super().__init__(config, num_classes, image_size, model)
         self.model.eval()
         self.forward = compiled(self.model, self.resolved)
 

@@ -22,7 +22,7 @@ from vitral.config import ViTConfig
 from vitral.errors import UserError
 from vitral.kernels import EPS
 
-SMALLEST_SCALE = 1e-6  # of a LayerScale channel that is not folded into the weights
+MIN_SCALE = 1e-6  # of a LayerScale channel that is not folded into the weights
 ACTIVATIONS = {
     "GELU": "gelu",
     "GELUTanh": "gelu-tanh",
@@ -167,18 +167,18 @@ def _read_rope(source: Any) -> dict[str, Any]:
     rope = getattr(source, "rope", None)
     if rope is None:
         return {"rope": "none"}
-    side = source.patch_embed.grid_size[0]
+    grid_size = source.patch_embed.grid_size[0]
     kind, offset = type(rope).__name__, float(getattr(rope, "grid_offset", 0.0))
     if kind == "RotaryEmbeddingMixed":
         return {"rope": "mixed", "rope_theta": float(rope.temperature)}
     if kind == "RotaryEmbeddingDinoV3":
         span = 4 * torch.pi
-        origin = span / 2 - offset * span / side
+        origin = span / 2 - offset * span / grid_size
         return {"rope_theta": rope.temperature, "rope_grid": span, "rope_origin": origin}
     if kind != "RotaryEmbeddingCat" or rope.in_pixels or rope.temperature is None:
         raise _unsupported("rope", rope)
-    reference = rope.ref_feat_shape[0] if rope.ref_feat_shape else side
-    origin = (0.5 - offset) * reference / side
+    reference = rope.ref_feat_shape[0] if rope.ref_feat_shape else grid_size
+    origin = (0.5 - offset) * reference / grid_size
     return {
         "rope_theta": float(rope.temperature),
         "rope_grid": float(reference),
@@ -220,16 +220,16 @@ def num_folded(blocks: list[Block]) -> int:
 
 def _is_folded(scale: Tensor, norm: Norm) -> Tensor:
     """Which channels of a LayerScale are too small to divide by, (D,)."""
-    return (scale.abs() < SMALLEST_SCALE) & norm.centered
+    return (scale.abs() < MIN_SCALE) & norm.centered
 
 
 def _embedding(source: Any, config: ViTConfig, norm: Norm) -> Iterator[tuple[str, Tensor]]:
     """Patch projection, tokens, positions and their norm."""
-    writes = _Writes(norm.factor, norm.centered)
+    writes = _StreamWrite(norm.factor, norm.centered)
     first = writes  # of what comes before the norm of the embedded tokens
     if config.embed_norm == "tokens":
         own = read_norm("norm_pre", source.norm_pre)
-        first = _Writes(own.factor, own.centered)
+        first = _StreamWrite(own.factor, own.centered)
         yield "embed_norm.scale", own.scale * norm.factor
         bias = torch.zeros_like(own.scale) if own.bias is None else own.bias
         yield "embed_norm.bias", bias * norm.factor
@@ -250,8 +250,8 @@ def _embedding(source: Any, config: ViTConfig, norm: Norm) -> Iterator[tuple[str
         table = _double(source.pos_embed[0])
         if not source.no_embed_class:
             prefix, table = prefix + table[: len(prefix)], table[len(prefix) :]
-        side = config.image_size // config.patch_size
-        yield "positions", first(table.view(side, side, -1), axis=-1)
+        grid_size = config.image_size // config.patch_size
+        yield "positions", first(table.view(grid_size, grid_size, -1), axis=-1)
     prefix = first(prefix, axis=-1)
     if config.cls_token:
         yield "cls", prefix[0]
@@ -278,7 +278,7 @@ def _block(
         if inner is not None:
             if inner.bias is not None and inner.bias.abs().max() > 0:
                 raise UserError(f"model: {block.place}.attn: a norm of the heads has a bias")
-            both = _Writes(inner.factor, inner.centered)(both, axis=1)
+            both = _StreamWrite(inner.factor, inner.centered)(both, axis=1)
             scale = inner.scale if order is None else inner.scale[order]
             yield f"attention.{'qk'[k]}_norm.scale", scale
         if order is not None and k < 2:
@@ -295,7 +295,7 @@ def _block(
     yield "ffn.expand.weight", expand
     if config.ffn_bias:
         yield "ffn.expand.bias", bias
-    writes = _Writes(norm.factor, norm.centered)
+    writes = _StreamWrite(norm.factor, norm.centered)
     for branch, layer, scale in (
         ("attention", block.attn.proj, block.scales[0]),
         ("ffn", block.mlp.fc2, block.scales[1]),
@@ -317,7 +317,7 @@ def _block(
             yield f"{name}.bias", bias
 
 
-class _Writes(NamedTuple):
+class _StreamWrite(NamedTuple):
     """What is done to something that writes to the stream before a norm."""
 
     factor: float

@@ -11,18 +11,18 @@ from vitral.config import PRESETS, Config, DataConfig, ViTConfig
 from vitral.errors import UserError
 from vitral.model import ViT, resample
 from vitral.rundir import CONFIG, RunDir
-from vitral.settings import Given, Request
+from vitral.settings import OptionValues, Request
 from vitral.weights.store import load, read_description
 
 PREPROCESSING = ("fit", "interpolation", "eval_crop", "mean", "std")
 
 
-def load_settings(source: str, given: Given | Sequence[str] = ()) -> Config:
+def load_settings(source: str, given: OptionValues | Sequence[str] = ()) -> Config:
     """The settings of a recipe, changed by options, as `request` finds them."""
     return request(source, given).config
 
 
-def request(source: str, given: Given | Sequence[str] = ()) -> Request:
+def request(source: str, given: OptionValues | Sequence[str] = ()) -> Request:
     """`settings.request`, where a recipe without a model uses that of the weights in `train.init`.
 
     It also uses their preprocessing. What the recipe or the options give, such as the image size,
@@ -66,12 +66,12 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
     Raises:
         UserError: if the architectures differ, or the grids of rotary positions.
     """
-    given = load(path, device=model.device.type).model
-    source, own = given.state_dict(), model.state_dict()
-    if given.num_classes != model.num_classes:
+    source_model = load(path, device=model.device.type).model
+    source, own = source_model.state_dict(), model.state_dict()
+    if source_model.num_classes != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}
-    if given.positions is not None and model.positions is not None:
-        source["positions"] = resample(given.positions, *model.positions.shape[:2])
+    if source_model.positions is not None and model.positions is not None:
+        source["positions"] = resample(source_model.positions, *model.positions.shape[:2])
     strange = sorted(source.keys() - own.keys())
     other = [n for n in source if n in own and source[n].shape != own[n].shape]
     missing = sorted(name for name in own.keys() - source.keys() if not name.startswith("head."))
@@ -79,9 +79,9 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
         if names:
             raise UserError(
                 f"init: {names[0]} of {path} has {what} in this model "
-                f"({len(names)} such weights); {_fitting(path)}"
+                f"({len(names)} such weights); {_matching_model_hint(path)}"
             )
-    grid = given.config.grid
+    grid = source_model.config.grid
     if model.config.grid != grid:
         raise UserError(
             f"init: {path} was trained with rotary positions over {grid} patches a side, "
@@ -91,7 +91,7 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
     return sorted(own.keys() - source.keys())
 
 
-def _fitting(path: str | Path) -> str:
+def _matching_model_hint(path: str | Path) -> str:
     """How to get a model that the weights fit."""
     recipe = "the recipe imagenet-finetune takes its model from the weights"
     own = RunDir(path).config

@@ -194,10 +194,13 @@ def convert(public: Any) -> Imported:
 def difference(model: ViT, public: Any) -> float:
     """Largest difference of two models' outputs over the rms of the second's, on noise."""
     draw = torch.Generator().manual_seed(0)
-    side, patch, worst = model.config.image_size, model.config.patch_size, 0.0
+    image_size, patch, worst = model.config.image_size, model.config.patch_size, 0.0
     shapes = [tuple(public.patch_embed.img_size)]
     if public.dynamic_img_size and model.config.rope == "none":
-        shapes += [(side + 2 * patch, side + 2 * patch), (side, side + patch)]
+        shapes += [
+            (image_size + 2 * patch, image_size + 2 * patch),
+            (image_size, image_size + patch),
+        ]
     for height, width in shapes:
         images = torch.randn(2, 3, height, width, generator=draw)
         expected = public(images)

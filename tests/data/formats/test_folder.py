@@ -48,7 +48,7 @@ def test_names_of_splits(tmp_path, val):
     assert [val in note for note in dataset.notes] == ([True] if val.lower() == "test" else [])
 
 
-def test_the_test_set_is_validated_on_only_where_there_is_no_other(tmp_path):
+def test_the_test_set_is_the_last_choice_for_validation(tmp_path):
     splits = ("val", "validation", "valid", "dev", "test")
     for split in ("train", *splits):
         put_split(tmp_path, split)
@@ -68,7 +68,7 @@ def test_what_counts_as_an_image(tmp_path):
     assert paths(dataset.val) == [*sorted(good), "a/deep/er/x.png", "b/x.y.png", "b/y.png"]
 
 
-def test_links_are_followed_but_not_round_in_circles(tmp_path):
+def test_links_are_followed_without_cycles(tmp_path):
     put(tmp_path, "elsewhere/1.png", "elsewhere/in/2.png", "single.png", "set/b/9.png")
     root = tmp_path / "set"
     (root / "a").symlink_to(tmp_path / "elsewhere")
@@ -92,7 +92,7 @@ def test_a_link_to_the_root_is_opened(tmp_path):
     assert opened(tmp_path / "link").fingerprint == opened(tmp_path / "real").fingerprint
 
 
-def test_names_that_are_no_utf8(tmp_path):
+def test_names_that_are_not_utf8(tmp_path):
     put(tmp_path, "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     os.rename(os.fsencode(tmp_path / "b"), os.fsencode(tmp_path) + b"/b\xe9")  # noqa: PTH104
     dataset = opened(tmp_path)
@@ -103,7 +103,7 @@ def test_names_that_are_no_utf8(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["", "train/"])
-def test_a_part_is_held_out_where_there_is_no_validation_split(tmp_path, split):
+def test_images_are_held_out_without_a_validation_split(tmp_path, split):
     put(tmp_path, f"{split}a/0.png")
     put(tmp_path, *(f"{split}b/{i}.png" for i in range(2)))
     put(tmp_path, *(f"{split}c/{i}.png" for i in range(30)))
@@ -118,7 +118,7 @@ def test_a_part_is_held_out_where_there_is_no_validation_split(tmp_path, split):
     assert tmp_path.name in note
 
 
-def test_only_the_validation_split_is_opened_where_that_is_enough(tmp_path):
+def test_only_the_validation_split_is_opened_if_sufficient(tmp_path):
     put_split(tmp_path, "val", 2)
     dataset = opened(tmp_path, train=False)
     assert dataset.train is None
@@ -142,7 +142,7 @@ def test_a_class_may_be_called_train(tmp_path):
     assert len(opened(tmp_path).train) == 9
 
 
-def test_the_fingerprint_does_not_hang_on_the_order_of_listing(tmp_path, monkeypatch):
+def test_the_fingerprint_does_not_depend_on_listing_order(tmp_path, monkeypatch):
     put_split(tmp_path, "train", 5)
     before = opened(tmp_path)
     listed = folder._entries
@@ -160,7 +160,7 @@ def test_no_images_at_all(tmp_path, folders):
     assert refusal(tmp_path)
 
 
-def test_folders_without_images_tell_what_images_are(tmp_path):
+def test_folders_without_images_are_an_error_with_the_suffixes(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     assert "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif" in refusal(
@@ -197,12 +197,12 @@ def test_a_flat_train(tmp_path, split):
     assert message.endswith("images directly in it; make one folder a class")
 
 
-def test_a_validation_split_alone(tmp_path):
+def test_only_a_validation_split(tmp_path):
     put_split(tmp_path, "val")
     assert "expected train/ beside val/" in refusal(tmp_path)
 
 
-def test_splits_by_other_names_are_not_learned_as_classes(tmp_path):
+def test_splits_with_other_names_are_not_classes(tmp_path):
     for split in ("training", "testing", "evaluation"):
         put_split(tmp_path, split)
     message = refusal(tmp_path)
@@ -216,7 +216,7 @@ def test_splits_by_other_names_are_not_learned_as_classes(tmp_path):
 
 
 @pytest.mark.parametrize("more", ["training/cat.png", "training/eel/1.png", "dusk/1.png"])
-def test_classes_may_hold_folders_of_one_name(tmp_path, more):
+def test_classes_may_contain_folders_of_the_same_name(tmp_path, more):
     for name in ("training", "testing"):
         put_split(tmp_path, name)
     put(tmp_path, more)
@@ -239,7 +239,7 @@ def test_a_folder_that_vanishes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("val", [False, True])
-def test_folders_of_classes_are_splits_whatever_lies_beside_them(tmp_path, val):
+def test_folders_of_classes_are_splits_despite_other_folders(tmp_path, val):
     put_split(tmp_path, "train", 4)
     put(tmp_path, "train/stray.png", "unlabeled/1.png", "unlabeled/2.png")
     if val:
@@ -272,16 +272,16 @@ def test_unclear_folders_are_refused(tmp_path, folders):
     assert refusal(tmp_path)
 
 
-def test_a_class_called_train_beside_others(tmp_path):
+def test_a_class_called_train_among_others(tmp_path):
     put(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "car", "train") for i in range(3)))
     assert opened(tmp_path).classes == ("bus", "car", "train")
 
 
-SYSTEM = ["@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information"]
+SYSTEM_FILES = ["@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information"]
 
 
-@pytest.mark.parametrize("name", [*SYSTEM, "__MACOSX", ".git", "@EADIR"])
-def test_what_systems_put_there_is_skipped_and_counted(tmp_path, name):
+@pytest.mark.parametrize("name", [*SYSTEM_FILES, "__MACOSX", ".git", "@EADIR"])
+def test_system_files_are_skipped_and_counted(tmp_path, name):
     put_split(tmp_path, ".", 3)
     clean = opened(tmp_path)
     put(tmp_path, f"{name}/x.png", f"cat/{name}/000.png/thumb_m.jpg", f"cat/{name}/deep/y.png")
@@ -290,15 +290,15 @@ def test_what_systems_put_there_is_skipped_and_counted(tmp_path, name):
     assert dataset.notes[-1] == f"{tmp_path.name}: 3 files are skipped: {name} 3"
 
 
-@pytest.mark.parametrize("name", SYSTEM)
-def test_an_empty_system_folder_is_no_class(tmp_path, name):
+@pytest.mark.parametrize("name", SYSTEM_FILES)
+def test_an_empty_system_folder_is_not_a_class(tmp_path, name):
     put_split(tmp_path, ".")
     (tmp_path / name).mkdir()
     assert opened(tmp_path).classes == ("cat", "dog")
 
 
 @pytest.mark.skipif(".heic" in SUFFIXES, reason="HEIC is read")
-def test_heic_that_is_not_read_is_counted(tmp_path):
+def test_unreadable_heic_is_counted(tmp_path):
     put_split(tmp_path, ".")
     put(tmp_path, *(f"cat/{i}.HEIC" for i in range(100)), "dog/notes.txt")
     (note,) = opened(tmp_path).notes[1:]
@@ -313,7 +313,7 @@ def test_heic_that_is_not_read_is_counted(tmp_path):
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
 
 
-def test_class_names_are_the_same_however_unicode_spells_them(tmp_path):
+def test_class_names_are_normalized_to_nfc(tmp_path):
     put_split(tmp_path, "train", 2, (COMPOSED, "caff"))
     put_split(tmp_path, "val", 1, (DECOMPOSED, "caff"))
     dataset = opened(tmp_path)
@@ -323,13 +323,13 @@ def test_class_names_are_the_same_however_unicode_spells_them(tmp_path):
     assert opened(tmp_path / "val", train=False).classes == dataset.classes
 
 
-def test_folders_that_become_one_class_are_refused(tmp_path):
+def test_folders_that_normalize_to_one_class_are_rejected(tmp_path):
     put_split(tmp_path, ".", 2, (COMPOSED, DECOMPOSED, "dog"))
     assert r"got 'cafe\u0301' and 'caf\xe9', which" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_splits_in_a_folder_alone_are_found(tmp_path, depth):
+def test_splits_in_a_single_nested_folder_are_found(tmp_path, depth):
     inner = tmp_path.joinpath(*["flowers"] * depth)
     put_split(inner, "train")
     put_split(inner, "val")
@@ -337,7 +337,7 @@ def test_splits_in_a_folder_alone_are_found(tmp_path, depth):
     assert opened(tmp_path, train=False).fingerprint == opened(inner, train=False).fingerprint
 
 
-def test_classes_in_a_folder_alone_are_named(tmp_path):
+def test_classes_in_a_single_nested_folder_are_found(tmp_path):
     put_split(tmp_path, "flowers", 2, ("daisy", "rose"))
     message = refusal(tmp_path)
     assert "got flowers alone; if daisy, rose in it are the classes, give " in message
@@ -353,7 +353,7 @@ def test_a_test_set_may_have_one_class_or_an_empty_one(tmp_path):
     assert dataset.val.labels.tolist() == [0]
 
 
-def test_what_is_no_regular_file_is_not_read(tmp_path):
+def test_special_files_are_not_read(tmp_path):
     put_split(tmp_path, ".", 2)
     os.mkfifo(tmp_path / "cat/fifo.jpg")
     (tmp_path / "cat/zero.jpg").symlink_to("/dev/zero")

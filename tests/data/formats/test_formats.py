@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_read(tmp_path):
     assert "Permission denied" in refusal(tmp_path)
 
 
-def test_held_out_of_a_set_whose_own_validation_images_are_left_alone(tmp_path):
+def test_hold_out_leaves_the_validation_split_unused(tmp_path):
     put_split(tmp_path, "train", 10)
     put_split(tmp_path, "test", 4)
     whole, chosen = opened(tmp_path), opened(tmp_path, hold_out=True, val_fraction=0.3)
@@ -77,7 +77,7 @@ def test_held_out_of_a_set_whose_own_validation_images_are_left_alone(tmp_path):
     assert paths(opened(tmp_path, hold_out=True, train=False).val) == paths(whole.val)
 
 
-def test_what_is_held_out_anyway_is_held_out_once(tmp_path):
+def test_images_are_held_out_only_once(tmp_path):
     put_split(tmp_path, "train", 10)
     asked, plain = opened(tmp_path, hold_out=True), opened(tmp_path)
     assert asked.fingerprint == plain.fingerprint
@@ -85,7 +85,7 @@ def test_what_is_held_out_anyway_is_held_out_once(tmp_path):
 
 
 @pytest.mark.parametrize("jpeg", [False, True])
-def test_a_pack_holds_out_what_its_folder_does(tmp_path, capfd, jpeg):
+def test_a_pack_holds_out_the_images_of_its_folder(tmp_path, capfd, jpeg):
     put_split(tmp_path / "set", "train", 10)
     put_split(tmp_path / "set", "val", 2)
     config = DataConfig(path=str(tmp_path / "set"))

@@ -28,7 +28,7 @@ from ..archive_files import (
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-KIT = "ILSVRC2012_devkit_t12"
+DEVKIT = "ILSVRC2012_devkit_t12"
 IDS = {"n02012849": 1, "n07753592": 2, "n01440764": 3, "n03126707": 4}
 
 
@@ -43,8 +43,8 @@ def kit_files(val, ids):
     in_order = sorted(val, key=base)
     truth = "".join(f"{ids[name[:9]]}\n" for name in in_order)
     return {
-        f"{KIT}/data/meta.mat": meta.getvalue(),
-        f"{KIT}/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+        f"{DEVKIT}/data/meta.mat": meta.getvalue(),
+        f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
     }
 
 
@@ -52,19 +52,19 @@ def put_kit(root, val, ids=IDS, packed=True, change=lambda files: None):
     files = kit_files(val, ids)
     change(files)
     if packed:
-        with tarfile.open(root / f"{KIT}.tar.gz", "w:gz") as tar:
+        with tarfile.open(root / f"{DEVKIT}.tar.gz", "w:gz") as tar:
             for name, data in files.items():
                 header = tarfile.TarInfo(name)
                 header.size = len(data)
                 tar.addfile(header, io.BytesIO(data))
     else:
-        (root / KIT / "data").mkdir(parents=True)
+        (root / DEVKIT / "data").mkdir(parents=True)
         for name, data in files.items():
             (root / name).write_bytes(data)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ilsvrc_without_kit_equals_the_folder(tmp_path, workers):
+def test_ilsvrc_without_devkit_equals_the_folder(tmp_path, workers):
     val = val_images(numbered_on=False)
     root = put_ilsvrc(tmp_path / "tars", val)
     folder = put_folder(tmp_path / "folder", val)
@@ -76,7 +76,7 @@ def test_ilsvrc_without_kit_equals_the_folder(tmp_path, workers):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_ids_of_the_kit_are_not_the_order_of_wnids(tmp_path, packed, train):
+def test_devkit_ids_are_mapped_to_wnids(tmp_path, packed, train):
     val = val_images(numbered_on=True)
     root = put_ilsvrc(tmp_path / "tars", val, train)
     put_kit(root, val, packed=packed)
@@ -98,7 +98,7 @@ def test_validation_tar_alone_has_the_thousand_classes(tmp_path):
         assert [wnids()[label] for label in found.val.labels] == [name[:9] for name in sorted(val)]
 
 
-def test_folders_beside_the_archives_come_first(tmp_path):
+def test_extracted_folders_take_precedence(tmp_path):
     val = val_images(numbered_on=False)
     put_ilsvrc(put_folder(tmp_path, val), val)
     (tmp_path / "val.tar.gz").write_bytes(b"?")
@@ -136,7 +136,7 @@ INNER = inner_tars()["n02012849"]
         (tarred([]), "two classes or more inside it, got none"),
     ],
 )
-def test_a_bad_train_tar_is_refused(tmp_path, content, words, cache):
+def test_a_bad_train_tar_is_rejected(tmp_path, content, words, cache):
     path = tmp_path / "ILSVRC2012_img_train.tar"
     path.write_bytes(content)
     assert words in refusal(tmp_path)
@@ -155,7 +155,7 @@ def test_a_bad_train_tar_is_refused(tmp_path, content, words, cache):
         (tarred([("README", b"?")]), "expected images"),
     ],
 )
-def test_a_bad_validation_tar_is_refused(tmp_path, content, words):
+def test_a_bad_validation_tar_is_rejected(tmp_path, content, words):
     put_ilsvrc(tmp_path)
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(content)
     assert words in refusal(tmp_path)
@@ -163,7 +163,7 @@ def test_a_bad_validation_tar_is_refused(tmp_path, content, words):
 
 def replace_truth(change):
     def apply(files):
-        name = f"{KIT}/data/ILSVRC2012_validation_ground_truth.txt"
+        name = f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt"
         files[name] = change(files[name])
 
     return apply
@@ -171,7 +171,7 @@ def replace_truth(change):
 
 def replace_meta(content):
     def apply(files):
-        files[f"{KIT}/data/meta.mat"] = content
+        files[f"{DEVKIT}/data/meta.mat"] = content
 
     return apply
 
@@ -192,18 +192,18 @@ def replace_meta(content):
         (dict.popitem, IDS, "ILSVRC2012_validation_ground_truth.txt"),
     ],
 )
-def test_a_wrong_kit_is_refused(tmp_path, packed, change, ids, words):
+def test_a_wrong_devkit_is_rejected(tmp_path, packed, change, ids, words):
     val = val_images(numbered_on=True)
     put_ilsvrc(tmp_path, val)
     put_kit(tmp_path, val, ids, packed, change)
     assert words in refusal(tmp_path)
 
 
-def test_a_kit_cut_short_is_refused(tmp_path):
+def test_a_truncated_devkit_is_rejected(tmp_path):
     val = val_images(numbered_on=True)
     put_ilsvrc(tmp_path, val)
     put_kit(tmp_path, val)
-    path = tmp_path / f"{KIT}.tar.gz"
+    path = tmp_path / f"{DEVKIT}.tar.gz"
     for end in (0, 15, len(path.read_bytes()) // 2):
         path.write_bytes(path.read_bytes()[:end])
         assert "a whole archive with data/meta.mat" in refusal(tmp_path)

@@ -34,7 +34,7 @@ def test_digits():
     assert np.concatenate([dataset.train.labels, dataset.val.labels]).tolist() == labels.tolist()
 
 
-def test_synthetic_is_a_function_of_the_size_alone():
+def test_synthetic_depends_only_on_the_size():
     one, two = (open_dataset(DataConfig(path="synthetic", workers=k), 16, seed=k) for k in range(2))
     assert one.fingerprint == two.fingerprint
     assert one.train.images.shape == (2560, 3, 16, 16)
@@ -45,7 +45,7 @@ def test_synthetic_is_a_function_of_the_size_alone():
     assert open_dataset(DataConfig(path="synthetic"), 7, 0).val.images.shape == (512, 3, 7, 7)
 
 
-def test_synthetic_images_can_be_learned_but_not_from_one():
+def test_synthetic_images_need_more_than_one_example():
     dataset = open_dataset(DataConfig(path="synthetic"), 16, 0)
     train, val = (s.images.flatten(1).double() / 255 for s in (dataset.train, dataset.val))
     fitted = LogisticRegression().fit(train[:500], dataset.train.labels[:500])
@@ -104,7 +104,7 @@ def test_imagenette_is_the_extracted_folder(monkeypatch, tmp_path):
         ("imagenette", "imagenette2-160.tgz"),
     ],
 )
-def test_without_a_network_it_says_how_to_go_on(monkeypatch, tmp_path, name, archive):
+def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path, name, archive):
     def no_network(*_, **__):
         raise urllib.error.URLError("Name or service not known")
 
@@ -119,7 +119,7 @@ def test_without_a_network_it_says_how_to_go_on(monkeypatch, tmp_path, name, arc
     assert f"for the folder of that name here give ./{name}" in refusal(name)
 
 
-def test_a_broken_archive_is_told(monkeypatch, tmp_path):
+def test_a_broken_archive_is_an_error(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise urllib.error.URLError("no network")
 
@@ -129,7 +129,7 @@ def test_a_broken_archive_is_told(monkeypatch, tmp_path):
     assert "cifar-10-python.tar.gz" in refusal("cifar10")
 
 
-def test_a_download_folder_that_cannot_be_made(monkeypatch, tmp_path):
+def test_a_download_folder_that_cannot_be_created(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("VITRAL_DATA", str(tmp_path / "file/sets"))
     assert "cifar10: expected it in" in refusal("cifar10")

@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 from vitral.config import DataConfig
 from vitral.data.decode import DecodeError, decode
-from vitral.data.formats.objects import Given, open_objects
+from vitral.data.formats.objects import PythonDatasets, open_objects
 from vitral.data.objects import read_item
 from vitral.errors import UserError
 
@@ -39,7 +39,7 @@ def dataset(**more):
 
 
 def opened(train, val=None, classes=None, fingerprint=None):
-    return open_objects(Given(train, val or dataset(), classes, fingerprint), CONFIG, 0)
+    return open_objects(PythonDatasets(train, val or dataset(), classes, fingerprint), CONFIG, 0)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_an_image_becomes_rgb_with_its_channels_innermost(image, expected, label
         ({"image": LEVELS[0]}, "expected a key label or labels or fine_label, got image"),
     ],
 )
-def test_an_item_that_is_no_labeled_image(item, message):
+def test_an_item_that_is_not_a_labeled_image(item, message):
     with pytest.raises(DecodeError, match=message):
         read_item([item], 0)
     items = Listed([*dataset(), item], classes=["a", "b"])
@@ -132,10 +132,10 @@ def test_class_names(more, classes, expected):
 )
 def test_datasets_that_cannot_be_used(train, val, message):
     with pytest.raises(UserError, match=f"^data: .*{message}"):
-        open_objects(Given(train, val), CONFIG, 0)
+        open_objects(PythonDatasets(train, val), CONFIG, 0)
 
 
-def test_random_transforms_are_refused():
+def test_random_transforms_are_rejected():
     class Random(Listed):
         def __getitem__(self, i):
             return np.random.randint(0, 256, (5, 7, 3)).astype(np.uint8), i % 2  # noqa: NPY002
@@ -161,7 +161,7 @@ def test_the_fingerprint_follows_images_labels_and_order():
     assert fingerprint(items, fingerprint="one") != fingerprint(items, fingerprint="two")
 
 
-def test_with_a_fingerprint_listed_labels_save_reading_the_images():
+def test_a_fingerprint_and_listed_labels_avoid_reading_images():
     train = dataset(targets=[0, 1] * 6)
     val = Subset(dataset(targets=[0, 1] * 6), [5, 6])
     found = opened(train, val, fingerprint="mine")
@@ -171,10 +171,10 @@ def test_with_a_fingerprint_listed_labels_save_reading_the_images():
     assert opened(train, val, fingerprint="mine").train.labels.tolist() == [0, 1] * 6
 
 
-def test_the_part_held_out_is_of_each_class_and_drawn_by_the_seed():
+def test_the_held_out_part_is_stratified_and_seeded():
     items = [(levels, i // 6) for i, levels in enumerate(LEVELS)]
     whole = Listed(items, classes=["a", "b"])  # whatever is drawn, the labels stay in order
-    parts = [open_objects(Given(whole), CONFIG, seed) for seed in (0, 0, 1)]
+    parts = [open_objects(PythonDatasets(whole), CONFIG, seed) for seed in (0, 0, 1)]
     for part in parts:
         assert part.held_out
         assert np.bincount(part.val.labels).tolist() == [1, 1]

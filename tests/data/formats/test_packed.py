@@ -19,7 +19,7 @@ from ..pack_files import KINDS, draw, opened, packed
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
-def test_crops_are_those_of_the_encoded_images(source, tmp_path):
+def test_crops_equal_those_of_the_encoded_images(source, tmp_path):
     packed(source, tmp_path / "pack", size=64)
     config = Config(
         model=ViTConfig(image_size=32, patch_size=8),
@@ -101,7 +101,7 @@ def test_verify_names_the_images(source, tmp_path, jpeg):
         ("index/pack.json", None, "expected a finished pack"),
     ],
 )
-def test_what_is_not_whole_is_refused(source, tmp_path, file, change, message):
+def test_incomplete_packs_are_rejected(source, tmp_path, file, change, message):
     dst = tmp_path / "pack"
     packed(source, dst)
     (dst / "progress.jsonl").touch()
@@ -114,7 +114,7 @@ def test_what_is_not_whole_is_refused(source, tmp_path, file, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_another_version_is_refused(source, tmp_path):
+def test_another_version_is_rejected(source, tmp_path):
     packed(source, tmp_path / "pack")
     index = tmp_path / "pack/index"
     documents = {"pack": {**read_json(index, "pack.json"), "version": 2}}
@@ -124,7 +124,7 @@ def test_another_version_is_refused(source, tmp_path):
         opened(tmp_path / "pack")
 
 
-def test_jpegs_cut_short_are_refused(source, tmp_path):
+def test_truncated_jpegs_are_rejected(source, tmp_path):
     packed(source, tmp_path / "pack", jpeg=True)
     images = tmp_path / "pack/val.jpegs"
     images.write_bytes(images.read_bytes()[:-1])

@@ -95,9 +95,9 @@ def both(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("recent", [parquet.RECENT, 1])
+@pytest.mark.parametrize("recent", [parquet.MAX_CACHE_BYTES, 1])
 def test_batches_are_those_of_the_image_folder(both, workers, recent, monkeypatch):
-    monkeypatch.setattr(parquet, "RECENT", recent)
+    monkeypatch.setattr(parquet, "MAX_CACHE_BYTES", recent)
     expected, found = batches(both[0], 0), batches(both[1], workers)
     assert len(expected) == 15
     for a, b in zip(expected, found, strict=True):
@@ -118,7 +118,7 @@ def test_order_is_by_label_and_file_name(both):
     assert half.where(0) == f"{half.files[file]}: row group {group}, row {row}"
 
 
-def test_fingerprint_holds_names_and_sizes_but_no_place(both, tmp_path):
+def test_fingerprint_depends_on_names_and_sizes_not_location(both, tmp_path):
     train, validation = draw(31), draw(11, first=100)
     for rows, same in ((train, True), ([*train[:30], (jpeg(31), "x.jpg", 2)], False)):
         write_rows(tmp_path / "data/train-00000-of-00002.parquet", rows[:17])
@@ -180,7 +180,7 @@ def test_labels_may_be_strings(tmp_path, kind):
     assert open_at(tmp_path).train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_imagenets_names_become_wnids(tmp_path):
+def test_imagenet_names_become_wnids(tmp_path):
     names = ["crane2" if wnid == "n03126707" else human_name(wnid) for wnid in wnids()]
     files = [f"n01440764_{i}_n01440764.JPEG" for i in (1000, 100)]
     rows = [(jpeg(i), name, 0) for i, name in enumerate(files)]
@@ -249,7 +249,7 @@ def test_bad_files_are_named(tmp_path, case):
 
 
 @pytest.mark.parametrize("described", ["[]", '{"info": 3}', '{"info": {"features": []}}'])
-def test_metadata_of_another_kind_says_nothing_of_classes(tmp_path, described):
+def test_unrelated_metadata_is_ignored(tmp_path, described):
     write_rows(tmp_path / "train.parquet", draw(9), column="label")
     describe(tmp_path / "train.parquet", described)
     assert open_at(tmp_path).classes == ("0", "1", "2")
@@ -296,7 +296,7 @@ def test_columns_are_found_by_name_or_type(tmp_path, columns, classes):
     assert dict(zip(images, found, strict=True)) == dict(zip(BYTES, truth, strict=True))
 
 
-def test_no_rows_no_training_and_no_library_are_said(tmp_path, monkeypatch):
+def test_no_rows_no_training_and_no_library_are_errors(tmp_path, monkeypatch):
     write_rows(tmp_path / "val.parquet", draw(9))
     with pytest.raises(UserError, match=r"expected train-\*.parquet, got val.parquet alone"):
         open_at(tmp_path)
@@ -340,14 +340,14 @@ def test_a_changed_file_is_noticed(both, tmp_path):
         train.read(0)
 
 
-def test_row_groups_are_kept_up_to_a_limit(both, monkeypatch):
+def test_row_groups_are_cached_up_to_a_limit(both, monkeypatch):
     train = open_at(both[1]).train
     sizes = {}
     for i in range(len(train)):
         sizes.setdefault(tuple(train.places[i, :2]), []).append(len(train.read(i)))
-    monkeypatch.setattr(parquet, "RECENT", 3 * max(map(sum, sizes.values())))
+    monkeypatch.setattr(parquet, "MAX_CACHE_BYTES", 3 * max(map(sum, sizes.values())))
     fresh = dataclasses.replace(train)
     for i in range(len(train)):
         fresh.read(i)
-        assert tuple(train.places[i, :2]) == [*fresh._recent][-1]
-    assert 2 <= len(fresh._recent) <= 4 < len(train._recent) == len(sizes)
+        assert tuple(train.places[i, :2]) == [*fresh._cache][-1]
+    assert 2 <= len(fresh._cache) <= 4 < len(train._cache) == len(sizes)

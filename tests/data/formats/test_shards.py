@@ -58,14 +58,14 @@ def anonymous(label):
 
 def test_wnids_from_json_of_one_split_name_the_other(tmp_path):
     val = val_images(numbered_on=True)
-    told = {"n01440764": 3, "n02012849": 2, "n03126707": 1, "n07753592": 0}
+    label_of = {"n01440764": 3, "n02012849": 2, "n03126707": 1, "n07753592": 0}
 
     def by_file_name(key, name):
-        fields = {"label": told[name[:9]], "filename": base(name)}
+        fields = {"label": label_of[name[:9]], "filename": base(name)}
         return [(f"{key}.json", json.dumps(fields).encode())]
 
     anonymous(by_file_name)(tmp_path, "train", TRAIN)
-    anonymous(lambda key, name: [(f"{key}.cls", b"%d" % told[name[:9]])])(tmp_path, "val", val)
+    anonymous(lambda key, name: [(f"{key}.cls", b"%d" % label_of[name[:9]])])(tmp_path, "val", val)
     for train in (True, False):
         found = opened(tmp_path, train=train)
         assert found.classes == WNIDS
@@ -73,7 +73,7 @@ def test_wnids_from_json_of_one_split_name_the_other(tmp_path):
     assert contents(opened(tmp_path).train) == [TRAIN[name] for name in sorted(TRAIN)]
 
 
-def test_each_split_knows_its_own_wnids_best(tmp_path):
+def test_each_split_prefers_its_own_wnids(tmp_path):
     val = val_images(numbered_on=False)
     (tmp_path / "train-0.tar").write_bytes(shard(TRAIN.items()))
     other = {name: b"%d" % (9 - NUMBER[name[:9]]) for name in val}
@@ -86,7 +86,7 @@ def test_each_split_knows_its_own_wnids_best(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [3, 8])
-def test_wnids_that_do_not_fit_the_labels_are_no_names(tmp_path, groups):
+def test_wnids_that_contradict_the_labels_are_ignored(tmp_path, groups):
     label = {name: b"%d" % (i * groups // 24) for i, name in enumerate(sorted(TRAIN))}
     (tmp_path / "all.tar").write_bytes(shard(TRAIN.items(), lambda name: {"cls": label[name]}))
     assert opened(tmp_path).classes == tuple("01234567"[:groups])
@@ -100,8 +100,8 @@ def test_wnids_that_do_not_fit_the_labels_are_no_names(tmp_path, groups):
     ],
 )
 def test_names_of_numbered_labels(tmp_path, lines, classes):
-    told = {"n01440764": 7, "n02012849": 2, "n03126707": 10, "n07753592": 0}
-    put = anonymous(lambda key, name: [(f"{key}.cls", b"%02d" % told[name[:9]])])
+    label_of = {"n01440764": 7, "n02012849": 2, "n03126707": 10, "n07753592": 0}
+    put = anonymous(lambda key, name: [(f"{key}.cls", b"%02d" % label_of[name[:9]])])
     put(tmp_path, "train", TRAIN)
     put(tmp_path, "validation", val_images(numbered_on=True))
     if lines:
@@ -130,7 +130,7 @@ def test_without_validation_a_part_is_held_out(tmp_path, kind):
     assert len(again.val) == (8 if kind == "ilsvrc" else 24)  # shards alone: all of them
 
 
-def test_test_shards_are_validated_on_and_said_so(tmp_path):
+def test_validation_on_test_shards_is_reported(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(shard(TRAIN.items()))
     (tmp_path / "test-0.tar").write_bytes(shard(val_images(numbered_on=False).items()))
     found = opened(tmp_path)
@@ -138,7 +138,7 @@ def test_test_shards_are_validated_on_and_said_so(tmp_path):
     assert "test" in found.notes[0]
 
 
-def test_validation_alone_leaves_the_training_archives_alone(tmp_path):
+def test_validation_only_does_not_read_training_archives(tmp_path):
     val = val_images(numbered_on=False)
     tars, shards = put_ilsvrc(tmp_path / "tars", val), put_shards(tmp_path / "shards", val)
     broken = tarred([(f"{w}.tar", b"?") for w in WNIDS])
@@ -176,13 +176,13 @@ def test_validation_alone_leaves_the_training_archives_alone(tmp_path):
         (tarred([]), "got none"),
     ],
 )
-def test_bad_labels_are_refused(tmp_path, content, words, cache):
+def test_bad_labels_are_rejected(tmp_path, content, words, cache):
     (tmp_path / "train-0.tar").write_bytes(content)
     assert words in refusal(tmp_path)
     assert not cache.exists()
 
 
-def test_bad_folders_of_shards_are_refused(tmp_path):
+def test_bad_folders_of_shards_are_rejected(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(two())
     (tmp_path / "train-1.tar").write_bytes(tarred([("b.png", b"?"), ("b.cls", b"2")]))
     assert "each name once, got b more than once" in refusal(tmp_path)
@@ -203,7 +203,7 @@ def test_bad_folders_of_shards_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(".heic" in SUFFIXES, reason="pillow-heif reads HEIC")
-def test_what_systems_put_in_archives_is_skipped_and_counted(tmp_path, cache):
+def test_system_files_in_archives_are_skipped_and_counted(tmp_path, cache):
     members = [("@eaDir/a.jpg/thumb.jpg", b"?"), ("x/#recycle/b.jpg", b"?"), ("c.heic", b"?")]
     (tmp_path / "val-0.tar").write_bytes(two(*members))
     for _ in range(2):  # the second time from the cache
@@ -233,12 +233,12 @@ def test_numbers_of_any_length_are_in_order(tmp_path):
     assert classes == ("1", "2", long.decode())
 
 
-def test_a_fifo_is_no_shard(tmp_path):
+def test_a_fifo_is_not_a_shard(tmp_path):
     os.mkfifo(tmp_path / "val-0.tar")
     assert "got not a regular file" in refusal(tmp_path, train=False)
 
 
-def test_names_of_text_labels_are_composed(tmp_path):
+def test_names_of_text_labels_are_normalized(tmp_path):
     labels = [b"caff", "cafe\u0301".encode()]
     members = [member for i in (0, 1) for member in ((f"{i}.jpg", b"?"), (f"{i}.cls", labels[i]))]
     (tmp_path / "val-0.tar").write_bytes(tarred(members))

@@ -38,14 +38,14 @@ def checked(path, workers=0):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_file_is_looked_at(root, workers):
+def test_every_file_is_checked(root, workers):
     report = checked(root, workers)
     assert (report.name, report.classes) == (root.name, ("cat", "dog"))
     assert {split: counts.tolist() for split, counts in report.counts.items()} == {
         "train": [2, 2],
         "val": [1, 3],
     }
-    assert report.sides.tolist() == [[10, 20], [40, 30], [50, 60], [70, 80], [90, 5]]
+    assert report.dimensions.tolist() == [[10, 20], [40, 30], [50, 60], [70, 80], [90, 5]]
     listed = [*(root / "train").rglob("*.*"), *(root / "val").rglob("*.*")]
     sizes = sorted(path.stat().st_size for path in listed if path.exists())
     assert sorted(report.sizes.tolist()) == [0, *sizes]
@@ -101,7 +101,7 @@ def test_files_that_are_not_used_are_counted_by_ending(root):
     assert line in format_report(report)
 
 
-def test_of_many_classes_the_rarest_and_the_most_frequent_are_shown(root):
+def test_long_lists_of_classes_are_shortened(root):
     counts = np.random.default_rng(0).permutation(np.arange(1, 1001))
     names = tuple(f"class{n}" for n in counts)
     report = dataclasses.replace(checked(root), classes=names, counts={"train": counts})
@@ -112,13 +112,13 @@ def test_of_many_classes_the_rarest_and_the_most_frequent_are_shown(root):
     )
 
 
-def test_a_set_of_broken_files_alone(root):
+def test_a_dataset_of_only_broken_files(root):
     for path in [*root.rglob("*.png"), *root.rglob("*.jpg"), *root.rglob("*.bmp")]:
         path.unlink()
         path.write_bytes(b"")
     report = checked(root)
     assert len(report.broken) == 8
-    assert report.sides.shape == (0, 2)
+    assert report.dimensions.shape == (0, 2)
     assert "broken files: 8" in format_report(report)
 
 
@@ -126,18 +126,18 @@ def test_a_set_of_broken_files_alone(root):
 def test_pixel_sets_need_no_decoding(name, side, count):
     report = check(DataConfig(path=name), 16, seed=0, workers=2)
     assert report.rate is None
-    assert report.sides.tolist() == [[side, side]] * count
+    assert report.dimensions.tolist() == [[side, side]] * count
     assert report.sizes.sum() == count * 3 * side * side
     assert "decoding" not in format_report(report)
 
 
-def test_what_is_held_out_is_told(root):
+def test_held_out_images_are_reported(root):
     (root / "val").rename(root.parent / f"{root.name}-val")
     assert "held out, drawn by seed 0" in format_report(checked(root))
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
-def test_a_validation_split_may_be_alone(root, name):
+def test_only_a_validation_split_is_accepted(root, name):
     shutil.rmtree(root / "train")
     (root / "val").rename(root / name)
     report = checked(root)
@@ -145,12 +145,12 @@ def test_a_validation_split_may_be_alone(root, name):
     assert "val: 4 images" in format_report(report)
 
 
-def test_structural_mistakes_are_the_users(root):
+def test_structural_problems_are_user_errors(root):
     (root / "train/eel").mkdir()
     with pytest.raises(UserError, match="none of eel"):
         checked(root)
 
 
-def test_more_workers_than_cores_are_no_warning(root):
+def test_more_workers_than_cores_cause_no_warning(root):
     assert len(checked(root, workers=9).broken) == 3
     assert torch.get_num_threads() == 1

@@ -62,8 +62,8 @@ def test_jpegs_are_smaller_and_keep_their_shape(source, tmp_path):
         for i in range(len(before)):
             image, again = decode(before.read(i)), decode(after.read(i))
             height, width = image.shape[1:]
-            share = min(1, SIDE / min(height, width))
-            assert again.shape == (3, round(height * share), round(width * share))
+            scale = min(1, SIDE / min(height, width))
+            assert again.shape == (3, round(height * scale), round(width * scale))
             shorts.add(min(again.shape[1:]))
             expected = io.BytesIO()
             small = pillow(image, again.shape[:0:-1]).permute(1, 2, 0).numpy()
@@ -108,7 +108,7 @@ def kill_at_flush(number, *arguments):
 
 
 @KINDS
-def test_a_kill_at_any_moment(source, tmp_path, jpeg, monkeypatch):
+def test_a_kill_at_any_time(source, tmp_path, jpeg, monkeypatch):
     monkeypatch.setattr(packing, "CHUNK", 7)
     packed(source, tmp_path / "whole", jpeg)
     expected = tree(tmp_path / "whole")
@@ -155,7 +155,7 @@ def test_two_kills_and_more_workers(source, tmp_path, jpeg):
 
 
 @KINDS
-def test_what_the_disk_spoils_is_found_and_packed_anew(source, tmp_path, jpeg):
+def test_corrupted_chunks_are_detected_and_repacked(source, tmp_path, jpeg):
     dst = tmp_path / "pack"
     assert kill_at_flush(9, source, dst, jpeg)
     images = dst / ("train.jpegs" if jpeg else "train.pixels")
@@ -180,7 +180,7 @@ def broken(path):
 
 
 @KINDS
-def test_broken_images_are_listed_and_mended(source, tmp_path, jpeg, monkeypatch):
+def test_broken_images_are_listed_and_can_be_fixed(source, tmp_path, jpeg, monkeypatch):
     packed(source, tmp_path / "whole", jpeg)
     dst, kept = tmp_path / "pack", tmp_path / "kept"
     shutil.copytree(source, kept)
@@ -206,7 +206,7 @@ def test_broken_images_are_listed_and_mended(source, tmp_path, jpeg, monkeypatch
                 assert (mine.images[i] == other.images[i]).all()
 
 
-def test_of_many_broken_images_ten_are_named(source, tmp_path):
+def test_at_most_ten_broken_images_are_named(source, tmp_path):
     for path in (source / "train").rglob("*.jpg"):
         broken(path)
     with pytest.raises(UserError, match="18 that cannot") as caught:
@@ -214,7 +214,7 @@ def test_of_many_broken_images_ten_are_named(source, tmp_path):
     assert str(caught.value).count(".jpg: ") == 10
 
 
-def test_the_source_may_not_change_under_an_unfinished_pack(source, tmp_path):
+def test_the_source_must_not_change_during_packing(source, tmp_path):
     dst = tmp_path / "pack"
     assert kill_at_flush(5, source, dst)  # two chunks of four are there
     with (source / "train/cat/1.jpg").open("ab") as file:
@@ -228,7 +228,7 @@ def test_the_source_may_not_change_under_an_unfinished_pack(source, tmp_path):
     assert tree(dst) == before
 
 
-def test_another_process_packs_there(source, tmp_path):
+def test_a_pack_in_use_is_rejected(source, tmp_path):
     dst = tmp_path / "pack"
     assert kill_at_flush(5, source, dst)
     context = multiprocessing.get_context("fork")
@@ -278,7 +278,7 @@ def test_nothing_else_is_overwritten(source, tmp_path, begun, change, message):
     assert tree(dst) == before
 
 
-def test_a_folder_with_other_things_is_left_alone(source, tmp_path):
+def test_a_folder_with_other_files_is_left_untouched(source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -289,7 +289,7 @@ def test_a_folder_with_other_things_is_left_alone(source, tmp_path):
     assert not (source / "progress.jsonl").exists()
 
 
-def test_a_pack_or_pixels_are_not_packed(source, tmp_path):
+def test_packs_and_pixel_sets_are_rejected(source, tmp_path):
     packed(source, tmp_path / "pack")
     for path in (tmp_path / "pack", "digits"):
         with pytest.raises(UserError, match="expected encoded images"):
@@ -298,7 +298,7 @@ def test_a_pack_or_pixels_are_not_packed(source, tmp_path):
 
 
 @KINDS
-def test_without_room_nothing_is_written(source, tmp_path, jpeg, monkeypatch, capsys):
+def test_without_disk_space_nothing_is_written(source, tmp_path, jpeg, monkeypatch, capsys):
     packed(source, tmp_path / "whole", jpeg)
     written = sum(path.stat().st_size for path in (tmp_path / "whole").glob("*.*"))
     assert jpeg or written == 24 * 3 * SIDE * SIDE
@@ -314,7 +314,7 @@ def test_without_room_nothing_is_written(source, tmp_path, jpeg, monkeypatch, ca
     packed(source, tmp_path / "new/pack", jpeg)
 
 
-def test_the_index_says_where_it_comes_from(source, tmp_path):
+def test_the_index_records_its_source(source, tmp_path):
     packed(source, tmp_path / "pack")
     index = read_json(tmp_path / "pack/index", "pack.json")
     assert index["source"] == opened(source).fingerprint

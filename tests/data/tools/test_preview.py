@@ -11,8 +11,8 @@ from torchvision.utils import make_grid
 from vitral.config import AugmentConfig, Config, DataConfig, TrainConfig, ViTConfig
 from vitral.data.augment import finish
 from vitral.data.formats import open_dataset
-from vitral.data.loader import STILL, eval_batches
-from vitral.data.tools.preview import GAP, SIDE, grid, preview, save, to_pixels
+from vitral.data.loader import NO_AUGMENTATION, eval_batches
+from vitral.data.tools.preview import GAP, MIN_TILE_SIZE, grid, preview, save, to_pixels
 
 
 def noise(*shape):
@@ -23,7 +23,7 @@ def noise(*shape):
 @pytest.mark.parametrize("columns", [1, 3, 8])
 @pytest.mark.parametrize("count", [2, 3, 7, 8, 9, 16, 21])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (33, 33), (96, 96), (112, 112), (20, 30)])
-def test_a_grid_is_torchvisions(count, columns, height, width):
+def test_a_grid_equals_torchvision(count, columns, height, width):
     images = noise(count, 3, height, width)
     factor = -(-96 // width)
     larger = F.interpolate(images, scale_factor=factor, mode="nearest")
@@ -39,7 +39,7 @@ def test_a_single_image_has_the_same_frame():
     assert torch.equal(grid(image), F.pad(image[0], (4, 4, 4, 4), value=255))
 
 
-def test_pixels_are_those_before_normalization():
+def test_pixels_undo_the_normalization():
     config = DataConfig(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
     assert torch.equal(to_pixels(finish(pixels, None, config.mean, config.std), config), pixels)
@@ -48,8 +48,8 @@ def test_pixels_are_those_before_normalization():
     ]
 
 
-@pytest.mark.parametrize("augment", [STILL, AugmentConfig(flip=1.0, crop="none")])
-def test_each_image_is_above_what_training_makes_of_it(image_folder, tmp_path, augment):
+@pytest.mark.parametrize("augment", [NO_AUGMENTATION, AugmentConfig(flip=1.0, crop="none")])
+def test_each_image_is_above_its_augmented_version(image_folder, tmp_path, augment):
     config = Config(
         model=ViTConfig(image_size=16, patch_size=4),
         data=DataConfig(path=str(image_folder)),
@@ -59,12 +59,12 @@ def test_each_image_is_above_what_training_makes_of_it(image_folder, tmp_path, a
     preview(config, tmp_path / "preview.png", count=10)
     with Image.open(tmp_path / "preview.png") as picture:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    step = SIDE + GAP
+    step = MIN_TILE_SIZE + GAP
     assert pixels.shape == (3, 3 * step + GAP, 8 * step + GAP)  # the last row holds 2 and 2
-    tiles = pixels[:, GAP:, GAP:].unfold(1, SIDE, step).unfold(2, SIDE, step)
+    tiles = pixels[:, GAP:, GAP:].unfold(1, MIN_TILE_SIZE, step).unfold(2, MIN_TILE_SIZE, step)
     tiles = tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
     plain, augmented = tiles[[*range(8), 16, 17]], tiles[[*range(8, 16), 18, 19]]
-    assert torch.equal(augmented, plain if augment is STILL else plain.flip(3))
+    assert torch.equal(augmented, plain if augment is NO_AUGMENTATION else plain.flip(3))
     assert (tiles[20:] == 255).all()
     train = open_dataset(config.data, 16, 0).train
     (batch,) = eval_batches(train, config, 40, 0, torch.device("cpu"))
@@ -73,7 +73,7 @@ def test_each_image_is_above_what_training_makes_of_it(image_folder, tmp_path, a
     assert {image.contiguous().numpy().tobytes() for image in plain} <= known
 
 
-def test_a_picture_is_written_as_it_is(tmp_path):
+def test_a_picture_is_written_unchanged(tmp_path):
     picture = noise(3, 5, 7)
     save(picture, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as written:

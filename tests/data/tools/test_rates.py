@@ -91,7 +91,7 @@ def test_rates_are_those_of_each_decoder(folder):
     assert found["cpu"] > 0
 
 
-def test_parts_are_other_images_in_another_order(folder):
+def test_parts_have_different_images(folder):
     config, records = folder
     first, again, other = (
         next(endless_batches(records, config, 2, 8, 0, CPU, "cpu", part)) for part in (0, 0, 1)

@@ -12,8 +12,8 @@ import numpy as np
 
 from vitral.config import DataConfig
 from vitral.data.decode import SUFFIXES
-from vitral.data.records import VALIDATION, Dataset, Files, Split, combine, nfc
-from vitral.data.skipped import OUTSIDE, count_files, ending, is_system, kinds
+from vitral.data.records import VALIDATION, Dataset, Files, Split, merge_splits, nfc
+from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_system, kinds
 from vitral.errors import data_error, first_few, printable
 
 SPLITS = ("train", *VALIDATION)
@@ -34,7 +34,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         UserError: the folder cannot be used.
         OSError: it cannot be read.
     """
-    root = _unnested(root)
+    root = _enter_single_folder(root)
     training, val = find_splits(root, train)
     skipped = Counter[str]()
     if training or val:
@@ -42,7 +42,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     if val is None:
         found = _scan(root, training or "", skipped, train)
         if train and training is None:
-            _refuse_unnamed_splits(root)
+            _check_split_names(root)
         splits = (found, None) if train or training else (None, found)
     else:
         held_out = _scan(root, val, skipped, train)
@@ -50,8 +50,8 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
             raise data_error(root, f"train/ beside {val}/", "none", "put the training images there")
         known = _scan(root, training, skipped, train) if train and training is not None else None
         splits = known, held_out
-    dataset = combine(root, *splits, config, seed, skipped)
-    choices = (*dataset.choices, *_choices(root, dataset.name, training, val))
+    dataset = merge_splits(root, *splits, config, seed, skipped)
+    choices = (*dataset.choices, *_split_notes(root, dataset.name, training, val))
     return dataclasses.replace(dataset, choices=choices)
 
 
@@ -84,8 +84,8 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
     if classes:
         unclear = len(named) > 1 or len(others) == 1
     else:
-        beside = [name for name in others if _holds_images(root / name)]
-        unclear = bool(with_classes) and len(named) == 1 and len(beside) > 1
+        image_folders = [name for name in others if _holds_images(root / name)]
+        unclear = bool(with_classes) and len(named) == 1 and len(image_folders) > 1
     if train and unclear:
         got = f"{first_few([*named.values()])} beside {first_few(others)}"
         fix = "if they are classes, move them all into train/; if not, move the others elsewhere"
@@ -96,11 +96,11 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
 
 def holds_only_validation(root: Path) -> bool:
     """Whether `root` has a validation split, but none to train on."""
-    training, val = find_splits(_unnested(root), train=False)
+    training, val = find_splits(_enter_single_folder(root), train=False)
     return training is None and val is not None
 
 
-def _unnested(root: Path) -> Path:
+def _enter_single_folder(root: Path) -> Path:
     """`root`, or the folder with splits that it holds alone: archives are often unpacked so."""
     folder = root
     for _ in range(DEPTH):
@@ -113,7 +113,7 @@ def _unnested(root: Path) -> Path:
     return root
 
 
-def _choices(root: Path, name: str, training: str | None, val: str | None) -> Iterator[str]:
+def _split_notes(root: Path, name: str, training: str | None, val: str | None) -> Iterator[str]:
     """Notes about the folders that were chosen as splits, and about other folders next to them."""
     if val is not None and val.lower() == "test":
         yield f"{name} has no val/: {val}/ is validated on"
@@ -126,7 +126,7 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     """Class names and records of the class folders in one split, both in order of name."""
     base = root / split
     names = _class_folders(base, split, train)
-    before = skipped[OUTSIDE]
+    before = skipped[OUTSIDE_CLASSES]
     _count_files(base, skipped)
     inside = [os.fsencode(f"{split}/{n}" if split else n) for n in names]
     found = [
@@ -140,16 +140,16 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     if empty and train:
         got = f"none of {first_few(empty)}" + (f", but {kinds(skipped)}" if skipped else "")
         raise data_error(base, "images of each class", got, "add or remove it")
-    strays, count = skipped[OUTSIDE] - before, sum(map(len, found))
-    if strays > count:
-        got = f"{strays:,} images directly in it beside {count:,} in class folders"
+    num_outside, count = skipped[OUTSIDE_CLASSES] - before, sum(map(len, found))
+    if num_outside > count:
+        got = f"{num_outside:,} images directly in it beside {count:,} in class folders"
         raise data_error(base, "a folder for each class", got, "move or remove them")
     paths, sizes = zip(*(image for images in found for image in images), strict=True)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in found])
     return tuple(map(printable, names)), Files(root, np.array(paths), np.array(sizes), labels)
 
 
-def _refuse_unnamed_splits(root: Path) -> None:
+def _check_split_names(root: Path) -> None:
     """Splits by other names would be learned as classes: `training` as against `testing`."""
     names = _folders(root)
     first: list[str] = []
@@ -195,14 +195,14 @@ def walk_images(
         elif _is_image(entry.name):
             yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
         elif skipped is not None:
-            skipped[ending(entry.name)] += 1
+            skipped[file_kind(entry.name)] += 1
 
 
 def _count_files(folder: Path, skipped: Counter[str]) -> None:
     """Counts the files directly in a folder that holds folders of images."""
     for entry in _entries(folder, skipped):
         if not entry.is_dir():
-            skipped[OUTSIDE if _is_image(entry.name) else ending(entry.name)] += 1
+            skipped[OUTSIDE_CLASSES if _is_image(entry.name) else file_kind(entry.name)] += 1
 
 
 def _entries(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:

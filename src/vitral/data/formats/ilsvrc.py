@@ -18,18 +18,18 @@ from typing import BinaryIO
 import numpy as np
 
 from vitral.config import DataConfig
-from vitral.data.archives import AGAIN, members, progress, refuse_doubles
+from vitral.data.archives import REDOWNLOAD, check_unique, members, progress
 from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
-from vitral.data.index import Row, find
-from vitral.data.records import VALIDATION, Dataset, Split, combine
+from vitral.data.index import Row, index_archives
+from vitral.data.records import VALIDATION, Dataset, Split, merge_splits
 from vitral.errors import data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 
-TRAIN, VAL, KIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
-META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-MAX_KIT = 1 << 26  # bytes of a file of the kit, far above those of the original
-MEND = "put archives and development kit that belong together there"
+TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
+META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+MAX_DEVKIT_BYTES = 1 << 26  # bytes of a file of the kit, far above those of the original
+USE_MATCHING = "put archives and development kit that belong together there"
 
 
 def matches(root: Path) -> bool:
@@ -37,7 +37,7 @@ def matches(root: Path) -> bool:
 
     Not where both splits are there as folders as well.
     """
-    folder, training = _places(root)
+    folder, training = _locate(root)
     splits = any((root / name).is_dir() for name in VALIDATION) and (root / "train").is_dir()
     return not splits and (training.is_file() or (folder / VAL).is_file())
 
@@ -48,19 +48,19 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     Raises:
         UserError: an archive or the development kit cannot be used.
     """
-    folder, training = _places(root)
+    folder, training = _locate(root)
     has_train, has_val = training.is_file(), (folder / VAL).is_file()
     if train and not has_train:
         raise data_error(folder, training.name, "none", "download it into that folder")
     skipped = Counter[str]()
     known = _open_train(training, skipped) if train or not has_val else None
     if not has_val:
-        return combine(folder, known, None, config, seed, skipped)
+        return merge_splits(folder, known, None, config, seed, skipped)
     classes = known[0] if known else _class_names(training) if has_train else None
-    return combine(folder, known, _open_val(folder, classes, skipped), config, seed, skipped)
+    return merge_splits(folder, known, _open_val(folder, classes, skipped), config, seed, skipped)
 
 
-def _places(root: Path) -> tuple[Path, Path]:
+def _locate(root: Path) -> tuple[Path, Path]:
     """The folder of the archives, and the train tar, which may have any name if it is given."""
     if root.name.endswith(".tar") and root.is_file():
         return root.parent, root if root.name != VAL else root.with_name(TRAIN)
@@ -84,12 +84,12 @@ def _class_tars(
         fix = "for shards, give their folder; else download it again"
         raise data_error(archive, "a tar for each of two classes or more inside it", got, fix)
     classes = [(PurePosixPath(name).stem, name, tar) for name, tar in found]
-    refuse_doubles(archive, (name for name, _, _ in classes))
+    check_unique(archive, (name for name, _, _ in classes))
     return classes
 
 
 def _open_train(archive: Path, skipped: Counter[str]) -> Split:
-    found = find([archive], read_train)
+    found = index_archives([archive], read_train)
     skipped.update(found.skipped)
     return tuple(map(printable, found.values.tolist())), found.spans
 
@@ -103,8 +103,8 @@ def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes],
             place, start = printable(f"{archives[0]}: {outer}"), tar.offset_data
             images = list(members(file, place, SUFFIXES, start, start + tar.size, skipped))
             if not images:
-                raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", AGAIN)
-            refuse_doubles(place, (name for name, _ in images))
+                raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", REDOWNLOAD)
+            check_unique(place, (name for name, _ in images))
             value = os.fsencode(label)
             for name, image in images:
                 inside = os.fsencode(f"{outer}/{name}")
@@ -114,25 +114,25 @@ def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes],
 
 def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[str]) -> Split:
     """The validation images; `classes` are those of the train tar, None without it."""
-    found = find([folder / VAL], read_val)
+    found = index_archives([folder / VAL], read_val)
     skipped.update(found.skipped)
     numbers = [_number(folder, os.fsdecode(name)) for name in found.spans.names.tolist()]
-    kit = _read_kit(folder)
+    kit = _read_devkit(folder)
     shipped = folder / VAL, wnids(), [wnids()[label] for label in validation_labels()]
     source, known, truth = kit or shipped
     classes = classes or known
     every = [*range(1, len(truth) + 1)]
     if sorted(numbers) != every if kit else not {*numbers} <= {*every}:
         expected = f"labels of the {len(numbers):,} images to {max(numbers)} in {VAL}"
-        raise data_error(source, expected, f"labels of {len(every):,}", MEND)
-    given = [truth[number - 1] for number in numbers]
-    strangers = sorted({*given} - {*classes})
-    if strangers:
+        raise data_error(source, expected, f"labels of {len(every):,}", USE_MATCHING)
+    val_wnids = [truth[number - 1] for number in numbers]
+    unknown = sorted({*val_wnids} - {*classes})
+    if unknown:
         raise data_error(
-            source, f"the {len(classes):,} classes of {TRAIN}", first_few(strangers), MEND
+            source, f"the {len(classes):,} classes of {TRAIN}", first_few(unknown), USE_MATCHING
         )
     position = {name: i for i, name in enumerate(classes)}
-    return classes, found.relabelled(np.array([position[wnid] for wnid in given]))
+    return classes, found.relabeled(np.array([position[wnid] for wnid in val_wnids]))
 
 
 def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
@@ -141,8 +141,8 @@ def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], C
     with open_regular(archives[0]) as file:
         found = list(members(file, printable(archives[0]), SUFFIXES, skipped=skipped))
     if not found:
-        raise data_error(archives[0], f"images ({', '.join(SUFFIXES)})", "none", AGAIN)
-    refuse_doubles(archives[0], (name for name, _ in found))
+        raise data_error(archives[0], f"images ({', '.join(SUFFIXES)})", "none", REDOWNLOAD)
+    check_unique(archives[0], (name for name, _ in found))
     rows = [(b"", os.fsencode(name), 0, image.offset_data, image.size) for name, image in found]
     return rows, {}, skipped
 
@@ -150,18 +150,18 @@ def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], C
 def _number(folder: Path, name: str) -> int:
     match = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_([0-9]{8})\.\w+", name)
     if match is None:
-        raise data_error(folder / VAL, "names like ILSVRC2012_val_00000001.JPEG", name, AGAIN)
+        raise data_error(folder / VAL, "names like ILSVRC2012_val_00000001.JPEG", name, REDOWNLOAD)
     return int(match[1])
 
 
-def _read_kit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None:
+def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None:
     """The development kit's place, sorted wnids, and wnid of each validation image in order.
 
     Its numbers of the classes, from 1, are in another order than the wnids.
     """
     from scipy.io import loadmat
 
-    found = _kit_files(folder)
+    found = _devkit_files(folder)
     if found is None:
         return None
     place, meta, truth = found
@@ -171,27 +171,27 @@ def _read_kit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None:
         wnid = {str(number): str(name) for number, name in leaves[["ILSVRC2012_ID", "WNID"]]}
     except Exception as error:  # it raises nearly anything for what is no such file
         expected = f"synsets with ILSVRC2012_ID, WNID and num_children in {META}"
-        raise data_error(place, expected, str(error) or "another file", AGAIN) from error
+        raise data_error(place, expected, str(error) or "another file", REDOWNLOAD) from error
     lines = truth.decode("ascii", "replace").split()
-    strangers = [line for line in lines if line not in wnid]
-    if strangers or not lines:
-        expected = f"an ILSVRC2012_ID of {META} in each line of {TRUTH}"
-        raise data_error(place, expected, first_few(strangers), AGAIN)
+    unknown = [line for line in lines if line not in wnid]
+    if unknown or not lines:
+        expected = f"an ILSVRC2012_ID of {META} in each line of {GROUND_TRUTH}"
+        raise data_error(place, expected, first_few(unknown), REDOWNLOAD)
     return place, tuple(sorted(wnid.values())), [wnid[line] for line in lines]
 
 
-def _kit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
+def _devkit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
     """Where the development kit is, packed or not, and what is in its two files."""
-    kit, packed = folder / KIT, folder / f"{KIT}.tar.gz"
+    kit, packed = folder / DEVKIT, folder / f"{DEVKIT}.tar.gz"
     if kit.is_dir():
-        return kit, read_regular(kit / META), read_regular(kit / TRUTH)
+        return kit, read_regular(kit / META), read_regular(kit / GROUND_TRUTH)
     if not packed.is_file():
         return None
     try:
         with tarfile.open(packed, "r:gz") as tar:
-            content = [tar.extractfile(f"{KIT}/{name}") for name in (META, TRUTH)]
-            meta, truth = (file.read(MAX_KIT) if file else b"" for file in content)
+            content = [tar.extractfile(f"{DEVKIT}/{name}") for name in (META, GROUND_TRUTH)]
+            meta, truth = (file.read(MAX_DEVKIT_BYTES) if file else b"" for file in content)
     except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
-        expected = f"a whole archive with {META} and {TRUTH}"
-        raise data_error(packed, expected, str(error), AGAIN) from error
+        expected = f"a whole archive with {META} and {GROUND_TRUTH}"
+        raise data_error(packed, expected, str(error), REDOWNLOAD) from error
     return packed, meta, truth

@@ -46,19 +46,24 @@ def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     raw, labels = load_digits(return_X_y=True)
-    grey = torch.from_numpy(np.rint(raw * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
-    images, labels = grey.expand(-1, 3, -1, -1).contiguous(), labels.astype(np.int64)
+    gray = torch.from_numpy(np.rint(raw * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
+    images, labels = gray.expand(-1, 3, -1, -1).contiguous(), labels.astype(np.int64)
     train, val = Pixels(images[:-360], labels[:-360]), Pixels(images[-360:], labels[-360:])
     return Dataset("digits", tuple("0123456789"), train, val)
 
 
-def _synthetic(side: int) -> Dataset:
+def _synthetic(image_size: int) -> Dataset:
     """Ten coarse colour patterns under noise: to try things out and to measure, without files."""
     coarse = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    patterns = torch.nn.functional.interpolate(coarse * 127, (side, side), mode="bilinear").byte()
+    patterns = torch.nn.functional.interpolate(
+        coarse * 127, (image_size, image_size), mode="bilinear"
+    ).byte()
     # Eight pixels a draw: for images of 224 pixels it takes 0.2 s, torch's random_ takes 1.8 s.
-    noise = np.random.PCG64(0).random_raw(3072 * 3 * side * side // 8).view(np.uint8)
-    images, labels = torch.from_numpy(noise).view(3072, 3, side, side), np.arange(3072) % 10
+    noise = np.random.PCG64(0).random_raw(3072 * 3 * image_size * image_size // 8).view(np.uint8)
+    images, labels = (
+        torch.from_numpy(noise).view(3072, 3, image_size, image_size),
+        np.arange(3072) % 10,
+    )
     images >>= 1
     for label in range(10):
         images[label::10] += patterns[label]
@@ -90,8 +95,10 @@ def _cifar(name: str) -> Dataset:
 
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     with _downloading(name, kind.filename) as place:
-        train, val = (kind(place, train=part, download=True) for part in (True, False))
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, val)]
+        train, val = (kind(place, train=split, download=True) for split in (True, False))
+    images = [
+        torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous() for split in (train, val)
+    ]
     splits = (Pixels(images[0], np.array(train.targets)), Pixels(images[1], np.array(val.targets)))
     return Dataset(name, tuple(train.classes), *splits)
 

@@ -23,11 +23,11 @@ from vitral.data.workers import in_workers
 from vitral.errors import UserError, data_error, first_few
 
 CHUNK = 64  # items that a worker reads at a time
-TWICE = 8  # items that are read again, to find out whether they are the same each time
+NUM_REREAD = 8  # items that are read again, to find out whether they are the same each time
 
 
 @dataclass(frozen=True)
-class Given:
+class PythonDatasets:
     """What `vitral.train` is given in the place of a path."""
 
     train: Source
@@ -39,13 +39,13 @@ class Given:
     """Identifies the images; None hashes all of them."""
 
 
-def given_data(
+def python_datasets(
     config: Config,
     train: Source | None,
     val: Source | None,
     classes: Sequence[str] | None,
     fingerprint: str | None,
-) -> tuple[Config, Given | None]:
+) -> tuple[Config, PythonDatasets | None]:
     """What a run is given, and its settings: `data.path` is PATH if it is given a dataset.
 
     Raises:
@@ -53,46 +53,48 @@ def given_data(
     """
     if train is not None:
         settings = replace(config, data=replace(config.data, path=PATH))
-        return settings, Given(train, val, classes, fingerprint)
+        return settings, PythonDatasets(train, val, classes, fingerprint)
     if val is not None or classes is not None or fingerprint is not None:
         raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
     return config, None
 
 
-def open_data(config: Config, given: Given | None) -> Dataset:
+def open_data(config: Config, datasets: PythonDatasets | None) -> Dataset:
     """The data set of a run: what is given, or what is at `data.path`. Raises UserError."""
-    if given is not None:
-        return open_objects(given, config.data, config.train.seed)
+    if datasets is not None:
+        return open_objects(datasets, config.data, config.train.seed)
     return open_dataset(config.data, config.model.image_size, config.train.seed)
 
 
-def open_objects(given: Given, config: DataConfig, seed: int) -> Dataset:
+def open_objects(datasets: PythonDatasets, config: DataConfig, seed: int) -> Dataset:
     """The data set of Python datasets.
 
     Raises:
         UserError: the datasets cannot be used.
     """
-    classes = class_names(given.train, given.classes)
-    train = records_of("dataset", given.train, classes, config, given.fingerprint)
+    classes = class_names(datasets.train, datasets.classes)
+    train = records_of("dataset", datasets.train, classes, config, datasets.fingerprint)
     dataset = Dataset(PATH, classes, train, None)
-    if given.val is not None:
-        if own_names(given.val) not in (None, classes) and given.classes is None:
+    if datasets.val is not None:
+        if own_names(datasets.val) not in (None, classes) and datasets.classes is None:
             raise data_error("val_dataset", "the classes of dataset", "others", "give classes=")
-        val = records_of("val_dataset", given.val, classes, config, given.fingerprint)
+        val = records_of("val_dataset", datasets.val, classes, config, datasets.fingerprint)
         dataset = replace(dataset, val=val)
-    if given.val is None or config.hold_out:
+    if datasets.val is None or config.hold_out:
         why = "no val_dataset is used"
         return hold_out(dataset, "dataset", config.val_fraction, seed, why)
     return dataset
 
 
-def class_names(source: Source, given: Sequence[str] | None) -> tuple[str, ...]:
+def class_names(source: Source, given_names: Sequence[str] | None) -> tuple[str, ...]:
     """The names that are given, or those of the dataset.
 
     Raises:
         UserError: there are none, fewer than two, or equal ones.
     """
-    names = own_names(source) if given is None else tuple(nfc(str(name)) for name in given)
+    names = (
+        own_names(source) if given_names is None else tuple(nfc(str(name)) for name in given_names)
+    )
     if names is None:
         raise data_error("dataset", "class names in .classes or .features", "none", "give classes=")
     if len({*names}) != len(names) or len(names) < 2:
@@ -159,10 +161,10 @@ def _listed_labels(source: Any) -> Integers | None:
 def _read_all(what: str, records: Objects, workers: int) -> tuple[Integers, str]:
     """Reads every item; returns the labels and the digest of the images."""
     starts = range(0, len(records), CHUNK)
-    parts = [range(first, min(first + CHUNK, len(records))) for first in starts]
+    chunks = [range(first, min(first + CHUNK, len(records))) for first in starts]
     labels, digest = [], hashlib.sha256()
-    found = in_workers(_Reading(records.source), parts, workers)
-    for read in progress(found, f"reading {what}", "chunk", len(parts)):
+    found = in_workers(_ItemDataset(records.source), chunks, workers)
+    for read in progress(found, f"reading {what}", "chunk", len(chunks)):
         if isinstance(read, str):
             raise UserError(f"data: {what}: {read}")
         labels += read[0]
@@ -170,18 +172,18 @@ def _read_all(what: str, records: Objects, workers: int) -> tuple[Integers, str]
     return np.array(labels, np.int64), digest.hexdigest()
 
 
-class _Reading(TorchDataset[tuple[list[int], bytes] | str]):
+class _ItemDataset(TorchDataset[tuple[list[int], bytes] | str]):
     """Labels and digests of the images of some items, or an error; runs in worker processes."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitem__(self, part: range) -> tuple[list[int], bytes] | str:
+    def __getitem__(self, chunk: range) -> tuple[list[int], bytes] | str:
         labels, digests = [], []
-        for i in part:
+        for i in chunk:
             try:
                 image, label = read_item(self.source, i)
-                again = _digest(read_item(self.source, i)[0]) if i < TWICE else None
+                again = _digest(read_item(self.source, i)[0]) if i < NUM_REREAD else None
             except DecodeError as error:
                 return f"item {i}: {error}; fix or remove it"
             labels.append(label)

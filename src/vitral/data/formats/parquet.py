@@ -20,16 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitral.config import DataConfig
-from vitral.data.archives import AGAIN
+from vitral.data.archives import REDOWNLOAD
 from vitral.data.decode import DecodeError
 from vitral.data.imagenet import human_name, wnids
 from vitral.data.objects import IMAGES, LABELS
-from vitral.data.records import VALIDATION, Dataset, Names, Split, Stamp, combine, stamp
+from vitral.data.records import VALIDATION, Dataset, Names, Split, Stamp, merge_splits, stamp
 from vitral.data.sampling import Integers
 from vitral.errors import data_error, printable
 
 SPLITS = ("train", *VALIDATION)
-RECENT = 256 << 20  # bytes of row groups that a process keeps; small sets fit in whole
+MAX_CACHE_BYTES = 256 << 20  # bytes of row groups that a process keeps; small sets fit in whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Rows:
         return len(self.labels)
 
     @cached_property
-    def _recent(self) -> OrderedDict[tuple[int, int], Any]:
+    def _cache(self) -> OrderedDict[tuple[int, int], Any]:
         """Columns of row groups by file and number, the last used last."""
         return OrderedDict()
 
@@ -69,10 +69,13 @@ class Rows:
             DecodeError: the row group is damaged, or the row holds no bytes.
         """
         file, group, row = self.places[i].tolist()
-        recent = self._recent
+        recent = self._cache
         if (file, group) not in recent:
             recent[file, group] = self._load(file, group)
-            while len(recent) > 1 and sum(column.nbytes for column in recent.values()) > RECENT:
+            while (
+                len(recent) > 1
+                and sum(column.nbytes for column in recent.values()) > MAX_CACHE_BYTES
+            ):
                 recent.popitem(last=False)
         recent.move_to_end((file, group))
         content = recent[file, group][row].as_py()
@@ -138,14 +141,14 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     if val is None:
         found = _scan(splits.get("train") or splits[""])
         if not train and "" in splits:
-            return combine(root, None, found, config, seed)
-        return combine(root, found, None, config, seed)
+            return merge_splits(root, None, found, config, seed)
+        return merge_splits(root, found, None, config, seed)
     held_out = _scan(splits[val])
     if train and "train" not in splits:
         got = f"{splits[val][0].name} alone"
         raise data_error(root, "train-*.parquet", got, "put the training images there")
     known = _scan(splits["train"]) if train else None
-    dataset = combine(root, known, held_out, config, seed)
+    dataset = merge_splits(root, known, held_out, config, seed)
     if val != "test":
         return dataset
     choice = f"{dataset.name} has no validation-*.parquet: test is validated on"
@@ -179,7 +182,7 @@ def _scan(files: Sequence[Path]) -> Split:
     if classes is None:
         found, labels = np.unique(values, return_inverse=True)
         classes = tuple(map(str, found.tolist()))
-    elif _are_imagenets(classes):
+    elif _is_imagenet(classes):
         classes = wnids()
     places = [np.insert(shard.places, 0, k, axis=1) for k, shard in enumerate(shards)]
     names = np.array([name for shard in shards for name in shard.names])
@@ -196,7 +199,7 @@ def _scan(files: Sequence[Path]) -> Split:
     return classes, Rows(tuple(files), stamps, footers, column, places, names, labels[order])
 
 
-def _are_imagenets(names: tuple[str, ...]) -> bool:
+def _is_imagenet(names: tuple[str, ...]) -> bool:
     """Whether these are ImageNet-1K's names; a few are spelt otherwise, as the Hub's `crane2`."""
     if len(names) != len(wnids()):
         return False
@@ -240,7 +243,7 @@ def _read(path: Path) -> _Shard:
             known = f"{image}.path" in table.column_names
             paths = table[f"{image}.path"].to_pylist() if known else [None] * len(labels)
     except (pa.ArrowException, OSError, ValueError) as error:  # of text that is not UTF-8, too
-        raise data_error(path, "a Parquet file", _line(error), AGAIN) from error
+        raise data_error(path, "a Parquet file", _line(error), REDOWNLOAD) from error
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     rows = np.concatenate([np.arange(0), *map(np.arange, counts)])
     places = np.stack([np.repeat(np.arange(len(counts)), counts), rows], axis=1)
@@ -289,14 +292,14 @@ def _described_classes(path: Path, schema: Any, label: str) -> tuple[str, ...] |
     try:
         found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise data_error(path, "JSON in its metadata", _line(error), AGAIN) from error
+        raise data_error(path, "JSON in its metadata", _line(error), REDOWNLOAD) from error
     for key in ("info", "features", label, "names"):
         found = found.get(key) if isinstance(found, dict) else None
     if found is None:
         return None
     if not isinstance(found, list) or not all(type(name) in (str, int) for name in found):
         got = repr(found)[:80]
-        raise data_error(path, "a list of class names in its metadata", got, AGAIN)
+        raise data_error(path, "a list of class names in its metadata", got, REDOWNLOAD)
     return tuple(map(str, found))
 
 
@@ -312,11 +315,11 @@ def _labels(path: Path, column: Any, classes: tuple[str, ...] | None) -> NDArray
         column = column.cast(pa.string())
     labels = column.to_numpy()
     if len(labels) and labels.dtype != object:
-        most = len(classes) - 1 if classes else labels.max()
-        wrong = labels[(labels < 0) | (labels > most)]
+        max_label = len(classes) - 1 if classes else labels.max()
+        wrong = labels[(labels < 0) | (labels > max_label)]
         if len(wrong):
             fix = "if it is a test split without labels, which have -1, move it elsewhere"
-            raise data_error(path, f"labels from 0 to {most}", str(wrong[0]), fix)
+            raise data_error(path, f"labels from 0 to {max_label}", str(wrong[0]), fix)
     return labels
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from vitral.config import DataConfig
-from vitral.data.archives import AGAIN, members, progress, refuse_doubles
+from vitral.data.archives import REDOWNLOAD, check_unique, members, progress
 from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
-from vitral.data.index import Found, Row, find
-from vitral.data.records import VALIDATION, Dataset, Split, combine, nfc
+from vitral.data.index import ArchiveIndex, Row, index_archives
+from vitral.data.records import VALIDATION, Dataset, Split, merge_splits, nfc
 from vitral.errors import data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 
@@ -49,14 +49,14 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         (training,) = splits
         (split,) = _open(root, [splits[training]], 1, skipped)
         if not train and not training:
-            return combine(root, None, split, config, seed, skipped)
-        return combine(root, split, None, config, seed, skipped)
+            return merge_splits(root, None, split, config, seed, skipped)
+        return merge_splits(root, split, None, config, seed, skipped)
     if train and "train" not in splits:
         expected = f"train shards beside those of {held_out}"
         raise data_error(root, expected, "none", "put the training shards there")
     order = [splits[name] for name in (held_out, "train") if name in splits]
     val, *known = _open(root, order, 2 if train else 1, skipped)
-    dataset = combine(root, known[0] if known else None, val, config, seed, skipped)
+    dataset = merge_splits(root, known[0] if known else None, val, config, seed, skipped)
     if held_out != "test":
         return dataset
     choice = f"{dataset.name} has no val shards: those of test are validated on"
@@ -75,8 +75,8 @@ def _find_splits(root: Path) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = defaultdict(list)
     for path in _shards(root):
         words = re.split("[^a-z]+", path.name.lower())
-        told = [word for word in words if word in ("train", *VALIDATION)]
-        splits[told[-1] if told else ""].append(path)
+        split_names = [word for word in words if word in ("train", *VALIDATION)]
+        splits[split_names[-1] if split_names else ""].append(path)
     if "" in splits and len(splits) > 1:
         expected = f"train, {', '.join(VALIDATION[:-1])} or test in the name of each shard"
         raise data_error(root, expected, splits[""][0].name, "rename or move it")
@@ -87,20 +87,20 @@ def _shards(folder: Path) -> list[Path]:
     """The archives in a folder, unless it holds folders of images: those are the data set then."""
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     found = [path for path in entries if path.name.lower().endswith(ARCHIVES)]
-    beside = (file for path in entries if found and path.is_dir() for file in path.iterdir())
-    return [] if any(file.suffix.lower() in SUFFIXES for file in beside) else found
+    files = (file for path in entries if found and path.is_dir() for file in path.iterdir())
+    return [] if any(file.suffix.lower() in SUFFIXES for file in files) else found
 
 
 def _open(
     root: Path, splits: Sequence[Sequence[Path]], count: int, skipped: Counter[str]
 ) -> list[Split]:
     """The first `count` splits; another is read only if it has to name the classes of these."""
-    found = [find(shards, read_shards) for shards in splits[:count]]
+    found = [index_archives(shards, read_shards) for shards in splits[:count]]
     for each in found:
         skipped.update(each.skipped)
     lines = _read_classes(root / CLASSES)
     names = [_class_names(each, root, lines) for each in found]
-    rest = [] if all(names) else [find(shards, read_shards) for shards in splits[count:]]
+    rest = [] if all(names) else [index_archives(shards, read_shards) for shards in splits[count:]]
     others = (_class_names(each, root, lines) for each in rest)
     spare = next(filter(None, (*names, *others)), {})
     return [_label(root, each, own or spare) for each, own in zip(found, names, strict=True)]
@@ -112,11 +112,11 @@ def _read_classes(path: Path) -> list[bytes]:
         return []
     lines = [line.strip() for line in read_regular(path, MAX_CLASSES).split(b"\n")]
     lines = lines[: -1 if not lines[-1] else None]
-    refuse_doubles(path, map(printable, lines))
+    check_unique(path, map(printable, lines))
     return lines
 
 
-def _class_names(found: Found, root: Path, lines: list[bytes]) -> dict[bytes, bytes]:
+def _class_names(found: ArchiveIndex, root: Path, lines: list[bytes]) -> dict[bytes, bytes]:
     """The name of each class by what labels it; none where these are numbers without names."""
     values, wnids = found.values.tolist(), found.wnids.tolist()
     if lines:
@@ -134,7 +134,7 @@ def _class_names(found: Found, root: Path, lines: list[bytes]) -> dict[bytes, by
     return dict(zip(values, wnids, strict=True))
 
 
-def _label(root: Path, found: Found, names: dict[bytes, bytes]) -> Split:
+def _label(root: Path, found: ArchiveIndex, names: dict[bytes, bytes]) -> Split:
     values = found.values.tolist()
     if not names.keys() >= {*values}:
         names = dict(zip(values, values, strict=True))
@@ -146,7 +146,7 @@ def _label(root: Path, found: Found, names: dict[bytes, bytes]) -> Split:
         )
     position = {name: i for i, name in enumerate(classes)}
     labels = np.array([position[names[value]] for value in values])
-    return tuple(map(printable, classes)), found.relabelled(labels[found.spans.labels])
+    return tuple(map(printable, classes)), found.relabeled(labels[found.spans.labels])
 
 
 def _number(digits: bytes) -> tuple[int, bytes]:
@@ -169,13 +169,15 @@ def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]
             called[row[0]].add(wnid)
     folder = archives[0].parent
     if not rows:
-        raise data_error(folder, f"images ({', '.join(SUFFIXES)}) in the shards", "none", AGAIN)
-    refuse_doubles(folder, (printable(name.rpartition(b".")[0]) for _, name, *_ in rows))
+        raise data_error(
+            folder, f"images ({', '.join(SUFFIXES)}) in the shards", "none", REDOWNLOAD
+        )
+    check_unique(folder, (printable(name.rpartition(b".")[0]) for _, name, *_ in rows))
     numbers = [printable(label) for label in called if label.isdigit()]
     texts = [printable(label) for label in called if not label.isdigit()]
     if numbers and texts:
         got = f"{first_few(numbers)} beside {first_few(texts)}"
-        raise data_error(folder, "labels that are all numbers or all text", got, AGAIN)
+        raise data_error(folder, "labels that are all numbers or all text", got, REDOWNLOAD)
     wnids = {label: min(names).encode() for label, names in called.items() if len(names) == 1}
     return rows, wnids, skipped
 
@@ -189,7 +191,7 @@ def _read_shard(number: int, archive: Path, skipped: Counter[str]) -> list[tuple
     if archive.suffix.lower() != ".tar":
         raise data_error(archive, "a tar archive, uncompressed", "a compressed one", "gunzip it")
     images: dict[str, tuple[str, tarfile.TarInfo]] = {}
-    about: dict[str, dict[str, Any]] = {}
+    metadata: dict[str, dict[str, Any]] = {}
     seen: list[str] = []
     with open_regular(archive) as file:
         for name, member in members(file, place, (".cls", ".json", *SUFFIXES), skipped=skipped):
@@ -200,28 +202,30 @@ def _read_shard(number: int, archive: Path, skipped: Counter[str]) -> list[tuple
                 continue
             if member.size > MAX_LABEL:
                 got = f"{member.size:,}"
-                raise data_error(f"{place}: {name}", f"at most {MAX_LABEL:,} bytes", got, AGAIN)
+                raise data_error(
+                    f"{place}: {name}", f"at most {MAX_LABEL:,} bytes", got, REDOWNLOAD
+                )
             file.seek(member.offset_data)
-            content, known = file.read(member.size), about.get(key, {})
+            content, known = file.read(member.size), metadata.get(key, {})
             if suffix.lower() == "cls":
-                about[key] = known | {"label": content}
+                metadata[key] = known | {"label": content}
             else:
-                about[key] = _parse(content, f"{place}: {name}") | known
+                metadata[key] = _parse(content, f"{place}: {name}") | known
             seen.append(name)
-    refuse_doubles(archive, seen)
+    check_unique(archive, seen)
     rows = []
-    for key, (name, image) in _labelled(archive, images, about, skipped).items():
-        known = about.get(key, {})
+    for key, (name, image) in _labeled_images(archive, images, metadata, skipped).items():
+        known = metadata.get(key, {})
         value = _value(known.get("label"), f"{place}: {name}", key)
         wnid = _wnid(name) or _wnid(str(known.get("filename")))
         rows.append(((value, os.fsencode(name), number, image.offset_data, image.size), wnid))
     return rows
 
 
-def _labelled(
+def _labeled_images(
     archive: Path,
     images: dict[str, tuple[str, tarfile.TarInfo]],
-    about: dict[str, dict[str, Any]],
+    metadata: dict[str, dict[str, Any]],
     skipped: Counter[str],
 ) -> dict[str, tuple[str, tarfile.TarInfo]]:
     """Name and header of each image by the key of its label.
@@ -229,16 +233,16 @@ def _labelled(
     That is what its name has before the last dot; or else, as in webdataset, before the first one:
     KEY of KEY.left.jpg. An image whose label belongs to KEY.jpg is left out.
     """
-    found = {key: image for key, image in images.items() if "label" in about.get(key, {})}
-    whole = {*found}
+    found = {key: image for key, image in images.items() if "label" in metadata.get(key, {})}
+    image_keys = {*found}
     for key, image in images.items():
         folder, slash, base = key.rpartition("/")
         first = folder + slash + base.partition(".")[0]
-        if key in whole:
+        if key in image_keys:
             continue
-        if first in whole:
+        if first in image_keys:
             skipped[image[0].removeprefix(first)] += 1
-        elif "label" not in about.get(first, {}):
+        elif "label" not in metadata.get(first, {}):
             found[key] = image  # without a label, which is an error
         elif first in found:
             names = f"{found[first][0]} and {image[0]}"
@@ -246,10 +250,10 @@ def _labelled(
             raise data_error(archive, f"one image for the label of {first}", names, fix)
         else:
             found[first] = image
-    strays = sorted(key for key in about.keys() - found.keys() if "label" in about[key])
-    if strays:
+    unmatched = sorted(key for key in metadata.keys() - found.keys() if "label" in metadata[key])
+    if unmatched:
         expected = f"an image for each label ({', '.join(SUFFIXES)})"
-        raise data_error(archive, expected, f"none for {first_few(strays)}", AGAIN)
+        raise data_error(archive, expected, f"none for {first_few(unmatched)}", REDOWNLOAD)
     return found
 
 
@@ -257,7 +261,7 @@ def _parse(content: bytes, place: str) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise data_error(place, "JSON", str(error), AGAIN) from error
+        raise data_error(place, "JSON", str(error), REDOWNLOAD) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -267,10 +271,10 @@ def _value(label: Any, place: str, key: str) -> bytes:
         label = str(label).encode("utf-8", "backslashreplace")
     if isinstance(label, bytes) and len(label.strip()) > MAX_NAME:
         got = f"one of {len(label):,} bytes"
-        raise data_error(place, f"a label of at most {MAX_NAME} bytes", got, AGAIN)
+        raise data_error(place, f"a label of at most {MAX_NAME} bytes", got, REDOWNLOAD)
     if not isinstance(label, bytes) or not label.strip():
         expected = f"a number or text in {key}.cls, or as label in {key}.json"
-        raise data_error(place, expected, repr(label), AGAIN)
+        raise data_error(place, expected, repr(label), REDOWNLOAD)
     text = label.strip()
     return (text.lstrip(b"0") or b"0") if text.isdigit() else text
 

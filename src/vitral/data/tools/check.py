@@ -19,9 +19,9 @@ from vitral.data.sampling import Integers
 from vitral.data.workers import in_workers
 from vitral.errors import counted
 
-FEW_CLASSES = 30
+MAX_LISTED_CLASSES = 30
 BATCH = 64  # files that a worker looks at in one go
-Look = tuple[int, int, int, str, float]  # width, height, bytes, what is wrong, seconds
+FileCheck = tuple[int, int, int, str, float]  # width, height, bytes, what is wrong, seconds
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Report:
     """Images of each class by split, each of shape (classes,)."""
     broken: tuple[tuple[str, str], ...]
     """Path and reason of each file that cannot be decoded."""
-    sides: Integers
+    dimensions: Integers
     """Width and height of each image that can, in pixels. Shape (images, 2)."""
     sizes: Integers
     """Bytes of each file, or of each image of a pixel set. Shape (images,)."""
@@ -56,49 +56,49 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     """
     root = Path(config.path).expanduser()
     # One alone is what `vitral val` takes.
-    held_out_alone = root.is_dir() and holds_only_validation(root)
-    dataset = open_dataset(config, image_size, seed, train=not held_out_alone)
+    validation_only = root.is_dir() and holds_only_validation(root)
+    dataset = open_dataset(config, image_size, seed, train=not validation_only)
     damaged = packed.verify(root) if packed.matches(root) else []
-    counts, broken, sides, sizes, seconds = {}, [], [], [], []
+    counts, broken, dimensions, sizes, seconds = {}, [], [], [], []
     for split, records in (("train", dataset.train), ("val", dataset.val)):
         if records is None:
             continue
         counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
         if isinstance(records, Packed | Pixels):
-            sides += [records.images.shape[:1:-1]] * len(records)
+            dimensions += [records.images.shape[:1:-1]] * len(records)
             sizes += [np.prod(records.images.shape[1:])] * len(records)
             continue
-        for i, (width, height, size, reason, spent) in enumerate(_look_at_all(records, workers)):
+        for i, (width, height, size, reason, spent) in enumerate(_check_all(records, workers)):
             seconds.append(spent)
             sizes.append(size)
             if reason:
                 broken.append((records.where(i), reason))
             else:
-                sides.append((width, height))
+                dimensions.append((width, height))
     broken += [(place, reason) for place, _, reason in (d.partition(": ") for d in damaged)]
     rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
-    found = np.array(sides, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
-    about = dataset.name, dataset.classes, dataset.notes
-    return Report(*about, counts, tuple(broken), *found, rate)
+    found = np.array(dimensions, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
+    dataset_facts = dataset.name, dataset.classes, dataset.notes
+    return Report(*dataset_facts, counts, tuple(broken), *found, rate)
 
 
-def _look_at_all(records: Encoded, workers: int) -> Iterator[Look]:
+def _check_all(records: Encoded, workers: int) -> Iterator[FileCheck]:
     N = len(records)
-    parts = (range(first, min(first + BATCH, N)) for first in range(0, N, BATCH))
-    for looks in in_workers(_Looking(records), parts, workers):
-        yield from looks
+    chunks = (range(first, min(first + BATCH, N)) for first in range(0, N, BATCH))
+    for checks in in_workers(_CheckDataset(records), chunks, workers):
+        yield from checks
 
 
-class _Looking(Dataset[list[Look]]):
+class _CheckDataset(Dataset[list[FileCheck]]):
     """Decodes the images of a request; runs in worker processes."""
 
     def __init__(self, records: Encoded) -> None:
         self.records = records
 
-    def __getitem__(self, request: range) -> list[Look]:
-        return [self._look(index) for index in request]
+    def __getitem__(self, request: range) -> list[FileCheck]:
+        return [self._check_file(index) for index in request]
 
-    def _look(self, index: int) -> Look:
+    def _check_file(self, index: int) -> FileCheck:
         started = time.process_time()  # unlike the clock's, not stretched by other processes
         width = height = size = 0
         reason = ""
@@ -115,20 +115,22 @@ def format_report(report: Report) -> str:
     """The report as plain text; of more than thirty classes only the rarest and most frequent."""
     lines = [f"{report.name}: {counted(len(report.classes), 'class')}", *report.notes]
     for split, counts in report.counts.items():
-        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_spread(counts, 'a class')}"]
+        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_range(counts, 'a class')}"]
         rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
-        if len(rising) > FEW_CLASSES:
+        if len(rising) > MAX_LISTED_CLASSES:
             rising[5:-5] = ["..."]
         lines += [f"  rarest first: {', '.join(rising)}"]
-    if len(report.sides):
-        for side, values in zip(("short", "long"), np.sort(report.sides, axis=1).T, strict=True):
-            lines += [f"{side} side: {_spread(values, 'pixels')}"]
-    lines += [f"size: {_spread(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
+    if len(report.dimensions):
+        for side, values in zip(
+            ("short", "long"), np.sort(report.dimensions, axis=1).T, strict=True
+        ):
+            lines += [f"{side} side: {_range(values, 'pixels')}"]
+    lines += [f"size: {_range(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
     if report.rate is not None:
         lines += [f"decoding: {report.rate:,.0f} images per second and core"]
     lines += [f"broken files: {len(report.broken)}"]
     return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
 
 
-def _spread(values: Integers, unit: str) -> str:
+def _range(values: Integers, unit: str) -> str:
     return f"{values.min():,} to {values.max():,} {unit} (median {int(np.median(values)):,})"

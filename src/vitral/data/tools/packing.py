@@ -37,14 +37,14 @@ from vitral.data.workers import in_workers
 from vitral.errors import data_error, printable
 
 CHUNK = 128  # images; 25 MB of squares of 256 pixels, of which each worker holds two or three
-SAMPLE = 64  # images that are encoded to foretell the size of all
+NUM_SAMPLED = 64  # images that are encoded to foretell the size of all
 QUALITY = 90
 # Random crops of 224 pixels from bicubic squares of 256 differ by 2.8 grey levels from those of the
 # originals and keep 47% of their energy above half of the highest frequency; from bilinear ones by
 # 3.3, and keep 36% (142 photographs of ImageNet).
 INTERPOLATION = "bicubic"
 SETTINGS = ("version", "size", "jpeg")
-AFRESH = "give another folder, or remove that one"
+OTHER_FOLDER_HINT = "give another folder, or remove that one"
 
 
 def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, workers: int) -> str:
@@ -66,16 +66,16 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
         OSError: the disk is full after all; the same call goes on once there is room.
     """
     dataset = open_dataset(config, size, seed)
-    splits: dict[str, _Making] = {}
+    splits: dict[str, _ChunkEncoder] = {}
     for split, records in (("train", dataset.train), ("val", dataset.val)):
         assert records is not None
         if isinstance(records, Packed | Pixels):
             raise data_error(
                 config.path, "encoded images", "decoded ones", "train from it as it is"
             )
-        splits[split] = _Making(records, size, jpeg)
+        splits[split] = _ChunkEncoder(records, size, jpeg)
     header = {"version": VERSION, "size": size, "jpeg": jpeg, "classes": list(dataset.classes)}
-    header["images"] = {split: len(making.records) for split, making in splits.items()}
+    header["images"] = {split: len(encoder.records) for split, encoder in splits.items()}
     index = {**header, "source": dataset.fingerprint}
     done = f"{printable(dst)}: {sum(header['images'].values()):,} images, packed"
     if packed.finished(dst):
@@ -86,7 +86,7 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
         print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes))
         _begin(dst, splits)
     with (dst / PROGRESS).open("a+b") as progress:
-        unfinished = _Unfinished(dst, splits, progress)
+        unfinished = _PackWriter(dst, splits, progress)
         unfinished.resume(header)
         broken = unfinished.write(workers)
         if broken:
@@ -104,22 +104,22 @@ def _require_same(dst: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any])
     for name in SETTINGS:
         if name in other:
             expected, got = f"{name} {ours[name]}", f"{name} {theirs.get(name)}"
-            raise data_error(dst, f"a pack with {expected}", got, AFRESH)
+            raise data_error(dst, f"a pack with {expected}", got, OTHER_FOLDER_HINT)
     if other:
-        raise _changed(dst)
+        raise _changed_error(dst)
 
 
-def _changed(dst: Path) -> Exception:
+def _changed_error(dst: Path) -> Exception:
     got = "a pack of others, or the source has changed"
-    return data_error(dst, "a pack of these images", got, AFRESH)
+    return data_error(dst, "a pack of these images", got, OTHER_FOLDER_HINT)
 
 
-def _begin(dst: Path, splits: Mapping[str, _Making]) -> None:
+def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
     """Says what a pack will take, and makes its folder if there is room for it."""
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise data_error(dst, "an empty folder, or none", "something else", "give another folder")
-    images = sum(len(making.records) for making in splits.values())
-    need = sum(len(making.records) * making.mean_bytes() for making in splits.values())
+    images = sum(len(encoder.records) for encoder in splits.values())
+    need = sum(len(encoder.records) * encoder.mean_bytes() for encoder in splits.values())
     place = next(path for path in (dst.absolute(), *dst.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     amount, room = (f"{n / 1e9:,.3f} GB" for n in (need, free))
@@ -137,7 +137,7 @@ def _begin(dst: Path, splits: Mapping[str, _Making]) -> None:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _EncodedChunk:
     """A chunk of images as it goes to the disk."""
 
     chunk: Chunk
@@ -147,7 +147,7 @@ class _Made:
     """Place and reason for each image that cannot be decoded."""
 
 
-class _Making(Dataset[_Made]):
+class _ChunkEncoder(Dataset[_EncodedChunk]):
     """Makes the images of a chunk; runs in worker processes."""
 
     def __init__(self, records: Encoded, size: int, jpeg: bool) -> None:
@@ -155,8 +155,8 @@ class _Making(Dataset[_Made]):
         self.size = size
         self.jpeg = jpeg
 
-    def __getitem__(self, images: range) -> _Made:
-        made, sides, broken = [], [], []
+    def __getitem__(self, images: range) -> _EncodedChunk:
+        encoded, sides, broken = [], [], []
         for i in images:
             try:
                 image = decode(self.records.read(i))
@@ -164,24 +164,24 @@ class _Making(Dataset[_Made]):
                 broken.append(f"{self.records.where(i)}: {error}")
                 continue
             sides.append(tuple(image.shape[1:]))
-            made.append(_jpeg(image, self.size) if self.jpeg else _square(image, self.size))
-        data = np.concatenate([np.empty(0, np.uint8), *made])
+            encoded.append(_jpeg(image, self.size) if self.jpeg else _square(image, self.size))
+        data = np.concatenate([np.empty(0, np.uint8), *encoded])
         chunk = {
             "first": images.start,
-            "each": [len(each) for each in made] if self.jpeg else sides,
+            "each": [len(each) for each in encoded] if self.jpeg else sides,
             "bytes": len(data),
             "sha256": hashlib.sha256(data.data).hexdigest(),
             "source": self.source(images),
         }
-        return _Made(chunk, torch.from_numpy(data), broken)
+        return _EncodedChunk(chunk, torch.from_numpy(data), broken)
 
     def source(self, images: range) -> str:
         """SHA-256 over labels and identity of some of the records."""
         chosen = np.zeros(len(self.records), bool)
         chosen[images.start : images.stop] = True
-        part = self.records.take(chosen)
-        digest = hashlib.sha256(np.ascontiguousarray(part.labels, "<i8").data)
-        for piece in part.identity():
+        chunk = self.records.take(chosen)
+        digest = hashlib.sha256(np.ascontiguousarray(chunk.labels, "<i8").data)
+        for piece in chunk.identity():
             digest.update(piece)
         return digest.hexdigest()
 
@@ -190,7 +190,7 @@ class _Making(Dataset[_Made]):
         if not self.jpeg:
             return 3 * self.size**2
         N = len(self.records)
-        return float(np.mean(self[range(0, N, max(1, N // SAMPLE))].chunk["each"] or [0]))
+        return float(np.mean(self[range(0, N, max(1, N // NUM_SAMPLED))].chunk["each"] or [0]))
 
 
 def _square(image: Tensor, size: int) -> NDArray[np.uint8]:
@@ -208,10 +208,10 @@ def _jpeg(image: Tensor, size: int) -> NDArray[np.uint8]:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-class _Unfinished:
+class _PackWriter:
     """A pack in the making, held by one process at a time."""
 
-    def __init__(self, dst: Path, splits: Mapping[str, _Making], progress: IO[bytes]) -> None:
+    def __init__(self, dst: Path, splits: Mapping[str, _ChunkEncoder], progress: IO[bytes]) -> None:
         self.dst = dst
         self.splits = splits
         self.progress = progress
@@ -230,20 +230,20 @@ class _Unfinished:
         except BlockingIOError:
             got, fix = "another process that packs there", "wait for it"
             raise data_error(self.dst, "no other process", got, fix) from None
-        lines = self._whole_lines()
+        lines = self._complete_lines()
         if not lines:
             self._append(header)
             return
         _require_same(self.dst, header, lines[0])
         for line in lines[1:]:
-            self._keep(**line)
+            self._record_chunk(**line)
         for split, chunks in self.chunks.items():
             for first, chunk in chunks.items():
                 images = range(first, first + len(chunk["each"]))
                 if chunk["source"] != self.splits[split].source(images):
-                    raise _changed(self.dst)
+                    raise _changed_error(self.dst)
 
-    def _whole_lines(self) -> list[Any]:
+    def _complete_lines(self) -> list[Any]:
         """The lines of progress.jsonl; what a kill left of another is cut off."""
         self.progress.seek(0)
         lines = [line for line in self.progress if line.endswith(b"\n")]
@@ -255,7 +255,7 @@ class _Unfinished:
         self.progress.flush()
         os.fsync(self.progress.fileno())
 
-    def _keep(self, split: str, first: int, **chunk: Any) -> None:
+    def _record_chunk(self, split: str, first: int, **chunk: Any) -> None:
         if chunk:
             chunk["each"] = np.array(chunk["each"])  # lists would take eight times the memory
             self.chunks[split][first] = {"first": first, **chunk}
@@ -269,53 +269,55 @@ class _Unfinished:
             Place and reason of each image that cannot be decoded; its chunk stays missing.
         """
         broken: list[str] = []
-        total = sum(len(making.records) for making in self.splits.values())
-        there = (chunk for chunks in self.chunks.values() for chunk in chunks.values())
-        done = sum(len(chunk["each"]) for chunk in there)
+        total = sum(len(encoder.records) for encoder in self.splits.values())
+        written = (chunk for chunks in self.chunks.values() for chunk in chunks.values())
+        done = sum(len(chunk["each"]) for chunk in written)
         with tqdm(total=total, initial=done, unit=" images", disable=None) as bar:
-            for split, making in self.splits.items():
-                path, N = images_path(self.dst, split, making.jpeg), len(making.records)
-                parts = (range(first, min(first + CHUNK, N)) for first in range(0, N, CHUNK))
-                missing = [part for part in parts if part.start not in self.chunks[split]]
+            for split, encoder in self.splits.items():
+                path, N = images_path(self.dst, split, encoder.jpeg), len(encoder.records)
+                ranges = (range(first, min(first + CHUNK, N)) for first in range(0, N, CHUNK))
+                missing = [
+                    interval for interval in ranges if interval.start not in self.chunks[split]
+                ]
                 path.touch()
                 with path.open("r+b") as file:
-                    self._make_room(file, split)
-                    for made in in_workers(making, missing, workers):
-                        broken += made.broken
-                        if not made.broken:
-                            self._write_chunk(file, split, made)
-                        bar.update(len(made.chunk["each"]))
+                    self._allocate(file, split)
+                    for encoded in in_workers(encoder, missing, workers):
+                        broken += encoded.broken
+                        if not encoded.broken:
+                            self._write_chunk(file, split, encoded)
+                        bar.update(len(encoded.chunk["each"]))
         return broken
 
-    def _make_room(self, file: IO[bytes], split: str) -> None:
+    def _allocate(self, file: IO[bytes], split: str) -> None:
         """Room for all squares; of JPEGs what a kill left unrecorded is cut off."""
-        making, there = self.splits[split], self.chunks[split].values()
-        squares = len(making.records) * 3 * making.size**2
-        if making.jpeg:
-            file.truncate(max((chunk["offset"] + chunk["bytes"] for chunk in there), default=0))
+        encoder, written = self.splits[split], self.chunks[split].values()
+        squares = len(encoder.records) * 3 * encoder.size**2
+        if encoder.jpeg:
+            file.truncate(max((chunk["offset"] + chunk["bytes"] for chunk in written), default=0))
         elif hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, squares)
         else:
             file.truncate(squares)
 
-    def _write_chunk(self, file: IO[bytes], split: str, made: _Made) -> None:
-        making = self.splits[split]
-        if making.jpeg:
+    def _write_chunk(self, file: IO[bytes], split: str, encoded: _EncodedChunk) -> None:
+        encoder = self.splits[split]
+        if encoder.jpeg:
             file.seek(0, os.SEEK_END)
         else:
-            file.seek(made.chunk["first"] * 3 * making.size**2)
-        line = {"split": split, **made.chunk, "offset": file.tell()}
-        file.write(made.data.numpy().data)
+            file.seek(encoded.chunk["first"] * 3 * encoder.size**2)
+        line = {"split": split, **encoded.chunk, "offset": file.tell()}
+        file.write(encoded.data.numpy().data)
         file.flush()
         os.fsync(file.fileno())
         self._append(line)
-        self._keep(**line)
+        self._record_chunk(**line)
 
     def read_back(self) -> None:
         """Compares the files with what was written; raises UserError if they differ."""
         count = 0
-        for split, making in self.splits.items():
-            path, chunks = images_path(self.dst, split, making.jpeg), self._in_order(split)
+        for split, encoder in self.splits.items():
+            path, chunks = images_path(self.dst, split, encoder.jpeg), self._in_order(split)
             for k in packed.damaged(path, chunks):
                 self._append({"split": split, "first": chunks[k]["first"]})
                 count += 1
@@ -327,12 +329,12 @@ class _Unfinished:
     def finish(self, index: Mapping[str, Any]) -> None:
         """Writes the index, which makes it a pack."""
         columns, files, chunks = {}, {}, {}
-        for split, making in self.splits.items():
-            there = self._in_order(split)
-            columns[split] = _columns(making, there)
-            files[split] = images_path(self.dst, split, making.jpeg).stat().st_size
+        for split, encoder in self.splits.items():
+            written = self._in_order(split)
+            columns[split] = _columns(encoder, written)
+            files[split] = images_path(self.dst, split, encoder.jpeg).stat().st_size
             names = ("first", "offset", "bytes", "sha256")
-            chunks[split] = [{name: chunk[name] for name in names} for chunk in there]
+            chunks[split] = [{name: chunk[name] for name in names} for chunk in written]
         storage.write(
             self.dst / INDEX, columns, {"pack": {**index, "bytes": files, "chunks": chunks}}
         )
@@ -341,13 +343,13 @@ class _Unfinished:
         return [self.chunks[split][first] for first in sorted(self.chunks[split])]
 
 
-def _columns(making: _Making, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
+def _columns(encoder: _ChunkEncoder, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
     """What the index knows of each image of a split."""
-    records = making.records
+    records = encoder.records
     names = np.ascontiguousarray(records.names).view(np.uint8).reshape(len(records), -1)
     columns = {"names": names, "labels": records.labels.astype(np.int64)}
     each = np.concatenate([chunk["each"] for chunk in chunks])
-    if making.jpeg:
+    if encoder.jpeg:
         starts = [chunk["offset"] + np.cumsum(chunk["each"]) - chunk["each"] for chunk in chunks]
         columns |= {"sizes": each, "offsets": np.concatenate(starts)}
     else:

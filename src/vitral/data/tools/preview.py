@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vitral.config import Config, DataConfig
 from vitral.data.formats import open_dataset
-from vitral.data.loader import STILL, train_batches
+from vitral.data.loader import NO_AUGMENTATION, train_batches
 
-SIDE = 96  # smallest side of a tile, in pixels
+MIN_TILE_SIZE = 96  # smallest side of a tile, in pixels
 GAP = 4  # pixels between tiles
 
 
@@ -26,7 +26,7 @@ def to_pixels(images: Tensor, config: DataConfig) -> Tensor:
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:
     """Images (B, C, H, W), uint8, in one picture (C, H, W), uint8; small images are enlarged."""
-    factor = max(1, -(-SIDE // images.shape[-1]))
+    factor = max(1, -(-MIN_TILE_SIZE // images.shape[-1]))
     tiles = F.interpolate(images, scale_factor=factor, mode="nearest")
     tiles = F.pad(tiles, (GAP, 0, GAP, 0), value=255)
     columns = min(columns, len(tiles))
@@ -46,7 +46,7 @@ def preview(config: Config, path: Path, count: int = 16) -> None:
     """A picture of the first training images: rows as in validation, and below them augmented."""
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     assert dataset.train is not None
-    plain = dataclasses.replace(STILL, repeats=config.augment.repeats)
+    plain = dataclasses.replace(NO_AUGMENTATION, repeats=config.augment.repeats)
     shown = []
     for augmentation in (plain, config.augment):
         batches = train_batches(

@@ -20,8 +20,8 @@ from vitral.errors import UserError
 from vitral.machine import synchronize
 
 BATCH = 256  # images at most of a batch that is measured
-ENDLESS = 1 << 40  # steps, of which only the first few are taken
-FED = 0.05  # share of the time up to which waiting for input is no matter
+UNLIMITED_STEPS = 1 << 40  # steps, of which only the first few are taken
+MAX_WAIT_FRACTION = 0.05  # share of the time up to which waiting for input is no matter
 
 
 def choose_decoder(
@@ -114,8 +114,8 @@ def endless_batches(
         records,
         config,
         num_classes,
-        steps=range(part << 20, ENDLESS),
-        total_steps=ENDLESS,
+        steps=range(part << 20, UNLIMITED_STEPS),
+        total_steps=UNLIMITED_STEPS,
         micro_batch=micro_batch,
         workers=workers,
         device=device,
@@ -144,9 +144,9 @@ def images_per_second(
     return images / (time.perf_counter() - started)
 
 
-def verdict(waited: float, *, packed: bool) -> str:
+def input_speed_message(waited: float, *, packed: bool) -> str:
     """Whether the input keeps up with the model, which waits for it this share of the time."""
-    if waited <= FED:
+    if waited <= MAX_WAIT_FRACTION:
         return f"input feeds the model (it waits {waited:.0%} of the time)"
     fix = "" if packed else ", or pack the images with `vitral data pack`"
     return (
