@@ -15,8 +15,8 @@ from vitral.config import (
     TrainConfig,
     ViTConfig,
     flatten,
-    from_sections,
 )
+from vitral.documents import convert_json
 from vitral.errors import UserError
 
 SECTIONS = [ViTConfig, DataConfig, AugmentConfig, OptimConfig, TrainConfig]
@@ -201,7 +201,7 @@ def test_image_sizes_at_fractions_of_the_steps():
     assert found == [96, 96, 96, 96, 160, 160, 224, 224]
     assert config.image_size_at(1.0) == 224
     assert Config().image_size_at(0.3) == 224
-    assert from_sections(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert convert_json(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize(

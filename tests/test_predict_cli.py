@@ -202,7 +202,10 @@ def test_user_errors_are_one_line(directory, photos, tmp_path, capsys, words, me
             "cls: expected float32 (16,) by config.json, got",
         ),
         (lambda d, t: d.update(config=[1]), "config.json is not of this version"),
-        (lambda d, t: d.update(default="other"), "default is 'other'"),
+        (
+            lambda d, t: d.update(default="other"),
+            "default: expected one of model, ema, got 'other'",
+        ),
     ],
 )
 def test_inconsistent_weights(directory, photos, tmp_path, capsys, change, message):

@@ -18,8 +18,8 @@ from vitral.config import (
     TrainConfig,
     ViTConfig,
     flatten,
-    from_sections,
 )
+from vitral.documents import convert_json
 from vitral.errors import UserError
 
 UNUSUAL = Config(
@@ -69,7 +69,7 @@ def user_error(load):
 def test_written_values_are_read_back(load, config):
     train = dataclasses.replace(config.train, out=config.train.out or "runs/own")
     assert load(settings.dump(config)) == dataclasses.replace(config, train=train)
-    assert from_sections(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert convert_json(Config, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 @pytest.mark.parametrize("name", settings.recipes())
@@ -226,7 +226,7 @@ def test_wrong_values_are_rejected(user_error, monkeypatch, content, arguments, 
         ("--- {}\n--- {}", ["not valid YAML"]),
         ("a: &a [x, x]\nmodel: {dim: *a}", ["not valid YAML", "an alias"]),
         ("model: " + "[" * 20_000, ["deeper nesting"]),
-        ("[" + "x, " * 20_000 + "]", ["expected sections", "'x',..."]),
+        ("[" + "x, " * 20_000 + "]", ["expected sections", "'x', ..."]),
         ("model:\n" + "".join(f"  k{i}: 1\n" for i in range(30_000)), ["65,536 bytes"]),
         ("- model\n- data", ["expected sections", "['model', 'data']"]),
         ("just words", ["expected sections", "'just words'"]),

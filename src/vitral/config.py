@@ -76,6 +76,12 @@ def _check_not_negative(**values: float) -> None:
         _check(0 <= value < math.inf, f"{name}: expected 0 or more, got {value}")
 
 
+def _check_at_most(limit: int, **values: float) -> None:
+    """Refuses what is surely a mistake, before a model of that size is built."""
+    for name, value in values.items():
+        _check(value <= limit, f"{name}: expected at most {limit:,}, got {value:,}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
     """The architecture. A field left at None takes the size preset's value."""
@@ -146,6 +152,9 @@ class ViTConfig:
         _check_positive(dim=dim, depth=depth, num_heads=num_heads, num_kv_heads=num_kv_heads)
         _check_positive(patch_size=self.patch_size, image_size=self.image_size)
         _check_positive(mlp_ratio=self.mlp_ratio, rope_theta=self.rope_theta)
+        _check_at_most(1000, depth=depth, mlp_ratio=self.mlp_ratio)
+        _check_at_most(1 << 16, dim=dim, num_registers=self.num_registers)
+        _check_at_most(1 << 16, patch_size=self.patch_size, image_size=self.image_size)
         _check(
             round(dim * self.mlp_ratio) > 0,
             f"mlp_ratio: expected a hidden width of 1 or more, got {self.mlp_ratio} times {dim}",
@@ -555,17 +564,3 @@ def flatten(settings: Any) -> dict[str, Any]:
         else:
             flat[field.name] = value
     return flat
-
-
-def from_sections(document: dict[str, dict[str, Any]]) -> Config:
-    """The settings of {"section": {"key": value}}, as `dataclasses.asdict` or JSON give them."""
-    kinds = {"model": ViTConfig, "data": DataConfig, "augment": AugmentConfig}
-    kinds |= {"optim": OptimConfig, "train": TrainConfig}
-    sections = {}
-    for name, settings in document.items():
-        sections[name] = kinds[name](**{key: _as_tuple(v) for key, v in settings.items()})
-    return Config(**sections)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,10 +54,30 @@ class Messages:
                 os.close(null)
 
 
+# Control characters, which terminals act on, separators of lines, marks that reverse the order of
+# letters, and halves of surrogate pairs, which stand for bytes that are not UTF-8.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+BYTES = 0xDC00  # plus the byte is what Python has in the place of one that is not UTF-8
+
+
 def printable(name: str | bytes | os.PathLike[str]) -> str:
-    """A file name on one line: bytes that are not UTF-8 and control characters are escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
+    """A name or message on one line, without what a terminal acts on: that is escaped."""
+
+    def escape(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code - BYTES:02x}" if 0x80 <= code - BYTES <= 0xFF else repr(found[0])[1:-1]
+
+    return UNPRINTABLE.sub(escape, os.fsdecode(name))
+
+
+def short(value: Any) -> str:
+    """A value of any size in a message, as repr but cut."""
+    return SHORT.repr(value)
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxlevel = 2
 
 
 def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 import yaml
 
 from vitral.config import Config, Seconds, flatten
-from vitral.errors import UserError, did_you_mean
+from vitral.errors import UserError, did_you_mean, short
 from vitral.files import read_regular
 
 T = TypeVar("T")
@@ -525,24 +525,19 @@ def _values(content: str) -> Iterator[tuple[str, list[str]]]:
     except RecursionError:
         raise UserError("expected sections of 'key: value' lines, got deeper nesting") from None
     if not isinstance(document, dict):
-        raise UserError(f"expected sections such as 'model:', got {_short(document)}")
+        raise UserError(f"expected sections such as 'model:', got {short(document)}")
     known = flatten(Config())
     texts = {field.path for field in fields(Config()) if field.kind in (str, str | None)}
     for section, values in document.items():
         if not isinstance(values, dict):
-            raise UserError(f"{section}: expected 'key: value' lines below, got {_short(values)}")
+            raise UserError(f"{section}: expected 'key: value' lines below, got {short(values)}")
         for key, value in values.items():
             path = f"{section}.{key}".replace("-", "_")
             if path not in known:
                 raise UserError(f"{path}: no such setting{did_you_mean(path, known)}")
             if path in texts and not isinstance(value, str | None):
-                raise UserError(f"{path}: expected text, got {_short(value)}; quote it")
+                raise UserError(f"{path}: expected text, got {short(value)}; quote it")
             yield path, _words(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _words(value: Any) -> list[str]:

@@ -26,6 +26,7 @@ from typing import IO, Any, TypeVar
 import torch
 from torch import Tensor
 
+from vitral.documents import parse_json
 from vitral.files import open_regular, require_regular
 
 T = TypeVar("T")
@@ -239,7 +240,7 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
     path = directory / f"{name}{TENSORS}"
     expected, digest = _listed(directory, path.name), hashlib.sha256()
     with _opened_tensors(path, expected) as file:
-        tensors = dict(_deserialized(file, expected["bytes"], digest))
+        tensors = dict(_deserialized(file, digest))
     _compare(path, digest.hexdigest(), expected)
     return tensors
 
@@ -251,10 +252,7 @@ def read_shapes(directory: Path, name: str) -> dict[str, Tensor]:
         CorruptError: the file is missing, or has no such header.
     """
     with _opened_tensors(directory / f"{name}{TENSORS}") as file:
-        return {
-            key: torch.empty(facts["shape"], dtype=DTYPES[facts["dtype"]], device="meta")
-            for key, facts in _read_header(file)[0].items()
-        }
+        return _read_header(file)[0]
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -276,39 +274,38 @@ def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield _bytes_of(tensors[name].detach().cpu().contiguous())
 
 
-def _deserialized(file: IO[bytes], size: int, digest: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file of a number of bytes, which is hashed while it is read."""
-    header, content = _read_header(file)
+def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, which is hashed while it is read."""
+    shapes, content = _read_header(file)
     digest.update(content)
-    size -= len(content)
-    if size < 0:
-        raise ValueError
-    end = 0
-    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = DTYPES[facts["dtype"]], facts["shape"]
-        first, last = facts["data_offsets"]
-        if first != end or last > size or last - first != prod(shape) * dtype.itemsize:
-            raise ValueError
-        tensor, end = torch.empty(shape, dtype=dtype), last
+    for name, shape in shapes.items():
+        tensor = torch.empty_like(shape, device="cpu")
         view = _bytes_of(tensor)
-        if file.readinto(view) != last - first:  # pyright: ignore[reportAttributeAccessIssue]
+        if file.readinto(view) != len(view):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError
         digest.update(view)
         yield name, tensor
-    if end != size:
-        raise ValueError
 
 
-def _read_header(file: IO[bytes]) -> tuple[dict[str, Any], bytes]:
-    """The facts about each tensor of a safetensors file, and the bytes that hold them."""
-    start = file.read(8)
+def _read_header(file: IO[bytes]) -> tuple[dict[str, Tensor], bytes]:
+    """The tensors of a safetensors file, in order and on the meta device, and its first bytes."""
+    size, start = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(start, "little")
-    if length > min(MAX_HEADER, os.fstat(file.fileno()).st_size):
+    if length > min(MAX_HEADER, size):
         raise ValueError
     text = file.read(length)
-    header = json.loads(text)
+    header = parse_json(text)
     header.pop("__metadata__", None)
-    return header, start + text
+    shapes, end = {}, 0
+    for name, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = DTYPES[facts["dtype"]], facts["shape"]
+        first, last = facts["data_offsets"]
+        if first != end or last - first != prod(shape) * dtype.itemsize:
+            raise ValueError
+        shapes[name], end = torch.empty(shape, dtype=dtype, device="meta"), last
+    if len(start + text) + end != size:
+        raise ValueError
+    return shapes, start + text
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -399,9 +396,9 @@ def _read_bytes(path: Path, expected: Mapping[str, Any] | None = None) -> bytes:
 
 def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise CorruptError(f"{path}: not valid JSON") from None
+        document = parse_json(content.decode("utf-8"))
+    except ValueError:
+        raise CorruptError(f"{path}: not valid JSON, or a key is given twice") from None
     if not isinstance(document, dict):
         raise CorruptError(f"{path}: not a JSON object")
     return document

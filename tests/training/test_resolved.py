@@ -95,7 +95,7 @@ def test_every_size_is_compiled(monkeypatch):
 def again(was, words, processes=1, run="runs/x"):
     """The choices of a resumed run that started with `was`."""
     config = settings.load("digits", words)
-    found = Checkpoint(5, {}, {"resolved": dataclasses.asdict(was)})
+    found = Checkpoint(5, {}, {"resolved": was})
     world = IdenticalWorld(0, processes, 0, processes)
     return resolve_resumed(found, config, build_model(config, 10), RunDir(run), CPU, world)
 

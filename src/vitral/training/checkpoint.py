@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vitral import storage
+from vitral.errors import short
 
 SCHEMA = 2
 NUM_KEPT = 3
@@ -44,18 +45,6 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
         storage.remove(leftover)
 
 
-def latest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint of the highest step that verifies; one that does not is warned of."""
-    for aside in folder.glob(".step_*.old"):
-        storage.recover(folder / aside.name[1:-4])
-    for step in sorted(steps(folder), reverse=True):
-        try:
-            return read(folder, step)
-        except storage.CorruptError as error:
-            warn(f"checkpoint of step {step} passed over: {error}")
-    return None
-
-
 def read(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step, verified; raises CorruptError if it is not whole, or not there."""
     directory = folder / f"step_{step:07d}"
@@ -72,8 +61,30 @@ def read_state(folder: Path, step: int) -> dict[str, Any]:
     state = storage.read_json(directory, "state.json")
     for name, expected in (("schema", SCHEMA), ("step", step)):
         if state.get(name) != expected:
-            raise storage.CorruptError(f"{directory}: {name} {state.get(name)}, not {expected}")
+            got = short(state.get(name))
+            raise storage.CorruptError(f"{directory}: {name} {got}, not {expected}")
     return state
+
+
+def latest(
+    folder: Path,
+    warn: Callable[[str], None],
+    load: Callable[[Path, int], Checkpoint] = read,
+) -> Checkpoint | None:
+    """The checkpoint of the highest step that `load` reads.
+
+    Args:
+        warn: takes a line for each checkpoint that is passed over.
+        load: reads the checkpoint of a step, or raises CorruptError.
+    """
+    for aside in folder.glob(".step_*.old"):
+        storage.recover(folder / aside.name[1:-4])
+    for step in sorted(steps(folder), reverse=True):
+        try:
+            return load(folder, step)
+        except storage.CorruptError as error:
+            warn(f"checkpoint of step {step} passed over: {error}")
+    return None
 
 
 def steps(folder: Path) -> list[int]:

@@ -80,6 +80,7 @@ class Trainer:
         self.resolved, self.rates = self._resolve(checkpoint)
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
+            resume.check_weights(checkpoint, model)
             model.load_state_dict(checkpoint.tensors["model"])
         self.head_fit = None
         if checkpoint is None and (config.train.trainable == "head" or config.train.probe_first):

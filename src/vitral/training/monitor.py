@@ -22,10 +22,12 @@ class Counters:
     Reading them waits for the device, so it is done for a log row or a checkpoint alone.
     """
 
+    SIZE = 6
+
     def __init__(self, device: torch.device) -> None:
         # losses, norms and steps since the last row; skipped steps in all, in a row, worst row
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
-        self.values = torch.zeros(6, dtype=dtype, device=device)
+        self.values = torch.zeros(self.SIZE, dtype=dtype, device=device)
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """Counts a step; the loss and norm of a skipped one stay out of the means."""

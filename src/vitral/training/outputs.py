@@ -16,12 +16,11 @@ from vitral.errors import UserError, first_few, printable
 from vitral.evaluation import Scores
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.storage import CorruptError
-from vitral.training import checkpoint as checkpoints
 from vitral.training.estimate import compare_with_frozen
 from vitral.training.metrics import Console, MetricsLog
 from vitral.training.parts import Parts
 from vitral.training.resolved import Resolved
-from vitral.training.resume import Progress
+from vitral.training.resume import Progress, read
 
 REDRAW_SECONDS = 60.0  # seconds between drawings of the curves
 States = Mapping[str, Mapping[str, Tensor]]
@@ -133,7 +132,7 @@ class Outputs:
                 storage.verify(directory)
             except (UserError, CorruptError):
                 known = None
-            found = known.metrics["step"] if known else -1
+            found = known.metrics.get("step", -1) if known else -1
             # Weights of a later step are written again when that step comes.
             if found < step or (known and found == step and known.config.data.path != place):
                 self._restore(name, step)
@@ -164,7 +163,7 @@ class Outputs:
 
     def _restore(self, name: str, step: int) -> None:
         try:
-            found = checkpoints.read(self.run.checkpoints, step)
+            found = read(self.run.checkpoints, step)
         except CorruptError as error:
             self.console.message(f"weights/{name} cannot be restored: {error}")
             return

@@ -156,7 +156,7 @@ def resolve_resumed(
     Raises:
         UserError: the run cannot be resumed on this device.
     """
-    saved = Resolved(**checkpoint.state["resolved"])
+    saved = checkpoint.state["resolved"]
     if saved.device != device.type:
         raise UserError(
             f"train.device: the run in {run.path} started on {saved.device}, not {device.type}; "

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
 from vitral import settings, weights
-from vitral.config import CHANGEABLE, Config, flatten, from_sections
+from vitral.config import CHANGEABLE, Config, flatten
 from vitral.data.records import Dataset
+from vitral.documents import convert_json
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
@@ -24,6 +28,33 @@ from vitral.training.optim import EMA, Optimizer
 from vitral.training.plan import Plan
 from vitral.training.resolved import Resolved
 
+OPTIMIZER_KEYS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of AdamW and Muon
+
+
+class Best(TypedDict):
+    """The best validation."""
+
+    step: float
+    """-1 before the first."""
+    top1: float
+
+
+class Values(TypedDict):
+    """The plain values of a checkpoint."""
+
+    schema: int
+    step: int
+    evaluated: int
+    best: Best
+    metrics: Mapping[str, float]
+    broken: tuple[tuple[int, str], ...]
+    counters: tuple[float, ...]
+    resolved: Resolved
+    classes: tuple[str, ...]
+    fingerprint: str
+    config: Config
+    parts: NotRequired[str]
+
 
 @dataclass
 class Progress:
@@ -35,8 +66,8 @@ class Progress:
     """The step of the last validation."""
     saved: tuple[int, int] = (0, 0)
     """Step and last validation of the newest checkpoint."""
-    best: dict[str, float] = field(default_factory=lambda: {"step": -1.0, "top1": -1.0})
-    metrics: dict[str, float] = field(default_factory=dict)
+    best: Best = field(default_factory=lambda: Best(step=-1.0, top1=-1.0))
+    metrics: Mapping[str, float] = field(default_factory=dict)
     """Results of the last validation."""
 
     def summary(self) -> str:
@@ -93,6 +124,7 @@ class State:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint. The model's own weights are loaded before it is wrapped."""
         state, progress = checkpoint.state, self.progress
+        check_optimizer(checkpoint, self.optimizer)
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state(checkpoint.tensors["ema"])
@@ -131,7 +163,7 @@ def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
 
 def _lock_and_read(run: RunDir, warnings: list[str]) -> Checkpoint | None:
     run.lock()
-    checkpoint = checkpoints.latest(run.checkpoints, warnings.append)
+    checkpoint = checkpoints.latest(run.checkpoints, warnings.append, read)
     if checkpoint is None and warnings:
         raise UserError(
             f"out: no checkpoint in {run.checkpoints} can be used: {warnings[0]}; restore one, or "
@@ -140,6 +172,41 @@ def _lock_and_read(run: RunDir, warnings: list[str]) -> Checkpoint | None:
     if checkpoint is None:
         check_checkpoints_exist(run)
     return checkpoint
+
+
+def read(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, whose state is `Values`. Raises CorruptError."""
+    found = checkpoints.read(folder, step)
+    values = read_values(folder, step)
+    expected = {"model", "optimizer", *(["ema"] if values["config"].train.ema_decay else [])}
+    if names := sorted(expected ^ found.tensors.keys()):
+        what = "is missing" if names[0] in expected else "is not of this run"
+        raise CorruptError(f"checkpoint of step {step}: {names[0]}.safetensors {what}")
+    return dataclasses.replace(found, state=dict(values))
+
+
+def read_values(folder: Path, step: int) -> Values:
+    """The plain values of the checkpoint of a step, which may be hostile. Raises CorruptError."""
+    try:
+        values = convert_json(Values, checkpoints.read_state(folder, step))
+    except UserError as error:
+        raise CorruptError(
+            f"state.json of step {step} is not of this version of vitral: {error}"
+        ) from None
+    evaluated, best, metrics = values["evaluated"], values["best"], values["metrics"]
+    resolved, broken = values["resolved"], values["broken"]
+    consistent = {
+        "evaluated": 0 <= evaluated <= step,
+        "best": math.isfinite(best["step"]),
+        "metrics": not evaluated or "val_top1" in metrics,
+        "broken": all(i >= 0 for i, _ in broken),
+        "counters": len(values["counters"]) == Counters.SIZE,
+        "resolved": min(resolved.threads, resolved.micro_batch, resolved.processes) > 0,
+    }
+    for name, fine in consistent.items():
+        if not fine:
+            raise CorruptError(f"state.json of step {step}: {name} contradicts the rest")
+    return values
 
 
 def check_settings(run: RunDir, config: Config) -> list[str]:
@@ -182,26 +249,54 @@ def check_checkpoints_exist(run: RunDir) -> None:
 
 
 def check_checkpoint(
-    config: Config, run: RunDir, dataset: Dataset, step: int, state: dict[str, Any]
+    config: Config, run: RunDir, dataset: Dataset, step: int, state: Mapping[str, Any]
 ) -> None:
     """Raises UserError unless a checkpoint has the settings, data and steps of this run.
 
     config.yaml, which `check_settings` reads, may have been edited or removed.
     """
-    try:
-        before = from_sections(state["config"])
-    except (AttributeError, KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"out: the checkpoint of step {step} in {run.path} is not of this version of vitral: "
-            f"{error}; resume it with the one that wrote it, or start another run with --out"
-        ) from None
-    _compare_settings(run, before, config)
+    _compare_settings(run, state["config"], config)
     check_data(config, run, dataset, state["fingerprint"])
     assert dataset.train is not None
     if step > (total := Plan.of(config, len(dataset.train)).total):
         raise UserError(
             f"out: {run.path} has a checkpoint of step {step}, but the run has {total} steps; "
             f"remove it, or start another run: --out {run.unused_name()}"
+        )
+
+
+def check_weights(checkpoint: Checkpoint, model: ViT) -> None:
+    """Raises UserError unless the weights and averages in a checkpoint are those of the model."""
+    own = {name: _form(parameter) for name, parameter in model.named_parameters()}
+    for kind in checkpoint.tensors.keys() - {"optimizer"}:
+        found = {name: _form(tensor) for name, tensor in checkpoint.tensors[kind].items()}
+        _refuse_first(kind, [name for name in found | own if found.get(name) != own.get(name)])
+
+
+def check_optimizer(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
+    """Raises UserError unless the tensors of a checkpoint are those that the optimizer keeps."""
+    keys: dict[str, set[str]] = {}
+    for name, tensor in checkpoint.tensors["optimizer"].items():
+        owner, _, key = name.rpartition(".")
+        parameter = optimizer.named.get(owner)
+        wanted = parameter if parameter is None or key != "step" else parameter.new_zeros(())
+        if wanted is None or _form(tensor) != _form(wanted):
+            _refuse_first("optimizer", [name])
+        keys.setdefault(owner, set()).add(key)
+    # A head that was fitted to frozen features has none.
+    names = optimizer.named if keys else ()
+    _refuse_first("optimizer", [name for name in names if keys.get(name) not in OPTIMIZER_KEYS])
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _refuse_first(kind: str, names: list[str]) -> None:
+    if names:
+        raise UserError(
+            f"out: {min(names)} in {kind}.safetensors of the checkpoint does not fit the model; "
+            "remove this checkpoint to resume from the one before, or start another run with --out"
         )
 
 
@@ -230,5 +325,4 @@ def check_resumable(config: Config, run: RunDir, dataset: Dataset) -> None:
         check_checkpoints_exist(run)
     with contextlib.suppress(CorruptError):
         for step in steps:
-            state = checkpoints.read_state(run.checkpoints, step)
-            check_checkpoint(config, run, dataset, step, state)
+            check_checkpoint(config, run, dataset, step, read_values(run.checkpoints, step))

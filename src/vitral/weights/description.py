@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from vitral.config import Config, from_sections
-from vitral.errors import UserError
+from vitral.config import Config
+from vitral.documents import convert_json
+from vitral.errors import UserError, printable, short
 from vitral.model import ViT
 
 SCHEMA = 2
@@ -47,32 +48,33 @@ class Description:
 
     @classmethod
     def from_document(cls, document: dict[str, Any], directory: Path) -> Description:
-        """The description in a config.json.
+        """The description in a config.json, which may be hostile: names are printable.
 
         Args:
             document: the JSON object.
             directory: where it was read, for error messages.
 
         Raises:
-            UserError: it was written by another version of vitral.
+            UserError: it was written by another version of vitral, or is damaged.
         """
         document = dict(document)
         schema = document.pop("schema", None)
         if schema != SCHEMA:
             raise UserError(
-                f"weights: {directory}: expected schema {SCHEMA}, got {schema}; "
+                f"weights: {directory}: expected schema {SCHEMA}, got {short(schema)}; "
                 "install the version of vitral that wrote them"
             )
         try:
-            config, classes = from_sections(document["config"]), tuple(document["classes"])
-            if document["default"] not in get_args(Which):
-                raise TypeError(f"default is {document['default']!r}")
-            return cls(**{**document, "config": config, "classes": classes})
-        except (AttributeError, KeyError, TypeError) as error:
+            found = convert_json(cls, document)
+        except UserError as error:
+            writer = short(document.get("vitral"))
             raise UserError(
                 f"weights: {directory}: config.json is not of this version of vitral: {error}; "
-                f"install vitral {document.get('vitral')}, which wrote it"
+                f"install vitral {writer}, which wrote it"
             ) from None
+        texts = {name: printable(getattr(found, name)) for name in ("vitral", "source", "license")}
+        classes = tuple(map(printable, found.classes))
+        return dataclasses.replace(found, classes=classes, **texts)
 
 
 @dataclass(frozen=True)

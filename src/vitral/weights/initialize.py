@@ -12,7 +12,7 @@ from vitral.errors import UserError
 from vitral.model import ViT, resample
 from vitral.rundir import CONFIG, RunDir
 from vitral.settings import OptionValues, Request
-from vitral.weights.store import load, read_description
+from vitral.weights.store import load
 
 PREPROCESSING = ("fit", "interpolation", "eval_crop", "mean", "std")
 
@@ -39,7 +39,8 @@ def request(source: str, given: OptionValues | Sequence[str] = ()) -> Request:
     if path in ("None", "") or {"model.size", "model.dim"} & recipe.keys():
         return settings.request(source, given)
     try:
-        known = read_description(path)[1].config
+        # With the shapes of the tensors, as config.json alone could describe any size.
+        known = load(path, device="meta").description.config
     except UserError as error:
         raise UserError(
             f"{error}; --init names the weights to start from; resume a run with its {CONFIG}"
