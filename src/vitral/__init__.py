@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vitral.caches import quiet_matplotlib
+
 if TYPE_CHECKING:
     from vitral.config import ViTConfig
     from vitral.evaluation import evaluate
@@ -26,6 +28,9 @@ _HOMES = {
     "load": "inference",
     "train": "training",
 }
+
+
+quiet_matplotlib()  # before anything imports it
 
 
 def __getattr__(name: str) -> Any:

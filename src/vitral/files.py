@@ -1,13 +1,19 @@
-"""Opens files that anyone may have put there: only regular ones, and no more than a limit."""
+"""Paths, and files that anyone may have put there: only regular ones, up to a limit."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from pathlib import Path
 from typing import BinaryIO
 
 MAX_IMAGE = 1 << 30  # bytes; 64 million pixels of 16-bit RGBA are half of it
+
+
+def expand(path: str | Path) -> Path:
+    """A path with the home directory in the place of ~, or as it is where there is none."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111, which raises without one
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

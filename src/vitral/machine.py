@@ -1,4 +1,4 @@
-"""The machine: devices, cores, memory, CPU features, and where its caches are."""
+"""The machine: devices, cores, memory, and CPU features."""
 
 from __future__ import annotations
 
@@ -125,14 +125,3 @@ def in_notebook() -> bool:
     """Whether this process is a notebook's kernel, by the class of IPython's shell."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     return any(base.__name__ == "ZMQInteractiveShell" for base in type(get_shell()).__mro__)
-
-
-def cache_dir() -> Path:
-    """The per-user cache directory: VITRAL_CACHE, or `vitral` in XDG_CACHE_HOME or ~/.cache."""
-    own, shared = os.environ.get("VITRAL_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own or Path(shared or "~/.cache") / "vitral").expanduser()
-
-
-def downloads_dir() -> Path:
-    """The directory that known data sets are downloaded to: VITRAL_DATA, or in ~/.cache."""
-    return Path(os.environ.get("VITRAL_DATA") or "~/.cache/vitral/data").expanduser()

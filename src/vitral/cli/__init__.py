@@ -21,7 +21,7 @@ from types import FrameType, ModuleType
 
 from vitral.cli.common import given_settings
 from vitral.config import Config
-from vitral.errors import Messages, UserError, did_you_mean
+from vitral.errors import Messages, UserError, did_you_mean, printable
 from vitral.settings import Parser, default_recipe, load, options
 
 COMMANDS = {
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # For an error that only some processes have, the first process of each machine prints it.
         rank = "RANK" if error.shared else "LOCAL_RANK"
         if os.environ.get(rank, "0") == "0":
-            print(f"vitral: {error}", file=Messages(sys.stderr))
+            print(f"vitral: {printable(str(error))}", file=Messages(sys.stderr))
         return 2
     except KeyboardInterrupt:
         return 130
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         place = f"{error.filename}: " if error.filename else ""
         text = f"vitral: {place}{error.strerror}; make room and repeat the command"
-        print(text, file=Messages(sys.stderr))
+        print(printable(text), file=Messages(sys.stderr))
         return 1
     finally:
         for stream in (sys.stdout, sys.stderr):  # the interpreter would fail to flush them

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vitral.cli.common import check_writable
 from vitral.config import Device
-from vitral.errors import UserError
+from vitral.errors import UserError, printable
 
 if TYPE_CHECKING:
     from vitral.data.records import Dataset
@@ -95,7 +95,7 @@ def _heading(weights: Weights, dataset: Dataset | None, options: Options) -> str
     known = weights.description
     place = options.suite or options.data or known.config.data.path
     place += ", held-out training images" if dataset and dataset.held_out else ""
-    heading = f"{weights.path} ({options.which or known.default}) on {place}"
+    heading = printable(f"{weights.path} ({options.which or known.default}) on {place}")
     if dataset and len(dataset.classes) < len(known.classes):
         part = f"{len(dataset.classes):,} of the {len(known.classes):,} classes"
         removed = len(competing_classes(known, dataset.classes, options.classes)) < len(

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vitral.caches import cache_dir
 from vitral.data.records import Names, Spans, stamp
 from vitral.data.sampling import Integers
-from vitral.machine import cache_dir
 
 SCHEMA = 2  # to be raised with any change of what is stored, or of how it is found
 COLUMNS = ("archive", "offsets", "sizes", "names")

@@ -275,13 +275,14 @@ def merge_splits(
 ) -> Dataset:
     """The data set of the splits found in `root`; without `val` a part of `training` is held out.
 
-    `training` is None where only the validation split is needed. Class names become NFC.
+    `training` is None where only the validation split is needed. Class names become those of
+    `class_name`.
 
     Raises:
         UserError: the classes differ, two become one name, or nothing can be held out.
     """
     name, skipped = printable(root.resolve().name), skipped or {}
-    training, val = (_with_names_in_nfc(root, split) for split in (training, val))
+    training, val = (_with_class_names(root, split) for split in (training, val))
     if val is None:
         assert training is not None
         why = f"{name} has no validation split"
@@ -302,18 +303,22 @@ def merge_splits(
     return Dataset(name, classes, records, held_out, skipped=skipped)
 
 
-def nfc(name: str) -> str:
-    """A name as Unicode composes it: file systems disagree on how to spell an accented letter."""
-    return unicodedata.normalize("NFC", name)
+def class_name(name: str) -> str:
+    """The name of a class as it is compared, stored and printed.
+
+    As Unicode composes it, because file systems disagree on how to spell an accented letter, and
+    without control characters, which terminals act on.
+    """
+    return printable(unicodedata.normalize("NFC", name))
 
 
-def _with_names_in_nfc(root: Path, split: Split | None) -> Split | None:
-    """A split with class names in NFC. Raises UserError if two become one."""
+def _with_class_names(root: Path, split: Split | None) -> Split | None:
+    """A split with the names of `class_name`. Raises UserError if two become one."""
     if split is None:
         return None
     spellings: dict[str, list[str]] = {}
     for name in split[0]:
-        spellings.setdefault(nfc(name), []).append(name)
+        spellings.setdefault(class_name(name), []).append(name)
     for several in spellings.values():
         if len(several) > 1:
             got = f"{' and '.join(map(ascii, several))}, which are the same to Unicode"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,9 +18,10 @@ from vitral.data.formats.known import KNOWN_SETS
 from vitral.data.formats.objects import own_names, records_of
 from vitral.data.loader import EVAL_BATCH, eval_batches
 from vitral.data.objects import PATH, Source
-from vitral.data.records import Dataset, Records, hold_out, nfc
+from vitral.data.records import Dataset, Records, class_name, hold_out
 from vitral.errors import UserError, first_few, printable
 from vitral.evaluation.scores import Scores, measure
+from vitral.files import expand
 from vitral.machine import pick_device
 from vitral.weights import Description, Weights, Which, load, require_head
 
@@ -142,7 +144,7 @@ def score(
         UserError: for an image that cannot be decoded.
     """
     data_device = weights.model.device
-    position = {nfc(name): i for i, name in enumerate(weights.description.classes)}
+    position = {class_name(name): i for i, name in enumerate(weights.description.classes)}
     columns = torch.tensor([position[name] for name in classes], device=data_device)
     workers = resolve_workers(config.data, records)
     batches = eval_batches(records, config, batch_size, workers, data_device)
@@ -155,7 +157,9 @@ def competing_classes(
     """The classes of a set, followed by the others that its predictions compete with."""
     if which == "subset" or (which is None and len(classes) > 1):
         return classes
-    return classes + tuple(name for name in map(nfc, description.classes) if name not in classes)
+    return classes + tuple(
+        name for name in map(class_name, description.classes) if name not in classes
+    )
 
 
 def open_set(description: Description, data: str | None) -> Dataset:
@@ -171,7 +175,7 @@ def open_set(description: Description, data: str | None) -> Dataset:
     config = dataclasses.replace(description.config, data=settings)
     image_size, seed = config.model.image_size, config.train.seed
     trained_on = Path(description.config.data.path)
-    if data is None or Path(data).expanduser().resolve() == trained_on.resolve():
+    if data is None or expand(data).resolve() == trained_on.resolve():
         dataset = open_dataset(config.data, image_size, seed)
     else:
         dataset = open_dataset(config.data, image_size, seed, train=False)
@@ -183,7 +187,8 @@ def open_set(description: Description, data: str | None) -> Dataset:
 def data_path(description: Description, data: str | None) -> str:
     """Path or name of the data, None for the set trained on; raises UserError if that is gone."""
     trained_on = description.config.data.path
-    if data is None and trained_on not in KNOWN_SETS and not Path(trained_on).expanduser().exists():
+    there = trained_on in KNOWN_SETS or os.path.exists(expand(trained_on))  # noqa: PTH110
+    if data is None and not there:
         raise UserError(
             f"data: {trained_on}, which the weights were trained on, is not there; "
             "give --data PATH where it is now"
@@ -227,7 +232,7 @@ def _validation_records(dataset: Dataset) -> Records:
 
 
 def _check_classes(expected: tuple[str, ...], found: tuple[str, ...], config: Config) -> None:
-    expected = tuple(map(nfc, expected))
+    expected = tuple(map(class_name, expected))
     unknown = [name for name in found if name not in expected]
     if not unknown:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,8 @@ class Scores:
     ranked: NDArray[np.int64]
     """(n, min(5, classes)): the likeliest classes, the first first."""
     confidence: NDArray[np.float64]
-    """(n,): the probability of the likeliest class."""
+    """(n,): the probability of the likeliest class; NaN if the model's output is not finite, which
+    counts as wrong."""
     losses: NDArray[np.float64]
     """(n,): the cross-entropy of each image, in nats."""
 
@@ -56,10 +58,15 @@ class Scores:
         return calibration_error(self.confidence, self.hits(1))
 
     def reliability(self) -> list[tuple[float, int, float, float]]:
-        """Upper edge, images, mean confidence and accuracy of each bin that has images."""
-        bins = _bins(self.confidence)
+        """Upper edge, images, mean confidence and accuracy of each bin that has images.
+
+        Images without a confidence are in no bin.
+        """
+        known = ~np.isnan(self.confidence)
+        confidence = self.confidence[known]
+        bins = _bins(confidence)
         counts = np.bincount(bins, minlength=BINS)
-        sums = (np.bincount(bins, values, BINS) for values in (self.confidence, self.hits(1)))
+        sums = (np.bincount(bins, values, BINS) for values in (confidence, self.hits(1)[known]))
         return [
             ((i + 1) / BINS, int(n), float(confidence / n), float(right / n))
             for i, (n, confidence, right) in enumerate(zip(counts, *sums, strict=True))
@@ -68,7 +75,8 @@ class Scores:
 
     def hits(self, k: int) -> NDArray[np.bool_]:
         """(n,): whether the class is among the k likeliest, k at most 5."""
-        return (self.ranked[:, :k] == self.labels[:, None]).any(1)
+        found = (self.ranked[:, :k] == self.labels[:, None]).any(1)
+        return found & ~np.isnan(self.confidence)
 
     def metrics(self) -> dict[str, float]:
         """Loss, top-1, top-5 and calibration error by name."""
@@ -127,7 +135,12 @@ def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_])
     Args:
         confidence: the probability of the likeliest class of each image, shape (n,).
         right: whether that class is right, shape (n,).
+
+    Returns:
+        NaN if a confidence is NaN.
     """
+    if np.isnan(confidence).any():
+        return math.nan
     gaps = np.bincount(_bins(confidence), confidence - right, BINS)
     return float(np.abs(gaps).sum() / len(right))
 

@@ -22,7 +22,7 @@ from vitral.data.records import Files, Spans
 from vitral.data.sampling import Integers
 from vitral.data.skipped import is_system
 from vitral.errors import data_error, first_few, printable
-from vitral.files import read_regular
+from vitral.files import expand, read_regular
 
 MAX_REAL_BYTES = 1 << 26  # bytes of ReaL's labels, which have a hundredth of that
 DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
@@ -132,7 +132,7 @@ def find_suite(path: str | Path) -> Suite:
     Raises:
         UserError: there is no set, there are two of a kind, or one cannot be used.
     """
-    root = Path(path).expanduser().resolve()
+    root = expand(path).resolve()
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing of that name"
         raise data_error(root, "a folder with test sets in it", got, "give another")

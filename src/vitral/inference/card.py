@@ -18,6 +18,7 @@ from vitral import hub, settings, storage
 from vitral.config import Config, DataConfig
 from vitral.data.imagenet import human_name, wnids
 from vitral.errors import printable
+from vitral.files import expand
 from vitral.model import count_flops
 from vitral.rundir import CONFIG, CURVES, RunDir
 from vitral.storage import MANIFEST
@@ -97,7 +98,7 @@ def _strip_paths(description: Description) -> Description:
     """Absolute paths cut to their last name: what is pushed tells nobody how a disk is laid out."""
 
     def strip(path: str) -> str:
-        if not Path(path).expanduser().is_absolute():
+        if not expand(path).is_absolute():
             return path
         return f"./{Path(path).name}"  # with ./, as a folder called cifar10 is not the set
 

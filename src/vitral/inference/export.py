@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import fetch_eval_crops
 from vitral.errors import UserError
+from vitral.files import expand
 from vitral.model import CHANNELS, ViT
 from vitral.rundir import RunDir
 from vitral.weights import Weights, Which, load
@@ -187,7 +189,8 @@ def _name(directory: Path) -> str:
 def _local_dataset(config: Config) -> str | None:
     """The set that was trained on, unless it has gone or would have to be downloaded."""
     path = config.data.path
-    there = path in ("digits", "synthetic") or Path(path).expanduser().is_dir()
+    # Path.is_dir raises for a name that is too long.
+    there = path in ("digits", "synthetic") or os.path.isdir(expand(path))  # noqa: PTH112
     return path if there else None
 
 
@@ -255,6 +258,7 @@ def _open(file: Path) -> Forward:
 def _open_onnx(file: Path) -> Forward:
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised as well
     session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])

@@ -345,7 +345,7 @@ def write(found: Iterable[Prediction], count: int, format: Format, place: Path |
         out.write(CSV_HEADER if format == "csv" else "")
         for prediction in found:
             if prediction.error is not None:
-                line = f"vitral: {printable(str(prediction.path))}: {prediction.error}"
+                line = printable(f"vitral: {prediction.path}: {prediction.error}")
                 tqdm.write(line, file=sys.stderr)
             read += prediction.error is None
             tqdm.write(formats[format](prediction), file=out, end="")

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitral import hub, storage
+from vitral.caches import cache_dir
 from vitral.config import Config, DataConfig
 from vitral.errors import UserError, did_you_mean, printable
-from vitral.machine import cache_dir
 from vitral.model import ViT
 from vitral.weights.conversion import Block, convert_state, num_folded, read_config
 from vitral.weights.description import Description
@@ -53,7 +53,13 @@ def fetch(name: str) -> Path:
     bare = name.removeprefix(PREFIX)
     place = cache_dir() / "public" / bare.replace("/", "--")  # as revisions may have a slash
     if not (place / "config.json").is_file():
-        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"weights: cannot write {place.parent}: {error.strerror}; set VITRAL_CACHE to "
+                "another directory"
+            ) from None
         write(bare, create(bare), place)
     return place
 

@@ -7,7 +7,6 @@ seed, train)`, which returns a Dataset; with `train` False only the validation s
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 from vitral.config import DataConfig
@@ -16,6 +15,7 @@ from vitral.data.formats.known import KNOWN_SETS, open_known
 from vitral.data.objects import PATH
 from vitral.data.records import Dataset, hold_out
 from vitral.errors import data_error
+from vitral.files import expand
 
 FORMATS = (packed, parquet, ilsvrc, shards, folder)
 
@@ -39,7 +39,7 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
         if config.path in KNOWN_SETS:
             dataset = open_known(config, image_size, seed, train)
         else:
-            root = Path(os.path.expanduser(config.path))  # noqa: PTH111
+            root = expand(config.path)
             found = next((each for each in FORMATS if each.matches(root)), None)
             if found is None:
                 raise _not_found(root, config.path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from vitral.config import DataConfig
 from vitral.data.decode import SUFFIXES
-from vitral.data.records import VALIDATION, Dataset, Files, Split, merge_splits, nfc
+from vitral.data.records import VALIDATION, Dataset, Files, Split, class_name, merge_splits
 from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_system, kinds
 from vitral.errors import data_error, first_few, printable
 
@@ -165,7 +165,7 @@ def _check_split_names(root: Path) -> None:
 
 def _class_folders(base: Path, split: str, train: bool) -> list[str]:
     """Names of the class folders, in order of the bytes of their NFC."""
-    names = sorted(_folders(base), key=lambda name: os.fsencode(nfc(name)))
+    names = sorted(_folders(base), key=lambda name: os.fsencode(class_name(name)))
     fix = "make one folder a class"
     if len(names) == 1 and train:
         inside = _folders(base / names[0])

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vitral.caches import downloads_dir
 from vitral.config import DataConfig
 from vitral.data.formats import folder
 from vitral.data.records import Dataset, Pixels
 from vitral.errors import data_error
-from vitral.machine import downloads_dir
 
 KNOWN_SETS = ("digits", "synthetic", "cifar10", "cifar100", "imagenette")
 

@@ -17,7 +17,7 @@ from vitral.data.decode import DecodeError
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.objects import LABELS, PATH, Objects, Source, read_item
-from vitral.data.records import Dataset, hold_out, nfc
+from vitral.data.records import Dataset, class_name, hold_out
 from vitral.data.sampling import Integers
 from vitral.data.workers import in_workers
 from vitral.errors import UserError, data_error, first_few
@@ -93,7 +93,9 @@ def class_names(source: Source, given_names: Sequence[str] | None) -> tuple[str,
         UserError: there are none, fewer than two, or equal ones.
     """
     names = (
-        own_names(source) if given_names is None else tuple(nfc(str(name)) for name in given_names)
+        own_names(source)
+        if given_names is None
+        else tuple(class_name(str(name)) for name in given_names)
     )
     if names is None:
         raise data_error("dataset", "class names in .classes or .features", "none", "give classes=")
@@ -112,7 +114,7 @@ def own_names(source: Any) -> tuple[str, ...] | None:
     for key in LABELS:
         if names is None and isinstance(features, Mapping):
             names = getattr(features.get(key), "names", None)
-    return None if names is None else tuple(nfc(str(name)) for name in names)
+    return None if names is None else tuple(class_name(str(name)) for name in names)
 
 
 def records_of(

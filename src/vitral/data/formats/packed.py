@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vitral import storage
 from vitral.config import DataConfig
-from vitral.data.records import Dataset, Packed, Spans, stamp
+from vitral.data.records import Dataset, Packed, Spans, class_name, stamp
 from vitral.errors import data_error, printable
 from vitral.files import require_regular
 
@@ -49,7 +49,9 @@ def open(root: Path, _: DataConfig, __: int, train: bool) -> Dataset:
     index = read_index(root)
     val = _open_split(root, index, "val")
     training = _open_split(root, index, "train") if train else None
-    return Dataset(printable(root.resolve().name), tuple(index["classes"]), training, val)
+    return Dataset(
+        printable(root.resolve().name), tuple(map(class_name, index["classes"])), training, val
+    )
 
 
 def verify(root: Path) -> list[str]:

@@ -19,7 +19,7 @@ from vitral.data.archives import REDOWNLOAD, check_unique, members, progress
 from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import ArchiveIndex, Row, index_archives
-from vitral.data.records import VALIDATION, Dataset, Split, merge_splits, nfc
+from vitral.data.records import VALIDATION, Dataset, Split, class_name, merge_splits
 from vitral.errors import data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 
@@ -155,7 +155,7 @@ def _number(digits: bytes) -> tuple[int, bytes]:
 
 
 def _composed(name: bytes) -> bytes:
-    return os.fsencode(nfc(os.fsdecode(name)))
+    return os.fsencode(class_name(os.fsdecode(name)))
 
 
 def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:

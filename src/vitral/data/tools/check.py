@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -18,6 +17,7 @@ from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.sampling import Integers
 from vitral.data.workers import in_workers
 from vitral.errors import counted
+from vitral.files import expand
 
 MAX_LISTED_CLASSES = 30
 BATCH = 64  # files that a worker looks at in one go
@@ -54,7 +54,7 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     Raises:
         UserError: the set cannot be opened.
     """
-    root = Path(config.path).expanduser()
+    root = expand(config.path)
     # One alone is what `vitral val` takes.
     validation_only = root.is_dir() and holds_only_validation(root)
     dataset = open_dataset(config, image_size, seed, train=not validation_only)
