@@ -87,9 +87,9 @@ def test_others_are_refused_by_name(change, message):
 
 def test_a_document_is_an_object():
     for value in (None, [], "text", 3):
-        with pytest.raises(UserError, match="^document: expected an object, got"):
+        with pytest.raises(UserError, match=r"^document: expected an object, got"):
             convert_json(Thing, value)
-    with pytest.raises(UserError, match="^pair: expected a value, got none"):
+    with pytest.raises(UserError, match=r"^pair: expected a value, got none"):
         convert_json(Thing, {})
 
 
@@ -97,6 +97,6 @@ def test_a_document_is_an_object():
     "text", ["[" * 10**6, '{"a":' * 10**6, '{"a": 1, "a": 1}', '[{"b": {"a": 1, "a": 2}}]', "{", ""]
 )
 def test_what_is_no_json_is_a_value_error(text):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"deep nesting|given twice|Expecting"):
         parse_json(text)
     assert parse_json('{"a": {"a": [1, null]}}') == {"a": {"a": [1, None]}}

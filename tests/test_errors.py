@@ -20,6 +20,8 @@ from vitral.errors import Messages, UserError, data_error, did_you_mean, first_f
         ("two\nlines\r\t", "two\\nlines\\r\\t"),
         ("\x1b[31mred\x7f", "\\x1b[31mred\\x7f"),
         (Path("a/b\n"), "a/b\\n"),
+        ("\x9b1m\x85\u2028\u202e\ud800", "\\x9b1m\\x85\\u2028\\u202e\\ud800"),
+        ("\N{WOMAN}\u200d\N{ROCKET} \u00a0", "\N{WOMAN}\u200d\N{ROCKET} \u00a0"),
     ],
 )
 def test_names_are_printed_on_one_line(name, shown):

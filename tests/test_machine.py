@@ -155,17 +155,3 @@ def test_a_notebook_is_known_by_its_shell(monkeypatch, shell, expected):
     assert machine.in_notebook() is expected
     monkeypatch.delitem(sys.modules, "IPython")
     assert not machine.in_notebook()
-
-
-def test_where_the_cache_and_the_downloads_are(monkeypatch, tmp_path):
-    for name in ("VITRAL_CACHE", "XDG_CACHE_HOME", "VITRAL_DATA"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert machine.cache_dir() == tmp_path / ".cache/vitral"
-    assert machine.downloads_dir() == tmp_path / ".cache/vitral/data"
-    monkeypatch.setenv("XDG_CACHE_HOME", "~/shared")
-    assert machine.cache_dir() == tmp_path / "shared/vitral"
-    monkeypatch.setenv("VITRAL_CACHE", "/fast/cache")
-    monkeypatch.setenv("VITRAL_DATA", "~/sets")
-    assert machine.cache_dir() == Path("/fast/cache")
-    assert machine.downloads_dir() == tmp_path / "sets"

@@ -196,3 +196,18 @@ def test_confusion_and_reliability_by_hand(scores):
         (pytest.approx(14 / 15), 2, pytest.approx(0.9), 0.5),
         (1.0, 1, 1.0, 1.0),
     ]
+
+
+def test_outputs_that_are_not_finite_are_wrong_and_have_no_confidence():
+    """Whatever class is named for them; the other image counts."""
+    logits = torch.tensor([[3.0, 1.0], [float("nan"), 0.0], [float("inf"), 0.0]])
+    batch = Batch(0, 0, logits, torch.zeros(3, dtype=torch.int64), [])
+    found = measure(lambda images: images, [batch], ("a", "b"))
+    assert np.isnan(found.confidence).tolist() == [False, True, True]
+    assert found.hits(1).tolist() == found.hits(5).tolist() == [True, False, False]
+    assert found.top1 == 1 / 3
+    assert np.isnan([found.loss, found.calibration_error]).all()
+    ((edge, count, confidence, accuracy),) = found.reliability()
+    assert (edge, count, accuracy) == (14 / 15, 1, 1.0)
+    assert confidence == pytest.approx(1 / (1 + np.exp(-2)))
+    assert "top-1 33.33%" in summarize(found)

@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -266,3 +268,21 @@ def test_a_missing_package_is_named(package, run, capsys, monkeypatch, tmp_path)
     assert f"package {package}, which" in text
     assert "pip install 'vitral[onnx]'" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_onnxruntime_keeps_no_records_of_its_user(run, tmp_path):
+    """It would write a device identifier and a database to the home directory."""
+    names = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    home = tmp_path / "home"
+    home.mkdir()
+    words = ["export", str(run), "--out", str(tmp_path / "x.onnx"), "--images", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vitral", *words],
+        env={**environment, "HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "random images" in done.stdout
+    assert not [path for path in home.rglob("*") if "onnxruntime" in path.name]

@@ -42,16 +42,13 @@ def config(image_folder, tmp_path):
     return make_config(image_folder, tmp_path / "run", data__workers=2)
 
 
-def display(result):
-    """The pictures that a notebook displays for a result, by type; None if there are none."""
+def displayed(result):
+    """The picture that a notebook displays for a result; None if there is none."""
     if find_spec("IPython"):
         from IPython.core.interactiveshell import InteractiveShell
 
-        shell = InteractiveShell()
-        shell.display_formatter.active_types = ["image/png"]
-        return shell.display_formatter.format(result)[0] or None
-    picture = result._repr_png_()
-    return {"image/png": picture} if picture else None
+        return InteractiveShell().display_formatter.format(result)[0].get("image/png")
+    return result._repr_png_()
 
 
 def check(run, finished):
@@ -65,8 +62,8 @@ def test_in_a_thread(config, finished):
     check(run, finished)
     assert os.fspath(run) == config.train.out
     picture = (run / "curves.png").read_bytes()
-    assert display(run)["image/png"] == picture
-    assert display(run / "weights") is None
+    assert displayed(run) == picture
+    assert displayed(run / "weights") is None
 
 
 def test_in_an_event_loop(config, finished):

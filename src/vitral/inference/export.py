@@ -166,6 +166,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_onnx() -> None:
+    """Imports what ONNX takes, without the telemetry that onnxruntime starts when it is imported.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -258,7 +264,7 @@ def _open(file: Path) -> Forward:
 def _open_onnx(file: Path) -> Forward:
     import onnxruntime
 
-    onnxruntime.disable_telemetry_events()
+    onnxruntime.disable_telemetry_events()  # where it was imported before
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what fails is raised as well
     session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
