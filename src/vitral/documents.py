@@ -19,6 +19,10 @@ NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text
 NAMES[type(None)] = "null"
 
 
+class UnknownFieldError(UserError):
+    """A field that this version of vitral does not know, such as one that a later version added."""
+
+
 def parse_json(content: bytes | str) -> Any:
     """The value of a JSON document.
 
@@ -38,8 +42,9 @@ def convert_json(kind: type[T], value: Any) -> T:
     TypedDict. A number without a fraction is an integer as well, because JSON has one kind.
 
     Raises:
+        UnknownFieldError: that names the field.
         UserError: that names the field, for a value of another type or one that the dataclass
-            refuses, and for a field that is missing or unknown.
+            refuses, and for a field that is missing.
     """
     return _convert(kind, value, "")
 
@@ -84,7 +89,7 @@ def _convert_fields(kind: Any, value: dict[str, Any], name: str) -> Any:
     kinds, required = _fields(kind)
     for key in value:
         if key not in kinds:
-            raise UserError(f"{_join(name, short(key))}: no such field")
+            raise UnknownFieldError(f"{_join(name, short(key))}: no such field")
     if missing := sorted(required - value.keys()):
         raise UserError(f"{_join(name, missing[0])}: expected a value, got none")
     found = {key: _convert(kinds[key], inner, _join(name, key)) for key, inner in value.items()}

@@ -317,7 +317,7 @@ def test_a_checkpoint_with_a_damaged_document_is_passed_over(folder, kind):
 def test_a_checkpoint_without_a_file_is_passed_over(folder, name):
     (folder / f"step_{NEWEST:07d}" / f"{name}.safetensors").unlink()
     sign(folder / f"step_{NEWEST:07d}")
-    assert f"{name}.safetensors is missing" in passed_over(folder)
+    assert f"{name}.safetensors: missing" in passed_over(folder)
 
 
 def test_a_run_continues_from_the_checkpoint_before(run, tmp_path):

@@ -33,21 +33,21 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
         OSError, CorruptError: older checkpoints are untouched.
     """
     storage.make_directory(folder)
-    directory = folder / f"step_{checkpoint.step:07d}"
+    directory = place(folder, checkpoint.step)
     state = {"schema": SCHEMA, "step": checkpoint.step, **checkpoint.state}
     storage.write(directory, checkpoint.tensors, {"state": state})
     storage.verify(directory)
     present = sorted(steps(folder), reverse=True)
     for step in present[NUM_KEPT:]:
         if step != best_step:
-            storage.remove(folder / f"step_{step:07d}")
+            storage.remove(place(folder, step))
     for leftover in folder.glob(".step_*"):  # of a write that was killed
         storage.remove(leftover)
 
 
 def read(folder: Path, step: int) -> Checkpoint:
     """The checkpoint of a step, verified; raises CorruptError if it is not whole, or not there."""
-    directory = folder / f"step_{step:07d}"
+    directory = place(folder, step)
     storage.check_files(directory)
     state = read_state(folder, step)
     names = [path.stem for path in sorted(directory.glob("*.safetensors"))]
@@ -57,7 +57,7 @@ def read(folder: Path, step: int) -> Checkpoint:
 
 def read_state(folder: Path, step: int) -> dict[str, Any]:
     """The plain values of the checkpoint of a step; raises CorruptError."""
-    directory = folder / f"step_{step:07d}"
+    directory = place(folder, step)
     state = storage.read_json(directory, "state.json")
     for name, expected in (("schema", SCHEMA), ("step", step)):
         if state.get(name) != expected:
@@ -85,6 +85,11 @@ def latest(
         except storage.CorruptError as error:
             warn(f"checkpoint of step {step} passed over: {error}")
     return None
+
+
+def place(folder: Path, step: int) -> Path:
+    """The directory of the checkpoint of a step."""
+    return folder / f"step_{step:07d}"
 
 
 def steps(folder: Path) -> list[int]:

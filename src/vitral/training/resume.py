@@ -15,7 +15,7 @@ import torch
 from vitral import settings, weights
 from vitral.config import CHANGEABLE, Config, flatten
 from vitral.data.records import Dataset
-from vitral.documents import convert_json
+from vitral.documents import UnknownFieldError, convert_json
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
@@ -175,24 +175,33 @@ def _lock_and_read(run: RunDir, warnings: list[str]) -> Checkpoint | None:
 
 
 def read(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step, whose state is `Values`. Raises CorruptError."""
+    """The checkpoint of a step, whose state is `Values`. Raises as `read_values`."""
     found = checkpoints.read(folder, step)
     values = read_values(folder, step)
     expected = {"model", "optimizer", *(["ema"] if values["config"].train.ema_decay else [])}
     if names := sorted(expected ^ found.tensors.keys()):
-        what = "is missing" if names[0] in expected else "is not of this run"
-        raise CorruptError(f"checkpoint of step {step}: {names[0]}.safetensors {what}")
+        what = "missing" if names[0] in expected else "not a file of this run"
+        raise CorruptError(f"{checkpoints.place(folder, step) / names[0]}.safetensors: {what}")
     return dataclasses.replace(found, state=dict(values))
 
 
 def read_values(folder: Path, step: int) -> Values:
-    """The plain values of the checkpoint of a step, which may be hostile. Raises CorruptError."""
+    """The plain values of the checkpoint of a step, which may be hostile.
+
+    Raises:
+        CorruptError: a value is missing, or is none that a run can have.
+        UserError: another version of vitral wrote it.
+    """
+    file = checkpoints.place(folder, step) / "state.json"
     try:
         values = convert_json(Values, checkpoints.read_state(folder, step))
-    except UserError as error:
-        raise CorruptError(
-            f"state.json of step {step} is not of this version of vitral: {error}"
+    except UnknownFieldError as error:
+        raise UserError(
+            f"out: {file} is not of this version of vitral: {error}; resume with the version that "
+            "wrote it, or start another run with --out"
         ) from None
+    except UserError as error:
+        raise CorruptError(f"{file}: {error}") from None
     evaluated, best, metrics = values["evaluated"], values["best"], values["metrics"]
     resolved, broken = values["resolved"], values["broken"]
     consistent = {
@@ -205,7 +214,7 @@ def read_values(folder: Path, step: int) -> Values:
     }
     for name, fine in consistent.items():
         if not fine:
-            raise CorruptError(f"state.json of step {step}: {name} contradicts the rest")
+            raise CorruptError(f"{file}: {name} has an impossible value")
     return values
 
 

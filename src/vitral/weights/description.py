@@ -67,7 +67,7 @@ class Description:
         try:
             found = convert_json(cls, document)
         except UserError as error:
-            writer = short(document.get("vitral"))
+            writer = short(document.get("vitral")).strip("'")
             raise UserError(
                 f"weights: {directory}: config.json is not of this version of vitral: {error}; "
                 f"install vitral {writer}, which wrote it"
