@@ -1,5 +1,7 @@
 """JSON as values of types, or one line that names the field."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict

@@ -9,7 +9,7 @@ import os
 import typing
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, NotRequired, TypeVar, Union
 
 from vitral.errors import UserError, short
 
@@ -104,7 +104,10 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
     """The types of the fields of a dataclass or TypedDict, and those without a default."""
     kinds = typing.get_type_hints(kind)
     if not dataclasses.is_dataclass(kind):
-        return kinds, kind.__required_keys__
+        # __required_keys__ is wrong where annotations are not evaluated.
+        marked = typing.get_type_hints(kind, include_extras=True)
+        optional = {name for name in marked if typing.get_origin(marked[name]) is NotRequired}
+        return kinds, frozenset(kinds.keys() - optional)
     needed = dataclasses.MISSING
     return kinds, frozenset(
         field.name

@@ -357,3 +357,14 @@ def test_tensors_of_another_model_are_rejected(run, tmp_path, kind, change):
     assert finish_single(config) != 0
     error = out.with_name("run.err").read_text().splitlines()[-1]
     assert f"in {kind}.safetensors of the checkpoint does not fit the model; remove" in error
+
+
+def test_a_checkpoint_without_what_later_versions_added_is_read(folder):
+    """All settings that are missing have their defaults."""
+    directory = folder / f"step_{NEWEST:07d}"
+    replace(directory, "state.json", "parts", MISSING)
+    replace(directory, "state.json", "config.model.qk_norm", MISSING)
+    found = checkpoint.latest(folder, pytest.fail, resume.read)
+    assert found is not None
+    assert found.step == NEWEST
+    assert found.state["config"].model.qk_norm is False

@@ -179,9 +179,9 @@ def read(folder: Path, step: int) -> Checkpoint:
     found = checkpoints.read(folder, step)
     values = read_values(folder, step)
     expected = {"model", "optimizer", *(["ema"] if values["config"].train.ema_decay else [])}
-    if names := sorted(expected ^ found.tensors.keys()):
-        what = "missing" if names[0] in expected else "not a file of this run"
-        raise CorruptError(f"{checkpoints.place(folder, step) / names[0]}.safetensors: {what}")
+    if missing := sorted(expected - found.tensors.keys()):
+        file = checkpoints.place(folder, step) / f"{missing[0]}.safetensors"
+        raise CorruptError(f"{file}: missing")
     return dataclasses.replace(found, state=dict(values))
 
 
