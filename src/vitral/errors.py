@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+FIXES = {
+    errno.ENOSPC: "make room and repeat the command",
+    errno.EDQUOT: "make room and repeat the command",
+    errno.EIO: "check the disk and repeat the command",
+    errno.EFBIG: "raise the limit on the size of files, as by `ulimit -f unlimited`",
+    errno.EMFILE: "raise the limit on open files, as by `ulimit -n 4096`",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EROFS: "give another directory",
+}
+"""What to do about an error of the system."""
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a disk, which are no mistakes of the user."""
 
 
 class UserError(Exception):
@@ -47,6 +62,9 @@ class Messages:
             return
         try:
             getattr(self.stream, name)(*arguments)
+        except UnicodeEncodeError:
+            ascii_only = (text.encode("ascii", "backslashreplace") for text in arguments)
+            self._attempt(name, *(text.decode() for text in ascii_only))
         except (OSError, ValueError):  # ValueError: a closed stream
             with contextlib.suppress(AttributeError, OSError, ValueError):  # no descriptor
                 null = os.open(os.devnull, os.O_WRONLY)
@@ -80,6 +98,13 @@ SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxlevel = 2
 
 
+def system_error(error: OSError) -> str:
+    """An error of the system in one line: the file, the reason, and how to fix it if known."""
+    place = f"{printable(error.filename)}: " if error.filename else ""
+    fix = FIXES.get(error.errno or 0)
+    return f"{place}{error.strerror or error}" + (f"; {fix}" if fix else "")
+
+
 def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:
     """The error for a data set that cannot be used."""
     return UserError(printable(f"data: {place}: expected {expected}, got {found}; {fix}"))
@@ -92,7 +117,7 @@ def first_few(names: Sequence[str]) -> str:
 
 def counted(n: int, noun: str) -> str:
     """A number of things, such as `1 image` or `1,234 classes`."""
-    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
     return f"{n:,} {noun if n == 1 else plural}"
 
 

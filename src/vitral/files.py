@@ -1,4 +1,7 @@
-"""Paths, and files that anyone may have put there: only regular ones, up to a limit."""
+"""Paths, and files that anyone may have put there: only regular ones, up to a limit.
+
+Also checks that files can be written, before a result could be lost.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,13 @@ import errno
 import os
 import stat
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
+from vitral.errors import UserError, printable, system_error
+
+MAX_PATH = 4095  # bytes, in Linux
+MAX_INSIDE = 255  # bytes of a path inside a run directory or a pack
 MAX_IMAGE = 1 << 30  # bytes; 64 million pixels of 16-bit RGBA are half of it
 
 
@@ -23,8 +31,14 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
     Raises:
         OSError: it cannot be opened, or is not a regular file.
+        UserError: too many files are open, or memory is exhausted, which is no fault of the file.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise UserError(system_error(error)) from None
+        raise
     try:
         require_regular(os.fstat(descriptor), path)
     except OSError:
@@ -57,6 +71,35 @@ def require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> os.
     return status
 
 
-def is_exhausted(error: Exception) -> bool:
-    """Whether a limit of the process or the machine is reached, which is no fault of a file."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+def check_writable(directory: str | Path) -> None:
+    """Creates a directory for output. Raises UserError if it cannot be written."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):  # os.access does not know all that file systems permit
+            pass
+    except OSError as error:
+        raise UserError(
+            f"out: cannot write {printable(directory)}: {error.strerror}; give another directory"
+        ) from None
+
+
+def check_output(path: Path) -> None:
+    """Creates the directory of a file to write. Raises UserError if the file cannot be written."""
+    check_writable(path.parent)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"out: expected a file to write, got {path}, which is not a file")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"out: {system_error(error)}") from None
+
+
+def check_room(directory: Path) -> None:
+    """Raises UserError if a directory leaves no room for the names of the files to write in it."""
+    length, most = len(os.fsencode(directory.absolute())), MAX_PATH - MAX_INSIDE
+    if length > most:
+        raise UserError(
+            f"out: expected a path of at most {most:,} bytes, got one of {length:,}, "
+            f"{printable(directory)[:40]}...; give a shorter one"
+        )

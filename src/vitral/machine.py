@@ -113,6 +113,11 @@ def is_amd() -> bool:
         return False
 
 
+def max_open_files() -> int:
+    """The number of files that this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def memory_gb(device: str) -> float:
     """Peak memory so far, in 10^9 bytes: of the GPU for "cuda", else of this process."""
     if device == "cuda":

@@ -162,7 +162,7 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: it is not a run directory, or its settings cannot be read.
     """
-    run = RunDir(path)
+    run = RunDir(path.parent if path.name == CONFIG and path.is_file() else path)
     if not run.config.is_file():
         raise UserError(
             f"report: {path}: expected a run directory with {CONFIG}, got "
@@ -178,7 +178,7 @@ def read_run(path: Path) -> Run:
         environment = dict(json.loads(run.environment.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         notes.append(f"{run.environment.name} cannot be read: the machine is unknown")
-    return Run(path, settings.load(str(run.config)), environment, rows, notes)
+    return Run(run.path, settings.load(str(run.config)), environment, rows, notes)
 
 
 def read_rows(path: Path) -> list[Row]:

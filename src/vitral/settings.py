@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 import yaml
 
 from vitral.config import Config, Seconds, flatten
-from vitral.errors import UserError, did_you_mean, short
+from vitral.errors import UserError, counted, did_you_mean, short
 from vitral.files import read_regular
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ def request(
         config = replaced(config, {"train.out": f"runs/{Path(source).stem}"})
     changes = [f"{path} {own[path]:g} -> {value:g}" for path, value in shorter.items()]
     epochs = config.train.epochs
-    note = f"adjusted to {epochs} epoch{'s' * (epochs > 1)}: {', '.join(changes)}"
+    note = f"adjusted to {counted(epochs, 'epoch')}: {', '.join(changes)}"
     names = {*given}
     if "train.epochs" not in {*recipe, *given}:  # beside epochs it is the record of a choice
         names |= {"train.time_budget"} & {*recipe}
@@ -376,6 +376,7 @@ class Parser(argparse.ArgumentParser):
             ),
         )
         self.names: list[str] = []
+        self.open: list[str] = []  # options of any number of values
         self.groups: dict[str, Any] = {}
 
     def add_options(self, options: Any, group: str = "") -> None:
@@ -409,7 +410,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: one line, with the closest option for an unknown one.
         """
-        args, rest = self.parse_known_intermixed_args([*map(_hyphenated, words)])
+        hyphenated = self._open_options_last([*map(_hyphenated, words)])
+        args, rest = self.parse_known_intermixed_args(hyphenated)
         for word in rest:
             name = word.partition("=")[0]
             if name.startswith("-") and name != "-":
@@ -419,6 +421,22 @@ class Parser(argparse.ArgumentParser):
             raise UserError(f"{self.prog}: expected no more arguments, got {' '.join(rest)}")
         args.words = list(words)
         return args
+
+    def _open_options_last(self, words: list[str]) -> list[str]:
+        """The words with options of any number of values at the end.
+
+        Otherwise they take a path that follows their values, which are numbers, for another value.
+        """
+        others, last = [], []
+        while words and words[0] != "--":
+            word = words.pop(0)
+            taken = last if word in self.open else others
+            taken.append(word)
+            while taken is last and words and not words[0].startswith("--"):
+                if last[-1] != word and not _is_number(words[0]):
+                    break
+                taken.append(words.pop(0))
+        return others + last + words
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
@@ -446,6 +464,7 @@ class Parser(argparse.ArgumentParser):
                 )
             return
         count, metavar = _arity(field.kind)
+        self.open += flags if count == "*" else []
         action = group.add_argument(
             *flags, dest=field.path, nargs=count, metavar=metavar, help=text
         )
@@ -481,6 +500,14 @@ def _arity(kind: Any) -> tuple[int | str, Any]:
     if origin is tuple:
         return len(args), tuple(METAVARS[arg] for arg in args)
     return 1, f"{{{','.join(map(str, args))}}}" if origin is Literal else METAVARS[kind]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _hyphenated(word: str) -> str:

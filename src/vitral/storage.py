@@ -31,6 +31,7 @@ from vitral.files import open_regular, require_regular
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
+MAX_NAME = 255  # bytes, in most file systems
 TENSORS = ".safetensors"
 NAME = re.compile(r"\w[\w.-]*\.(json|safetensors)", re.ASCII)
 CHUNK = 1 << 22
@@ -75,8 +76,7 @@ def write(
     Raises:
         OSError: nothing is left behind, and the previous content is still there.
     """
-    building = directory.with_name(f".{directory.name}.new")
-    retired = directory.with_name(f".{directory.name}.old")
+    building, retired = _prepare_ahead(directory, "new"), _prepare_ahead(directory, "old")
     recover(directory)
     building.mkdir()
     try:
@@ -112,7 +112,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: with the name of the file, also on a full disk.
     """
-    building = path.with_name(f".{path.name}.new")
+    building = _prepare_ahead(path, "new")
     with naming(path):
         remove(building)
         os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # follows no link
@@ -167,16 +167,24 @@ def sync(path: Path) -> None:
 
 def places(directory: Path) -> tuple[Path, ...]:
     """Where to look for a directory, in this order, while `write` may be replacing it."""
-    return directory, directory.with_name(f".{directory.name}.old"), directory
+    return directory, _prepare_ahead(directory, "old"), directory
 
 
 def recover(directory: Path) -> None:
     """Completes or undoes a `write` that was killed."""
-    retired = directory.with_name(f".{directory.name}.old")
+    retired = _prepare_ahead(directory, "old")
     if retired.exists() and not os.path.lexists(directory):
         retired.rename(directory)
-    remove(directory.with_name(f".{directory.name}.new"))
+    remove(_prepare_ahead(directory, "new"))
     remove(retired)
+
+
+def _prepare_ahead(path: Path, ending: str) -> Path:
+    """Where something is built, or kept for a moment, while `path` is replaced."""
+    name = f".{path.name}.{ending}"
+    if len(os.fsencode(name)) > MAX_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.{ending}"
+    return path.with_name(name)
 
 
 def consistent(directory: Path, read: Callable[[], T]) -> T:

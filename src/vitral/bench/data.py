@@ -31,7 +31,7 @@ from vitral.data.tools.rates import (
     measure_rate,
 )
 from vitral.data.workers import in_workers
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.machine import available_cores, input_device, pick_device
 from vitral.model import CHANNELS
 from vitral.training.resolved import prepare_device
@@ -57,7 +57,7 @@ def bench_data(config: Config) -> str:
     runs: dict[str, Callable[[], float]]
     runs = {names[way]: partial(measure, decoder=way) for way in decoders(records, device)}
     head = (
-        f"{len(records):,} images of {dataset.name} over and over, on {device.type}, "
+        f"{counted(len(records), 'image')} of {dataset.name} over and over, on {device.type}, "
         f"{available_cores()} cores, medians of {rounds.ROUNDS} rounds in turn"
     )
     augmentation = _augmentation(config, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vitral.config import Config
+from vitral.errors import counted
 from vitral.model import ViT, count_flops
 from vitral.training.resolved import Resolved
 
@@ -12,7 +13,7 @@ def describe_device(resolved: Resolved) -> str:
     how = "compiled" if resolved.compile else "not compiled"
     if resolved.fused:
         how += {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}[resolved.device]
-    return f"{resolved.device}, {resolved.precision}, {how}, {resolved.threads} threads"
+    return f"{resolved.device}, {resolved.precision}, {how}, {counted(resolved.threads, 'thread')}"
 
 
 def describe_size(config: Config, model: ViT, num_classes: int) -> list[str]:

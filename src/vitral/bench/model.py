@@ -10,6 +10,7 @@ from vitral.bench import rounds
 from vitral.bench.contest import REFERENCE, compare
 from vitral.bench.peers import PEERS, has_timm, select_models
 from vitral.config import Config
+from vitral.errors import counted
 
 NO_TIMM = "timm is not installed (pip install timm): vitral is measured alone"
 
@@ -24,8 +25,9 @@ def table(case: dict[str, Any]) -> str:
     """What `compare` found, a line for each model: medians, in brackets the least and greatest."""
     what = {"train": "training steps", "infer": "forward passes"}[case["mode"]]
     head = (
-        f"{what} of {case['batch']} images of {case['image_size']} pixels, "
-        f"{case['num_classes']} classes, on {case['device']}; {case['rounds']} rounds in turn"
+        f"{what} of {counted(case['batch'], 'image')} of {case['image_size']} pixels, "
+        f"{counted(case['num_classes'], 'class')}, on {case['device']}; "
+        f"{counted(case['rounds'], 'round')} in turn"
     )
     matmul = f"matrix products alone reach {case['matmul_tflops']:.4g} TFLOP/s here"
     rows = [["", "M param.", "GFLOP", "ms", "images/s", "", "TFLOP/s", "of matmul"]]

@@ -16,6 +16,7 @@ from vitral.data.formats import open_dataset
 from vitral.data.records import Dataset
 from vitral.data.sampling import Order
 from vitral.data.tools.rates import choose_decoder, endless_batches
+from vitral.errors import counted
 from vitral.machine import available_cores, pick_device
 from vitral.rundir import RunDir, duration
 from vitral.training import budget, resume
@@ -96,6 +97,6 @@ def _describe(dataset: Dataset) -> str:
     assert dataset.val is not None
     notes = "".join(f"; {note}" for note in dataset.notes)
     return (
-        f"{Path(dataset.name).name}: {len(dataset.train):,} images to train on, "
-        f"{len(dataset.val):,} to validate, {len(dataset.classes)} classes{notes}"
+        f"{Path(dataset.name).name}: {counted(len(dataset.train), 'image')} to train on, "
+        f"{len(dataset.val):,} to validate, {counted(len(dataset.classes), 'class')}{notes}"
     )

@@ -8,7 +8,6 @@ returns the exit code. A command with a RECIPE takes all settings as options.
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import signal
@@ -21,7 +20,7 @@ from types import FrameType, ModuleType
 
 from vitral.cli.common import given_settings
 from vitral.config import Config
-from vitral.errors import Messages, UserError, did_you_mean, printable
+from vitral.errors import DISK, FIXES, Messages, UserError, did_you_mean, printable, system_error
 from vitral.settings import Parser, default_recipe, load, options
 
 COMMANDS = {
@@ -56,10 +55,12 @@ setting with the recipe's value.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    That is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal.
+    That is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal. Messages
+    on standard error are lost without an error if it cannot take them.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
+    stderr = sys.stderr
     plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if plain and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _interrupt)
@@ -78,13 +79,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141  # the reader has exited, as `head` does
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        text = f"vitral: {place}{error.strerror}; make room and repeat the command"
-        print(printable(text), file=Messages(sys.stderr))
-        return 1
+        if not error.filename and error.errno not in FIXES:
+            raise  # it does not concern a file
+        print(f"vitral: {system_error(error)}", file=Messages(sys.stderr))
+        return 1 if error.errno in DISK else 2
     finally:
+        sys.stderr = stderr
         for stream in (sys.stdout, sys.stderr):  # the interpreter would fail to flush them
             Messages(stream).flush()
         if signal.getsignal(signal.SIGINT) is _interrupt:
@@ -134,6 +134,7 @@ def _run(words: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names may not fit the terminal's encoding
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.stderr = Messages(sys.stderr)
     if "_ARGCOMPLETE" in os.environ:
         from vitral.cli.completion import complete
 

@@ -1,4 +1,4 @@
-"""What several commands share: settings of a run, and places to write to."""
+"""What several commands share: the settings of a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryFile
 
 from vitral import settings
 from vitral.config import Config
-from vitral.errors import UserError
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
@@ -35,15 +32,3 @@ def load_request(args: argparse.Namespace) -> settings.Request:
     started, given = time.monotonic(), given_settings(args)
     recipe = args.recipe or settings.default_recipe(given, gpu=num_gpus() > 0)
     return dataclasses.replace(request(recipe, given), started=started)
-
-
-def check_writable(directory: str | Path) -> None:
-    """Creates a directory for output. Raises UserError if it cannot be written."""
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=directory):  # os.access does not know all that file systems permit
-            pass
-    except OSError as error:
-        raise UserError(
-            f"out: cannot write {directory}: {error.strerror}; give another directory"
-        ) from None

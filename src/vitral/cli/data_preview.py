@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vitral.cli.common import check_writable, load_config
-from vitral.errors import UserError
+from vitral.cli.common import load_config
+from vitral.errors import UserError, printable
+from vitral.files import check_output
 
 ARGUMENTS = {"path": "PATH", "recipe": "RECIPE?"}
 
@@ -22,7 +23,7 @@ def run(args: argparse.Namespace, _: None) -> int:
         raise UserError(f"out: expected a name that ends in .jpg or .png, got {out or 'nothing'}")
     from vitral.data.tools.preview import preview
 
-    check_writable(Path(out).parent)
+    check_output(Path(out))
     preview(config, Path(out))
-    print(f"{out}: each image as validation uses it, and below it as training does")
+    print(f"{printable(out)}: each image as validation uses it, and below it as training does")
     return 0

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitral.cli.common import check_writable
 from vitral.config import Device
-from vitral.errors import UserError
+from vitral.errors import UserError, counted, printable
+from vitral.files import check_output
 
 ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.inference.predict import find_images, load
     from vitral.machine import pick_device
 
-    check_writable(Path(options.out).parent)
+    check_output(Path(options.out))
     weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
     features = embed(
         weights,
@@ -55,5 +55,6 @@ def run(args: argparse.Namespace, options: Options) -> int:
         workers=options.workers,
     )
     write(features, Path(options.out))
-    print(f"{options.out}: {len(features.vectors):,} images, {features.vectors.shape[1]} features")
+    found, dim = features.vectors.shape
+    print(f"{printable(options.out)}: {counted(found, 'image')}, {counted(dim, 'feature')}")
     return 1 if features.unreadable else 0

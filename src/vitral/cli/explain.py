@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitral.cli.common import check_writable
 from vitral.config import Device
+from vitral.errors import printable
+from vitral.files import check_writable
 
 ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
 
@@ -39,17 +42,24 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.weights import load
 
     weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
+    images = find_images(args.paths)
     out, some = Path(options.out), False
-    for name, explanation in explanations(
-        weights,
-        find_images(args.paths),
-        layer=options.layer,
-        patch=options.patch,
-        image_size=options.image_size,
-    ):
-        if explanation is not None:
-            check_writable(out)
-            save(explanation, out, name)
-            print(f"{out / name}_explained.png: {explanation.summary}", flush=True)
-            some = True
+    new = not os.path.lexists(out)
+    check_writable(out)
+    try:
+        for name, explanation in explanations(
+            weights,
+            images,
+            layer=options.layer,
+            patch=options.patch,
+            image_size=options.image_size,
+        ):
+            if explanation is not None:
+                save(explanation, out, name)
+                print(f"{printable(out / name)}_explained.png: {explanation.summary}", flush=True)
+                some = True
+    finally:
+        if new and not some:
+            with contextlib.suppress(OSError):
+                out.rmdir()
     return 0 if some else 1

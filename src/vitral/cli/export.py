@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from vitral.cli.common import check_writable
-from vitral.errors import UserError
+from vitral.errors import UserError, printable
 
 ARGUMENTS = {"weights": "WEIGHTS"}
 
@@ -38,17 +36,15 @@ class Options:
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Exports; returns the exit code."""
-    if options.out is not None:
-        check_writable(Path(options.out).parent)
     from vitral.inference.export import ExportError, export
 
     try:
         exported = export(args.weights, **vars(options))
     except ExportError as error:
-        print(f"vitral: {error}; the file is not kept", file=sys.stderr)
+        print(f"vitral: {printable(str(error))}; the file is not kept", file=sys.stderr)
         return 1
     for file in exported.files:
-        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+        print(f"{printable(file)}: {file.stat().st_size / 1e6:.1f} MB")
     print(*exported.agreements, sep="\n")
     if options.images and len(exported.agreements) == 1:
         print("the training data set is not here: --data PATH compares on its validation images")

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitral.cli.common import check_writable
-from vitral.errors import UserError
+from vitral.errors import UserError, counted, printable
+from vitral.files import check_writable
 
 ARGUMENTS = {"name": "timm:NAME", "directory": "DIR"}
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause")
@@ -35,13 +35,15 @@ def run(args: argparse.Namespace, options: Options) -> int:
     check_writable(place.parent)
     name = args.name.removeprefix(public.PREFIX)
     imported, description = public.write(name, public.create(name, options.file), place)
-    classes = f"{len(description.classes):,} classes" if description.classes else "no classifier"
+    known = description.classes
+    classes = counted(len(known), "class") if known else "no classifier"
     print(
-        f"{place}: {imported.model.num_parameters / 1e6:.1f} M parameters, {classes}; largest "
-        f"difference from timm's outputs {imported.error:.1e} of their rms"
+        f"{printable(place)}: {imported.model.num_parameters / 1e6:.1f} M parameters, {classes}; "
+        f"largest difference from timm's outputs {imported.error:.1e} of their rms"
     )
     if imported.folded:
-        print(f"LayerScale is folded into the weights in {imported.folded} channels, which are ~0")
+        channels = counted(imported.folded, "channel")
+        print(f"LayerScale is folded into the weights in {channels}, where it is about 0")
     license = description.license or "unknown"
     caution = "" if license.lower() in PERMISSIVE else "; read it before you use the weights"
     print(f"license: {license}{caution}")

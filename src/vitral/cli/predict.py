@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitral.cli.common import check_writable
 from vitral.config import Device
 from vitral.errors import UserError
+from vitral.files import check_output
 
 ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
 
@@ -48,6 +48,9 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.machine import pick_device
     from vitral.weights import load
 
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        check_output(out)
     weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
     images = find_images(args.paths)
     found = predictions(
@@ -58,10 +61,5 @@ def run(args: argparse.Namespace, options: Options) -> int:
         batch_size=options.batch_size,
         workers=options.workers,
     )
-    out = None if options.out is None else Path(options.out)
-    if out is not None:
-        if out.exists() and not out.is_file():
-            raise UserError(f"out: expected a file to write, got {out}, which is not a file")
-        check_writable(out.parent)
     form = "json" if options.json else "csv" if options.csv else "text"
     return 0 if write(found, len(images), form, out) else 1

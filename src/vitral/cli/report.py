@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitral.cli.common import check_writable
-from vitral.errors import UserError
+from vitral.errors import UserError, printable
+from vitral.files import check_output
 
 ARGUMENTS = {"runs": "RUN+"}
 
@@ -34,9 +34,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
     runs = [read_run(Path(path)) for path in args.runs]
     out = Path(options.out or (Path() if several else runs[0].path) / REPORT)
-    if out.is_dir():
-        raise UserError(f"out: expected a file to write, got the directory {out}")
-    check_writable(out.parent)
+    check_output(out)
     if several:
         write_comparison(runs, out)
     else:
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
             predictions = evaluate_best(runs[0], options.data)
         except UserError as error:
             missing = str(error)
-            print(f"vitral: without predictions: {error}", file=sys.stderr)
+            print(f"vitral: without predictions: {printable(str(error))}", file=sys.stderr)
         write_report(runs[0], out, predictions, missing)
-    print(out)
+    print(printable(out))
     return 0

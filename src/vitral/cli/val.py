@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vitral.cli.common import check_writable
 from vitral.config import Device
 from vitral.errors import UserError, printable
+from vitral.files import check_writable
 
 if TYPE_CHECKING:
     from vitral.data.records import Dataset
@@ -94,8 +94,10 @@ def _heading(weights: Weights, dataset: Dataset | None, options: Options) -> str
 
     known = weights.description
     place = options.suite or options.data or known.config.data.path
-    place += ", held-out training images" if dataset and dataset.held_out else ""
-    heading = printable(f"{weights.path} ({options.which or known.default}) on {place}")
+    place = printable(place) + (
+        ", held-out training images" if dataset and dataset.held_out else ""
+    )
+    heading = f"{printable(weights.path)} ({options.which or known.default}) on {place}"
     if dataset and len(dataset.classes) < len(known.classes):
         part = f"{len(dataset.classes):,} of the {len(known.classes):,} classes"
         removed = len(competing_classes(known, dataset.classes, options.classes)) < len(

@@ -23,7 +23,6 @@ from vitral.data.objects import Objects
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers
 from vitral.data.workers import in_workers
-from vitral.files import is_exhausted
 from vitral.machine import available_cores
 
 T = TypeVar("T")
@@ -159,8 +158,6 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
             image = records.image(index) if decoded else decode(records.read(index))
             return image, int(records.labels[index])
         except (DecodeError, OSError) as error:
-            if is_exhausted(error):
-                raise
             broken.append((index, str(error)))
             index = (index + 1) % len(records)
     return torch.zeros(3, 1, 1, dtype=torch.uint8), int(records.labels[index])
@@ -243,9 +240,7 @@ class _EncodedDataset(_FetchDataset[_EncodedBatch]):
     def _read(self, index: int) -> bytes:
         try:
             return self.encoded.read(index)
-        except (DecodeError, OSError) as error:
-            if is_exhausted(error):
-                raise
+        except (DecodeError, OSError):
             return b""  # decoding it fails once more, and puts another in its place
 
 

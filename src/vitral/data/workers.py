@@ -17,12 +17,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch.utils.data import DataLoader, Dataset
 
 from vitral.compat import abandon_loader, is_loader_timeout, loader_workers, wrap_exception
-from vitral.errors import UserError, first_few
+from vitral.errors import UserError, counted, first_few
 
 T = TypeVar("T")
 POLL, REPORT_AFTER = 5, 60  # seconds without a batch, until it is looked into and said
@@ -58,7 +58,7 @@ def in_workers(
                 raise
             workers, reason = workers // 2, getattr(error, "strerror", None) or str(error)
     if reason:
-        _print_warning(f"{workers} of {requested} data workers can be started: {reason}")
+        _print_warning(f"{workers} of {counted(requested, 'data worker')} can be started: {reason}")
     _started.update(loader_workers(batches))
     return _monitored(batches, pending, getattr(dataset, "locations", None))
 
@@ -74,7 +74,7 @@ def _start(
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
         loader = DataLoader(
-            dataset,
+            _Carrying(dataset),
             batch_size=None,
             sampler=requests,
             num_workers=workers,
@@ -100,8 +100,8 @@ def _monitored(
     """The batches; says once what it waits for.
 
     Raises:
-        OSError: a worker found shared memory full.
-        UserError: there are too few file descriptors.
+        OSError: of the data set, or a worker found shared memory full.
+        UserError: of the data set, or there are too few file descriptors.
     """
     waited = 0
     while True:
@@ -123,9 +123,30 @@ def _monitored(
                 fix = "raise the limit, as by `ulimit -n 4096`, or give --data.workers 0"
                 raise UserError(f"data: too many open files; {fix}") from None
             raise
+        if isinstance(batch, _Failed):
+            raise batch.error
         waited = 0
         pending.popleft()
         yield batch
+
+
+class _Carrying(Dataset[Any]):
+    """A data set that returns its errors, of which torch would make others of many lines."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, request: Any) -> Any:
+        try:
+            return self.dataset[request]
+        except (OSError, UserError) as error:
+            return _Failed(error)
+
+
+class _Failed(NamedTuple):
+    """Takes the place of what could not be fetched."""
+
+    error: OSError | UserError
 
 
 def _print_warning(line: str) -> None:
@@ -167,7 +188,8 @@ def _send_error(
     The thread that sends would drop the batch, and the reader would wait for it forever. If the
     worker ended, torch would raise an error at an arbitrary place in the reader.
     """
-    queue.put((batch[0], wrap_exception(error)))
+    known = isinstance(error, OSError)
+    queue.put((batch[0], _Failed(error) if known else wrap_exception(error)))
 
 
 @atexit.register

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vitral import hub, settings, storage
 from vitral.config import Config, DataConfig
 from vitral.data.imagenet import human_name, wnids
-from vitral.errors import printable
+from vitral.errors import counted, printable
 from vitral.files import expand
 from vitral.model import count_flops
 from vitral.rundir import CONFIG, CURVES, RunDir
@@ -264,9 +264,10 @@ def _training(config: Config, name: str) -> str:
     train, known = config.train, config.data.path in KNOWN_DATASETS
     start = f"began from `{printable(train.init)}`" if train.init else "began from random weights"
     optimizer = {"adamw": "AdamW", "muon": "Muon"}[config.optim.name]
+    epochs = counted(train.epochs, "epoch")
     return f"""## Training
 
-{train.epochs} epochs of batches of {train.batch_size}, {optimizer} with a peak learning rate of \
+{epochs} of batches of {train.batch_size}, {optimizer} with a peak learning rate of \
 {config.optim.lr:g} and a cosine schedule, seed {train.seed}; it {start}. All settings are in \
 `{CONFIG}`, which repeats it:
 

@@ -73,13 +73,14 @@ def write(features: Features, path: Path) -> None:
         UserError: pyarrow is missing.
     """
     names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in features.paths]
+    model = printable(features.model)
     if path.suffix == ".npz":
         with replacing(path) as building, building.open("wb") as file:
             np.savez(
                 file,
                 paths=np.array(names),
                 features=features.vectors,
-                model=np.array(features.model),
+                model=np.array(model),
                 normalized=np.array(features.normalized),
             )
         return
@@ -93,7 +94,7 @@ def write(features: Features, path: Path) -> None:
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(features.vectors.ravel()), features.vectors.shape[1]
     )
-    known = {"model": features.model, "normalized": str(features.normalized).lower()}
+    known = {"model": model, "normalized": str(features.normalized).lower()}
     table = pa.table({"path": names, "features": vectors}).replace_schema_metadata(known)
-    with replacing(path) as building:
-        pq.write_table(table, building)
+    with replacing(path) as building, building.open("wb") as file:
+        pq.write_table(table, file)

@@ -10,6 +10,7 @@ NAME_patch.png       what a chosen patch takes from the others, over the image
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ COLORMAP = "viridis"
 ORDERS = 6  # random ones, that a map is compared with
 SHOWN_HEADS = 16
 SHOWN_CLASSES = 5
+MAX_STEM = 200  # bytes; with _explained.png a name has 255 at most
 MIN_PICTURE_SIZE = 512  # pixels that an overlay's sides have at least
 
 
@@ -179,12 +181,15 @@ def explanations(
 ) -> Iterator[tuple[str, Explanation | None]]:
     """`explain` for image files: the name that each one's pictures shall have, and what is found.
 
-    Names are the files' without ending, made different where they are alike. A file that cannot be
-    read gives None, and a line on standard error.
+    Names are the files' without ending, cut where they are long and made different where they are
+    alike. A file that cannot be read gives None, and a line on standard error.
     """
     used: set[str] = set()
     for image in images:
-        stem = name = Path(image).stem
+        stem = Path(image).stem
+        while len(os.fsencode(stem)) > MAX_STEM:
+            stem = stem[:-1]
+        name = stem
         for number in count(2):
             if name not in used:
                 break

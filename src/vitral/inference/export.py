@@ -36,10 +36,11 @@ from vitral.data.augment import finish
 from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import fetch_eval_crops
-from vitral.errors import UserError
-from vitral.files import expand
+from vitral.errors import UserError, counted, printable
+from vitral.files import check_output, expand
 from vitral.model import CHANNELS, ViT
 from vitral.rundir import RunDir
+from vitral.storage import naming
 from vitral.weights import Weights, Which, load
 
 Format = Literal["onnx", "pt2"]
@@ -123,12 +124,16 @@ def export(
     out = Path(out or f"{_name(weights.path)}.{format}")
     if out.suffix != f".{format}" or out.is_dir():
         raise UserError(f"out: expected a file name that ends in .{format}, got {out}")
+    if printable(out) != str(out):  # the exporters' own code would fail to open it
+        raise UserError(f"out: expected a path in UTF-8 without control characters, got {out}")
+    for file in (out, out.with_name(f"{out.name}.data")):
+        check_output(file)
     comparisons = [_random_images(description.config)]
     data = data or _local_dataset(description.config)
     if data and images:
         comparisons.append(_validation_images(description.config, data, images))
     document = json.dumps(_describe(weights, which or description.default))
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+    with naming(out), TemporaryDirectory(prefix=".vitral.", dir=out.parent) as folder:
         file = Path(folder) / out.name
         agreements = _write(weights.model, file, document, opset, comparisons)
         names = sorted(made.name for made in Path(folder).iterdir())
@@ -302,7 +307,7 @@ def _validation_images(config: Config, path: str, count: int) -> Comparison:
     config = dataclasses.replace(config, data=data)
     fetched = fetch_eval_crops(dataset.val, config, parts, 0, torch.device("cpu"))
     batches = (finish(part.images, None, data.mean, data.std) for part in fetched)
-    return f"{len(chosen):,} images of {dataset.name}", batches
+    return f"{counted(len(chosen), 'image')} of {dataset.name}", batches
 
 
 @torch.no_grad()

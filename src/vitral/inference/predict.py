@@ -31,7 +31,7 @@ from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
 from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
-from vitral.errors import UserError, data_error, printable
+from vitral.errors import UserError, counted, data_error, printable
 from vitral.files import read_regular
 from vitral.machine import available_cores, input_device
 from vitral.model import ViT
@@ -352,7 +352,8 @@ def write(found: Iterable[Prediction], count: int, format: Format, place: Path |
             out.flush()
             bar.update()
     if read < count:
-        print(f"vitral: {count - read:,} of {count:,} images cannot be read", file=sys.stderr)
+        total = counted(count, "image")
+        print(f"vitral: {count - read:,} of {total} cannot be read", file=sys.stderr)
     return read
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vitral.config import Config, flatten
 from vitral.data.imagenet import short_name
-from vitral.errors import printable
+from vitral.errors import counted, printable
 from vitral.evaluation import Scores
 from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
 from vitral.report.predictions import Predictions
@@ -234,7 +234,8 @@ def _cost(run: Run) -> dict[str, str]:
 def _size(config: Config) -> str:
     dim, depth, heads, kv_heads = config.model.shape
     return (
-        f"{depth} blocks of width {dim}, {heads} heads ({kv_heads} for keys and values), "
+        f"{counted(depth, 'block')} of width {dim}, {counted(heads, 'head')} ({kv_heads} for keys "
+        "and values), "
         f"patches of {config.model.patch_size} on images of {config.model.image_size} pixels"
     )
 

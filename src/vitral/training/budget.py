@@ -20,7 +20,7 @@ from vitral.data.loader import Batch, eval_batches
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.tools.rates import choose_decoder, endless_batches, synchronize
 from vitral.engines.onednn import for_inference
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.machine import pick_device
 from vitral.model import count_flops
 from vitral.rundir import RunDir, duration
@@ -220,8 +220,8 @@ def _choose(request: Request, budget: float, processes: int, data: PythonDataset
     fewest = _min_epochs(config, given)
     needed = budget - left + costs.total(with_epochs(config, given, fewest), images)
     raise UserError(
-        f"train.time_budget: expected at least {duration(math.ceil(needed))} for {fewest} epoch"
-        f"{'s' * (fewest > 1)} at {config.model.image_size} pixels, got {duration(budget)}; "
+        f"train.time_budget: expected at least {duration(math.ceil(needed))} for "
+        f"{counted(fewest, 'epoch')} at {config.model.image_size} pixels, got {duration(budget)}; "
         "give more time, or a smaller model"
     )
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vitral.config import Config
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.machine import num_gpus
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ class World:
             return kind
         if self.local_size > num_gpus():
             raise UserError(
-                f"gpus: expected at most {num_gpus()} processes on this machine, "
+                f"gpus: expected at most {counted(num_gpus(), 'process')} on this machine, "
                 f"a GPU each, got {self.local_size}"
             )
         return torch.device("cuda", self.local_rank)

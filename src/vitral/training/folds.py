@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vitral import weights
 from vitral.data.imagenet import display
 from vitral.data.sampling import random_ranks
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.evaluation.table import write_csv
 from vitral.rundir import RunDir
 from vitral.training.frozen import Features, read_features
@@ -47,7 +47,10 @@ def cross_validate(path: Path, count: int) -> str:
     header = ("class", *(f"fold{k + 1}" for k in range(count)))
     write_csv(path / FOLDS, header, [(name, *values) for name, values in table.items()])
     width = max(map(len, [*table, "class"]))
-    lines = [f"{count} folds of {len(labels):,} training images", f"{'class':{width}}  top-1"]
+    lines = [
+        f"{count} folds of {counted(len(labels), 'training image')}",
+        f"{'class':{width}}  top-1",
+    ]
     for name, values in table.items():
         mean, deviation = statistics.fmean(values), statistics.stdev(values)
         lines.append(f"{name:{width}}  {mean:.2%} ± {deviation:.2%}")

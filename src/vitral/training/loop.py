@@ -15,7 +15,7 @@ from vitral.data.objects import Objects
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
 from vitral.data.tools.rates import choose_decoder, input_speed_message
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.evaluation import Scores
 from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
@@ -266,8 +266,8 @@ class Trainer:
     def _check_images(self, signals: Signals) -> None:
         """Decodes the validation images of a new run, hours before they are needed."""
         if self.progress.step == 0 and self.validation.needs_decoding:
-            number = len(self.validation.records)
-            self.console.message(f"decoding the {number:,} validation images once to check them")
+            images = counted(len(self.validation.records), "validation image")
+            self.console.message(f"checking that {images} can be decoded")
             self.validation.check_images(signals)
             self.clock.start_row()
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import image, scalar
 from tqdm import tqdm
 
-from vitral.errors import Messages
+from vitral.errors import Messages, printable
 from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import make_directory, naming, replacing, sync
@@ -122,7 +122,7 @@ class Console:
 
     def __init__(self, path: Path, total: int, step: int, quiet: bool) -> None:
         self.path = Path(os.devnull) if quiet else path
-        self.file = self.path.open("a", encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         self.stream = Messages(self.file if quiet else sys.stdout)
         self.total = total
         self.bar = None
@@ -135,7 +135,8 @@ class Console:
         self.last = time.monotonic()
 
     def message(self, text: str) -> None:
-        """Something to be read now and kept."""
+        """Something to be read now and kept, on one line."""
+        text = printable(text)
         with naming(self.path):
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
         if self.bar is not None:

@@ -12,7 +12,7 @@ from vitral import storage, weights
 from vitral.config import Config
 from vitral.data.records import Dataset
 from vitral.data.tools import preview
-from vitral.errors import UserError, first_few, printable
+from vitral.errors import UserError, counted, first_few
 from vitral.evaluation import Scores
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.storage import CorruptError
@@ -74,9 +74,9 @@ class Outputs:
         assert val is not None
         start = f"resumes from step {facts['step']}" if facts["step"] else "starts"
         self.console.message(
-            f"{self.run.path} {start}: {self.dataset.name}, {len(train):,} training images, "
-            f"{len(val):,} validation images, {len(classes):,} classes: "
-            f"{printable(first_few(classes))}"
+            f"{self.run.path} {start}: {self.dataset.name}, "
+            f"{counted(len(train), 'training image')}, {counted(len(val), 'validation image')}, "
+            f"{counted(len(classes), 'class')}: {first_few(classes)}"
         )
         if rates:
             measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
@@ -84,8 +84,9 @@ class Outputs:
         fused = {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}
         self.console.message(
             f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['flops_per_image'] / 1e9:.3f} "
-            f"GFLOPs per image; {total:,} steps of {self.config.train.batch_size} images in "
-            f"micro-batches of {resolved.micro_batch}, on {resolved.device} in {resolved.precision}"
+            f"GFLOPs per image; {counted(total, 'step')} of {self.config.train.batch_size} images "
+            f"in micro-batches of {resolved.micro_batch}, on {resolved.device} "
+            f"in {resolved.precision}"
             + (", compiled" if resolved.compile else "")
             + (fused[resolved.device] if resolved.fused else "")
             + f", threads: {resolved.threads}, workers: {facts['workers']}"

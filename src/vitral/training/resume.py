@@ -16,7 +16,7 @@ from vitral import settings, weights
 from vitral.config import CHANGEABLE, Config, flatten
 from vitral.data.records import Dataset
 from vitral.documents import UnknownFieldError, convert_json
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 from vitral.storage import CorruptError
@@ -28,6 +28,7 @@ from vitral.training.optim import EMA, Optimizer
 from vitral.training.plan import Plan
 from vitral.training.resolved import Resolved
 
+LENGTH = ("train.epochs", "train.time_budget")
 OPTIMIZER_KEYS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of AdamW and Muon
 
 
@@ -235,11 +236,15 @@ def check_settings(run: RunDir, config: Config) -> list[str]:
 def _compare_settings(run: RunDir, before: Config, after: Config) -> list[str]:
     old, new = (flatten(weights.absolute_paths(config)) for config in (before, after))
     changed = [name for name in new if new[name] != old[name] and name != "train.out"]
+    changed.sort(key=lambda name: name not in LENGTH)  # others may follow from it
     for name in changed:
         if name not in CHANGEABLE:
+            fix = f"resume it with its own settings, or start another: --out {run.unused_name()}"
+            if name in LENGTH and (new[name] or 0) > (old[name] or 0) and run.weights.is_dir():
+                fix = f"to train longer, start from its weights: --init {run.path} --out "
+                fix += str(run.unused_name())
             raise UserError(
-                f"{name}: the run in {run.path} has {old[name]}, not {new[name]}; "
-                f"resume it with its own settings, or start another: --out {run.unused_name()}"
+                f"{name}: the run in {run.path} has {old[name]}, not {new[name]}; {fix}"
             )
     return [f"{name}: {old[name]} becomes {new[name]}" for name in changed]
 
@@ -269,7 +274,8 @@ def check_checkpoint(
     assert dataset.train is not None
     if step > (total := Plan.of(config, len(dataset.train)).total):
         raise UserError(
-            f"out: {run.path} has a checkpoint of step {step}, but the run has {total} steps; "
+            f"out: {run.path} has a checkpoint of step {step}, but the run has "
+            f"{counted(total, 'step')}; "
             f"remove it, or start another run: --out {run.unused_name()}"
         )
 

@@ -13,6 +13,7 @@ from vitral.data.formats.objects import PythonDatasets, open_data, python_datase
 from vitral.data.objects import Source
 from vitral.data.records import Dataset
 from vitral.errors import UserError
+from vitral.files import check_room
 from vitral.machine import pick_device
 from vitral.model import ViT
 from vitral.rundir import RunDir, RunPath
@@ -102,6 +103,7 @@ def prepare(
     On the device "meta" the model and the weights to start from are compared by shapes alone.
     """
     check_processes(config, world.size)
+    check_room(run.path)
     changes = resume.check_settings(run, config) if world.is_main else []
     dataset = open_data(config, datasets)
     with torch.device(device):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from vitral import hub, storage
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import CONFIG, RunDir
+from vitral.storage import MANIFEST, TENSORS
 from vitral.weights import public
 from vitral.weights.description import Description, Weights, Which
 from vitral.weights.equivalents import explain
@@ -42,16 +45,19 @@ def _describe(directory: Path, path: str | Path) -> Description:
         document = storage.read_json(directory, DESCRIPTION)
     except storage.CorruptError as error:
         raise UserError(f"weights: {error}; {_fix(path)}") from None
-    return Description.from_document(document, directory)
+    description = Description.from_document(document, directory)
+    which = _file_of(Path(path))
+    return dataclasses.replace(description, default=which) if which else description
 
 
 def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -> Weights:
     """Loads weights for use.
 
     Args:
-        path: a weight directory, a run directory, whose best weights are used, weights on the
-            Hugging Face Hub, `hf-hub:owner/name` or `hf-hub:owner/name@revision`, or a public
-            model, `timm:NAME` or `timm:NAME.tag`, also with `@revision`.
+        path: a weight directory, a run directory, whose best weights are used, a file in one of
+            them, weights on the Hugging Face Hub, `hf-hub:owner/name` or
+            `hf-hub:owner/name@revision`, or a public model, `timm:NAME` or `timm:NAME.tag`, also
+            with `@revision`.
         which: "model" or "ema"; None uses the default of the weights.
         device: where to put the model; "meta" reads the shapes alone, and does not verify the
             tensors.
@@ -66,7 +72,7 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
 def _load(directory: Path, path: str | Path, which: Which | None, device: str) -> Weights:
     description = _describe(directory, path)
     which = which or description.default
-    file = directory / f"{which}.safetensors"
+    file = directory / f"{which}{TENSORS}"
     if not file.exists():
         raise UserError(
             f"weights: {directory} holds no {which} weights, only {description.default}"
@@ -86,6 +92,8 @@ def _load(directory: Path, path: str | Path, which: Which | None, device: str) -
 def find(path: str | Path) -> Path:
     """The weight directory that `path` means: itself, or a run's best, or else its last.
 
+    A file such as config.yaml or model.safetensors means the directory that it is in.
+
     Only `timm:NAME` and `hf-hub:owner/name` use the network, at the first use; the result is the
     directory in the cache.
 
@@ -99,19 +107,26 @@ def find(path: str | Path) -> Path:
             return hub.download(str(path))
         except hub.NoWeightsError as error:
             raise explain(error) from None
-    path = Path(path)
+    given = path = Path(path)
+    if path.name in (CONFIG, DESCRIPTION, MANIFEST) or _file_of(path):
+        path = path.parent if path.is_file() else path
     run = RunDir(path)
     for candidate in (path, run.best, run.last):
         for place in storage.places(candidate):
             if (place / DESCRIPTION).is_file():
                 return place
-    what = "no such directory" if not path.exists() else "it holds no weights"
+    what = "no such directory" if not given.exists() else "it holds no weights"
     named = hub.NAME.fullmatch(str(path).partition("@")[0]) and not path.exists()
     hint = f"; if it is on the Hugging Face Hub, give {hub.PREFIX}{path}" if named else ""
     raise UserError(
-        f"weights: {path}: {what}; expected a directory with {DESCRIPTION} and model.safetensors, "
+        f"weights: {given}: {what}; expected a directory with {DESCRIPTION} and model.safetensors, "
         f"such as runs/NAME or runs/NAME/{run.best.relative_to(path)}{hint}"
     )
+
+
+def _file_of(path: Path) -> Which | None:
+    """Which weights a file holds, by its name."""
+    return next((which for which in get_args(Which) if path.name == f"{which}{TENSORS}"), None)
 
 
 def public_name(path: str) -> str | None:

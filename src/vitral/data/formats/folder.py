@@ -14,7 +14,7 @@ from vitral.config import DataConfig
 from vitral.data.decode import SUFFIXES
 from vitral.data.records import VALIDATION, Dataset, Files, Split, class_name, merge_splits
 from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_system, kinds
-from vitral.errors import data_error, first_few, printable
+from vitral.errors import counted, data_error, first_few, printable
 
 SPLITS = ("train", *VALIDATION)
 DEPTH = 3  # folders around the splits, each alone in another
@@ -142,7 +142,7 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
         raise data_error(base, "images of each class", got, "add or remove it")
     num_outside, count = skipped[OUTSIDE_CLASSES] - before, sum(map(len, found))
     if num_outside > count:
-        got = f"{num_outside:,} images directly in it beside {count:,} in class folders"
+        got = f"{counted(num_outside, 'image')} directly in it beside {count:,} in class folders"
         raise data_error(base, "a folder for each class", got, "move or remove them")
     paths, sizes = zip(*(image for images in found for image in images), strict=True)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in found])

@@ -23,7 +23,7 @@ from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import Row, index_archives
 from vitral.data.records import VALIDATION, Dataset, Split, merge_splits
-from vitral.errors import data_error, first_few, printable
+from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
@@ -123,7 +123,8 @@ def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[st
     classes = classes or known
     every = [*range(1, len(truth) + 1)]
     if sorted(numbers) != every if kit else not {*numbers} <= {*every}:
-        expected = f"labels of the {len(numbers):,} images to {max(numbers)} in {VAL}"
+        images = counted(len(numbers), "image")
+        expected = f"labels of {images}, numbered to {max(numbers)}, in {VAL}"
         raise data_error(source, expected, f"labels of {len(every):,}", USE_MATCHING)
     val_wnids = [truth[number - 1] for number in numbers]
     unknown = sorted({*val_wnids} - {*classes})

@@ -20,7 +20,7 @@ from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import ArchiveIndex, Row, index_archives
 from vitral.data.records import VALIDATION, Dataset, Split, class_name, merge_splits
-from vitral.errors import data_error, first_few, printable
+from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 
 CLASSES = "classes.txt"
@@ -125,7 +125,8 @@ def _class_names(found: ArchiveIndex, root: Path, lines: list[bytes]) -> dict[by
         strangers = [printable(value) for value in values if value not in names]
         if strangers:
             fix = "list each class, in order of label from 0"
-            raise data_error(root / CLASSES, f"{len(lines)} labels", first_few(strangers), fix)
+            expected = counted(len(lines), "label")
+            raise data_error(root / CLASSES, expected, first_few(strangers), fix)
         return names
     if not values[0].isdigit():
         return dict(zip(values, values, strict=True))

@@ -34,7 +34,8 @@ from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.packed import INDEX, PROGRESS, VERSION, Chunk, images_path
 from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.workers import in_workers
-from vitral.errors import data_error, printable
+from vitral.errors import counted, data_error, printable
+from vitral.files import check_room
 
 CHUNK = 128  # images; 25 MB of squares of 256 pixels, of which each worker holds two or three
 NUM_SAMPLED = 64  # images that are encoded to foretell the size of all
@@ -77,7 +78,7 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
     header = {"version": VERSION, "size": size, "jpeg": jpeg, "classes": list(dataset.classes)}
     header["images"] = {split: len(encoder.records) for split, encoder in splits.items()}
     index = {**header, "source": dataset.fingerprint}
-    done = f"{printable(dst)}: {sum(header['images'].values()):,} images, packed"
+    done = f"{printable(dst)}: {counted(sum(header['images'].values()), 'image')}, packed"
     if packed.finished(dst):
         _require_same(dst, index, packed.read_index(dst))
         (dst / PROGRESS).unlink(missing_ok=True)  # a kill may have left it
@@ -118,6 +119,7 @@ def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
     """Says what a pack will take, and makes its folder if there is room for it."""
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise data_error(dst, "an empty folder, or none", "something else", "give another folder")
+    check_room(dst)
     images = sum(len(encoder.records) for encoder in splits.values())
     need = sum(len(encoder.records) * encoder.mean_bytes() for encoder in splits.values())
     place = next(path for path in (dst.absolute(), *dst.absolute().parents) if path.exists())
@@ -251,9 +253,10 @@ class _PackWriter:
         return [json.loads(line) for line in lines]
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        self.progress.write(json.dumps(line).encode() + b"\n")
-        self.progress.flush()
-        os.fsync(self.progress.fileno())
+        with storage.naming(self.dst / PROGRESS):
+            self.progress.write(json.dumps(line).encode() + b"\n")
+            self.progress.flush()
+            os.fsync(self.progress.fileno())
 
     def _record_chunk(self, split: str, first: int, **chunk: Any) -> None:
         if chunk:
@@ -281,11 +284,13 @@ class _PackWriter:
                 ]
                 path.touch()
                 with path.open("r+b") as file:
-                    self._allocate(file, split)
+                    with storage.naming(path):
+                        self._allocate(file, split)
                     for encoded in in_workers(encoder, missing, workers):
                         broken += encoded.broken
                         if not encoded.broken:
-                            self._write_chunk(file, split, encoded)
+                            with storage.naming(path):
+                                self._write_chunk(file, split, encoded)
                         bar.update(len(encoded.chunk["each"]))
         return broken
 
@@ -322,7 +327,7 @@ class _PackWriter:
                 self._append({"split": split, "first": chunks[k]["first"]})
                 count += 1
         if count:
-            got = f"{count:,} chunks of images that read otherwise"
+            got = f"{counted(count, 'chunk')} of images that read otherwise"
             fix = "check the disk and repeat the command, which packs them again"
             raise data_error(self.dst, "what was written", got, fix)
 
