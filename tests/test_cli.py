@@ -95,6 +95,7 @@ def user_error(capsys, tmp_path):
         ("val /no/weights --wich ema", ["--wich", "did you mean --which"]),
         ("recipes digit", ["did you mean digits"]),
         ("data chekc .", ["did you mean check"]),
+        ("benchmark", ["did you mean bench"]),
         ("bench data", ["bench data: expected PATH"]),
         ("data preview digits --out", ["--out", "expected 1 argument"]),
     ],
@@ -108,6 +109,11 @@ def test_user_errors_are_one_line(words, fragments, user_error, tmp_path):
     if words[0] == "train":
         words += ["--out", tmp_path / "out"]
     user_error(words, *fragments)
+
+
+@pytest.mark.parametrize("word", ["frob", "evaluate", "vitral"])
+def test_a_command_that_is_not_close_is_not_suggested(word, user_error):
+    assert user_error([word], "expected one of train, val").endswith(f"got {word}\n")
 
 
 def test_user_errors_in_yaml(user_error, tmp_path):
@@ -179,6 +185,33 @@ def test_two_runs_in_one_folder(image_folder, run, user_error, tmp_path):
 def test_other_settings_are_rejected_by_name(image_folder, run, user_error):
     words = folder_settings(image_folder, run, "--optim.lr", "0.5")
     user_error(words, "optim.lr", "0.003", "0.5", f"--out {run}-2")
+
+
+def test_how_to_train_longer_is_said(image_folder, run, user_error):
+    words = folder_settings(image_folder, run, "--train.epochs", "5", "--optim.warmup-epochs", "1")
+    error = user_error(words, f"train.epochs: the run in {run} has 2, not 5; to train longer")
+    assert error.endswith(f"--init {run} --out {run}-2\n")
+    words = folder_settings(image_folder, run, "--train.epochs", "1")
+    assert "longer" not in user_error(words, "train.epochs", f"--out {run}-2")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "val --image-sizes 16 8 RUN --workers 0",
+        "val --image-sizes 8 RUN --image-sizes 16 8 --workers 0",
+        "val RUN --workers 0 --image-sizes 16 8",
+        "val --workers 0 --image-sizes 16 8 -- RUN",
+    ],
+)
+def test_a_path_may_follow_an_option_of_several_values(run, capsys, words):
+    assert main([str(run) if word == "RUN" else word for word in words.split()]) == 0
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert rows[-2:] == ["16", "8"]
+
+
+def test_a_wrong_value_of_such_an_option_is_not_taken_for_a_path(run, user_error):
+    user_error(["val", "--image-sizes", "8,16", run], "image-sizes", "'8,16'")
 
 
 def test_settings_without_mathematics_may_change(image_folder, run, capsys):

@@ -1,5 +1,7 @@
 """How errors are worded, and that no name can break the line they are on."""
 
+import errno
+import io
 import os
 import pty
 import sys
@@ -7,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from vitral.errors import Messages, UserError, data_error, did_you_mean, first_few, printable
+from vitral.errors import (
+    Messages,
+    UserError,
+    counted,
+    data_error,
+    did_you_mean,
+    first_few,
+    printable,
+    system_error,
+)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +111,48 @@ def test_messages_are_lost_without_an_error(stream):
         print("third", file=Messages(real), flush=True)
     print("fourth", file=Messages(real), flush=True)  # closed
     print("fifth", file=Messages(None), flush=True)
+
+
+def test_what_a_stream_cannot_encode_is_escaped_and_not_the_end_of_it():
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "ascii")
+    for text in ("a\u00e9\n", "b\udcff\n", "c\n"):
+        Messages(stream).write(text)
+    stream.flush()
+    assert written.getvalue() == b"a\\xe9\nb\\udcff\nc\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EFBIG, "File too large", "a\nb"), "a\\nb: File too large; raise the limit"),
+        (OSError(errno.EMFILE, "Too many open files", "a"), "a: Too many open files; raise the"),
+        (OSError(errno.ENOSPC, "No space left"), "No space left; make room"),
+        (OSError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
+        (OSError(errno.ENOENT, "No usable temporary directory"), "No usable temporary directory; "),
+    ],
+)
+def test_an_error_of_a_file_names_it(error, line):
+    assert system_error(error).startswith(line)
+
+
+def test_other_errors_of_the_system_keep_their_traceback():
+    assert system_error(OSError(errno.EINVAL, "Invalid argument")) is None
+    assert system_error(OSError("of a library")) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (1, "class", "1 class"),
+        (2, "class", "2 classes"),
+        (0, "image", "0 images"),
+        (1200, "batch", "1,200 batches"),
+        (2, "epoch", "2 epochs"),
+    ],
+)
+def test_nouns_agree_with_their_number(count, noun, text):
+    assert counted(count, noun) == text
 
 
 def test_messages_reach_a_stream_that_takes_them(capsys):

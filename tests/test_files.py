@@ -1,12 +1,14 @@
 """Files that are opened: regular ones, of bounded size."""
 
 import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
-from vitral.files import open_regular, read_regular
+from vitral.errors import UserError
+from vitral.files import check_output, open_regular, read_regular
 
 
 @pytest.fixture
@@ -54,3 +56,28 @@ def test_a_sparse_file_above_the_limit_is_not_read(tmp_path):
 def test_a_file_larger_than_its_reported_size_is_rejected():
     with pytest.raises(OSError, match="more than 0 bytes"):
         read_regular("/proc/self/status")
+
+
+def test_too_many_open_files_are_no_fault_of_a_file(tmp_path):
+    (tmp_path / "a").write_text("a")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a: Too many open files; .* `ulimit -n"):
+            open_regular(tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert read_regular(tmp_path / "a") == b"a"
+
+
+def test_places_to_write_to(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    for name in ("file", "new", "deep/er/new", "n" * 255):
+        check_output(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "old"
+    assert not (tmp_path / "new").exists()
+    assert [*(tmp_path / "deep" / "er").iterdir()] == []
+    for name, reason in (("folder", "not a file"), ("n" * 256, "too long"), ("file/a", "cannot")):
+        with pytest.raises(UserError, match=f"out: .*{reason}"):
+            check_output(tmp_path / name)

@@ -616,3 +616,20 @@ def test_a_kill_between_two_renames_is_repaired(written):
     storage.recover(written)
     assert names(written.parent) == ["made"]
     assert contents(written) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127, os.fsdecode(b"\xff\xfe")])
+def test_any_valid_name_can_be_written(tmp_path, name, exchange):
+    for content in ("old", "new"):
+        with storage.replacing(tmp_path / name) as building:
+            building.write_text(content)
+    assert (tmp_path / name).read_text() == "new"
+    (tmp_path / name).unlink()
+    for content in ("old", "new"):
+        storage.write(tmp_path / name, {}, {"facts": {"is": content}})
+    assert storage.read_json(tmp_path / name, "facts.json") == {"is": "new"}
+    assert names(tmp_path) == [name]
+    place, retired, _ = storage.places(tmp_path / name)
+    place.rename(retired)
+    storage.recover(place)
+    assert names(tmp_path) == [name]

@@ -167,6 +167,24 @@ def test_a_run_means_its_best_weights_or_else_its_last(tmp_path):
     assert RunDir.of_weights(weights.find(run.path)).path == run.path
 
 
+def test_a_file_means_the_directory_that_it_is_in(tmp_path):
+    run = RunDir(tmp_path / "run")
+    save(run.best)
+    run.config.write_text("")
+    (run.path / "photo.jpg").write_text("")
+    assert weights.find(run.config) == run.best
+    for path in run.best.iterdir():
+        assert weights.find(path) == run.best
+    for which in ("model", "ema"):
+        file = run.best / f"{which}.safetensors"
+        loaded, expected = weights.load(file), weights.load(run.best, which=which)
+        assert loaded.description.default == which
+        for name, tensor in expected.model.state_dict().items():
+            assert loaded.model.state_dict()[name].equal(tensor)
+    with pytest.raises(UserError, match=r"photo\.jpg: it holds no weights"):
+        weights.find(run.path / "photo.jpg")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -98,16 +98,34 @@ SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxlevel = 2
 
 
-def system_error(error: OSError) -> str:
-    """An error of the system in one line: the file, the reason, and how to fix it if known."""
-    place = f"{printable(error.filename)}: " if error.filename else ""
+def system_error(error: OSError) -> str | None:
+    """An error of the system in one line: the file, the reason, and how to fix it if known.
+
+    None for one that neither names a file nor has a known fix.
+    """
     fix = FIXES.get(error.errno or 0)
+    if not error.filename and error.errno == errno.ENOENT:  # as tempfile raises it on a full disk
+        fix = "make room, or set TMPDIR to a directory with room"
+    if not error.filename and not fix:
+        return None
+    place = f"{printable(error.filename)}: " if error.filename else ""
     return f"{place}{error.strerror or error}" + (f"; {fix}" if fix else "")
 
 
 def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:
     """The error for a data set that cannot be used."""
     return UserError(printable(f"data: {place}: expected {expected}, got {found}; {fix}"))
+
+
+def unreadable(place: os.PathLike[str] | str, error: OSError) -> UserError:
+    """The error for a data set of which a file or directory cannot be read."""
+    fix = how_to_fix(error, "fix or remove it")
+    return data_error(error.filename or place, "to read it", str(error.strerror), fix)
+
+
+def how_to_fix(error: OSError, otherwise: str) -> str:
+    """What to do about an error of the system, or about any other one."""
+    return FIXES.get(error.errno or 0, otherwise)
 
 
 def first_few(names: Sequence[str]) -> str:
@@ -117,7 +135,7 @@ def first_few(names: Sequence[str]) -> str:
 
 def counted(n: int, noun: str) -> str:
     """A number of things, such as `1 image` or `1,234 classes`."""
-    plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("s", "x", "tch", "sh")) else f"{noun}s"
     return f"{n:,} {noun if n == 1 else plural}"
 
 

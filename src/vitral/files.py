@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
 
-from vitral.errors import UserError, printable, system_error
+from vitral.errors import UserError, how_to_fix, printable, system_error
 
 MAX_PATH = 4095  # bytes, in Linux
 MAX_INSIDE = 255  # bytes of a path inside a run directory or a pack
@@ -30,6 +30,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     A FIFO or a device is refused and never waited for. Links are followed.
 
     Raises:
+        OSError, UserError: as `descriptor_of`.
+    """
+    return open(descriptor_of(path), "rb")
+
+
+def descriptor_of(path: str | os.PathLike[str]) -> int:
+    """The descriptor of a regular file, open for reading.
+
+    Raises:
         OSError: it cannot be opened, or is not a regular file.
         UserError: too many files are open, or memory is exhausted, which is no fault of the file.
     """
@@ -44,7 +53,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     except OSError:
         os.close(descriptor)
         raise
-    return open(descriptor, "rb")  # noqa: PTH123
+    return descriptor
 
 
 def read_regular(path: str | os.PathLike[str], limit: int = MAX_IMAGE) -> bytes:
@@ -78,8 +87,9 @@ def check_writable(directory: str | Path) -> None:
         with TemporaryFile(dir=directory):  # os.access does not know all that file systems permit
             pass
     except OSError as error:
+        fix = how_to_fix(error, "give another directory")
         raise UserError(
-            f"out: cannot write {printable(directory)}: {error.strerror}; give another directory"
+            f"out: cannot write {printable(directory)}: {error.strerror}; {fix}"
         ) from None
 
 

@@ -16,7 +16,7 @@ import torch
 
 from vitral import machine, settings
 from vitral.config import Config
-from vitral.errors import UserError
+from vitral.errors import UserError, how_to_fix
 from vitral.storage import make_directory, replacing
 
 Row = dict[str, float]
@@ -79,10 +79,8 @@ class RunDir:
                 "another --out"
             ) from None
         except OSError as error:
-            place = error.filename or self.path
-            raise UserError(
-                f"out: cannot write {place}: {error.strerror}; give another --out"
-            ) from None
+            place, fix = error.filename or self.path, how_to_fix(error, "give another --out")
+            raise UserError(f"out: cannot write {place}: {error.strerror}; {fix}") from None
 
     def unlock(self) -> None:
         """Releases the lock."""

@@ -10,7 +10,7 @@ import torch
 from vitral.config import DataConfig
 from vitral.data import records
 from vitral.data.formats import open_dataset
-from vitral.data.records import MAX_OPEN_FILES, Dataset, Pixels, Spans
+from vitral.data.records import Dataset, Pixels, Spans
 
 from .image_files import opened, paths, put, put_split, refusal
 
@@ -99,8 +99,10 @@ def test_the_fingerprint_is_computed_once(monkeypatch):
     assert dataset.fingerprint == before
 
 
-def test_few_archives_are_kept_open(tmp_path):
-    paths = [tmp_path / f"{k}.tar" for k in range(MAX_OPEN_FILES + 9)]
+@pytest.mark.parametrize(("limit", "kept"), [(1024, 64), (64, 8), (7, 1)])
+def test_few_archives_are_kept_open(tmp_path, monkeypatch, limit, kept):
+    monkeypatch.setattr(records, "max_open_files", lambda: limit)
+    paths = [tmp_path / f"{k}.tar" for k in range(kept + 9)]
     for k, path in enumerate(paths):
         path.write_bytes(b"%04d" % k)
     stamps = tuple((path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
@@ -110,4 +112,4 @@ def test_few_archives_are_kept_open(tmp_path):
     before = len([*Path("/proc/self/fd").iterdir()])
     for i in [*everything, *everything[::-1], 0, len(paths) - 1]:
         assert spans.read(i) == b"%04d" % i
-    assert len([*Path("/proc/self/fd").iterdir()]) - before == MAX_OPEN_FILES
+    assert len([*Path("/proc/self/fd").iterdir()]) - before == kept

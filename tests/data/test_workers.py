@@ -1,5 +1,6 @@
 """Worker processes: results in order, whatever happens to them."""
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -35,6 +36,25 @@ def test_workers_start_in_a_process_with_threads():
     finally:
         end.set()
         thread.join()
+
+
+class Failing(Dataset):
+    def __getitem__(self, index):
+        if index == 1:
+            raise OSError(errno.EIO, "Input/output error", "a.jpg")
+        raise UserError("b.jpg: Too many open files")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("index", "kind"), [(1, OSError), (2, UserError)])
+def test_errors_of_workers_are_those_of_the_data_set(index, kind, workers):
+    """torch would make others of them, of many lines and without the name of the file."""
+    with pytest.raises(kind) as caught:
+        list(in_workers(Failing(), [index], workers))
+    if kind is OSError:
+        assert (caught.value.errno, caught.value.filename) == (errno.EIO, "a.jpg")
+    else:
+        assert str(caught.value) == "b.jpg: Too many open files"
 
 
 class Unsendable(Dataset):

@@ -350,7 +350,7 @@ def test_several_runs_are_compared(run, tmp_path, monkeypatch):
     [
         (["/nowhere"], ["/nowhere", "no directory"]),
         (["{here}"], ["one without", "config.yaml"]),
-        (["{run}", "--out", "{here}"], ["got the directory"]),
+        (["{run}", "--out", "{here}"], ["which is not a file"]),
         (["{run}", "{run}", "--data", "digits"], ["several runs"]),
         (["{run}", "--dat", "digits"], ["--dat", "--data"]),
         ([], ["expected RUN"]),

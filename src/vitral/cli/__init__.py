@@ -20,7 +20,7 @@ from types import FrameType, ModuleType
 
 from vitral.cli.common import given_settings
 from vitral.config import Config
-from vitral.errors import DISK, FIXES, Messages, UserError, did_you_mean, printable, system_error
+from vitral.errors import DISK, Messages, UserError, did_you_mean, printable, system_error
 from vitral.settings import Parser, default_recipe, load, options
 
 COMMANDS = {
@@ -79,9 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141  # the reader has exited, as `head` does
     except OSError as error:
-        if not error.filename and error.errno not in FIXES:
-            raise  # it does not concern a file
-        print(f"vitral: {system_error(error)}", file=Messages(sys.stderr))
+        text = system_error(error)
+        if text is None:
+            raise
+        print(f"vitral: {text}", file=Messages(sys.stderr))
         return 1 if error.errno in DISK else 2
     finally:
         sys.stderr = stderr

@@ -48,9 +48,6 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.machine import pick_device
     from vitral.weights import load
 
-    out = None if options.out is None else Path(options.out)
-    if out is not None:
-        check_output(out)
     weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
     images = find_images(args.paths)
     found = predictions(
@@ -61,5 +58,8 @@ def run(args: argparse.Namespace, options: Options) -> int:
         batch_size=options.batch_size,
         workers=options.workers,
     )
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        check_output(out)
     form = "json" if options.json else "csv" if options.csv else "text"
     return 0 if write(found, len(images), form, out) else 1

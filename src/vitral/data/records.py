@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Protocol, Self
+from typing import Protocol, Self
 from zlib import crc32
 
 import numpy as np
@@ -26,7 +26,7 @@ from vitral.config import DataConfig
 from vitral.data.sampling import Integers, held_out
 from vitral.data.skipped import kinds, note
 from vitral.errors import counted, data_error, first_few, printable
-from vitral.files import MAX_IMAGE, open_regular, read_regular, require_regular
+from vitral.files import MAX_IMAGE, descriptor_of, read_regular, require_regular
 from vitral.machine import max_open_files
 
 Names = NDArray[np.bytes_]
@@ -134,8 +134,8 @@ class Spans:
         return len(self.labels)
 
     @cached_property
-    def _open(self) -> OrderedDict[int, BinaryIO]:
-        """Open archives, the last used last; `pread` shares no position."""
+    def _open(self) -> OrderedDict[int, int]:
+        """Descriptors of archives, the last used last; `pread` shares no position."""
         return OrderedDict()
 
     def read(self, i: int) -> bytes:
@@ -144,16 +144,16 @@ class Spans:
         if which not in self._open:
             path = self.archives[which]
             if len(self._open) >= max_archives():
-                self._open.popitem(last=False)[1].close()
-            file = open_regular(path)
-            if stamp(path, os.fstat(file.fileno())) != self.stamps[which]:
-                file.close()
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = descriptor_of(path)
+            if stamp(path, os.fstat(descriptor)) != self.stamps[which]:
+                os.close(descriptor)
                 raise FileNotFoundError(f"{path} has changed since it was opened")
-            self._open[which] = file
+            self._open[which] = descriptor
         self._open.move_to_end(which)
         if self.sizes[i] > MAX_IMAGE:
             raise OSError(errno.EFBIG, f"more than {MAX_IMAGE:,} bytes", self.where(i))
-        return os.pread(self._open[which].fileno(), int(self.sizes[i]), int(self.offsets[i]))
+        return os.pread(self._open[which], int(self.sizes[i]), int(self.offsets[i]))
 
     def where(self, i: int) -> str:
         """Archive and name of image `i`, for messages."""

@@ -21,7 +21,7 @@ from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.records import Files, Spans
 from vitral.data.sampling import Integers
 from vitral.data.skipped import is_system
-from vitral.errors import data_error, first_few, printable
+from vitral.errors import data_error, first_few, printable, unreadable
 from vitral.files import expand, read_regular
 
 MAX_REAL_BYTES = 1 << 26  # bytes of ReaL's labels, which have a hundredth of that
@@ -140,8 +140,7 @@ def find_suite(path: str | Path) -> Suite:
         found = _locate(root)
         sets = tuple(_open(kind, found[kind]) for kind in KINDS if kind in found and kind != REAL)
     except OSError as error:
-        where = error.filename or root
-        raise data_error(where, "to read it", str(error.strerror), "fix or remove it") from error
+        raise unreadable(root, error) from error
     if not sets:
         expected = ", ".join(f"{kind.example} ({kind.name})" for kind in KINDS)
         raise data_error(root, f"one or more of {expected}", "none", "give the folder they lie in")

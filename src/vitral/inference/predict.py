@@ -31,7 +31,7 @@ from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
 from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
-from vitral.errors import UserError, counted, data_error, printable
+from vitral.errors import UserError, counted, data_error, printable, unreadable
 from vitral.files import read_regular
 from vitral.machine import available_cores, input_device
 from vitral.model import ViT
@@ -175,8 +175,7 @@ def _images_in(name: str) -> list[str]:
         found = sorted(walk_images(Path(name), os.fsencode(Path(name))))
         return [os.fsdecode(path) for path, _ in found]
     except OSError as error:
-        where, got = error.filename or name, str(error.strerror)
-        raise data_error(where, "to read it", got, "fix it or leave it out") from error
+        raise unreadable(name, error) from error
 
 
 def predictions(

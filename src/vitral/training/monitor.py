@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 from torch.profiler import profile, schedule
 
 from vitral.machine import memory_gb, peak_flops
+from vitral.storage import replacing
 from vitral.training.energy import energy_meter
 from vitral.training.resolved import Resolved
 
@@ -108,7 +111,11 @@ def profiling(enabled: bool, path: Path) -> Iterator[profile | None]:
         return
 
     def write(profiler: profile) -> None:
-        profiler.export_chrome_trace(str(path))
+        # torch takes no path that is not UTF-8.
+        with TemporaryDirectory() as folder, replacing(path) as building:
+            trace = Path(folder, path.name)
+            profiler.export_chrome_trace(str(trace))
+            shutil.copyfile(trace, building)
 
     plan = schedule(wait=2, warmup=3, active=10, repeat=1)
     # There is one cycle; without acc_events torch 2.11 warns that the others would be lost.

@@ -14,7 +14,7 @@ from vitral.data.formats import folder, ilsvrc, packed, parquet, shards
 from vitral.data.formats.known import KNOWN_SETS, open_known
 from vitral.data.objects import PATH
 from vitral.data.records import Dataset, hold_out
-from vitral.errors import data_error
+from vitral.errors import data_error, unreadable
 from vitral.files import expand
 
 FORMATS = (packed, parquet, ilsvrc, shards, folder)
@@ -45,8 +45,7 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
                 raise _not_found(root, config.path)
             dataset = found.open(root, config, seed, train)
     except OSError as error:
-        where = error.filename or config.path
-        raise data_error(where, "to read it", str(error.strerror), "fix or remove it") from error
+        raise unreadable(config.path, error) from error
     if config.hold_out and train and not dataset.held_out:
         why = f"the validation images of {dataset.name} are not used"
         return hold_out(dataset, config.path, config.val_fraction, seed, why)

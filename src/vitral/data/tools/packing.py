@@ -34,7 +34,7 @@ from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.packed import INDEX, PROGRESS, VERSION, Chunk, images_path
 from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.workers import in_workers
-from vitral.errors import counted, data_error, printable
+from vitral.errors import counted, data_error, how_to_fix, printable
 from vitral.files import check_room
 
 CHUNK = 128  # images; 25 MB of squares of 256 pixels, of which each worker holds two or three
@@ -133,9 +133,8 @@ def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
         dst.mkdir(parents=True, exist_ok=True)
         (dst / PROGRESS).touch()
     except OSError as error:
-        raise data_error(
-            dst, "to write there", str(error.strerror), "give another folder"
-        ) from None
+        fix = how_to_fix(error, "give another folder")
+        raise data_error(dst, "to write there", str(error.strerror), fix) from None
 
 
 @dataclass(frozen=True)
@@ -283,14 +282,12 @@ class _PackWriter:
                     interval for interval in ranges if interval.start not in self.chunks[split]
                 ]
                 path.touch()
-                with path.open("r+b") as file:
-                    with storage.naming(path):
-                        self._allocate(file, split)
+                with storage.naming(path), path.open("r+b") as file:
+                    self._allocate(file, split)
                     for encoded in in_workers(encoder, missing, workers):
                         broken += encoded.broken
                         if not encoded.broken:
-                            with storage.naming(path):
-                                self._write_chunk(file, split, encoded)
+                            self._write_chunk(file, split, encoded)
                         bar.update(len(encoded.chunk["each"]))
         return broken
 
