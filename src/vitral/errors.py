@@ -98,6 +98,11 @@ SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxlevel = 2
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, without number and name of the file."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def system_error(error: OSError) -> str | None:
     """An error of the system in one line: the file, the reason, and how to fix it if known.
 
@@ -109,7 +114,7 @@ def system_error(error: OSError) -> str | None:
     if not error.filename and not fix:
         return None
     place = f"{printable(error.filename)}: " if error.filename else ""
-    return f"{place}{error.strerror or error}" + (f"; {fix}" if fix else "")
+    return f"{place}{reason_of(error)}" + (f"; {fix}" if fix else "")
 
 
 def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:

@@ -86,7 +86,8 @@ def open_exported(path):
         (PLAIN, "pt2", 20),
     ],
 )
-def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp_path):
+def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)  # as in a service
     """At sizes and in batches that the export itself never tried."""
     vit = save(tmp_path / "weights", image_folder, **model)
     out = tmp_path / f"model.{format}"

@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 from tqdm import tqdm
 
 from vitral.data.skipped import file_kind, system_part
-from vitral.errors import data_error, first_few
+from vitral.errors import Messages, data_error, first_few
 from vitral.machine import in_notebook
 
 T = TypeVar("T")
@@ -102,6 +102,5 @@ def progress(
     The bar is on stderr, of a terminal or a notebook.
     """
     hidden = False if in_notebook() else None
-    if sys.stderr is None:  # tqdm fails without stderr
-        hidden = True
-    yield from tqdm(items, what, total, unit=unit, delay=2, disable=hidden, leave=False)
+    bar = Messages(sys.stderr)
+    yield from tqdm(items, what, total, False, bar, unit=unit, delay=2, disable=hidden)

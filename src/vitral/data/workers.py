@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 from vitral.compat import abandon_loader, is_loader_timeout, loader_workers, wrap_exception
-from vitral.errors import UserError, counted, first_few
+from vitral.errors import UserError, counted, first_few, reason_of
 
 T = TypeVar("T")
 POLL, REPORT_AFTER = 5, 60  # seconds without a batch, until it is looked into and said
@@ -56,7 +56,7 @@ def in_workers(
         except (OSError, RuntimeError) as error:
             if not workers:
                 raise
-            workers, reason = workers // 2, getattr(error, "strerror", None) or str(error)
+            workers, reason = workers // 2, reason_of(error)
     if reason:
         _print_warning(f"{workers} of {counted(requested, 'data worker')} can be started: {reason}")
     _started.update(loader_workers(batches))

@@ -35,7 +35,7 @@ from torch import Tensor
 from vitral.data.augment import finish
 from vitral.data.crops import eval_crop
 from vitral.data.imagenet import display
-from vitral.errors import UserError, printable
+from vitral.errors import UserError, printable, reason_of
 from vitral.inference.attention import (
     Curve,
     attention_weights,
@@ -189,17 +189,13 @@ def explanations(
         stem = Path(image).stem
         while len(os.fsencode(stem)) > MAX_STEM:
             stem = stem[:-1]
-        name = stem
-        for number in count(2):
-            if name not in used:
-                break
-            name = f"{stem}-{number}"
+        endings = (f"-{n}" if n > 1 else "" for n in count(1))
+        name = next(stem + ending for ending in endings if stem + ending not in used)
         used.add(name)
         try:
             pixels = to_pixels(image)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            print(f"vitral: {printable(image)}: {reason}", file=sys.stderr)
+            print(f"vitral: {printable(image)}: {reason_of(error)}", file=sys.stderr)
             yield name, None
             continue
         yield name, explain(weights, pixels, **options)

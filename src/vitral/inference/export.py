@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ from vitral.data.augment import finish
 from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import fetch_eval_crops
-from vitral.errors import UserError, counted, printable
+from vitral.errors import Messages, UserError, counted, printable
 from vitral.files import check_output, expand
 from vitral.model import CHANNELS, ViT
 from vitral.rundir import RunDir
@@ -148,7 +149,8 @@ def _write(
     model: ViT, file: Path, document: str, opset: int, comparisons: Sequence[Comparison]
 ) -> tuple[Agreement, ...]:
     """Writes the file and runs it beside the model."""
-    with _quiet(), tqdm(desc="tracing", unit=" images", leave=False, disable=None) as bar:
+    how: dict[str, Any] = {"leave": False, "disable": None, "file": Messages(sys.stderr)}
+    with _quiet(), tqdm(desc="tracing", unit=" images", **how) as bar:
         program = _trace(model)
         bar.set_description_str("writing")
         if file.suffix == ".onnx":

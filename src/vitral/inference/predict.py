@@ -31,7 +31,7 @@ from vitral.data.formats.folder import walk_images
 from vitral.data.imagenet import display, human_name
 from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
-from vitral.errors import UserError, counted, data_error, printable, unreadable
+from vitral.errors import UserError, counted, data_error, printable, reason_of, unreadable
 from vitral.files import read_regular
 from vitral.machine import available_cores, input_device
 from vitral.model import ViT
@@ -300,7 +300,7 @@ class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
             try:
                 pixels = to_pixels(self.images[i])
             except (OSError, ValueError) as error:
-                broken[i] = getattr(error, "strerror", None) or str(error)
+                broken[i] = reason_of(error)
                 continue
             cropped[done] = crops.eval_crop(
                 pixels, config.eval_crop, image_size, config.interpolation, config.fit
