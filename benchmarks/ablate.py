@@ -1,15 +1,16 @@
-"""Ablations of a recipe: what each of its parts is worth.
+"""Ablates a recipe: measures how much each part contributes to the accuracy.
 
     python benchmarks/ablate.py OUT [--data PATH] [--only STUDY ...] [--seeds 0 1 2]
                                 [--recipe cifar10] [-- --section.key value ...]
     python benchmarks/ablate.py OUT --dry-run | --summary | --ledger
 
-What follows `--` goes to every run. A tenth of the training images is held out, by seed, and
-validated on, at the last step alone; no test image is looked at. Seed by seed over all variants, so
-that what was cut off has whole rows; the same command goes on. After each run OUT/ablation.md and
-OUT/ablation.svg are written anew. Runs of one seed share their order and their held-out images, so
-a variant is compared with the first of its study seed by seed. The variants of `kv-heads` cost the
-same FLOPs; of the others the table says what they cost.
+Settings after `--` apply to every run. A tenth of the training images is held out for validation,
+by seed, and scored only at the last step; the test images are not used. All variants are trained
+with one seed before the next seed starts, so an interrupted experiment has complete seeds. Repeat
+the command to resume it. Each finished run updates OUT/ablation.md and OUT/ablation.svg. Runs with
+the same seed share the order of the images and the held-out images, so variants are compared with
+the first variant of their study seed by seed. The variants of `kv-heads` have equal FLOPs; for the
+others, the table reports the FLOPs.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ RECIPE = Variant("recipe", "the recipe")
 
 
 def kv_heads(count: int) -> Variant:
-    """Of six query heads; what fewer spare, the feed-forward network gets."""
+    """Key/value heads for six query heads, with a wider feed-forward network at equal FLOPs."""
     words = (
         f"--model.num-heads 6 --model.num-kv-heads {count} --model.mlp-ratio {4 + 1 - count / 6}"
     )
     return Variant(f"kv{count}", f"{count} key/value head{'s' * (count > 1)}", words)
 
 
-# The first variant of a study is what the others are compared with.
+# The first variant of each study is the baseline.
 STUDIES = {
     "kv-heads": (kv_heads(6), kv_heads(3), kv_heads(2), kv_heads(1)),
     "positions": (
@@ -66,15 +67,15 @@ STUDIES = {
     "optimizer": (
         RECIPE,
         Variant("muon", "Muon", "--optim.name muon"),
-        Variant("adamw", "AdamW, rate 1e-3", "--optim.name adamw --optim.lr 1e-3"),
+        Variant("adamw", "AdamW, lr 1e-3", "--optim.name adamw --optim.lr 1e-3"),
     ),
     "rate": (
         RECIPE,
-        Variant("lr1e-3", "rate 1e-3", "--optim.lr 1e-3"),
-        Variant("lr4e-3", "rate 4e-3", "--optim.lr 4e-3"),
-        Variant("beta95", "second beta 0.95", "--optim.betas 0.9 0.95"),
+        Variant("lr1e-3", "lr 1e-3", "--optim.lr 1e-3"),
+        Variant("lr4e-3", "lr 4e-3", "--optim.lr 4e-3"),
+        Variant("beta95", "beta2 0.95", "--optim.betas 0.9 0.95"),
     ),
-    # By fewer FLOPs; the shares are those of the steps.
+    # With fewer FLOPs. Each image size is followed by its fraction of the steps.
     "growing": (
         RECIPE,
         Variant("growing", "16, 24, then 32 px", "--train.progressive 16 0.2 24 0.3 32 0.5"),
@@ -86,7 +87,7 @@ TOLERANCE = 0.01
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Runs the command; returns 0, 1 where runs failed, 2 for a mistake, or a signal's code."""
+    """Runs the command; returns 0, 1 if a run failed, 2 for a user error, or a signal's code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=STUDIES, default=list(STUDIES), metavar="STUDY")
@@ -96,10 +97,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
-    """Does what the options say.
+    """Executes the selected action.
 
     Raises:
-        UserError: for settings that are wrong, or other than those of the runs in OUT.
+        UserError: if settings are invalid, or differ from those of the runs in OUT.
     """
     if options.ledger:
         for study in options.only:
@@ -119,10 +120,10 @@ def run(options: argparse.Namespace, words: Sequence[str], root: Path) -> int:
 
 
 def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -> list[PlannedRun]:
-    """All runs, seed by seed, without variants that change nothing of the recipe.
+    """Plans all runs, seed by seed, without variants that equal the recipe.
 
     Raises:
-        UserError: as `Experiment.plan` does, for any run in OUT, and for unequal FLOPs.
+        UserError: as in `Experiment.plan`, for any run in OUT, and for unequal FLOPs.
     """
     chosen: dict[str, Variant] = {}
     wanted = dict.fromkeys(variant for study in studies for variant in STUDIES[study])
@@ -133,10 +134,10 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
             if changes(known[base], known[variant]):
                 chosen |= {base.name: base, variant.name: variant}
             else:
-                print(f"{variant.title}: {experiment.recipe} is so already; left out")
+                print(f"{variant.title}: no change to {experiment.recipe}; skipped")
     for variant in VARIANTS:
         for seed in variant.seeds(experiment.out):
-            experiment.plan(variant, seed)  # refuses other settings
+            experiment.plan(variant, seed)  # rejects other settings
     if not chosen:
         raise UserError(f"only: expected a study that changes {experiment.recipe}, got none")
     runs = [experiment.plan(variant, seed) for seed in seeds for variant in chosen.values()]
@@ -146,7 +147,7 @@ def plan(experiment: Experiment, studies: Sequence[str], seeds: Sequence[int]) -
 
 
 def changes(base: PlannedRun, other: PlannedRun) -> bool:
-    """Whether a run is another training than that of its base."""
+    """Whether a run differs from its baseline."""
     settings, others = flatten(base.config), flatten(other.config)
     return bool(other.variant.parts) or any(
         settings[name] != others[name] for name in settings if name != "train.out"
@@ -154,20 +155,20 @@ def changes(base: PlannedRun, other: PlannedRun) -> bool:
 
 
 def check_equal_cost(study: str, runs: Sequence[PlannedRun]) -> None:
-    """Raises UserError where models cost more than a hundredth more than the cheapest."""
+    """Raises UserError if the FLOPs of the models differ by more than 1%."""
     flops = [experiments.size(run)[1] for run in runs]
     if max(flops) > (1 + TOLERANCE) * min(flops):
         raise UserError(
             f"{study}: expected equal FLOPs within {TOLERANCE:.0%}, got {min(flops):,.0f} to "
-            f"{max(flops):,.0f} an image; give a --model.dim that 24 divides"
+            f"{max(flops):,.0f} per image; give a --model.dim divisible by 24"
         )
 
 
 def write_summary(options: argparse.Namespace) -> None:
-    """Writes OUT/ablation.md and OUT/ablation.svg from the runs that are finished.
+    """Writes OUT/ablation.md and OUT/ablation.svg from the finished runs.
 
     Raises:
-        UserError: if none is.
+        UserError: if there are none.
     """
     out: Path = options.out
     found = {
@@ -177,9 +178,7 @@ def write_summary(options: argparse.Namespace) -> None:
     }
     found = {study: compared for study, compared in found.items() if len(compared) > 1} or found
     if not found:
-        raise UserError(
-            f"{out}: expected finished runs of a study and of what it compares, got none"
-        )
+        raise UserError(f"{out}: expected finished runs of a study and its baseline, got none")
     parts = [f"# Ablation\n\n{experiments.ABOUT}"]
     for study, compared in found.items():
         parts += [f"## {study}\n", experiments.comparison(compared)]

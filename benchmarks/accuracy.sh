@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
-# Every accuracy figure that needs a GPU, in the order of what it tells most.
-#   benchmarks/accuracy.sh OUT            trains; typed again, it goes on where it was cut off
-#   benchmarks/accuracy.sh OUT ledger     writes the rows of what is finished into docs/results
-# So `timeout -s TERM 570 benchmarks/accuracy.sh OUT`, typed again and again, gets through it: at the
-# signal the run in progress writes a checkpoint. A part that is finished is not looked at again; one
-# that failed is tried again the next time, after which the others go on.
+# Runs all accuracy experiments that need a GPU, the most informative ones first.
+#   benchmarks/accuracy.sh OUT            trains; repeat the command to resume
+#   benchmarks/accuracy.sh OUT ledger     writes the rows of finished runs to docs/results
+# On SIGTERM the current run writes a checkpoint, so the experiments can be run in pieces by repeating
+# `timeout -s TERM 570 benchmarks/accuracy.sh OUT`. Finished parts are skipped. A failed part does not
+# stop the others, and is retried the next time.
 #
-# CIFAR10, CIFAR100 and IMAGENETTE name a folder or pack of each; without them torchvision downloads
-# the set. With a folder, CIFAR10_NAME and so on say what it is, as tables and rows will: a
-# re-encoding as JPEG is called so. The same must be given each time. SEEDS are "0 1 2"; EXTRA are
-# more settings for every run; PARTS="cifar10 heads" takes some of the parts alone.
+# CIFAR10, CIFAR100 and IMAGENETTE are paths of a folder or pack with each dataset; without them,
+# torchvision downloads it. With a folder, CIFAR10_NAME and so on are the names of the data in tables
+# and rows, and must mention a re-encoding as JPEG. Give the same values each time. SEEDS defaults to
+# "0 1 2". EXTRA contains additional settings for every run. PARTS="cifar10 heads" runs only these
+# parts.
 #
 # part         runs (seeds 0 1 2)                            rows
-# cifar10      the recipe beside timm's ViT, with the        cifar10 (headline), control
-#              recipe's optimiser settings and its own
+# cifar10      the recipe and timm's ViT, with the recipe's  cifar10 (headline), control
+#              optimizer settings and with timm's own
 # heads        key/value heads at equal FLOPs, 100 of 400    kv-heads
-#              epochs, a tenth of the training images out
+#              epochs, a tenth of the training images held
+#              out
 # imagenette   imagenette128 with axial, mixed and learned   imagenette128 (headline), resolution;
-#              positions, tested from 96 to 256 px           the other sizes: OUT/imagenette
+#              positions, evaluated from 96 to 256 px        the other sizes: OUT/imagenette
 # cifar100     as cifar10                                    cifar100 (headline), control
 # ablation     the other studies, as heads                   one study each
 #
-# Afterwards, in a checkout of the code that trained, `ledger`, then `python benchmarks/ledger.py
-# draw`, which names the lines that a new study needs in docs/results.md. Or COMMIT names that code.
+# Then run `ledger` in a checkout of the training code, or set COMMIT to its commit, and run `python
+# benchmarks/ledger.py draw`, which reports the lines that a new study needs in docs/results.md.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/accuracy.sh OUT [ledger]}")
 mode=${2:-train}
@@ -33,7 +35,7 @@ for set in CIFAR10 CIFAR100 IMAGENETTE; do
     name=${set}_NAME
     if [[ -n ${!set:-} ]]; then
         if [[ -z ${!name:-} ]]; then
-            echo "accuracy: $name: expected what is in ${!set}, as tables will call it, got none" >&2
+            echo "accuracy: $name: expected the name of the data in ${!set}, got none; set it" >&2
             exit 2
         fi
         declare "$set=$(realpath "${!set}")"
@@ -43,8 +45,8 @@ mkdir -p "$out"
 cd "$(dirname "$0")/.." || exit
 child= stopped= failed=
 
-# In a group of its own (-m), a part gets a signal once, from here, whoever else it was sent to:
-# a second one would end it without a checkpoint.
+# Each part has its own process group (-m), so it gets a signal only once, from this script. A second
+# signal would end it without a checkpoint.
 set -m
 stop() {
     trap '' TERM INT HUP
@@ -53,7 +55,7 @@ stop() {
 }
 trap stop TERM INT HUP
 
-part() { # NAME PROGRAM...: unless it is finished by the same command
+part() { # NAME PROGRAM...: runs a part, unless the same command has finished before
     local name=$1 code
     shift
     [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
@@ -65,7 +67,7 @@ part() { # NAME PROGRAM...: unless it is finished by the same command
     while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done
     child=
     if [[ -n $stopped ]]; then
-        echo "stopped after $SECONDS s; the same command goes on"
+        echo "stopped after $SECONDS s; repeat the command to resume"
         exit "$code"
     elif ((code)); then
         failed+=" $name"
@@ -74,7 +76,7 @@ part() { # NAME PROGRAM...: unless it is finished by the same command
     fi
 }
 
-program() { # NAME SCRIPT SET [ARGUMENT...] [-- SETTING...]: trains, or writes rows
+program() { # NAME SCRIPT DATASET [ARGUMENT...] [-- SETTING...]: trains, or writes rows
     local name=$1 script=$2 set=$3 words=() data=()
     local called=${set}_NAME
     shift 3
@@ -92,14 +94,14 @@ program() { # NAME SCRIPT SET [ARGUMENT...] [-- SETTING...]: trains, or writes r
     fi
 }
 
-row() { # NAME RUNS SET [OPTION...]: of the runs that start so, a row
+row() { # NAME PREFIX DATASET [OPTION...]: writes the row of the runs with that prefix
     local name=$1 runs=("$out/$2"-seed*) called=${3}_NAME
     [[ $mode == ledger && -d ${runs[0]} ]] || return 0
     python benchmarks/ledger.py add "$name" "${runs[@]}" "${@:4}" \
         ${!called:+--data "${!called}"} ${COMMIT:+--commit "$COMMIT"}
 }
 
-wants() { # NAME: in ledger mode, whether there is anything of a part
+wants() { # NAME: whether to process a part; in ledger mode, whether it has runs
     [[ $mode == train || -d $out/$1/runs ]]
 }
 
@@ -127,6 +129,6 @@ if wants ablation; then
         --only positions parts norm optimizer augmentation rate growing -- "${short[@]}"
 fi
 if [[ -n $failed ]]; then
-    echo "failed:$failed; the same command tries again" >&2
+    echo "failed:$failed; repeat the command to retry" >&2
     exit 1
 fi

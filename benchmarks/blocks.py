@@ -1,10 +1,11 @@
-"""The two products of `kernels/gelu.py`, in several blockings, beside torch's own, on one GPU.
+"""Compares block sizes for the two Triton kernels of `kernels/gelu.py` with torch, on one GPU.
 
     python benchmarks/blocks.py OUT.json
 
-for the feed-forward networks of ViT-S, B and L at 224 pixels: milliseconds (median), TFLOP/s, and
-the largest distance from what torch computes, which is rounding. The fastest blocking belongs at
-the top of that file. In Triton's interpreter (TRITON_INTERPRET=1) it only tries one small shape.
+Reports the median time in milliseconds, TFLOP/s, and the largest difference from torch's result,
+which is rounding error, for the feed-forward networks of ViT-S, B and L at 224 pixels. The fastest
+block size belongs at the top of `kernels/gelu.py`. With Triton's interpreter (TRITON_INTERPRET=1),
+only one small shape is tested.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ BLOCKINGS = (  # rows, columns and depth of a block, warps, stages
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns 1 where no blocking runs, 2 without a GPU."""
+    """Runs the command; returns 0, 1 if every block size fails, or 2 without a GPU."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, help="a JSON file")
     out: Path = parser.parse_args(arguments).out
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("blocks: expected a GPU, got none", file=sys.stderr)
         return 2
     if interpreted:
-        gelu.wrap_triton = lambda kernel: kernel  # which torch 2.11 does not do there
+        gelu.wrap_triton = lambda kernel: kernel  # torch 2.11 cannot wrap interpreted kernels
     rows = []
     for name, shape in ({"tiny": (130, 64)} if interpreted else SHAPES).items():
         for found in measured(*shape):
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measured(tokens: int, dim: int) -> Iterator[dict[str, Any]]:
-    """A row for torch, then for each blocking that runs."""
+    """Yields a row for torch, and then a row for each block size."""
     gpu = torch.cuda.is_available()
     like: Any = {"device": "cuda", "dtype": torch.bfloat16} if gpu else {"dtype": torch.float16}
     x, gradient = torch.randn(tokens, dim, **like), torch.randn(tokens, dim, **like)
@@ -95,13 +96,13 @@ def measured(tokens: int, dim: int) -> Iterator[dict[str, Any]]:
         try:
             off = distance(forward(), after), distance(backward()[0], result)
             yield row(str(blocking), flops, forward, backward, off)
-        except Exception as error:  # a compiler's, of whatever kind, as for too large a block
+        except Exception as error:  # from the compiler, for example if the block is too large
             reason = str(error).partition("\n")[0]
             yield {"name": str(blocking), "failed": f"{type(error).__name__}: {reason}"}
 
 
 def compiled(run: Callable[[], Any]) -> Callable[[], Any]:
-    """What a GPU is given; the interpreter's small shapes are not worth it."""
+    """Compiles for a GPU; the small shape of the interpreter is not worth compiling."""
     return torch.compile(run, dynamic=False) if torch.cuda.is_available() else run
 
 
@@ -112,7 +113,7 @@ def row(
     backward: Callable[[], Any],
     off: tuple[float, float],
 ) -> dict[str, Any]:
-    """Times of both passes, and how far off they are."""
+    """Time, rate and error of both passes."""
     times = milliseconds(forward), milliseconds(backward)
     found: dict[str, Any] = {"name": name}
     for which, ms, error in zip(("forward", "backward"), times, off, strict=True):
@@ -121,12 +122,12 @@ def row(
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """The largest of the differences."""
+    """The largest absolute difference."""
     return (a.float() - b.float()).abs().max().item()
 
 
 def milliseconds(run: Callable[[], Any]) -> float:
-    """The median of many runs on a GPU; of one in the interpreter, which tells nothing."""
+    """The median of many runs on a GPU, or one (meaningless) run in the interpreter."""
     if torch.cuda.is_available():
         return cast(float, do_bench(run, return_mode="median"))
     started = time.perf_counter()

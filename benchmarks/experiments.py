@@ -1,8 +1,8 @@
-"""What the experiments have in common: runs of several variants and seeds, and going on with them.
+"""Shared code of the experiments: trains several variants and seeds, and resumes them.
 
-Each run is a run folder of vitral, OUT/runs/VARIANT-seedN, trained by a process of its own: what
-one leaves in memory, a compiler's caches above all, cannot touch another. What is finished is not
-done again, and what was cut off goes on, by the means of vitral itself.
+Each run has its own run directory, OUT/runs/VARIANT-seedN, and its own process, so that state in
+memory, such as compiler caches, cannot affect another run. Finished runs are skipped, and
+interrupted runs are resumed by vitral itself.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from vitral.weights import load_settings
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 HERE = Path(__file__).parent
 HEADER = (
-    "what",
+    "variant",
     "parameters",
-    "MFLOPs an image",
+    "MFLOPs per image",
     "seeds",
     "images seen",
     "top-1, EMA",
@@ -52,46 +52,47 @@ HEADER = (
     "minutes",
 )
 ABOUT = """\
-Top-1 in per cent, of the weights at the last step; a row is read by the figure in bold, the
-averaged weights (EMA) where the recipe keeps them. ± is the sample standard deviation over the
-seeds; of the difference to the first row, seed by seed, the standard error of the mean: of three
-seeds, only 4.3 of these errors are beyond chance at 95%. FLOPs are the mean of a forward pass in
-training, where stochastic depth may skip work and images may grow.
+Top-1 in percent, of the weights at the last step. The headline score is in bold: that of the
+averaged weights (EMA) if the recipe keeps them. ± is the sample standard deviation over the seeds.
+Differences from the first row are computed seed by seed; their ± is the standard error of the mean.
+With three seeds, a difference is significant at 95% if it exceeds 4.3 standard errors. FLOPs are
+the mean of a forward pass in training, where stochastic depth may skip work and image sizes may
+grow.
 """
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compared: a recipe with some changes."""
+    """A recipe with changes."""
 
     name: str
-    """Of its runs' folders."""
+    """Name in the paths of its runs."""
     title: str
-    """What tables call it."""
+    """Name in tables."""
     words: str = ""
-    """Settings, as on the command line."""
+    """Changed settings, as on the command line."""
     parts: str = ""
-    """By the name of `variants.find`; none: vitral's own."""
+    """Name for `variants.find`; empty for vitral's own parts."""
 
     def at(self, out: Path, seed: int) -> Path:
-        """The run folder of a seed."""
+        """The run directory of a seed."""
         return out / "runs" / f"{self.name}-seed{seed}"
 
     def seeds(self, out: Path) -> list[int]:
-        """Of the runs that there are, finished or not."""
+        """The seeds of all runs in `out`, finished or not."""
         names = [path.parent.name for path in out.glob("runs/*/config.yaml")]
         found = (re.fullmatch(rf"{re.escape(self.name)}-seed(\d+)", name) for name in names)
         return sorted(int(match[1]) for match in found if match)
 
     def finished(self, out: Path) -> dict[int, Run]:
-        """The runs that are finished, by seed."""
+        """The finished runs by seed."""
         runs = {seed: read_run(self.at(out, seed)) for seed in self.seeds(out)}
         return {seed: run for seed, run in runs.items() if run.finished}
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run to be made, or made already."""
+    """A run with its settings and command, finished or not."""
 
     variant: Variant
     path: Path
@@ -100,26 +101,26 @@ class PlannedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether it is."""
+        """Whether the run directory contains a finished run."""
         return (self.path / "config.yaml").exists() and read_run(self.path).finished
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all runs of an experiment share."""
+    """Settings that all runs of an experiment share."""
 
     out: Path
     recipe: str
     words: tuple[str, ...]
-    """Settings of every run."""
+    """Changed settings, as on the command line."""
     curves: bool = False
-    """Whether to validate as often as the recipe says; else at the last step alone."""
+    """Whether to validate as often as the recipe does, instead of only at the last step."""
 
     def plan(self, variant: Variant, seed: int) -> PlannedRun:
-        """A run.
+        """Plans the run of a variant and a seed.
 
         Raises:
-            UserError: for settings that are wrong, or other than those of the run that is there.
+            UserError: if settings are invalid, or differ from those of the existing run.
         """
         path = variant.at(self.out, seed)
         words = [*self.words, *variant.words.split()]
@@ -133,7 +134,7 @@ class Experiment:
             check_settings(RunDir(path), config)
         except UserError as error:
             reason = str(error).partition(";")[0]
-            raise UserError(f"{reason}; give what it began with, or another OUT") from None
+            raise UserError(f"{reason}; use the original settings, or another OUT") from None
         own = [str(HERE / "variants.py"), variant.parts] if variant.parts else []
         program = own or ["-m", "vitral", "train"]
         return PlannedRun(variant, path, config, (sys.executable, *program, self.recipe, *words))
@@ -142,21 +143,24 @@ class Experiment:
 def parse(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, files: str | None = None
 ) -> tuple[argparse.Namespace, tuple[str, ...]]:
-    """The options, with those that all experiments have, and the settings for every run.
+    """Adds the common options and parses the arguments.
 
     Args:
-        files: the rows that the program writes for the ledger, if it does.
+        files: Path pattern of the ledger rows that the program writes, if any.
+
+    Returns:
+        The options, and the settings for every run.
     """
     add = parser.add_argument
-    add("out", metavar="OUT", type=Path, help="folder of the runs, the table and the figure")
-    add("--data", help="what to train on; else the recipe's")
+    add("out", metavar="OUT", type=Path, help="directory for the runs, the table and the figure")
+    add("--data", help="training data (default: that of the recipe)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--dry-run", action="store_true", help="only list the runs")
-    add("--summary", action="store_true", help="only write the table and figure of what is there")
+    add("--summary", action="store_true", help="only write the table and figure of finished runs")
     if files is not None:
         add("--ledger", action="store_true", help=f"only write {files}")
-        add("--data-name", help="what tables and rows call the data, a re-encoding by that word")
-        add("--commit", help="of the code that trained; else that of this checkout")
+        add("--data-name", help="name of the data in tables and rows, including any re-encoding")
+        add("--commit", help="commit of the training code (default: that of this checkout)")
     words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     options = parser.parse_args(words[:end])
@@ -165,17 +169,19 @@ def parse(
 
 
 def complete(runs: Sequence[PlannedRun], after: Callable[[PlannedRun], None]) -> int:
-    """Trains what is not finished, one run after the other.
+    """Trains the unfinished runs in sequence.
+
+    A failed run does not prevent the others from being trained.
 
     Args:
-        runs: in the order in which they are to be trained.
-        after: what to do with each once it is finished, and with those that were.
+        runs: Runs in the order of training.
+        after: Called with each finished run, including those that were finished before.
 
     Returns:
-        0, or 1 where runs failed, which does not keep others from being trained.
+        0, or 1 if a run failed.
 
     Raises:
-        Interrupted: by a signal, when the run in progress has written its checkpoint.
+        Interrupted: after a signal, once the current run has written its checkpoint.
     """
     failed = []
     for number, run in enumerate(runs, 1):
@@ -187,18 +193,18 @@ def complete(runs: Sequence[PlannedRun], after: Callable[[PlannedRun], None]) ->
         else:
             after(run)
     if failed:
-        print(f"failed: {', '.join(failed)}; the same command tries again", file=sys.stderr)
+        print(f"failed: {', '.join(failed)}; repeat the command to retry", file=sys.stderr)
     return 1 if failed else 0
 
 
 def call(command: Sequence[str]) -> int:
-    """Runs a command, hands signals on to it, and returns its exit code.
+    """Runs a command, forwards signals to it, and returns its exit code.
 
     Raises:
-        Interrupted: after a signal, when the command has ended.
+        Interrupted: after a signal, once the command has ended.
     """
     received: list[int] = []
-    waiting: list[int] = []  # until there is a child; each is sent once, as twice ends it at once
+    waiting: list[int] = []  # not sent yet; each is sent once, as a second one ends the child
     child: subprocess.Popen[bytes] | None = None
 
     def forward_signal(number: int, _: FrameType | None) -> None:
@@ -212,7 +218,7 @@ def call(command: Sequence[str]) -> int:
 
     before = {number: signal.signal(number, forward_signal) for number in SIGNALS}
     try:
-        # In a session of its own: a terminal's Ctrl-C would reach it twice, and twice ends at once.
+        # In a new session, as a terminal would send Ctrl-C to the child a second time.
         child = subprocess.Popen(command, start_new_session=True)
         send()
         code = child.wait()
@@ -225,23 +231,23 @@ def call(command: Sequence[str]) -> int:
 
 
 def listed(runs: Sequence[PlannedRun]) -> Iterator[str]:
-    """A line for each run: parameters, FLOPs, steps, and whether it is done."""
+    """A line for each run with its parameters, FLOPs, steps and state."""
     width = max(len(run.path.name) for run in runs)
     for run in runs:
         train = run.config.train
         _, images = counted(run.config.data, run.config.model.image_size)
         steps = Order(train.seed, images, train.batch_size).end_of_epoch(train.epochs)
         parameters, flops = size(run)
-        state = "begun" if (run.path / "config.yaml").exists() else "to do"
+        state = "started" if (run.path / "config.yaml").exists() else "not started"
         yield (
             f"{run.path.name:{width}}  {parameters / 1e6:8.3f} M parameters  "
-            f"{flops / 1e6:10,.2f} MFLOPs an image  {steps:8,} steps  "
+            f"{flops / 1e6:10,.2f} MFLOPs per image  {steps:8,} steps  "
             f"{'finished' if run.finished else state}"
         )
 
 
 def size(run: PlannedRun) -> tuple[int, float]:
-    """Parameters, and FLOPs of an image's forward pass."""
+    """Number of parameters, and FLOPs of a forward pass of one image."""
     config = run.config
     classes, _ = counted(config.data, config.model.image_size)
     with torch.device("meta"):
@@ -252,14 +258,14 @@ def size(run: PlannedRun) -> tuple[int, float]:
 
 @functools.cache
 def counted(data: DataConfig, image_size: int) -> tuple[int, int]:
-    """Classes, and images to train on, which are as many whatever the seed."""
+    """Number of classes and of training images, which do not depend on the seed."""
     dataset = open_dataset(data, image_size, seed=0)
     assert dataset.train is not None
     return len(dataset.classes), len(dataset.train)
 
 
 def rows(variants: Sequence[Variant], options: argparse.Namespace, study: str) -> dict[str, Row]:
-    """The ledger's row of each variant that has finished runs, by its name."""
+    """The ledger row of each variant with finished runs, by name."""
     found = {}
     for variant in variants:
         if runs := [*variant.finished(options.out).values()]:
@@ -272,7 +278,7 @@ def rows(variants: Sequence[Variant], options: argparse.Namespace, study: str) -
                 title=variant.title,
                 data=name,
                 study=study,
-                # Pages of OUT say nothing of the code, and are written without git, too.
+                # The summary in OUT does not show the commit, and needs no git checkout.
                 commit=options.commit if options.ledger else "",
             )
     return found
@@ -287,12 +293,12 @@ def write_ledger(prefix: str, found: dict[str, Row], root: Path) -> None:
 
 
 def comparison(found: Sequence[Row]) -> str:
-    """A table in Markdown of rows that are compared with the first, seed by seed."""
+    """A Markdown table that compares rows with the first one, seed by seed."""
     return ledger_pages.table(HEADER, [cells(found[0], row) for row in found]) + "\n"
 
 
 def cells(base: Row, row: Row) -> list[str]:
-    """A row's cells."""
+    """The cells of a row."""
     runs = row["runs"]
     flops = sum(run["flops"] for run in runs) / sum(run["images"] for run in runs) / 3
     return [
@@ -308,20 +314,21 @@ def cells(base: Row, row: Row) -> list[str]:
 
 
 def difference(base: Row, other: Row) -> str:
-    """The mean difference over the seeds that both have, and its standard error, in points."""
-    ours, theirs = (
+    """Mean and standard error of the difference over the common seeds, in percentage points."""
+    first, second = (
         {run["seed"]: top1 for run, top1 in zip(row["runs"], headline_top1(row), strict=True)}
         for row in (base, other)
     )
-    pairs = [theirs[seed] - ours[seed] for seed in theirs if seed in ours]
-    if other is base or not pairs:
+    differences = [second[seed] - first[seed] for seed in second if seed in first]
+    if other is base or not differences:
         return ""
-    mean = f"{statistics.fmean(pairs):+.2f}"
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    mean = f"{statistics.fmean(differences):+.2f}"
+    count = len(differences)
+    error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else None
     return mean if error is None else f"{mean} ± {error:.2f}"
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with replacing(path) as file:
         file.write_text(text, encoding="utf-8")

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every figure of speed that needs a GPU, and the tests that need one, into one folder, in the order
-# of what tells most; about half an hour of an H100, by estimate.
+# Runs all speed measurements and tests that need a GPU, the most informative ones first, and writes
+# the results to one folder. Takes an estimated half hour on an H100.
 #   benchmarks/gpu.sh OUT [IMAGES]
-# IMAGES is an image folder or archive of JPEGs, and adds the rates of whole training from it. CIFAR10
-# names a folder with its images, for the loss curves; without it they are of synthetic ones. Each
-# part is kept when it ends, so that a run cut short loses only the part that it was in; PARTS="tests
-# train_s" takes some of them alone.
+# IMAGES is an image folder or archive of JPEGs, and adds the rates of training from these files. If
+# CIFAR10 is a folder with the images of CIFAR-10, the loss curves are on these, otherwise on
+# synthetic images. Results are written after each part, so an interruption loses only the current
+# part. PARTS="tests train_s" runs only the named parts.
 set -uo pipefail
 out=$(realpath -m "${1:?usage: benchmarks/gpu.sh OUT [IMAGES]}")
 images=${2:+$(realpath "$2")}
@@ -16,7 +16,7 @@ fi
 mkdir -p "$out"
 cd "$(dirname "$0")/.." || exit
 
-part() { # NAME COMMAND...: prints, keeps what was printed, and goes on after a failure
+part() { # NAME COMMAND...: runs a part, prints and stores its output, and ignores failures
     local name=$1
     shift
     [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0
@@ -25,11 +25,12 @@ part() { # NAME COMMAND...: prints, keeps what was printed, and goes on after a 
     echo "exit ${PIPESTATUS[0]}, ${SECONDS} s since the start" | tee -a "$out/$name.txt"
 }
 
-measure() { # NAME ARGUMENTS...: a contest, with its JSON
+measure() { # NAME ARGUMENTS...: compares with timm, and writes JSON as well
     part "$1" python benchmarks/throughput.py --json "$out/$1.json" "${@:2}"
 }
 
-# These files alone, as others may need what the machine lacks; and its software may warn.
+# Only files with GPU tests, as others may need packages that the machine lacks. Warnings are not
+# errors here, as they depend on the machine's software.
 mapfile -t files < <(grep -rl --include='*.py' 'mark\.gpu' tests | sort)
 part tests python -m pytest -m gpu -q -W default --durations=5 "${files[@]}"
 part blocks python benchmarks/blocks.py "$out/blocks.json"
@@ -37,7 +38,7 @@ measure train_s --sizes s --batch 512
 measure train_b --sizes b --batch 256
 measure infer_b --sizes b --batch 512 --mode infer --peers timm timm-rope
 measure profile_s --sizes s --batch 512 --profile vitral
-for kernels in auto plain; do # the loss curves of both
+for kernels in auto plain; do # loss curves with both
     part "curve_$kernels" python -m vitral train cifar10 "${curve[@]}" --out "$out/curve_$kernels" \
         --model.kernels $kernels --train.log-every 10
 done

@@ -1,13 +1,13 @@
-"""The ledger of results: a file for each row, made from run folders, and the pages that show them.
+"""Maintains the ledger of results: one JSON file per row, and the pages that show the rows.
 
     python benchmarks/ledger.py add NAME RUN [RUN ...] [--title T] [--data D] [--study S] [--note N]
     python benchmarks/ledger.py draw [--check]
 
-`add` writes docs/results/NAME.json from finished runs that differ in their seed alone; `draw`
-writes the tables and figures of docs/results.md and README.md anew from these files, and with
-`--check` only tells whether they are what the files say. Scores are those of the last step, never
-of the best validation. A row is quoted with the averaged weights (EMA) where its recipe keeps them
-and with the raw ones elsewhere, whichever score better; both are shown.
+`add` writes docs/results/NAME.json from finished runs that differ only in their seed. `draw`
+regenerates the tables and figures of docs/results.md and README.md from these files; with `--check`
+it only reports whether they are up to date. Scores are those of the last step, never of the best
+validation. The headline score of a row is that of the averaged weights (EMA) if its recipe keeps
+them, and of the raw weights otherwise, regardless of which is higher. Both are shown.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vitral.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Runs the command on a checkout; returns 0, 1 for stale pages, 2 for a user's mistake."""
+    """Runs the command on a checkout; returns 0, 1 for stale pages, or 2 for a user error."""
     options = parse(arguments)
     try:
         if options.command == "add":
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if not options.check:
             draw(root)
         elif names := stale(root):
-            print(f"{', '.join(names)}: stale; `python benchmarks/ledger.py draw` mends it")
+            print(f"{', '.join(names)}: stale; run `python benchmarks/ledger.py draw`")
             return 1
     except UserError as error:
         print(f"ledger: {error}", file=sys.stderr)
@@ -48,14 +48,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     adding = commands.add_parser("add", help="write docs/results/NAME.json")
     option = adding.add_argument
     option("name", metavar="NAME")
-    option("runs", metavar="RUN", nargs="+", type=Path, help="finished runs, a seed each")
-    option("--title", help="what the row is; else the name of its recipe")
-    option("--data", help="what it was measured on, re-encoding named; else the set's name")
-    option("--study", help="the experiment that it belongs to; else it is a headline row")
-    option("--note", default="", help="what else must be known")
-    option("--commit", help="of the code that trained; else that of this checkout")
-    drawing = commands.add_parser("draw", help="write tables and figures anew")
-    drawing.add_argument("--check", action="store_true", help="only tell whether one is stale")
+    option("runs", metavar="RUN", nargs="+", type=Path, help="finished runs, one per seed")
+    option("--title", help="title of the row (default: the name of the recipe)")
+    option("--data", help="name of the data, including any re-encoding (default: the dataset name)")
+    option("--study", help="study that the row belongs to (default: none, a headline row)")
+    option("--note", default="", help="remark shown below the title")
+    option("--commit", help="commit of the training code (default: that of this checkout)")
+    drawing = commands.add_parser("draw", help="regenerate the tables and figures")
+    drawing.add_argument("--check", action="store_true", help="only report stale files")
     return parser.parse_args(arguments)
 
 
@@ -63,7 +63,7 @@ def add(options: argparse.Namespace, root: Path) -> None:
     """Writes a row.
 
     Raises:
-        UserError: for a name that is none, or runs that make no row.
+        UserError: if a name is invalid, or if the runs do not form a row.
     """
     for what, name in (("name", options.name), ("study", options.study)):
         if name is not None and not re.fullmatch(r"\w[\w-]*", name):

@@ -1,8 +1,9 @@
-"""The ledger's figures: SVG written by hand, the same bytes for the same rows, whatever draws.
+"""Draws the figures of the ledger as SVG, without a plotting library.
 
-A panel of curves and one of last scores for each data set, as scores of different sets do not
-compare; where runs were validated at their end alone there are no curves. Axes are those of
-vitral's reports. The ground is opaque and light, in a dark page, too.
+The same rows give the same bytes on every machine. Each dataset has a panel of curves and a panel
+of final scores, because scores on different datasets are not comparable. Runs that were validated
+only at the end have no curves. The axes are those of vitral's reports. The background is opaque and
+light, also on dark pages.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from markupsafe import escape
 
 from vitral.report.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, Axis
 
-WIDTH = 400  # of a panel, as those of reports
-TITLE = 50  # height of a data set's name above its panels
+WIDTH = 400  # of a panel, as in the reports
+TITLE = 50  # height of a dataset's name above its panels
 MARGIN = 24  # left of the scores
-PITCH = 34  # height of a row's scores
-LETTERS = 40  # of a title that fit beside its score
+PITCH = 34  # height of the scores of one row
+MAX_TITLE = 40  # characters of a title that fit next to its score
 STYLE = """\
 text{font:11px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#545d68}
 .name{font-size:14px;font-weight:600;fill:#1b1f24}.mid{text-anchor:middle}.end{text-anchor:end}
@@ -32,7 +33,7 @@ COLORS = ("#0b5cad", "#b3400a", "#17702f", "#7a3fd1", "#b02a80", "#6b5900")
 
 
 def figure(rows: Sequence[Row], by: str = "data") -> str:
-    """An SVG document of rows, in their order, data set after data set, or by another cell."""
+    """Returns an SVG document of the rows in their order, grouped by dataset or by another key."""
     parts, top, summary = [], 0.0, []
     for title, found in groupby(sorted(rows, key=lambda row: row[by]), key=lambda row: row[by]):
         group = list(found)
@@ -50,22 +51,22 @@ def figure(rows: Sequence[Row], by: str = "data") -> str:
 
 
 def height(rows: Sequence[Row]) -> float:
-    """Of the panels of some rows."""
+    """Height of the panels of some rows."""
     return max(HEIGHT * validated(rows), foot(len(rows)) + HEIGHT - BOTTOM) + 10
 
 
 def foot(count: int) -> float:
-    """Where the scores of so many rows end."""
+    """The y coordinate where the scores of `count` rows end."""
     return TOP + PITCH * count + 4
 
 
 def validated(rows: Sequence[Row]) -> bool:
-    """Whether a row has a curve: more than its end."""
+    """Whether any row has a curve, that is, more than one validation."""
     return any(len(curve(row)) > 1 for row in rows)
 
 
 def panels(title: str, rows: Sequence[Row]) -> str:
-    """Both panels of a group, below its title."""
+    """Draws both panels of a group below its title."""
     curves = "\n".join(draw_curves(rows)) if validated(rows) else ""
     scores = "\n".join(draw_scores(rows))
     return (
@@ -76,7 +77,7 @@ def panels(title: str, rows: Sequence[Row]) -> str:
 
 
 def draw_curves(rows: Sequence[Row]) -> Iterator[str]:
-    """Top-1 against images seen: a line through the means, in a band from least to greatest."""
+    """Draws top-1 against images seen: a line through the means and a band from min to max."""
     curves = [curve(row) for row in rows]
     max_images = max(images for points in curves for images, _ in points)
     unit, word = (1e6, "millions") if max_images >= 2e6 else (1e3, "thousands")
@@ -99,10 +100,7 @@ def draw_curves(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def curve(row: Row) -> list[tuple[float, list[float]]]:
-    """Images seen, and the top-1 in per cent of each seed, where all seeds were validated.
-
-    Of the weights that the row is quoted with.
-    """
+    """Images seen and headline top-1 of each seed in percent, where all seeds were validated."""
     seeds = []
     for run in row["runs"]:
         column = 3 if "ema" in run["top1"] else 2
@@ -112,7 +110,7 @@ def curve(row: Row) -> list[tuple[float, list[float]]]:
 
 
 def draw_scores(rows: Sequence[Row]) -> Iterator[str]:
-    """Top-1 at the last step: a dot a seed, a line at the mean, beside names and figures."""
+    """Draws top-1 at the last step: a dot per seed, a line at the mean, and the title and score."""
     values = [headline_top1(row) for row in rows]
     bottom = foot(len(rows))
     x = Axis.rounded(min(map(min, values)), max(map(max, values)), MARGIN, RIGHT)
@@ -130,26 +128,26 @@ def draw_scores(rows: Sequence[Row]) -> Iterator[str]:
         text = f"{mean_and_deviation(scores)} {kind}"
         yield f'<text class="label end" x="{RIGHT}" y="{y - 3:g}">{text}</text>'
         for which, score in enumerate(scores):
-            at, down = f"{x.position(score):.1f}", y + 4 + 4 * (which % 3)  # equal ones stay apart
+            at, down = f"{x.position(score):.1f}", y + 4 + 4 * (which % 3)  # equal scores differ
             yield f'<circle class="dot" fill="{color}" cx="{at}" cy="{down:g}" r="3"/>'
         at = f"{x.position(statistics.fmean(scores)):.1f}"
         yield f'<path class="mean" stroke="{color}" d="M{at} {y + 2:g}V{y + 14:g}"/>'
 
 
 def name(row: Row) -> str:
-    """The title as plain text, cut where it would run into figures."""
+    """The title as plain text, truncated before it overlaps the score."""
     text = str(row["title"]).replace("`", "")
-    return text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…"
+    return text if len(text) <= MAX_TITLE else f"{text[: MAX_TITLE - 1]}…"
 
 
 def color_style(number: int) -> tuple[str, str]:
-    """The colour of a row's line, and a class where the colours begin anew."""
-    again, which = divmod(number, len(COLORS))
-    return COLORS[which], " dashed" if again % 2 else ""
+    """The color of a row's line, and a class that marks repeated colors."""
+    cycle, which = divmod(number, len(COLORS))
+    return COLORS[which], " dashed" if cycle % 2 else ""
 
 
 def key(number: int, x: float, y: float) -> str:
-    """A piece of a row's line."""
+    """Draws the legend key of a row: a piece of its line."""
     color, dashed = color_style(number)
     return f'<path class="line{dashed}" stroke="{color}" d="M{x:g} {y:g}h16"/>'
 
@@ -159,5 +157,5 @@ def path(x: Sequence[float], y: Any) -> str:
 
 
 def heading(text: str, x: float) -> str:
-    """Above a panel."""
+    """Draws the heading of a panel."""
     return f'<text x="{x:g}" y="-4">{text}</text>'

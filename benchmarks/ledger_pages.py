@@ -1,7 +1,8 @@
-"""The ledger's tables and figures in docs/results.md and README.md, as docs/results/*.json say.
+"""Writes the ledger's tables and figures into docs/results.md and README.md.
 
-A table stands between `<!-- ledger -->`, of a study `<!-- ledger: STUDY -->`, and `<!-- end -->`.
-README.md has the headline rows alone; their commands stand in docs/results.md.
+The rows are docs/results/*.json. The headline rows are between `<!-- ledger -->` and
+`<!-- end -->`, those of a study between `<!-- ledger: STUDY -->` and `<!-- end -->`. README.md
+contains only the headline rows, without their commands.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from ledger_rows import Row, mean_and_deviation, read
 from vitral.errors import UserError
 from vitral.storage import replacing
 
-PAGES = {"docs/results.md": "", "README.md": "docs/"}  # and the way from each to docs
+PAGES = {"docs/results.md": "", "README.md": "docs/"}  # each with its path to docs
 BLOCK = re.compile(r"(<!-- ledger(?:: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 EMPTY = "Nothing measured yet."
 KINDS = ("ema", "raw")
 HEADER = (
-    "what",
+    "run",
     "data",
     "seeds",
     "images seen",
@@ -36,10 +37,10 @@ HEADER = (
 
 
 def draw(root: Path) -> None:
-    """Writes what is stale, and removes figures that no row is in.
+    """Writes the stale files, and removes figures without rows.
 
     Raises:
-        UserError: for a study or headline rows that a page has no place for.
+        UserError: if a page has no block for a study or for the headline rows.
     """
     expected = contents(root)
     for name in stale(root):
@@ -53,11 +54,11 @@ def draw(root: Path) -> None:
 
 
 def stale(root: Path) -> list[str]:
-    """Pages and figures, as paths from the root, that are not what the rows say."""
+    """Pages and figures that do not match the rows, as paths from the root."""
     expected = contents(root)
-    there = {f"docs/images/{path.name}" for path in root.glob("docs/images/results*.svg")}
+    drawn = {f"docs/images/{path.name}" for path in root.glob("docs/images/results*.svg")}
     return [
-        name for name in sorted(expected.keys() | there) if text(root / name) != expected.get(name)
+        name for name in sorted(expected.keys() | drawn) if text(root / name) != expected.get(name)
     ]
 
 
@@ -66,7 +67,7 @@ def text(path: Path) -> str | None:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """What pages and figures have to hold, by their paths from the root."""
+    """The expected contents of pages and figures, by their paths from the root."""
     studies: dict[str | None, dict[str, Row]] = {}
     for name, row in read(root / "docs" / "results").items():
         studies.setdefault(row["study"], {})[name] = row
@@ -77,9 +78,9 @@ def contents(root: Path) -> dict[str, str]:
 
 
 def filled(root: Path, page: str, way: str, studies: dict[str | None, dict[str, Row]]) -> str:
-    """A page with its blocks written anew."""
-    was = (root / page).read_text(encoding="utf-8")
-    places = {found[2] for found in BLOCK.finditer(was)}
+    """A page with its blocks regenerated."""
+    old = (root / page).read_text(encoding="utf-8")
+    places = {found[2] for found in BLOCK.finditer(old)}
     needed = {None} if page == "README.md" else studies.keys()
     for study in sorted(needed - places, key=str):
         mark = f"<!-- ledger{f': {study}' if study else ''} -->"
@@ -89,12 +90,12 @@ def filled(root: Path, page: str, way: str, studies: dict[str | None, dict[str, 
         lambda found: (
             f"{found[1]}\n{block(found[2], studies.get(found[2], {}), way, detailed)}\n\n{found[3]}"
         ),
-        was,
+        old,
     )
 
 
 def block(study: str | None, rows: dict[str, Row], way: str, commands: bool) -> str:
-    """Table, figure, and what repeats the rows."""
+    """The table, the figure and the commands of a study."""
     if not rows:
         return EMPTY
     place = f"{way}{picture(study)}"
@@ -112,7 +113,7 @@ def of_study(study: str | None) -> str:
 
 
 def picture(study: str | None) -> str:
-    """The path of a study's figure from docs."""
+    """The path of a study's figure, relative to docs."""
     return f"images/results{f'-{study}' if study else ''}.svg"
 
 
@@ -124,7 +125,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def scores(row: Row) -> list[str]:
-    """Top-1 of the averaged weights and of the raw ones, as far as kept; the quoted one is bold."""
+    """Top-1 of the averaged and the raw weights; the headline score is bold."""
     runs = row["runs"]
     found = {kind: [100 * r["top1"][kind] for r in runs if kind in r["top1"]] for kind in KINDS}
     ema, raw = (mean_and_deviation(values) if values else "" for values in found.values())
@@ -132,12 +133,12 @@ def scores(row: Row) -> list[str]:
 
 
 def images(row: Row) -> str:
-    """Seen in training."""
+    """Images seen in training, as the mean over the seeds."""
     return f"{statistics.fmean(run['images'] for run in row['runs']):,.0f}"
 
 
 def cells(row: Row, link: str) -> list[str]:
-    """A row's cells."""
+    """The cells of a row."""
     runs = row["runs"]
     note = f"<br>{row['note']}" if row["note"] else ""
     return [
@@ -154,12 +155,12 @@ def cells(row: Row, link: str) -> list[str]:
 
 
 def operations(flops: float) -> str:
-    """FLOPs with three digits, in PFLOPs, or from a tenth of an EFLOP on in EFLOPs."""
+    """FLOPs with three digits, in PFLOPs, or in EFLOPs from 0.1 EFLOPs on."""
     unit, word = (1e18, "EFLOPs") if flops >= 1e17 else (1e15, "PFLOPs")
     return f"{flops / unit:.3g} {word}"
 
 
 def minutes(row: Row) -> str:
-    """The mean of the seeds, to a tenth below a hundred."""
+    """The mean over the seeds, with one decimal below 100 minutes."""
     mean = statistics.fmean(run["minutes"] for run in row["runs"])
     return f"{mean:.1f}" if mean < 100 else f"{mean:,.0f}"

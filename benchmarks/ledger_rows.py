@@ -1,4 +1,4 @@
-"""Rows of the ledger of results: what finished runs make, read and written as JSON."""
+"""Rows of the ledger: computed from finished runs, and stored as JSON."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vitral.storage import replacing
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_POINTS = 100  # of a curve, at most
-KINDS = {"raw": "val", "ema": "ema"}  # weights, and what the metrics log calls them
-# Settings that runs of one row may differ in; the data are compared by their fingerprint.
+MAX_POINTS = 100  # per curve
+KINDS = {"raw": "val", "ema": "ema"}  # kinds of weights, and their names in the metrics log
+# Settings that may differ between the runs of a row. The data are compared by their fingerprint.
 VARIABLE = CHANGEABLE | {"train.seed"}
 PATHS = {"data.path", "train.init"}
-OMITTED = VARIABLE - PATHS | {"train.time_budget"}  # that no row tells; the epochs are told
+OMITTED = VARIABLE - PATHS | {"train.time_budget"}  # not in rows, which have train.epochs
 
 
 def summarize(
@@ -40,18 +40,18 @@ def summarize(
     note: str = "",
     commit: str | None = None,
 ) -> Row:
-    """The row that finished runs make, a seed each.
+    """Returns the row of finished runs, one per seed.
 
     Args:
-        runs: run folders; weights and checkpoints may be missing, and then the data are not
-            compared.
-        title: what the row is; None takes the recipe's name.
-        data: what it was measured on; None takes the last name of `data.path`.
-        study: the experiment that it belongs to; None for a headline row.
-        commit: of the code that trained; None takes that of this checkout.
+        runs: Run directories. Their data are not compared if weights and checkpoints are missing.
+        title: Title of the row. Default: the name of the recipe.
+        data: Name of the data. Default: the last component of `data.path`.
+        study: Study that the row belongs to, or None for a headline row.
+        note: Remark shown below the title.
+        commit: Commit of the training code. Default: that of this checkout.
 
     Raises:
-        UserError: for an unfinished run, or runs that differ in more than their seed.
+        UserError: if a run is unfinished, or if the runs differ in more than their seed.
     """
     found = [read_run(path) for path in runs]
     for run in found:
@@ -86,7 +86,7 @@ def summarize(
 def write(row: Row, path: Path) -> None:
     """Writes a row as JSON with sorted keys: the same row gives the same bytes."""
     text = json.dumps(row, indent=1, sort_keys=True, ensure_ascii=False)
-    # Numbers of a list on one line. No string of JSON holds a line break, so none is touched.
+    # Put lists of numbers on one line. Strings are not affected, as JSON escapes line breaks.
     text = re.sub(
         r'\[\n[^][{}"]*\]',
         lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"),
@@ -98,10 +98,10 @@ def write(row: Row, path: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, Row]:
-    """The rows of a folder by name, numbers in names in their order.
+    """Returns the rows of a folder by name, with numbers in names in numerical order.
 
     Raises:
-        UserError: for a file that is no JSON.
+        UserError: if a file is not valid JSON.
     """
     rows = {}
     for path in sorted(folder.glob("*.json"), key=lambda path: by_number(path.stem)):
@@ -118,32 +118,32 @@ def by_number(name: str) -> list[str | int]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean and sample standard deviation, as 94.12 ± 0.08; of one value, the value alone."""
+    """Mean and sample standard deviation, such as 94.12 ± 0.08; only the value if there is one."""
     mean = f"{statistics.fmean(values):.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def headline_top1(row: Row) -> list[float]:
-    """The top-1, in per cent, of each seed that a row is quoted with: the EMA's where kept."""
+    """Headline top-1 of each seed in percent: that of the EMA if the runs have one."""
     return [100 * run["top1"].get("ema", run["top1"]["raw"]) for run in row["runs"]]
 
 
 def check_finished(run: Run) -> None:
-    """Raises UserError for a run whose last step is not taken and validated."""
+    """Raises UserError if the last step of a run is not completed and validated."""
     if not run.finished:
         epoch = run.rows[-1]["epoch"] if run.rows else 0
         raise UserError(
             f"{run.path}: expected a finished run of {run.config.train.epochs} epochs, got "
-            f"{epoch:.3g}; the command that began it goes on"
+            f"{epoch:.3g}; repeat its command to resume"
         )
     if not run.environment:
         raise UserError(
-            f"{run.path}: expected env.json, got none that can be read; restore it, or train again"
+            f"{run.path}: expected a readable env.json, got none; restore it, or train again"
         )
 
 
 def check_same_row(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> None:
-    """Raises UserError for runs that are not seeds of one row."""
+    """Raises UserError if the runs are not seeds of one row."""
     first, seeds = runs[0], set()
     expected = settings_of(first)
     for run, fingerprint in zip(runs, fingerprints, strict=True):
@@ -151,35 +151,36 @@ def check_same_row(runs: Sequence[Run], fingerprints: Sequence[str | None]) -> N
             if name not in VARIABLE and value != expected[name]:
                 raise UserError(
                     f"{run.path}: {name}: expected {expected[name]} as in {first.path}, got "
-                    f"{value}; make another row of it"
+                    f"{value}; add it as another row"
                 )
-        # What is held out hangs on the seed, and the fingerprint on what is held out.
+        # The held-out images depend on the seed, and the fingerprint depends on them.
         comparable = None not in (fingerprint, fingerprints[0]) and not held_out(run)
         if comparable and fingerprint != fingerprints[0]:
             raise UserError(
-                f"{run.path}: expected the data of {first.path}, got others; make another row of it"
+                f"{run.path}: expected the data of {first.path}, got other data; add it as another "
+                "row"
             )
         seed = run.config.train.seed
         if seed in seeds:
             raise UserError(
-                f"{run.path}: expected another seed than those before it, got {seed} again; "
-                "name each seed's run once"
+                f"{run.path}: expected a different seed for each run, got {seed} twice; give one "
+                "run per seed"
             )
         seeds.add(seed)
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """Its settings by name, and the parts that are not vitral's own."""
+    """The settings of a run by name, and the name of parts that are not vitral's own."""
     return {**flatten(run.config), "parts": run.environment.get("parts", "")}
 
 
 def held_out(run: Run) -> bool:
-    """Whether it was validated on a part of the training images, drawn by its seed."""
+    """Whether a run was validated on held-out training images, which depend on its seed."""
     return run.environment.get("held_out", run.config.data.hold_out)
 
 
 def data_of(run: Path) -> dict[str, Any]:
-    """What weights or a checkpoint know of the data, "classes" and "fingerprint"; else nothing."""
+    """Reads "classes" and "fingerprint" of the data from the weights or a checkpoint, if any."""
     places = (run / "weights" / "last" / "config.json", *run.glob("checkpoints/step_*/state.json"))
     for path in places:
         if path.is_file():
@@ -188,20 +189,20 @@ def data_of(run: Path) -> dict[str, Any]:
 
 
 def training_flops(run: Run, classes: int | None) -> float:
-    """Floating-point operations of the whole training: three forward passes an image.
+    """Floating-point operations of the complete training: three forward passes per image.
 
-    Image sizes are those that the settings give each step. Validation is not counted.
+    The image size of each step follows from the settings. Validation is not counted.
     """
     config, steps = run.config, int(run.rows[-1]["step"])
     steps_by_size = Counter(config.image_size_at(step / steps) for step in range(steps))
-    # What the run has counted itself is true of other models, too.
+    # The number that the run has logged is also correct for other models.
     known = {config.model.image_size: run.environment["training_flops_per_image"]}
     total = 0.0
     for image_size, count in steps_by_size.items():
         if image_size not in known and classes is None:
             raise UserError(
-                f"{run.path}: expected weights or a checkpoint, which know the number of classes, "
-                "got neither; restore one, or train without train.progressive"
+                f"{run.path}: expected weights or a checkpoint with the number of classes, got "
+                "neither; restore one, or train without train.progressive"
             )
         each = known.get(image_size) or 3 * forward_flops(config.model, classes or 0, image_size)
         total += each * count * config.train.batch_size
@@ -210,12 +211,12 @@ def training_flops(run: Run, classes: int | None) -> float:
 
 @cache
 def forward_flops(config: ViTConfig, classes: int, image_size: int) -> float:
-    """Of an image in training, counted once for all seeds."""
+    """FLOPs of a forward pass of one image in training, cached for all seeds."""
     return count_flops(config, classes, image_size, training=True)
 
 
 def entry(run: Run, flops: float) -> Row:
-    """What one seed came to at its last step."""
+    """The results of one seed at its last step."""
     last = run.rows[-1]
     kept = {name: kind for name, kind in KINDS.items() if f"{kind}_top1" in last}
     scores = {
@@ -239,7 +240,7 @@ def entry(run: Run, flops: float) -> Row:
 
 
 def curve(run: Run) -> list[list[float | None]]:
-    """Images seen, training loss, raw top-1 and the EMA's of each validation, or of 100 of them."""
+    """Images seen, training loss, raw top-1 and EMA top-1 of up to 100 validations."""
     rows = run.validations
     if len(rows) > MAX_POINTS:
         rows = [rows[round(i * (len(rows) - 1) / (MAX_POINTS - 1))] for i in range(MAX_POINTS)]
@@ -251,7 +252,7 @@ def curve(run: Run) -> list[list[float | None]]:
 
 
 def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
-    """The recipe with the fewest other settings, and these settings as they are in `config`."""
+    """The recipe that differs in the fewest settings, and these settings as in `config`."""
     epochs, found = {"train.epochs": config.train.epochs}, {}
     for name, recipe in known_recipes().items():
         shorter = settings.replaced(recipe, settings.adjust_to_epochs(flatten(recipe), epochs))
@@ -261,37 +262,37 @@ def nearest_recipe(config: Config) -> tuple[str, dict[str, Any]]:
 
 @cache
 def known_recipes() -> dict[str, Config]:
-    """The recipes that come with vitral, read once for all rows."""
+    """The recipes included in vitral, read once for all rows."""
     return {name: settings.load(name) for name in settings.recipes()}
 
 
 def differences(config: Config, other: Config) -> dict[str, Any]:
-    """The settings that differ, without seeds and what cannot change the mathematics.
+    """The settings that differ, except for seeds and settings that do not affect the results.
 
-    Of an absolute path the last name is kept: the rest is its machine's business.
+    Only the last component of an absolute path is kept, as the rest depends on the machine.
     """
-    was = flatten(other)
+    others = flatten(other)
     return {
         name: portable_path(value) if name in PATHS else value
         for name, value in flatten(config).items()
-        if name not in OMITTED and value != was[name]
+        if name not in OMITTED and value != others[name]
     }
 
 
 def portable_path(path: str | None) -> str | None:
-    """A path or name as it may stand in a page."""
+    """A path or name without machine-specific directories, for use in a page."""
     return f"path/to/{Path(path).name}" if path and Path(path).is_absolute() else path
 
 
 def train_command(recipe: str, changes: dict[str, Any], parts: str = "") -> str:
-    """What trains a recipe with some changes, and parts of variants.py, for any seed N."""
+    """The command that trains a recipe with changes, and with parts of variants.py, for seed N."""
     program = ["python", "benchmarks/variants.py", parts] if parts else ["vitral", "train"]
     words = [word for name, value in changes.items() for word in flags(name, value)]
     return shlex.join([*program, recipe, *words, "--train.seed", "N"])
 
 
 def flags(name: str, value: Any) -> list[str]:
-    """A setting as the command line takes it."""
+    """A setting as command-line arguments."""
     section, key = name.replace("_", "-").split(".")
     if isinstance(value, bool):
         return [f"--{section}.{'' if value else 'no-'}{key}"]
@@ -299,14 +300,14 @@ def flags(name: str, value: Any) -> list[str]:
 
 
 def plain(value: Any) -> list[Any]:
-    """The values of nested tuples in a row."""
+    """Flattens nested tuples into a list."""
     return (
         [part for inner in value for part in plain(inner)] if isinstance(value, tuple) else [value]
     )
 
 
 def hardware(environment: dict[str, Any]) -> str:
-    """What a run was on, as env.json tells it."""
+    """The hardware of a run, from its env.json."""
     resolved = environment["resolved"]
     processes, threads = resolved["processes"], resolved["threads"]
     if resolved["device"] == "cuda":
@@ -318,17 +319,17 @@ def hardware(environment: dict[str, Any]) -> str:
 
 
 def join_distinct(values: Iterable[str]) -> str:
-    """The different ones of some texts."""
+    """Joins the distinct values."""
     return "; ".join(sorted(set(values)))
 
 
 def head(checkout: Path) -> str:
-    """The commit of a checkout, with -dirty where its code differs from it.
+    """The commit of a checkout, with the suffix -dirty if its code differs from the commit.
 
-    Pages and rows are no code: a row drawn leaves the next one clean.
+    Pages and rows do not count as code, so adding a row does not make the next one dirty.
 
     Raises:
-        UserError: where git knows none.
+        UserError: if the directory is not a git checkout.
     """
     git = ["git", "-C", str(checkout)]
     changed = [*git, "status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks"]

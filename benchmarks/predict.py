@@ -1,14 +1,15 @@
-"""Images per second of predicting, beside the usual loop and timm's, on the same files.
+"""Compares the prediction rate of vitral with a DataLoader loop and timm's loop, on the same files.
 
     python benchmarks/predict.py FOLDER [--size ti] [--workers 1] [--threads 1] [--rounds 5]
 
-FOLDER holds a folder for each class. "the usual loop" is ImageFolder, torchvision's transforms on
-PIL images and a DataLoader around the same model; "timm's loop" is that of timm's inference.py
-around timm's model of the same size, where timm is installed. All have the same number of workers,
-batch size and threads, untrained weights, and take turns; each round starts with another. "input
-alone" is the same with a model that costs next to nothing: what is left where a GPU runs the model.
-Rates of a core, from processor time, hardly mind what else the machine is doing, given --threads 1:
-several threads spend theirs on waiting for each other where they do not get all the cores.
+FOLDER contains a folder for each class. "DataLoader" is the usual loop for the same model:
+ImageFolder, torchvision's transforms on PIL images, and a DataLoader. "timm's loop" is that of
+timm's inference.py with timm's model of the same size, if timm is installed. All have the same
+number of workers, batch size and threads, and untrained weights. They are measured in alternation,
+and each round starts with a different one. "input only" uses a model of negligible cost: it
+measures the work that remains on the CPU if a GPU runs the model. Rates per core are from processor
+time, and with --threads 1 hardly depend on other load. Several threads waste processor time waiting
+for each other if other processes use the same cores.
 """
 
 from __future__ import annotations
@@ -90,10 +91,10 @@ def compare(
     names = list(contestants)
     runs = {name: partial(seconds, run) for name, run in contestants.items()}
     spent = {name: found[1:] for name, found in run_interleaved(runs, rounds + 1).items()}
-    print(f"{title}: {images} images, {rounds} rounds, medians; the range of the ratios")
+    print(f"{title}: {images} images, {rounds} rounds, medians, with the range of the ratios")
     for name in names:
         text = f"  {name:16}"
-        for what, column in ("images/s", 0), ("images/s of a core", 1):
+        for what, column in ("images/s", 0), ("images/s per core", 1):
             own, other = ([times[column] for times in spent[n]] for n in (names[0], name))
             found = sorted(ratios(other, own))
             rate, ratio = images / statistics.median(other), statistics.median(found)
@@ -104,14 +105,14 @@ def compare(
 
 
 def seconds(run: Callable[[], None]) -> tuple[float, float]:
-    """By the clock, and of the processor."""
+    """Wall-clock and processor time."""
     before = clock(), cpu_seconds()
     run()
     return clock() - before[0], cpu_seconds() - before[1]
 
 
 def cpu_seconds() -> float:
-    """Seconds of all cores, those of the workers that have ended included."""
+    """Seconds on all cores, including those of workers that have ended."""
     return sum(os.times()[:4])
 
 
@@ -130,11 +131,11 @@ def main() -> None:
     full_model, tiny = (ViT(c, CLASSES).eval() for c in (ViTConfig(size=options.size), TINY))
     for title, model, images in (
         (f"ViT-{options.size} at {SIDE}", full_model, folder),
-        ("input alone", tiny, repeated),
+        ("input only", tiny, repeated),
     ):
         contestants = {
             "vitral predict": partial(vitral_predict, model, images, options.workers),
-            "the usual loop": partial(plain_loop, model, images, options.workers),
+            "DataLoader": partial(plain_loop, model, images, options.workers),
         }
         if find_spec("timm"):
             peer = timm_model(options.size) if model is full_model else tiny

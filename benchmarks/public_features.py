@@ -3,12 +3,13 @@
     python benchmarks/public_features.py OUT NAME WEIGHTS --file F --data PATH --image-size N ...
         [--images N]
 
-NAME is a model of timm, F its weights, and WEIGHTS the same model as `vitral import` wrote it. Both
-get the same pixels: vitral's evaluation crop of every image (of --images in all, in the proportion
-of the splits). The features are kept in OUT, so a run that was interrupted continues. For each
-image size a line shows top-1 of 20 nearest neighbors (cosine) and of a logistic regression on
-standardized features, whose strength is chosen on a tenth of the training images, and how far the
-two models' features are apart: the largest difference over the rms.
+NAME is a timm model, F its weights, and WEIGHTS the same model imported with `vitral import`. Both
+get the same pixels: vitral's evaluation crop of every image, or of --images in total, in proportion
+to the splits. The features are stored in OUT, so an interrupted run can be resumed. For each image
+size and model, a JSON line reports top-1 of 20 nearest neighbors (cosine similarity) and of
+logistic regression on standardized features, whose regularization is selected on a tenth of the
+training images. It also reports the largest difference between the two models' features, divided by
+their rms.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def measure(options: argparse.Namespace, image_size: int) -> None:
         place = options.out / f"{model}-{image_size}-{sum(map(len, splits))}.npz"
         found[model] = features(place, forward, splits, config)
     error = max(
-        np.abs(ours - theirs).max() / np.sqrt(np.square(theirs).mean())
-        for ours, theirs in zip(found["vitral"][::2], found["timm"][::2], strict=True)
+        np.abs(own - expected).max() / np.sqrt(np.square(expected).mean())
+        for own, expected in zip(found["vitral"][::2], found["timm"][::2], strict=True)
     )
     for model, (train, labels, val, expected) in found.items():
         row = {
@@ -105,7 +106,7 @@ def measure(options: argparse.Namespace, image_size: int) -> None:
 
 
 def evenly_spaced(records: Records, fraction: float) -> Records:
-    """Evenly spaced records of a split, whose records are sorted by class."""
+    """Evenly spaced records of a split. The records of a split are sorted by class."""
     count = round(fraction * len(records))
     chosen = np.zeros(len(records), bool)
     chosen[np.linspace(0, len(records) - 1, count).round().astype(int)] = True
@@ -116,7 +117,7 @@ def evenly_spaced(records: Records, fraction: float) -> Records:
 def features(
     place: Path, forward: Callable[[Tensor], Tensor], splits: list[Records], config: Config
 ) -> tuple[Features, Labels, Features, Labels]:
-    """Features and labels of both splits, from the file `place` if it is there."""
+    """Features and labels of both splits, from the file `place` if it exists."""
     if not place.exists():
         started, parts = time.monotonic(), []
         for records in splits:
@@ -137,7 +138,7 @@ def knn(train: Features, labels: Labels) -> KNeighborsClassifier:
 
 
 def probe(train: Features, labels: Labels) -> LogisticRegression:
-    """Logistic regression, its strength chosen on every tenth training image."""
+    """Logistic regression with regularization selected on every tenth training image."""
     held = np.arange(len(labels)) % 10 == 0
 
     def fit(strength: float, features: Features, labels: Labels) -> LogisticRegression:

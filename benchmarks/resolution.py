@@ -1,15 +1,16 @@
-"""Positions at other image sizes: trained at 128 pixels, tested from 96 to 256.
+"""Evaluates position encodings at image sizes from 96 to 256 pixels, after training at 128.
 
     python benchmarks/resolution.py OUT [--data PATH] [--sizes 96 112 128 160 192 224 256]
                                     [--seeds 0 1 2] [-- --section.key value ...]
     python benchmarks/resolution.py OUT --dry-run | --summary
 
-The recipe `imagenette128` with axial RoPE, with mixed RoPE, and with learned positions, whose table
-is interpolated. What follows `--` goes to every run. Scores are those of the last step on the
-validation images, of the averaged weights (EMA); the same share of an image's short side is cropped
-at every size. Imagenette's photographs, whose short side has 160 pixels, are enlarged for greater
-sizes. The same command goes on where it was cut off. After each run OUT/resolution.md and
-OUT/resolution.svg are written anew; a run's own scores lie in its image_sizes.csv.
+Trains the recipe `imagenette128` with axial RoPE, with mixed RoPE, and with learned positions,
+which are interpolated for other sizes. Settings after `--` apply to every run. Scores are those of
+the averaged weights (EMA) at the last step, on the validation images. At every size, the crop spans
+the same fraction of an image's short side. The short side of Imagenette's photographs has 160
+pixels, so they are enlarged for larger sizes. Repeat the command to resume an interrupted
+experiment. Each finished run updates OUT/resolution.md and OUT/resolution.svg; the scores of a run
+are in its image_sizes.csv.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ VARIANTS = (
 )
 SIZES = (96, 112, 128, 160, 192, 224, 256)
 TABLE = "image_sizes.csv"
-Curve = dict[int, dict[int, float]]  # top-1 in per cent by image size and seed
+Curve = dict[int, dict[int, float]]  # top-1 in percent by image size and seed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 1 where runs failed, 2 for a mistake, or a signal's code."""
+    """Runs the command; returns 0, 1 if a run failed, 2 for a user error, or a signal's code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="in pixels")
     options, words = experiments.parse(parser, arguments)
@@ -60,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, words: tuple[str, ...]) -> int:
-    """Does what the options say.
+    """Executes the selected action.
 
     Raises:
-        UserError: for settings that are wrong, or other than those of the runs in OUT.
+        UserError: if settings are invalid, or differ from those of the runs in OUT.
     """
     out: Path = options.out
     if options.summary:
@@ -72,10 +73,10 @@ def run(options: argparse.Namespace, words: tuple[str, ...]) -> int:
     experiment = Experiment(out, "imagenette128", words)
     for variant in VARIANTS:
         for seed in variant.seeds(out):
-            experiment.plan(variant, seed)  # refuses other settings
+            experiment.plan(variant, seed)  # rejects other settings
     runs = [experiment.plan(variant, seed) for seed in options.seeds for variant in VARIANTS]
     for size in options.sizes:
-        dataclasses.replace(runs[0].config.model, image_size=size)  # refuses broken patches
+        dataclasses.replace(runs[0].config.model, image_size=size)  # rejects partial patches
     if options.dry_run:
         for line in experiments.listed(runs):
             print(line, flush=True)
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, words: tuple[str, ...]) -> int:
 
 
 def test(run: PlannedRun, sizes: Sequence[int], data: str | None) -> None:
-    """Scores a finished run at the sizes that its table lacks, and adds them to it."""
+    """Evaluates a finished run at the sizes missing from its table, and adds the scores to it."""
     known = {row.name: row for row in scores(run.path)}
     missing = [size for size in sizes if str(size) not in known]
     if not missing:
@@ -103,12 +104,12 @@ def test(run: PlannedRun, sizes: Sequence[int], data: str | None) -> None:
 
 
 def last_weights(run: Path) -> Weights:
-    """A finished run's weights of the last step, averaged where its recipe keeps averages.
+    """Loads the last weights of a finished run: the averaged ones if its recipe keeps them.
 
-    Of a model that is not vitral's there is no weight folder: they are taken from the checkpoint.
+    Models other than vitral's have no weight directory; their weights are in the checkpoint.
 
     Raises:
-        UserError: where there are none.
+        UserError: if there are no weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = run / "weights" / "last"
@@ -120,7 +121,7 @@ def last_weights(run: Path) -> Weights:
     if found is None:
         warning = warnings[0] if warnings else "none"
         raise UserError(
-            f"{run}: expected a checkpoint, got {warning}; remove the run, and train again"
+            f"{run}: expected a checkpoint, got {warning}; remove the run and train it again"
         )
     config, state = read_run(run).config, found.state
     model = PARTS[state["parts"]].model(config.model, len(state["classes"]))
@@ -131,7 +132,7 @@ def last_weights(run: Path) -> Weights:
 
 
 def scores(run: Path) -> list[Row]:
-    """The rows of a run's table, as far as there are."""
+    """The rows of a run's table, if it exists."""
     path = run / TABLE
     if not path.exists():
         return []
@@ -144,7 +145,7 @@ def scores(run: Path) -> list[Row]:
 
 
 def curves(out: Path) -> dict[Variant, Curve]:
-    """What there is of each variant, at sizes that all its seeds were tested at."""
+    """The scores of each variant at the sizes for which all of its seeds were evaluated."""
     found: dict[Variant, Curve] = {}
     for variant in VARIANTS:
         tested = {seed: scores(variant.at(out, seed)) for seed in variant.finished(out)}
@@ -160,14 +161,14 @@ def curves(out: Path) -> dict[Variant, Curve]:
 
 
 def write_summary(out: Path) -> None:
-    """Writes OUT/resolution.md and OUT/resolution.svg from what is scored.
+    """Writes OUT/resolution.md and OUT/resolution.svg from the available scores.
 
     Raises:
-        UserError: if nothing is.
+        UserError: if there are none.
     """
     found = curves(out)
     if not found:
-        raise UserError(f"{out}: expected finished runs that were tested, got none")
+        raise UserError(f"{out}: expected finished runs that were evaluated, got none")
     sizes = sorted({size for curve in found.values() for size in curve})
     rows = [
         [
@@ -182,7 +183,7 @@ def write_summary(out: Path) -> None:
     ]
     header = ("positions", "seeds", *(f"{size} px" for size in sizes))
     introduction = (
-        "# Resolution\n\nTop-1 (%) on the validation images at other sizes than that of training. "
+        "# Image sizes\n\nTop-1 (%) on the validation images at sizes other than that of training. "
         "± is the sample\nstandard deviation over the seeds.\n\n"
     )
     experiments.write(out / "resolution.md", introduction + table(header, rows) + "\n")
@@ -190,9 +191,9 @@ def write_summary(out: Path) -> None:
 
 
 def draw(found: dict[Variant, Curve], path: Path) -> None:
-    """Top-1 over image size: a line through the means, and a dot a seed."""
+    """Draws top-1 over image size: a line through the means, and a dot for each seed."""
     figure = Figure(figsize=(7, 4))
-    # Not a constrained layout, whose last digits are not always the same.
+    # Not a constrained layout, whose last digits vary.
     axes = figure.subplots(gridspec_kw={"left": 0.09, "right": 0.98, "bottom": 0.12, "top": 0.97})
     for variant, curve in found.items():
         sizes = sorted(curve)
@@ -206,7 +207,7 @@ def draw(found: dict[Variant, Curve], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    # Text as text, and the same bytes for the same figure.
+    # Keep text as text, and write the same bytes for the same figure.
     style: dict[Any, str] = {"svg.fonttype": "none", "svg.hashsalt": "vitral"}
     with matplotlib.rc_context(style), replacing(path) as file:
         figure.savefig(file, format="svg", metadata={"Date": None})

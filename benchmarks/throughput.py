@@ -1,23 +1,23 @@
-"""vitral's training step and forward pass beside those of timm's models, on the same noise.
+"""Compares the speed of vitral's training step and forward pass with timm's models.
 
     python benchmarks/throughput.py [--sizes s b l] [--batch 256] [--mode both] [--json FILE]
     python benchmarks/throughput.py --recipe digits [--threads 1]
     python benchmarks/throughput.py --sizes s --profile vitral
     python benchmarks/throughput.py --sizes l/16 h/14 --largest-batch
 
-All models stand in one process and take turns, each round beginning with another. The step is the
-same for all and the one that `vitral train` takes: both passes, soft-target cross-entropy,
-gradients clipped to norm 1, fused AdamW, gradients cleared; bf16 autocast and compiled on a GPU,
-float32 and not compiled on a CPU. Who the models are: src/vitral/bench/peers.py.
-`--recipe` takes architecture, options and batch of a recipe, for timm's models as well; the
-optimiser is AdamW for all.
+All models are in one process and are measured in alternation on the same random images; each round
+starts with a different model. They share the step of `vitral train`: forward and backward pass,
+soft-target cross-entropy, gradients clipped to norm 1, fused AdamW, and clearing the gradients. On
+a GPU it uses bf16 autocast and is compiled; on a CPU it uses float32 and is not compiled. The
+models are defined in src/vitral/bench/peers.py. `--recipe` uses the architecture, options and batch
+size of a recipe, also for timm's models; the optimizer is AdamW for all.
 
-A GPU is timed by CUDA events, a CPU by the clock and by processor time; ratios on a CPU are of
-processor time. Where several threads share their cores with other work, OMP_WAIT_POLICY=PASSIVE
-keeps them from spending theirs on waiting for each other. FLOPs are those of the matrix products of
-the model's own passes, counted by torch on each model alike; the rate of large matrix products is
-measured in the same run. Memory is the most that a model's own training needs, without the others'
-weights.
+GPUs are timed with CUDA events, CPUs with wall-clock and processor time; ratios on a CPU are of
+processor time. If several threads share their cores with other processes, set
+OMP_WAIT_POLICY=PASSIVE, so that they do not waste processor time waiting for each other. FLOPs are
+those of the matrix products of forward and backward pass, counted by torch in the same way for
+every model. The rate of large matrix products is measured in the same run. Memory is the peak of a
+model's own training, without the weights of the other models.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Document = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 for a user's mistake."""
+    """Runs the command; returns 0, or 2 for a user error."""
     options = parse(arguments)
     try:
         run(options)
@@ -65,28 +65,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--sizes", nargs="+", default=["s"], help="presets, with a patch or 16: s l/16 h/14")
-    add("--recipe", help="a recipe's model instead")
-    add("--batch", type=int, nargs="+", help="256, on a CPU 8; of a recipe, its own")
+    add(
+        "--sizes",
+        nargs="+",
+        default=["s"],
+        help="presets with patch size (default 16): s l/16 h/14",
+    )
+    add("--recipe", help="use the model of a recipe instead")
+    add("--batch", type=int, nargs="+", help="default: 256, on a CPU 8; or that of the recipe")
     add("--image-size", type=int, default=224)
     add("--mode", choices=["train", "infer", "both"], default="train")
-    add("--peers", nargs="*", default=list(PEERS), help=f"of {', '.join(PEERS)}")
+    add("--peers", nargs="*", default=list(PEERS), help=f"default: {', '.join(PEERS)}")
     add("--compile", choices=["auto", "always", "never"], default="auto")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--threads", type=int)
     add("--rounds", type=int, default=rounds.ROUNDS)
-    add("--seconds", type=float, default=rounds.SECONDS, help="of each model in each round")
-    add("--profile", metavar="MODEL", help="instead: what takes the time of this one's step")
-    add("--largest-batch", action="store_true", help="instead: the largest batch that a GPU holds")
-    add("--json", type=Path, help="file to write all to")
+    add("--seconds", type=float, default=rounds.SECONDS, help="time per model and round")
+    add("--profile", metavar="MODEL", help="instead, profile the step of this model")
+    add("--largest-batch", action="store_true", help="instead, find the largest batch that fits")
+    add("--json", type=Path, help="file for all results")
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures case after case, and keeps what is measured so far.
+    """Measures all cases, and writes the results after each.
 
     Raises:
-        UserError: for what cannot be measured.
+        UserError: if a case cannot be measured.
     """
     if options.rounds < 1 or options.seconds <= 0:
         raise UserError("rounds, seconds: expected numbers above 0")
@@ -111,7 +116,7 @@ def configs(options: argparse.Namespace) -> Iterator[Config]:
     gpu = options.device != "cpu" and torch.cuda.is_available()
     for name in [options.recipe] if options.recipe else options.sizes:
         if options.recipe:
-            config = settings.load(name, ["--optim.name", "adamw"])  # as the sizes have
+            config = settings.load(name, ["--optim.name", "adamw"])  # as for --sizes
         else:
             config = of_size(name, options.image_size)
         own = config.train.batch_size if options.recipe else 256 if gpu else 8
@@ -128,10 +133,13 @@ def configs(options: argparse.Namespace) -> Iterator[Config]:
 
 
 def of_size(name: str, image_size: int) -> Config:
-    """A preset with its patch, as "h/14"."""
+    """The settings of a preset with a patch size, such as "h/14"."""
     size, _, patch = name.partition("/")
     if size not in PRESETS or not (patch or "16").isdecimal():
-        raise UserError(f"sizes: expected {', '.join(PRESETS)}, alone or as s/16, got {name}")
+        raise UserError(
+            f"sizes: expected {', '.join(PRESETS)}, optionally with a patch size as in s/16, "
+            f"got {name}"
+        )
     model = ViTConfig(size=cast(Any, size), patch_size=int(patch or 16), image_size=image_size)
     return Config(model=model, data=DataConfig(path="imagenet"), train=TrainConfig())
 
@@ -139,7 +147,7 @@ def of_size(name: str, image_size: int) -> Config:
 def measure(
     config: Config, options: argparse.Namespace, builders: dict[str, Builder]
 ) -> Iterator[tuple[Document, str]]:
-    """What is asked for about one model: for the file, and as text."""
+    """Yields the requested results of one case, for the file and as text."""
     modes: list[Mode] = ["train", "infer"] if options.mode == "both" else [options.mode]
     classes = num_classes(config)
     if options.largest_batch:
@@ -158,20 +166,20 @@ def measure(
 def memory(
     config: Config, builders: dict[str, Builder], classes: int
 ) -> Iterator[tuple[Document, str]]:
-    """The largest batch of each model, with and without activation checkpointing."""
+    """Yields the largest batch of each model, without and with activation checkpointing."""
     for name, build in builders.items():
-        for again in (False, True):
-            model = dataclasses.replace(config.model, activation_checkpointing=again)
+        for recompute in (False, True):
+            model = dataclasses.replace(config.model, activation_checkpointing=recompute)
             batch = largest_batch(dataclasses.replace(config, model=model), build, classes)
-            how = "with" if again else "without"
+            how = "with" if recompute else "without"
             shape = f"{model.size}/{model.patch_size} at {model.image_size} pixels"
             text = f"{name:14} {shape}: {batch:,} images {how} activation checkpointing"
-            found = {"name": name, "activation_checkpointing": again, "largest_batch": batch}
+            found = {"name": name, "activation_checkpointing": recompute, "largest_batch": batch}
             yield {**found, "shape": shape}, text
 
 
 def environment() -> Document:
-    """When, by what command, and on what."""
+    """Date, command, hardware and software versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     here = Path(__file__).parent
     return {
@@ -191,7 +199,7 @@ def environment() -> Document:
 
 
 def output(*command: str) -> str | None:
-    """The first line that a command prints, if it can be run."""
+    """The first line that a command prints, or None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -200,7 +208,7 @@ def output(*command: str) -> str | None:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The name of the processor."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
@@ -208,7 +216,7 @@ def processor() -> str:
 
 
 def installed(name: str) -> str | None:
-    """The version of a package, if it is there."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

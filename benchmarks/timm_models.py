@@ -1,12 +1,12 @@
-"""timm's Vision Transformers as timm has them, in the shape of a recipe, and how timm trains them.
+"""timm's Vision Transformers in the shape of a recipe, with timm's parts and optimizer settings.
 
-Where src/vitral/bench/peers.py gives timm's models vitral's options, so that equal work is timed,
-these keep timm's own: LayerNorm, biases, learned positions, a class token and timm's
-initialisation; no registers, QK-norm or grouped queries, and LayerScale for the rotary model alone,
-which timm starts at 1e-5. From the recipe come width, depth, heads, patch, image size, the width of
-the feed-forward network, dropout, stochastic depth (by timm, a coin an image), and what the head
-reads: the class token, as timm has it, or the mean, an option of timm's without which a recipe that
-pools so would favour vitral.
+src/vitral/bench/peers.py gives timm's models the options of vitral, so that speed is compared at
+equal work. The models here keep timm's options: LayerNorm, biases, learned positions, a class token
+and timm's initialization; no registers, QK-norm or grouped queries; and LayerScale, initialized to
+1e-5, only in the rotary model. The recipe sets the width, depth, heads, patch size, image size,
+width of the feed-forward network, dropout, stochastic depth (per image, as in timm), and pooling:
+the class token, which is timm's default, or the mean, so that a recipe with mean pooling does not
+favor vitral.
 
 `pretrained` is another control: a public model as timm loads it, to fine-tune next to its import.
 """
@@ -32,10 +32,10 @@ NAMES = {"timm": "vit_small_patch16_224", "timm-rope": "vit_small_patch16_rope_2
 
 
 def build(name: str, config: ViTConfig, num_classes: int) -> nn.Module:
-    """The model that timm knows as `name`, in the shape of `config`.
+    """Builds the timm model `name` in the shape of `config`.
 
     Raises:
-        UserError: without timm.
+        UserError: if timm is not installed.
     """
     if not has_timm():
         raise UserError("timm: expected it installed, got none; pip install timm")
@@ -47,10 +47,10 @@ def build(name: str, config: ViTConfig, num_classes: int) -> nn.Module:
 
 
 def pretrained(source: str) -> Parts:
-    """timm's model `timm:NAME` with its own pretrained weights and a new head of zeros.
+    """Parts of timm's model `timm:NAME` with its own pretrained weights and a new head of zeros.
 
-    `train.init` names the directory that they are imported to. The file DIR.safetensors next to it,
-    if there is one, is loaded instead of downloading the weights.
+    `train.init` is the directory of their import. If there is a file DIR.safetensors next to it,
+    the weights are read from this file instead of being downloaded.
     """
     name = source.removeprefix(public.PREFIX)
 
@@ -74,7 +74,7 @@ def pretrained(source: str) -> Parts:
 
 
 def _load_timm(model: Any, path: str) -> list[str]:
-    """Loads what `path` was imported from, without a head of other classes, as vitral does."""
+    """Loads the source of the import at `path`, without the head if the classes differ."""
     directory, description = weights.read_description(path)
     file = directory.parent / f"{directory.name}.safetensors"
     state = public.create(
@@ -90,13 +90,13 @@ def _load_timm(model: Any, path: str) -> list[str]:
 
 
 class TimmGroups(Optimizer):
-    """vitral's optimizer with timm's choice of what decays, and vitral's layer decay.
+    """vitral's optimizer with timm's choice of decayed parameters, and vitral's layer decay.
 
-    Every weight of two or more dimensions decays, the convolution that embeds the patches among
-    them; biases, norms, LayerScale, positions and tokens do not.
+    All weights with two or more dimensions decay, including the convolution that embeds the
+    patches. Biases, norms, LayerScale, positions and tokens do not.
 
     Raises:
-        UserError: for layer decay of a model whose last norm is not called `norm`.
+        UserError: if layer decay is requested for a model whose last norm is not named `norm`.
     """
 
     def __init__(self, model: Any, config: OptimConfig) -> None:
@@ -104,8 +104,8 @@ class TimmGroups(Optimizer):
 
         if config.layer_decay != 1 and isinstance(model.norm, nn.Identity):
             raise UserError(
-                f"optim.layer_decay: expected 1 for timm's models that norm the mean of the "
-                f"patches, got {config.layer_decay:g}; leave it out"
+                f"optim.layer_decay: expected 1 for timm models that normalize the mean of the "
+                f"patches, got {config.layer_decay:g}; remove it"
             )
         super().__init__(model, config)
         by_factor: dict[float, set[nn.Parameter]] = {}
@@ -121,13 +121,14 @@ class TimmGroups(Optimizer):
 
 
 def own_settings(optim: OptimConfig, batch_size: int) -> OptimConfig:
-    """The optimiser that timm's ViT was made known with, under the schedule of `optim`.
+    """DeiT's optimizer settings for timm's ViT, with the schedule of `optim`.
 
-    Touvron et al. 2020, "Training data-efficient image transformers" (DeiT), trained timm's ViT
-    with timm's AdamW and scheduler: rate 5e-4 * batch / 512, betas 0.9 and 0.999, decay 0.05, no
-    clipping, in batches of 1,024. From its rate there, 1e-3, that of other batches follows by the
-    square root, the rule of timm's train.py for Adam: smaller batches get more than by DeiT's
-    line, which would leave them far from the end of a short training, and larger ones less.
+    Touvron et al. 2020, "Training data-efficient image transformers" (DeiT), train timm's ViT with
+    timm's AdamW and scheduler: learning rate 5e-4 * batch / 512, betas 0.9 and 0.999, weight decay
+    0.05, no clipping, in batches of 1,024. Their learning rate at that batch size, 1e-3, is scaled
+    to other batch sizes by the square root, which is the rule of timm's train.py for Adam. Compared
+    with DeiT's linear rule, smaller batches get a higher rate, without which a short training would
+    not converge, and larger batches a lower one.
     """
     return dataclasses.replace(
         optim,

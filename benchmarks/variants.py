@@ -1,20 +1,20 @@
-"""Models that vitral does not ship, to compare its own with in its own loop.
+"""Trains models that are not part of vitral in vitral's training loop, for comparison.
 
     python benchmarks/variants.py VARIANT RECIPE [--section.key value ...]
 
-trains one as `vitral train RECIPE` trains vitral's own: the same order, augmentation, schedule and
-log, and the same command goes on with a run that was cut off. VARIANT is one of
+Works like `vitral train RECIPE`, with the same order, augmentation, schedule and log. Repeat the
+command to resume an interrupted run. VARIANT is one of
 
     learned-positions   a learned table of positions instead of RoPE (Dosovitskiy et al. 2020)
-    no-positions        none at all
+    no-positions        no position encoding
     layer-norm          LayerNorm instead of RMSNorm
     timm, timm-rope     timm's Vision Transformers instead of vitral's (timm_models.py)
-    folded              LayerScale of `train.init` multiplied into the weights before it
+    folded              LayerScale of `train.init` multiplied into the preceding weights
     lora                low-rank updates of the linear layers of `train.init`, and the head
-    timm:NAME           timm's model of that name, of which `train.init` is the import
+    timm:NAME           timm's model of that name; `train.init` is its import
 
-All models but timm's cost as many FLOPs as vitral's and start from the same weights at the same
-seed.
+Except for timm's, the models need as many FLOPs as vitral's, and start from the same weights for
+the same seed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vitral.weights import public
 
 
 class IdentityRoPE(RoPE2D):
-    """Rotary positions that turn nothing, at the cost of those that do."""
+    """Rotary positions with all angles zero, at the cost of real ones."""
 
     def axial(self, device: torch.device | None) -> Tensor:
         """Frequencies (1, 2, 1, S/2), all zero."""
@@ -47,7 +47,7 @@ class IdentityRoPE(RoPE2D):
 
 
 class WithoutPositions(ViT):
-    """A ViT that does not know where a patch lies."""
+    """A ViT without position encoding."""
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
@@ -55,10 +55,10 @@ class WithoutPositions(ViT):
 
 
 class PositionedPatches(PatchEmbedding):
-    """Patch tokens to which a learned table of positions is added.
+    """A patch embedding that adds a learned table of positions to the tokens.
 
-    For another grid than that of `grid_size` by `grid_size` patches the table is interpolated,
-    bicubic and antialiased, as timm does (Touvron et al. 2020 without the antialiasing).
+    For grids other than `grid_size` by `grid_size` patches, the table is resampled with antialiased
+    bicubic interpolation, as in timm (Touvron et al. 2020 use no antialiasing).
     """
 
     def __init__(self, projection: nn.Linear, patch_size: int, grid_size: int) -> None:
@@ -85,7 +85,7 @@ class PositionedPatches(PatchEmbedding):
 class LearnedPositions(WithoutPositions):
     """A ViT with learned absolute positions (Dosovitskiy et al. 2020) instead of RoPE.
 
-    CLS and registers are learned themselves, and need no position beside.
+    CLS and register tokens have no positions, because they are learned vectors themselves.
     """
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:
@@ -98,7 +98,7 @@ class LearnedPositions(WithoutPositions):
 class WithLayerNorm(ViT):
     """A ViT with LayerNorm (Ba et al. 2016) before attention, feed-forward network and head.
 
-    LayerNorm without a bias is RMSNorm of centred tokens. QK-norm, where there is one, stays.
+    LayerNorm without a bias is RMSNorm of centered tokens. QK-norm, if enabled, is unchanged.
     """
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:
@@ -111,7 +111,7 @@ class WithLayerNorm(ViT):
 
 
 def _center(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Takes the mean over the channels out of the tokens, which come first."""
+    """Subtracts the mean over the channels from the tokens, the first input."""
     x, *others = inputs
     return (x - x.mean(-1, keepdim=True), *others)
 
@@ -122,7 +122,7 @@ def without_layer_scale(config: ViTConfig, num_classes: int) -> ViT:
 
 
 def fold(model: ViT, path: str) -> list[str]:
-    """`weights.initialize`, with LayerScale multiplied into the weights and biases before it."""
+    """`weights.initialize`, with LayerScale multiplied into the preceding weights and biases."""
     scaled = ViT(dataclasses.replace(model.config, layer_scale=1.0), model.num_classes)
     new = weights.initialize(scaled, path)
     state = scaled.state_dict()
@@ -137,7 +137,7 @@ def fold(model: ViT, path: str) -> list[str]:
 
 
 class LowRankLinear(Linear):
-    """A frozen linear layer and a trained update of low rank (Hu et al. 2021): W x + B A x."""
+    """A frozen linear layer with a trained low-rank update (Hu et al. 2021): W x + B A x."""
 
     RANK = 8
 
@@ -153,7 +153,7 @@ class LowRankLinear(Linear):
 
 
 def with_lora(config: ViTConfig, num_classes: int) -> ViT:
-    """vitral's ViT whose blocks have a low-rank update in each linear layer."""
+    """vitral's ViT with a low-rank update in each linear layer of the blocks."""
     model = ViT(config, num_classes)
     for block in model.blocks:
         for parent in (block.attention, block.ffn):
@@ -164,7 +164,7 @@ def with_lora(config: ViTConfig, num_classes: int) -> ViT:
 
 
 def freeze_all_but_lora(model: ViT, path: str) -> list[str]:
-    """`weights.initialize`, then only the updates and the head are trained."""
+    """`weights.initialize`, and freezes everything except the updates and the head."""
     plain = ViT(model.config, model.num_classes)
     new = weights.initialize(plain, path)
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
@@ -189,34 +189,34 @@ PARTS = {
 
 
 def find(name: str) -> Parts:
-    """The parts of that name; without a name, vitral's own. Raises KeyError if there are none."""
+    """The parts with that name, or vitral's own for an empty name. Raises KeyError if unknown."""
     if name.startswith(public.PREFIX):
         return timm_models.pretrained(name)
     return PARTS[name] if name else Parts()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, 2 for a user's mistake, or a signal's exit code."""
+    """Runs the command; returns 0, 2 for a user error, or a signal's exit code."""
     return exit_code("variants", lambda: run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(words: Sequence[str]) -> int:
-    """Trains what the words say.
+    """Trains the variant and recipe that the arguments name.
 
     Raises:
-        UserError: for a mistake in them.
+        UserError: if the arguments are invalid.
     """
     name, recipe = (*words, "", "")[:2]
     known = name in PARTS or name.startswith(public.PREFIX)
     if not known or not recipe or recipe.startswith("-"):
         names, got = ", ".join([*PARTS, f"{public.PREFIX}NAME"]), " ".join(words[:2]) or "nothing"
-        raise UserError(f"expected {names}, and then a recipe, got {got}")
+        raise UserError(f"expected {names}, followed by a recipe, got {got}")
     train(recipe, *words[2:], parts=find(name))
     return 0
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
-    """Runs a command; returns what it does, 2 for a user's mistake, or the code of a signal."""
+    """Runs a command; returns its exit code, 2 for a user error, or the code of a signal."""
     try:
         return run()
     except UserError as error:
@@ -225,7 +225,7 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"{program}: {error}; make room and repeat the command", file=sys.stderr)
+        print(f"{program}: {error}; free up space and repeat the command", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
         return interrupted.exit_code

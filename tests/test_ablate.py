@@ -1,4 +1,4 @@
-"""benchmarks/ablate.py: runs that were trained, cut off and gone on with; figures by hand."""
+"""Tests of benchmarks/ablate.py: training, interruption and resumption, and summaries."""
 
 import contextlib
 import dataclasses
@@ -34,20 +34,20 @@ def ablate(in_process):
 
 
 @pytest.fixture(scope="module")
-def whole(ablate, tmp_path_factory):
+def finished(ablate, tmp_path_factory):
     """A study of two runs, trained without interruption."""
-    out = tmp_path_factory.mktemp("whole")
+    out = tmp_path_factory.mktemp("finished")
     assert ablate.main([str(out), *NORM, "--", *TINY.split()]) == 0
     return out
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "out"))
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
-def again(run, seed):
-    """A copy of a run of seed 0, as if of another seed: other images are held out there."""
+def copy_as_seed(run, seed):
+    """Copies a run of seed 0 as if it had another seed and thus other held-out images."""
     other = Path(shutil.copytree(run, run.with_name(run.name.replace("seed0", f"seed{seed}"))))
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("seed: 0", f"seed: {seed}"))
@@ -65,42 +65,42 @@ def last(run):
 
 
 def cells(out, study):
-    """The rows of a study's table."""
+    """The rows of the table of a study."""
     section = (out / "ablation.md").read_text().split(f"## {study}\n")[1].split("##")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_runs_are_those_of_the_recipe_on_held_out_images(whole):
+def test_runs_have_the_settings_of_the_recipe_and_held_out_images(finished):
     expected = settings.load("digits", TINY.split())
     for name in ("recipe-seed0", "layer-norm-seed0"):
-        config = settings.load(str(whole / "runs" / name / "config.yaml"))
+        config = settings.load(str(finished / "runs" / name / "config.yaml"))
         assert config.data.hold_out
         assert config.train.eval_every == 5
         assert (config.model, config.augment, config.optim) == (
             expected.model, expected.augment, expected.optim,
         )  # fmt: skip
-        lines = (whole / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        lines = (finished / "runs" / name / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert [row["step"] for row in rows if "val_top1" in row] == [STEPS]
-    environment = json.loads((whole / "runs" / "layer-norm-seed0" / "env.json").read_text())
+    environment = json.loads((finished / "runs" / "layer-norm-seed0" / "env.json").read_text())
     assert environment["parts"] == "layer-norm"
 
 
-def test_the_table_says_what_the_log_says(whole):
-    base, other = (last(whole / "runs" / f"{n}-seed0") for n in ("recipe", "layer-norm"))
+def test_the_table_matches_the_log(finished):
+    base, other = (last(finished / "runs" / f"{n}-seed0") for n in ("recipe", "layer-norm"))
     config = settings.load("digits", TINY.split()).model
     flops = f"{count_flops(config, 10) / 1e6:.2f}"
     expected = [flops, "0", f"{STEPS * 64:,}"]
     top1 = [[f"**{100 * r['ema_top1']:.2f}**", f"{100 * r['val_top1']:.2f}"] for r in (base, other)]
-    first, second = cells(whole, "norm")
+    first, second = cells(finished, "norm")
     assert first[0] == "the recipe"
     assert first[2:8] == [*expected, *top1[0], ""]
     difference = 100 * (other["ema_top1"] - base["ema_top1"])
     assert second[2:8] == [*expected, *top1[1], f"{difference:+.2f}"]
 
 
-def test_figures_of_several_seeds_by_hand(ablate, copied):
+def test_statistics_over_seeds_match_values_by_hand(ablate, copied):
     """Top-1 of 50, 60, 70 and 52, 61, 73: deviations 10 and 10.54, differences 2, 1, 3."""
     tops = {"recipe": (0.5, 0.6, 0.7), "layer-norm": (0.52, 0.61, 0.73)}
     for name, values in tops.items():
@@ -108,13 +108,13 @@ def test_figures_of_several_seeds_by_hand(ablate, copied):
         for seed, top1 in enumerate(values):
             run = first.with_name(f"{name}-seed{seed}")
             if seed:
-                again(first, seed)
+                copy_as_seed(first, seed)
             row = {**last(run), "ema_top1": top1}
             (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    # A seed that only one of the two has counts in no difference; one not finished counts nowhere.
-    again(first, 7)
-    lonely = again(first, 8)
-    (lonely / "metrics.jsonl").write_text(json.dumps({**last(first), "epoch": 1.0}) + "\n")
+    # Differences ignore a seed that only one of the two has. Unfinished runs are ignored.
+    copy_as_seed(first, 7)
+    unfinished = copy_as_seed(first, 8)
+    (unfinished / "metrics.jsonl").write_text(json.dumps({**last(first), "epoch": 1.0}) + "\n")
     assert ablate.main([str(copied), "--summary"]) == 0
     base, other = cells(copied, "norm")
     assert base[3] == "0, 1, 2"
@@ -129,8 +129,8 @@ def test_figures_of_several_seeds_by_hand(ablate, copied):
     assert "norm" in text
 
 
-def test_an_interrupted_study_continues(ablate, benchmarks, whole, tmp_path, capfd):
-    """A Ctrl-C at the program ends it in good order with 130; the same command goes on."""
+def test_an_interrupted_study_resumes(ablate, benchmarks, finished, tmp_path, capfd):
+    """Ctrl-C ends the program cleanly with exit code 130; repeating the command resumes."""
     out = tmp_path / "out"
     words = [sys.executable, str(benchmarks / "ablate.py"), str(out), *NORM, "--", *TINY.split()]
     program = subprocess.Popen(
@@ -139,7 +139,7 @@ def test_an_interrupted_study_continues(ablate, benchmarks, whole, tmp_path, cap
     )  # fmt: skip
     while not list(out.glob("runs/recipe-seed0/checkpoints/step_*")):
         with contextlib.suppress(subprocess.TimeoutExpired):
-            pytest.fail(f"it ended with {program.wait(0.05)}: {program.stdout.read()}")
+            pytest.fail(f"exit code {program.wait(0.05)}: {program.stdout.read()}")
     program.send_signal(signal.SIGINT)
     output, _ = program.communicate(timeout=60)
     assert program.returncode == 130, output
@@ -150,9 +150,11 @@ def test_an_interrupted_study_continues(ablate, benchmarks, whole, tmp_path, cap
     assert ablate.main(words[2:]) == 0
     assert f"resumes from step {step}" in capfd.readouterr().out
     minutes = r" [0-9.]+ \|\n"  # the last cell
-    ours, theirs = (re.sub(minutes, "\n", (o / "ablation.md").read_text()) for o in (out, whole))
-    assert ours == theirs
-    assert (out / "ablation.svg").read_bytes() == (whole / "ablation.svg").read_bytes()
+    resumed, expected = (
+        re.sub(minutes, "\n", (o / "ablation.md").read_text()) for o in (out, finished)
+    )
+    assert resumed == expected
+    assert (out / "ablation.svg").read_bytes() == (finished / "ablation.svg").read_bytes()
 
 
 def test_finished_runs_are_not_repeated(ablate, copied):
@@ -164,18 +166,18 @@ def test_finished_runs_are_not_repeated(ablate, copied):
     assert len(cells(copied, "norm")) == 2
 
 
-@pytest.mark.parametrize("there", [0, 3])
-def test_other_settings_are_rejected(ablate, copied, there, capsys):
-    """Those of runs of other seeds as well: they stand in the same row."""
-    run = (copied / "runs" / "recipe-seed0").rename(copied / "runs" / f"recipe-seed{there}")
+@pytest.mark.parametrize("seed", [0, 3])
+def test_other_settings_are_rejected(ablate, copied, seed, capsys):
+    """Also if only a run of another seed has other settings, as it is part of the same row."""
+    run = (copied / "runs" / "recipe-seed0").rename(copied / "runs" / f"recipe-seed{seed}")
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("seed: 0", f"seed: {there}"))
+    (run / "config.yaml").write_text(config.replace("seed: 0", f"seed: {seed}"))
     shutil.rmtree(copied / "runs" / "layer-norm-seed0")
     assert ablate.main([str(copied), *NORM, "--", *TINY.split(), "--optim.lr", "0.5"]) == 2
     output = capsys.readouterr().err
     assert "optim.lr" in output
     assert (
-        f"recipe-seed{there} has 0.003, not 0.5; give what it began with, or another OUT" in output
+        f"recipe-seed{seed} has 0.003, not 0.5; use the original settings, or another OUT" in output
     )
     assert output.count("\n") == 1
     assert not (copied / "runs" / "layer-norm-seed0").exists()
@@ -187,12 +189,12 @@ def test_a_failing_run_does_not_stop_the_others(ablate, copied, capfd):
     assert ablate.main(words) == 1
     out, err = capfd.readouterr()
     assert re.search(r"\[3/4\] .*mean-pooling-seed0\n\[4/4\] .*layer-norm-seed0\n", out)
-    assert "failed: mean-pooling-seed0; the same command tries again" in err
+    assert "failed: mean-pooling-seed0; repeat the command to retry" in err
     assert "Traceback" not in err
 
 
-def test_heads_cost_the_same(ablate, tmp_path, capsys):
-    """By hand: what K heads' keys and values spare, D channels of 2 (Q - K) S, the network has."""
+def test_variants_of_kv_heads_have_equal_flops(ablate, tmp_path, capsys):
+    """By hand: K instead of Q heads save 2 (Q - K) S outputs of D inputs, which the FFN gets."""
     words = [str(tmp_path), "--only", "kv-heads", "--seeds", "3", "1", "--recipe", "digits"]
     assert ablate.main([*words, "--dry-run", "--", *TINY.split()]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -201,7 +203,7 @@ def test_heads_cost_the_same(ablate, tmp_path, capsys):
     config = settings.load("digits", [*TINY.split(), "--model.num-kv-heads", "6"]).model
     expected = count_flops(config, 10)
     assert {line.split("parameters")[1].split()[0] for line in lines} == {f"{expected / 1e6:.2f}"}
-    assert all(f"{STEPS} steps" in line and line.endswith("to do") for line in lines)
+    assert all(f"{STEPS} steps" in line and line.endswith("not started") for line in lines)
     assert not list(tmp_path.iterdir())
     experiment = ablate.Experiment(tmp_path, "digits", tuple(TINY.split()))
     for run in ablate.plan(experiment, ["kv-heads"], [0]):
@@ -212,25 +214,25 @@ def test_heads_cost_the_same(ablate, tmp_path, capsys):
 
 
 def test_unequal_flops_are_rejected(ablate, tmp_path, capsys):
-    """Of few channels, the network's width is rounded too far."""
+    """With few channels, rounding changes the width of the feed-forward network too much."""
     words = [str(tmp_path), "--only", "kv-heads", "--recipe", "digits", "--"]
     with pytest.raises(UserError, match="equal FLOPs"):
-        ablate.check_equal_cost("kv-heads", unlike(ablate, tmp_path))
+        ablate.check_equal_cost("kv-heads", unequal_runs(ablate, tmp_path))
     assert ablate.main([*words, "--model.dim", "64"]) == 2  # six heads of 64 channels
     assert "dim: expected num_heads 6 times" in capsys.readouterr().err
 
 
-def unlike(ablate, out):
+def unequal_runs(ablate, out):
     experiment = ablate.Experiment(out, "digits", tuple(TINY.split()))
     wide = ablate.Variant("wide", "wide", "--model.mlp-ratio 5")
     return [experiment.plan(variant, 0) for variant in (ablate.RECIPE, wide)]
 
 
-def test_variants_without_an_effect_are_omitted(ablate, tmp_path, capsys):
+def test_variants_without_an_effect_are_skipped(ablate, tmp_path, capsys):
     words = [str(tmp_path), "--dry-run", "--seeds", "0", "--recipe", "digits"]
     assert ablate.main([*words, "--only", "augmentation", "--", *TINY.split()]) == 0
     out = capsys.readouterr().out
-    assert "without erasing: digits is so already; left out" in out
+    assert "without erasing: no change to digits; skipped" in out
     assert re.findall(r"^\S+-seed0", out, re.MULTILINE) == ["recipe-seed0", "no-mixing-seed0"]
     plain = [*TINY.split(), "--augment.mixup", "0"]
     assert ablate.main([*words, "--only", "augmentation", "--", *plain]) == 2
@@ -238,28 +240,30 @@ def test_variants_without_an_effect_are_omitted(ablate, tmp_path, capsys):
 
 
 def test_every_variant_of_the_recipe_can_be_planned(ablate, tmp_path):
-    """Each changes something of it, and goes by a name of its own."""
+    """Each has a different name and different settings."""
     experiment = ablate.Experiment(tmp_path, "cifar10", ("--data.path", "synthetic"))
     runs = ablate.plan(experiment, list(ablate.STUDIES), [0])
     assert len({run.path for run in runs}) == len(runs) == 21
     flat = {
-        (repr(dataclasses.replace(run.config, train=train_of(run))), run.variant.parts)
+        (repr(dataclasses.replace(run.config, train=without_out(run))), run.variant.parts)
         for run in runs
     }
     assert len(flat) == 21
 
 
-def train_of(run):
+def without_out(run):
     return dataclasses.replace(run.config.train, out=None)
 
 
-def test_growing_images_cost_less(ablate, whole, tmp_path, monkeypatch):
-    """By hand: a fifth of the steps at 4 px, the rest at 8. Table and ledger have the mean."""
+def test_flops_of_growing_images_are_the_mean_over_the_steps(
+    ablate, finished, tmp_path, monkeypatch
+):
+    """By hand: a fifth of the steps at 4 px, the rest at 8, in the table and the ledger."""
     sizes = "--train.progressive 4 0.2 8 0.8"
     growing = ablate.Variant("growing", "from 4 to 8 px", sizes)
     monkeypatch.setitem(ablate.STUDIES, "growing", (ablate.RECIPE, growing))
     monkeypatch.setattr(ablate, "VARIANTS", (ablate.RECIPE, growing))
-    out = shutil.copytree(whole, tmp_path / "out")
+    out = shutil.copytree(finished, tmp_path / "out")
     words = [str(out), "--only", "growing", "--recipe", "digits", "--seeds", "0"]
     assert ablate.main([*words, "--", *TINY.split()]) == 0
     config = settings.load("digits", TINY.split()).model
@@ -273,7 +277,7 @@ def test_growing_images_cost_less(ablate, whole, tmp_path, monkeypatch):
 
 def test_rows_for_the_ledger(ablate, copied, tmp_path):
     for name in ("recipe", "layer-norm"):
-        again(copied / "runs" / f"{name}-seed0", 1)
+        copy_as_seed(copied / "runs" / f"{name}-seed0", 1)
     root = tmp_path / "checkout"
     words = [str(copied), "--only", "norm", "--ledger", "--data-name", "pens", "--commit", "abc"]
     assert ablate.main(words, root) == 0
@@ -293,6 +297,6 @@ def test_rows_for_the_ledger(ablate, copied, tmp_path):
     assert own.endswith("--train.seed N")
 
 
-def test_nothing_to_summarize_is_an_error(ablate, tmp_path, capsys):
+def test_a_summary_without_runs_is_an_error(ablate, tmp_path, capsys):
     assert ablate.main([str(tmp_path), "--summary"]) == 2
     assert "expected finished runs" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""benchmarks/blocks.py: the blockings of the Triton kernels, here in the interpreter."""
+"""Tests of benchmarks/blocks.py: block sizes of the Triton kernels, in the interpreter."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 
-def test_every_blocking_computes_the_same(interpreter, benchmarks, tmp_path):
+def test_every_block_size_computes_the_same(interpreter, benchmarks, tmp_path):
     out = tmp_path / "blocks.json"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = [sys.executable, str(benchmarks / "blocks.py"), str(out)]
@@ -24,12 +24,12 @@ def test_every_blocking_computes_the_same(interpreter, benchmarks, tmp_path):
         assert row["shape"] == "tiny"
         assert "failed" not in row
         for direction in ("forward", "backward"):
-            assert 0 < row[f"{direction} off"] < 0.005  # float16 is rounded by both
+            assert 0 < row[f"{direction} off"] < 0.005  # both round to float16
             rate = 2 * 130 * 64 * 256 / row[f"{direction} ms"] / 1e9
             assert row[f"{direction} TFLOP/s"] == pytest.approx(rate)
 
 
-def test_without_a_gpu_there_is_nothing_to_time(benchmarks, tmp_path, monkeypatch, capsys):
+def test_a_missing_gpu_is_an_error(benchmarks, tmp_path, monkeypatch, capsys):
     import blocks
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

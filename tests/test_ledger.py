@@ -1,4 +1,4 @@
-"""benchmarks/ledger.py: rows by hand, of runs that were trained; what it refuses; its pages."""
+"""Tests of benchmarks/ledger.py: rows of trained runs, rejected runs, and generated pages."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def ledger(benchmarks):
 
 @pytest.fixture(scope="module")
 def ledger_rows(benchmarks):
-    """The module that makes, reads and writes rows."""
+    """The module that computes, reads and writes rows."""
     import ledger_rows
 
     return ledger_rows
@@ -51,13 +51,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def runs(trained, tmp_path):
-    """Copies of the runs, to spoil."""
+    """Copies of the runs, for tests that change them."""
     return [Path(shutil.copytree(run, tmp_path / "runs" / run.name)) for run in trained]
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Pages without rows."""
+    """A checkout whose pages have no rows."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "results.md").write_text(PAGE)
     (tmp_path / "README.md").write_text("<!-- ledger -->\n<!-- end -->\n")
@@ -72,20 +72,20 @@ def rewrite(run, rows):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def spoil(file, was, now):
+def replace_in(file, old, new):
     text = file.read_text()
-    assert was in text
-    file.write_text(text.replace(was, now))
+    assert old in text
+    file.write_text(text.replace(old, new))
 
 
 def forward(N):
-    """Two operations a multiply-add: patches; qkv of 4 + 2 * 2 heads of 4, attention, FFN; head."""
+    """FLOPs of N tokens: patches; qkv of 4 + 2 * 2 heads of 4, attention, FFN; head."""
     block = N * 16 * 32 + 2 * N * N * 16 + N * 16 * 16 + 2 * N * 16 * 64
     return 2 * ((N - 1) * 3 * 2 * 2 * 16 + block + 16 * 10)
 
 
 def test_a_row_has_the_results_of_the_last_step(ledger_rows, runs):
-    """An epoch is 22.45 steps of 64 images: 45 in all, and 22 / 45 is still below a half."""
+    """An epoch is 22.45 steps of 64 images, so there are 45 steps; 22 / 45 is below a half."""
     first = rows_of(runs[1])
     assert [line["step"] for line in first] == [10, 20, 23, 30, 40, 45]
     first[2] |= {"val_top1": 0.99, "ema_top1": 0.995, "val_loss": 0.01, "memory_gb": 77.0}
@@ -121,7 +121,7 @@ def test_a_row_has_the_results_of_the_last_step(ledger_rows, runs):
     assert ledger_rows.headline_top1(row) == [100 * zero["top1"]["ema"], 100 * one["top1"]["ema"]]
 
 
-def test_without_an_average_the_raw_weights_are_quoted(ledger_rows, runs):
+def test_without_ema_the_headline_score_is_that_of_the_raw_weights(ledger_rows, runs):
     for run in runs:
         rewrite(run, [{k: v for k, v in r.items() if "ema" not in k} for r in rows_of(run)])
     row = ledger_rows.summarize(runs, commit="c")
@@ -130,19 +130,19 @@ def test_without_an_average_the_raw_weights_are_quoted(ledger_rows, runs):
     assert ledger_rows.headline_top1(row) == [100 * run["top1"]["raw"] for run in row["runs"]]
 
 
-def test_the_command_repeats_the_settings(ledger_rows, runs):
+def test_the_command_reproduces_the_settings(ledger_rows, runs):
     row = ledger_rows.summarize(runs, commit="c")
     vitral, verb, recipe, *words = shlex.split(row["command"])
     assert (vitral, verb, recipe) == ("vitral", "train", "digits")
     assert row["title"] == "`digits`"
     words[words.index("N")] = "1"
     more = ["--train.log-every", "10", "--train.eval-every", "1"]
-    was = settings.load(str(runs[0] / "config.yaml"))
-    assert settings.load(recipe, [*words, *more, "--out", was.train.out]) == was
+    expected = settings.load(str(runs[0] / "config.yaml"))
+    assert settings.load(recipe, [*words, *more, "--out", expected.train.out]) == expected
 
 
 @pytest.mark.parametrize("name", settings.recipes())
-def test_the_recipe_of_a_command_is_the_one_that_was_taken(ledger_rows, name):
+def test_the_command_names_the_recipe_that_was_trained(ledger_rows, name):
     words = ["--data", "/home/someone/pictures", "--optim.lr", "0.7", "--train.init", "/x/run"]
     found, changes = ledger_rows.nearest_recipe(settings.load(name, words))
     assert found == name
@@ -152,58 +152,58 @@ def test_the_recipe_of_a_command_is_the_one_that_was_taken(ledger_rows, name):
     assert "--optim.lr 0.7" in command
 
 
-def test_runs_that_do_not_make_a_row_are_rejected(ledger_rows, runs):
-    def refused(what):
-        with pytest.raises(UserError, match=what) as caught:
+def test_runs_that_do_not_form_a_row_are_rejected(ledger_rows, runs):
+    def check_rejected(message):
+        with pytest.raises(UserError, match=message) as caught:
             ledger_rows.summarize(runs, commit="c")
         assert "\n" not in str(caught.value)
 
     ledger_rows.summarize(runs, commit="c")
-    with pytest.raises(UserError, match="expected another seed than those before it, got 1 again"):
+    with pytest.raises(UserError, match="expected a different seed for each run, got 1 twice"):
         ledger_rows.summarize([runs[0], *runs], commit="c")
     environment = runs[1] / "env.json"
-    spoil(environment, '"parts": ""', '"parts": "muon"')
-    refused("0: parts: expected .* as in .*1, got muon; make another row")
-    spoil(environment, '"parts": "muon"', '"parts": ""')
+    replace_in(environment, '"parts": ""', '"parts": "muon"')
+    check_rejected("0: parts: expected .* as in .*1, got muon; add it as another row")
+    replace_in(environment, '"parts": "muon"', '"parts": ""')
     config = runs[1] / "config.yaml"
-    spoil(config, "lr: 0.003\n", "lr: 0.004\n")
-    refused("0: optim.lr: expected 0.003 as in .*1, got 0.004; make another row")
-    spoil(config, "lr: 0.004\n", "lr: 0.003\n")
-    spoil(config, "eval_every: 1\n", "eval_every: 2\n")
-    spoil(config, "path: digits\n", "path: elsewhere/digits\n")
+    replace_in(config, "lr: 0.003\n", "lr: 0.004\n")
+    check_rejected("0: optim.lr: expected 0.003 as in .*1, got 0.004; add it as another row")
+    replace_in(config, "lr: 0.004\n", "lr: 0.003\n")
+    replace_in(config, "eval_every: 1\n", "eval_every: 2\n")
+    replace_in(config, "path: digits\n", "path: elsewhere/digits\n")
     ledger_rows.summarize(runs, commit="c")
     known = runs[1] / "weights" / "last" / "config.json"
     mark = json.loads(known.read_text())["fingerprint"]
-    spoil(known, mark, "0" * 64)
-    refused("0: expected the data of .*1, got others")
+    replace_in(known, mark, "0" * 64)
+    check_rejected("0: expected the data of .*1, got others")
     shutil.rmtree(runs[1] / "weights")
     ledger_rows.summarize(runs, commit="c")
     (checkpoint, *_) = runs[1].glob("checkpoints/*/state.json")
     for state in runs[1].glob("checkpoints/*/state.json"):
-        spoil(state, mark, "0" * 64)
-    refused("0: expected the data of .*1, got others")
+        replace_in(state, mark, "0" * 64)
+    check_rejected("0: expected the data of .*1, got others")
     assert checkpoint.exists()
-    # What a folder without val/ holds out hangs on the seed.
-    spoil(environment, '"held_out": false', '"held_out": true')
+    # For a folder without val/, the held-out images depend on the seed.
+    replace_in(environment, '"held_out": false', '"held_out": true')
     ledger_rows.summarize(runs, commit="c")
     shutil.rmtree(runs[1] / "checkpoints")
     ledger_rows.summarize(runs, commit="c")
     for name in ("weights", "checkpoints"):
         shutil.rmtree(runs[0] / name)
-    refused("expected weights or a checkpoint, .* train without train.progressive")
+    check_rejected("expected weights or a checkpoint .* train without train.progressive")
     rows = rows_of(runs[1])
     rewrite(runs[1], rows[:3])
-    refused("0: expected a finished run of 2 epochs, got 1.02")
+    check_rejected("0: expected a finished run of 2 epochs, got 1.02")
     rewrite(runs[1], [])
-    refused("0: expected a finished run of 2 epochs, got 0;")
+    check_rejected("0: expected a finished run of 2 epochs, got 0;")
     rewrite(runs[1], rows)
     (runs[1] / "env.json").unlink()
-    refused(r"0: expected env.json")
+    check_rejected(r"0: expected a readable env.json")
 
 
-def test_models_that_the_settings_do_not_describe(ledger_rows, runs):
+def test_rows_of_models_from_variants(ledger_rows, runs):
     for run in runs:
-        spoil(run / "config.yaml", "progressive:\n  - - 4\n    - 0.5\n  - - 8\n    - 0.5\n",
+        replace_in(run / "config.yaml", "progressive:\n  - - 4\n    - 0.5\n  - - 8\n    - 0.5\n",
               "progressive: []\n")  # fmt: skip
         environment = json.loads((run / "env.json").read_text())
         environment |= {"parts": "timm", "training_flops_per_image": 3e9}
@@ -215,13 +215,13 @@ def test_models_that_the_settings_do_not_describe(ledger_rows, runs):
     assert row["command"].startswith("python benchmarks/variants.py timm digits --model.dim 16 ")
 
 
-def test_spread_is_the_sample_standard_deviation(ledger_rows):
-    """Of 1, 2 and 4: the root of (16/9 + 1/9 + 25/9) / 2 is 1.5275."""
+def test_deviation_is_the_sample_standard_deviation(ledger_rows):
+    """That of 1, 2 and 4 is the root of (16/9 + 1/9 + 25/9) / 2 = 1.5275."""
     assert ledger_rows.mean_and_deviation([1, 2, 4]) == "2.33 ± 1.53"
     assert ledger_rows.mean_and_deviation([94.123]) == "94.12"
 
 
-def test_a_long_curve_is_downsampled_and_keeps_both_ends(ledger_rows, runs):
+def test_a_long_curve_is_downsampled_evenly_and_keeps_both_ends(ledger_rows, runs):
     template = rows_of(runs[0])[-1]
     log = [{**template, "images": i, "epoch": 2 * i / 995} for i in range(996)]
     rewrite(runs[0], log)
@@ -255,18 +255,18 @@ def test_commit_of_a_checkout(ledger_rows, tmp_path):
 
 
 def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
-    """Added twice a row is the same bytes; what is drawn is not stale until a file changes."""
+    """Adding a row twice gives the same bytes. Pages are up to date until a file changes."""
     given = [*map(str, runs), "--data", "digits | small", "--commit", "abc"]
     for _ in range(2):
         assert ledger.main(["add", "heads-4", *given, "--title", "`four` <heads>"], checkout) == 0
         file = checkout / "docs" / "results" / "heads-4.json"
-        was = file.read_bytes()
+        written = file.read_bytes()
         shutil.copy(file, checkout / "kept.json")
-    assert (checkout / "kept.json").read_bytes() == was
-    assert len(was) < 20_000
-    row = json.loads(was)
+    assert (checkout / "kept.json").read_bytes() == written
+    assert len(written) < 20_000
+    row = json.loads(written)
     assert list(row) == sorted(row)
-    assert re.search(r"\n +\[1472, [\d., ]+\],\n", was.decode())
+    assert re.search(r"\n +\[1472, [\d., ]+\],\n", written.decode())
     assert ledger.main(["add", "heads-16", *given, "--study", "heads"], checkout) == 0
     assert list(ledger_rows.read(checkout / "docs" / "results")) == ["heads-4", "heads-16"]
 
@@ -287,7 +287,7 @@ def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
     cells += [f"{flops:.3g} PFLOPs", row["hardware"], f"{mean:.1f}", f"**{ema}**", raw, "`abc`"]
     assert f"| {' | '.join(cells)} |" in text
     assert text.count("vitral train digits") == 2
-    assert text.startswith("before\n<!-- ledger -->\n\n| what |")
+    assert text.startswith("before\n<!-- ledger -->\n\n| run |")
     headline, study = text.split("between")
     assert "](results/heads-16.json)" in study
     assert "](results/heads-16.json)" not in headline
@@ -302,7 +302,7 @@ def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
         path.write_text(kept.replace("2,880", "2,881").replace("<circle", "<!--> --><circle"))
         assert ledger.main(["draw", "--check"], checkout) == 1
         assert capsys.readouterr().out.endswith(
-            f"{path.relative_to(checkout)}: stale; `python benchmarks/ledger.py draw` mends it\n"
+            f"{path.relative_to(checkout)}: stale; run `python benchmarks/ledger.py draw`\n"
         )
         path.write_text(kept)
 
@@ -313,23 +313,25 @@ def test_from_runs_to_pages(ledger, ledger_rows, runs, checkout, capsys):
 
 
 def test_user_errors_of_the_command(ledger, runs, checkout, capsys):
-    def refused(what, *words):
+    def check_rejected(message, *words):
         assert ledger.main(words, checkout) == 2
-        assert re.search(what, capsys.readouterr().err)
+        assert re.search(message, capsys.readouterr().err)
 
     run = str(runs[0])
-    refused("ledger: name: expected letters, digits and hyphens, got 'a/b'", "add", "a/b", run)
-    refused("ledger: study: expected letters", "add", "a", run, "--study", "two words")
-    refused("expected a run directory", "add", "a", str(checkout / "nowhere"))
+    check_rejected(
+        "ledger: name: expected letters, digits and hyphens, got 'a/b'", "add", "a/b", run
+    )
+    check_rejected("ledger: study: expected letters", "add", "a", run, "--study", "two words")
+    check_rejected("expected a run directory", "add", "a", str(checkout / "nowhere"))
     assert not (checkout / "docs" / "results").exists()
     assert ledger.main(["add", "a", run, "--study", "patches", "--commit", "c"], checkout) == 0
-    refused(r"docs/results.md: expected a line <!-- ledger: patches -->", "draw")
+    check_rejected(r"docs/results.md: expected a line <!-- ledger: patches -->", "draw")
     (checkout / "docs" / "results" / "a.json").write_text("{")
-    refused(r"a.json: expected JSON, got .*; add the row again", "draw")
+    check_rejected(r"a.json: expected JSON, got .*; add the row again", "draw")
 
 
 def test_figures_show_each_seed_and_the_band_between(ledger_rows, runs, checkout):
-    """Of seeds that end at 90 and 94, on an axis of 90 to 94."""
+    """Two seeds end at 90 and 94, on an axis from 90 to 94."""
     from ledger_figures import figure
 
     row = ledger_rows.summarize(runs, title="`a` & b", data="x < y", commit="c")
@@ -352,8 +354,8 @@ def test_figures_show_each_seed_and_the_band_between(ledger_rows, runs, checkout
     assert len(lines) == 2
     middle = [tuple(map(float, pair.split(","))) for pair in lines[0]]
     assert [x for x, _ in middle] == [220, 386]
-    assert corners[0] == corners[3] == middle[0]  # where both are at 50
-    # Greater is further up, and the mean half-way.
+    assert corners[0] == corners[3] == middle[0]  # both seeds are at 50
+    # Larger values are higher, and the mean is halfway.
     (_, low), (_, high) = sorted(corners[1:3], key=lambda corner: -corner[1])
     assert middle[1][1] == pytest.approx((low + high) / 2, abs=0.06)
     assert middle[0][1] > low > high
@@ -361,11 +363,12 @@ def test_figures_show_each_seed_and_the_band_between(ledger_rows, runs, checkout
 
 
 def test_pages_and_figures_match_the_rows(ledger):
-    assert ledger.main(["draw", "--check"]) == 0, "python benchmarks/ledger.py draw mends them"
-    own = {"cifar10", "cifar100"}  # by torchvision; what lies in folders and packs is encoded anew
+    assert ledger.main(["draw", "--check"]) == 0, "run `python benchmarks/ledger.py draw`"
+    original = {"cifar10", "cifar100"}  # from torchvision; folders and packs contain JPEGs
     for path in (ROOT / "docs" / "results").glob("*.json"):
         assert path.stat().st_size < 60_000
         row = json.loads(path.read_text())
         assert "-dirty" not in row["commit"]
-        cifar = "cifar" in row["data"].lower() and row["config"]["data.path"] not in own
-        assert not cifar or "JPEG" in row["data"]
+        cifar = "cifar" in row["data"].lower()
+        reencoded = cifar and row["config"]["data.path"] not in original
+        assert not reencoded or "JPEG" in row["data"]

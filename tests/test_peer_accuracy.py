@@ -1,4 +1,4 @@
-"""benchmarks/peer_accuracy.py: timm's models as timm has them, in vitral's loop, on equal terms."""
+"""Tests of benchmarks/peer_accuracy.py: timm's models in vitral's loop, on equal terms."""
 
 import dataclasses
 import hashlib
@@ -44,7 +44,7 @@ def by_name(models):
     return {parts.name: parts for parts in models.PARTS}
 
 
-# With all that timm's models have otherwise, or not at all.
+# With options that timm's models do not have, or have with other defaults.
 TINY = ViTConfig(
     depth=2,
     mlp_ratio=3,
@@ -57,38 +57,38 @@ TINY = ViTConfig(
     ffn_bias=False,
 )
 # timm has no tiny rotary model.
-THEIRS = {"timm": ("ti", "vit_tiny_patch16_224"), "timm-rope": ("s", "vit_small_patch16_rope_224")}
+NAMES = {"timm": ("ti", "vit_tiny_patch16_224"), "timm-rope": ("s", "vit_small_patch16_rope_224")}
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_model_equals_timm(models, name, pooling):
-    """Of the same seed, parameters and logits are bit for bit those of the model that timm names.
+    """With the same seed, parameters and logits are bit-identical to those of timm's model.
 
-    Options of vitral's alone change nothing, so that these are timm's defaults.
+    Options that only vitral has change nothing, so the others have timm's defaults.
     """
-    size, known = THEIRS[name]
+    size, timm_name = NAMES[name]
     config = dataclasses.replace(TINY, size=size, pooling=pooling)
     torch.manual_seed(0)
-    ours = by_name(models)[name].model(config, 7)
+    model = by_name(models)[name].model(config, 7)
     torch.manual_seed(0)
     options = {"depth": 2, "mlp_ratio": 3, "drop_path_rate": 0.1, "proj_drop_rate": 0.1}
     options |= {"global_pool": "avg"} if pooling == "mean" else {}
-    theirs = timm.create_model(known, num_classes=7, **options)
-    here, there = ours.state_dict(), theirs.state_dict()
-    assert list(here) == list(there)
-    assert all(torch.equal(here[key], there[key]) for key in there)
+    reference = timm.create_model(timm_name, num_classes=7, **options)
+    state, expected = model.state_dict(), reference.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
     images = torch.randn(2, 3, 224, 224)
-    for mode in (False, True):  # in training stochastic depth and dropout draw
+    for mode in (False, True):  # in training mode, stochastic depth and dropout are random
         logits = []
-        for model in (ours, theirs):
+        for compared in (model, reference):
             torch.manual_seed(1)
-            logits.append(model.train(mode)(images))
+            logits.append(compared.train(mode)(images))
         assert torch.equal(*logits)
 
 
 def groups(models, name, config):
-    """Names of parameters without block numbers, by their decay."""
+    """Names of the parameters without block numbers, by weight decay."""
     model = by_name(models)[name].model(config.model, 10)
     names = {id(p): n.replace("blocks.0.", "").replace("blocks.1.", "") for n, p in named(model)}
     found = {}
@@ -124,7 +124,7 @@ def test_which_parameters_decay(models, name, others):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_decays_the_listed_parameters(models, optimizer):
-    """A step without gradients multiplies matrices by 1 - lr * decay, and leaves the rest."""
+    """A step with zero gradients multiplies matrices by 1 - lr * decay, and keeps the rest."""
     config = settings.load("digits", ["--model.depth", "1", "--optim.name", optimizer])
     model = by_name(models)["timm"].model(config.model, 10)
     before = {name: p.detach().clone() for name, p in named(model)}
@@ -138,7 +138,7 @@ def test_a_step_decays_the_listed_parameters(models, optimizer):
     assert {"pos_embed", "cls_token", "norm.weight"} <= kept - shrunk
 
 
-def test_layer_decay_is_by_block(models):
+def test_layer_decay_depends_on_the_block(models):
     config = settings.load("digits", ["--model.depth", "2", "--optim.layer-decay", "0.5"])
     model = by_name(models)["timm"].model(config.model, 10)
     names = {id(p): name for name, p in named(model)}
@@ -152,7 +152,7 @@ def test_layer_decay_is_by_block(models):
     assert not found
 
 
-def test_no_layer_decay_without_a_norm_of_that_name(models):
+def test_layer_decay_requires_a_final_norm(models):
     words = ["--optim.layer-decay", "0.7", "--model.pooling", "mean"]
     config = settings.load("digits", words)
     with pytest.raises(UserError, match="layer_decay: expected 1"):
@@ -161,31 +161,31 @@ def test_no_layer_decay_without_a_norm_of_that_name(models):
 
 @pytest.mark.parametrize(("batch", "rate"), [(1024, 1e-3), (256, 5e-4), (64, 2.5e-4), (4096, 2e-3)])
 def test_own_settings(models, batch, rate):
-    was = settings.load("digits", ["--optim.name", "muon"]).optim
-    own = models.own_settings(was, batch)
+    recipe = settings.load("digits", ["--optim.name", "muon"]).optim
+    own = models.own_settings(recipe, batch)
     assert own.name == "adamw"
     assert own.lr == pytest.approx(rate)
     assert (own.betas, own.weight_decay, own.clip_norm) == ((0.9, 0.999), 0.05, 0)
-    assert (own.warmup_epochs, own.final_lr) == (was.warmup_epochs, was.final_lr)
+    assert (own.warmup_epochs, own.final_lr) == (recipe.warmup_epochs, recipe.final_lr)
 
 
 TRAINED = "--model.dim 16 --model.depth 1 --model.stochastic-depth 0.2 --model.dropout 0.1"
 TRAINED += " --train.epochs 1 --train.batch-size 256 --optim.warmup-epochs 0 --train.threads 1"
-STEPS = 6  # 1,437 images in batches of 256, the last filled from the next epoch
+STEPS = 6  # 1,437 images in batches of 256; the last is filled from the next epoch
 
 
 def watching(parts, name, seen):
-    """Parts whose model notes what it is given, training and validation apart."""
+    """Parts whose model records a hash of its inputs, with the mode (training or not)."""
 
     def model(config, num_classes):
         built = parts.model(config, num_classes)
 
-        def note(module, inputs):
-            if inputs[0].device.type != "meta":  # where operations are counted
+        def record(module, inputs):
+            if inputs[0].device.type != "meta":  # where FLOPs are counted
                 digest = hashlib.sha256(inputs[0].numpy().tobytes()).hexdigest()
                 seen.append((module.training, digest))
 
-        built.register_forward_pre_hook(note)
+        built.register_forward_pre_hook(record)
         return built
 
     return Parts(name=name, model=model, optimizer=parts.optimizer)
@@ -193,7 +193,7 @@ def watching(parts, name, seen):
 
 @pytest.fixture(scope="module")
 def watched(models, tmp_path_factory):
-    """The run of each model, and what it was given."""
+    """The run of each model, and the inputs it received."""
     out, found = tmp_path_factory.mktemp("watched"), {}
     for name, parts in {"vitral": Parts(), **by_name(models)}.items():
         seen = []
@@ -206,8 +206,9 @@ def test_all_contestants_see_the_same_batches(watched):
     found = {name: seen for name, (_, seen) in watched.items()}
     assert found["vitral"] == found["timm"] == found["timm-rope"]
     seen = found["vitral"]
-    assert len({digest for training, digest in seen if training}) == 4 * STEPS  # parts of 64
-    assert sum(not training for training, _ in seen) == 4  # 256 and 104, raw weights and averaged
+    # Micro-batches of 64, and validation of 256 and 104 images with raw and averaged weights.
+    assert len({digest for training, digest in seen if training}) == 4 * STEPS
+    assert sum(not training for training, _ in seen) == 4
 
 
 @pytest.mark.parametrize("name", ["timm", "timm-rope"])
@@ -224,18 +225,18 @@ def test_an_interrupted_run_resumes_exactly(models, watched, name, tmp_path):
             return super().step(lr, loss)
 
     def run(parts):
-        train("digits", *TRAINED.split(), "--out", str(tmp_path / "cut"), parts=parts)
+        train("digits", *TRAINED.split(), "--out", str(tmp_path / "resumed"), parts=parts)
 
     with pytest.raises(Interrupted):
         run(dataclasses.replace(parts, optimizer=Interrupting))
-    assert newest(tmp_path / "cut").step == 3
+    assert newest(tmp_path / "resumed").step == 3
     run(parts)
-    there, here = newest(watched[name][0]), newest(tmp_path / "cut")
-    assert there.step == here.step == STEPS
-    assert there.tensors.keys() == {"model", "ema", "optimizer"}
-    for kind, tensors in there.tensors.items():
+    expected, resumed = newest(watched[name][0]), newest(tmp_path / "resumed")
+    assert expected.step == resumed.step == STEPS
+    assert expected.tensors.keys() == {"model", "ema", "optimizer"}
+    for kind, tensors in expected.tensors.items():
         for key, value in tensors.items():
-            assert torch.equal(value, here.tensors[kind][key]), (kind, key)
+            assert torch.equal(value, resumed.tensors[kind][key]), (kind, key)
 
 
 def newest(path):
@@ -247,7 +248,7 @@ COMMAND = [*TRAINED.split(), "--train.eval-every", "1"]
 
 @pytest.fixture(scope="module")
 def contest(program, tmp_path_factory):
-    """A contest of two, trained by the command."""
+    """Runs of two contestants, trained by the command."""
     out = tmp_path_factory.mktemp("contest")
     assert program.main(contest_of(out)) == 0
     return out
@@ -261,8 +262,7 @@ def logged(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_page(contest, models):
-    """Its figures are those of the logs, and of the models themselves."""
+def test_the_summary_matches_the_logs_and_the_models(contest, models):
     lines = (contest / "peer_accuracy.md").read_text(encoding="utf-8").splitlines()
     found = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in lines if "|" in line}
     config = settings.load("digits", COMMAND).model
@@ -281,11 +281,11 @@ def test_the_page(contest, models):
         assert found[f"| {title}"][:7] == expected
     assert found["| `digits`, timm"][7] == f"{tops['timm'] - tops['vitral']:+.2f}"
     assert found["| `digits`"][7] == ""
-    assert "timm differs in the model, what decays." in lines
+    assert "timm differs in the model, the decayed parameters." in lines
     assert "timm" in (contest / "peer_accuracy.svg").read_text(encoding="utf-8")
 
 
-def test_finished_runs_are_kept(contest, program):
+def test_finished_runs_are_not_repeated(contest, program):
     runs = [contest / "runs" / f"{name}-seed0" / "train.log" for name in ("vitral", "timm")]
     before = [run.read_text() for run in runs]
     assert program.main(contest_of(contest)) == 0
@@ -320,8 +320,7 @@ def test_rows_of_the_ledger(contest, program, models, tmp_path):
     assert rows["digits-vitral"]["command"].startswith("vitral train digits ")
 
 
-def test_dry_run(program, tmp_path, capsys):
-    """Lists all with their sizes and settings, and writes nothing."""
+def test_dry_run_lists_sizes_and_differences_and_writes_nothing(program, tmp_path, capsys):
     words = ["digits", str(tmp_path / "out"), "--seeds", "3", "--dry-run"]
     words += ["--peers", "timm-own", "timm-rope", "--", "--train.batch-size", "256"]
     assert program.main(words) == 0
@@ -333,9 +332,9 @@ def test_dry_run(program, tmp_path, capsys):
     ]
     assert lines[1].split()[1:3] == ["0.203", "M"]
     assert lines[3:] == [
-        "timm-own differs in the model, what decays, optim.lr 0.0005, optim.betas 0.9 0.999, "
-        "optim.weight-decay 0.05, optim.clip-norm 0.0",
-        "timm-rope differs in the model, what decays",
+        "timm-own differs in the model, the decayed parameters, optim.lr 0.0005, "
+        "optim.betas 0.9 0.999, optim.weight-decay 0.05, optim.clip-norm 0.0",
+        "timm-rope differs in the model, the decayed parameters",
     ]
     assert not (tmp_path / "out").exists()
 
@@ -347,7 +346,9 @@ def test_dry_run(program, tmp_path, capsys):
         ("--train.init runs/none", "runs/none: no such directory"),
     ],
 )
-def test_settings_that_timm_lacks(program, tmp_path, capsys, words, message):
+def test_settings_that_timm_does_not_support_are_rejected(
+    program, tmp_path, capsys, words, message
+):
     assert program.main(["digits", str(tmp_path / "out"), "--dry-run", "--", *words.split()]) == 2
     assert message in capsys.readouterr().err
 
@@ -358,7 +359,7 @@ DEPTH = 2
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """The import of a small random model of timm's with LayerScale, and timm's file next to it."""
+    """The import of a small random timm model with LayerScale, and timm's file next to it."""
     from timm.models import _registry as registry
 
     original = registry._model_entrypoints["test_vit"]
@@ -379,11 +380,11 @@ def imported(tmp_path_factory):
         yield place
 
 
-def started(imported, name, side=64):
-    """A contestant as training starts it, at another image size than that of its weights."""
+def started(imported, name, image_size=64):
+    """A contestant at the start of training, at another image size than that of its weights."""
     import variants
 
-    words = ["--train.init", str(imported), "--model.image-size", str(side)]
+    words = ["--train.init", str(imported), "--model.image-size", str(image_size)]
     config, parts = weights.load_settings("imagenet-finetune", words).model, variants.find(name)
     assert config.layer_scale > 0
     model = parts.model(dataclasses.replace(config, stochastic_depth=0.0), 5)
@@ -397,15 +398,15 @@ def started(imported, name, side=64):
 def test_imported_contestants_compute_the_same(program, imported):
     """vitral's import, the one with LayerScale folded, and timm's model with timm's weights."""
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    ours, theirs, folded = (started(imported, name) for name in ("", SOURCE, "folded"))
-    expected = theirs(images)
-    for model in (ours, folded):
+    own, reference, folded = (started(imported, name) for name in ("", SOURCE, "folded"))
+    expected = reference(images)
+    for model in (own, folded):
         error = (model(images) - expected).abs().max() / expected.square().mean().sqrt()
         assert error < 1e-5
-    assert type(theirs).__module__ == "timm.models.vision_transformer"
-    scales = [name for name in ours.state_dict() if name.endswith("residual.scale")]
+    assert type(reference).__module__ == "timm.models.vision_transformer"
+    scales = [name for name in own.state_dict() if name.endswith("residual.scale")]
     assert len(scales) == 2 * DEPTH
-    assert ours.state_dict().keys() - folded.state_dict().keys() == {*scales}
+    assert own.state_dict().keys() - folded.state_dict().keys() == {*scales}
 
 
 TUNED = "--model.image-size 64 --model.stochastic-depth 0 --train.epochs 1 --train.batch-size 8 "
@@ -415,7 +416,7 @@ TUNED += "--optim.lr 0.01 --optim.weight-decay 0"
 
 @pytest.fixture(scope="module")
 def tuning(program, imported, image_folder, tmp_path_factory):
-    """Fine-tuning of all contestants that fit an import, by the command."""
+    """Fine-tuning runs of all contestants for imported weights, trained by the command."""
     out = tmp_path_factory.mktemp("tuning")
     words = ["imagenet-finetune", str(out), "--seeds", "0", "--data", str(image_folder)]
     assert program.main([*words, "--", "--train.init", str(imported), *TUNED.split()]) == 0
@@ -423,7 +424,7 @@ def tuning(program, imported, image_folder, tmp_path_factory):
 
 
 def test_fine_tuning_starts_with_equal_losses(tuning):
-    """At the first step only the head of zeros has a gradient: so two losses are the same."""
+    """In the first step only the head of zeros has a gradient, so the first two losses agree."""
     losses = {
         name: [row["loss"] for row in logged(tuning / "runs" / f"{name}-seed0")]
         for name in ("vitral", "timm", "folded")
@@ -444,7 +445,7 @@ def test_rows_of_fine_tuning(tuning, program, tmp_path):
     assert {row["study"] for row in rows.values()} == {"finetune"}
     assert f"variants.py {SOURCE} imagenet-finetune" in rows["finetune-timm"]["command"]
     page = (tuning / "peer_accuracy.md").read_text(encoding="utf-8")
-    assert "timm differs in the model, what decays.\n" in page
+    assert "timm differs in the model, the decayed parameters.\n" in page
     assert "folded differs in LayerScale.\n" in page
 
 
@@ -462,8 +463,8 @@ def test_peers_must_match_the_initial_weights(program, contest, imported, tmp_pa
     assert "timm-rope-own without train.init, got folded" in capsys.readouterr().err
 
 
-def test_without_timm(program, monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not there
+def test_missing_timm_is_a_user_error(program, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     assert program.main(["digits", str(tmp_path / "out"), "--dry-run"]) == 2
     assert capsys.readouterr().err == (
         "peer_accuracy: timm: expected it installed, got none; pip install timm\n"

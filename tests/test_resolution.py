@@ -1,4 +1,4 @@
-"""benchmarks/resolution.py: three trained models at other image sizes."""
+"""Tests of benchmarks/resolution.py: three trained models at other image sizes."""
 
 import json
 import shutil
@@ -31,15 +31,15 @@ def resolution(in_process):
 
 
 @pytest.fixture(scope="module")
-def whole(resolution, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
+def finished(resolution, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
     assert resolution.main([str(out), *WORDS]) == 0
     return out
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "out"))
+def copied(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "out"))
 
 
 def table(out):
@@ -53,9 +53,9 @@ def last(run):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_at_the_trained_size_it_is_what_training_logged(resolution, whole, name):
-    """Of the averaged weights of the last step, the learned positions' from their checkpoint."""
-    run = whole / "runs" / f"{name}-seed0"
+def test_scores_at_the_training_size_match_the_log(resolution, finished, name):
+    """With the averaged weights of the last step; those of learned positions are a checkpoint's."""
+    run = finished / "runs" / f"{name}-seed0"
     logged, rows = last(run), {row.name: row for row in resolution.scores(run)}
     assert list(rows) == ["24", "32", "48"]
     assert rows["32"].top1 == logged["ema_top1"]
@@ -67,46 +67,46 @@ def test_at_the_trained_size_it_is_what_training_logged(resolution, whole, name)
     }
 
 
-def test_other_sizes_match_val(resolution, whole, tmp_path):
-    """And the model sees another grid: scores differ."""
-    run = whole / "runs" / "mixed-seed0"
+def test_scores_at_other_sizes_match_vitral_val(resolution, finished, tmp_path):
+    """The scores differ between sizes, as the model gets another grid."""
+    run = finished / "runs" / "mixed-seed0"
     words = ["--image-sizes", "24", "48", "--which", "ema", "--out", str(tmp_path)]
     assert vitral(["val", str(run / "weights" / "last"), *words]) == 0
     expected = (tmp_path / "image_sizes.csv").read_text().splitlines()[1:]
     lines = (run / "image_sizes.csv").read_text().splitlines()
     assert [lines[1], lines[3]] == expected
-    tops = {row.top1 for name in NAMES for row in resolution.scores(whole / f"runs/{name}-seed0")}
-    assert len(tops) > 3
+    runs = [finished / f"runs/{name}-seed0" for name in NAMES]
+    assert len({row.top1 for run in runs for row in resolution.scores(run)}) > 3
 
 
-def test_learned_positions_are_those_of_the_run(resolution, whole):
-    found = resolution.last_weights(whole / "runs" / "learned-seed0")
+def test_learned_positions_are_loaded_from_the_run(resolution, finished):
+    found = resolution.last_weights(finished / "runs" / "learned-seed0")
     assert found.model.patch_embedding.positions.shape == (4, 4, 24)
     assert found.description.classes[0] == "pattern 0"
-    plain = weights.load(whole / "runs" / "axial-seed0" / "weights" / "last", which="ema")
+    plain = weights.load(finished / "runs" / "axial-seed0" / "weights" / "last", which="ema")
     assert plain.model.state_dict().keys() < found.model.state_dict().keys()
 
 
-def test_existing_results_are_not_recomputed(resolution, whole, copied):
-    """A size more is scored alone, a table that was lost anew; runs are left as they are."""
+def test_existing_results_are_not_recomputed(resolution, finished, copied):
+    """Only an added size and a lost table are evaluated; runs are not changed."""
     lost, kept = (copied / "runs" / f"{name}-seed0" for name in ("learned", "axial"))
-    before = (lost / "train.log").read_bytes()
+    log = (lost / "train.log").read_bytes()
     (lost / "image_sizes.csv").unlink()
     marked = (kept / "image_sizes.csv").read_text().splitlines()
     marked[1] = "24,512,10,0.125,0.5,0.1"
     (kept / "image_sizes.csv").write_text("\n".join(marked) + "\n")
     more = [*DATA, "--sizes", "24", "32", "40", "48", "--", *TINY.split()]
     assert resolution.main([str(copied), *more]) == 0
-    assert (lost / "train.log").read_bytes() == before
-    was, now = table(whole), table(copied)
+    assert (lost / "train.log").read_bytes() == log
+    before, now = table(finished), table(copied)
     assert now["axial RoPE"]["24 px"] == "12.50"
-    for title, row in was.items():
+    for title, row in before.items():
         same = {key: now[title][key] for key in row if (title, key) != ("axial RoPE", "24 px")}
         assert same.items() <= row.items()
         assert float(now[title]["40 px"]) > 0
 
 
-def test_the_table_by_hand(resolution, copied):
+def test_the_table_matches_values_by_hand(resolution, copied):
     first = copied / "runs" / "axial-seed0"
     tops = [0.3, 0.4, 0.8]
     for seed, top1 in enumerate(tops):
@@ -121,7 +121,7 @@ def test_the_table_by_hand(resolution, copied):
     assert found["axial RoPE"] == {
         "positions": "axial RoPE", "seeds": "0, 1, 2", "24 px": "", "32 px": "", "48 px": expected,
     }  # fmt: skip
-    line = line.replace("\n48", "\n32")  # a size that one seed alone is tested at is no mean
+    line = line.replace("\n48", "\n32")  # a size that only one seed is evaluated at is omitted
     (run / "image_sizes.csv").write_text(line + f"48,512,10,{top1},1,0.1\n")
     assert resolution.main([str(copied), "--summary"]) == 0
     assert table(copied) == found
@@ -137,6 +137,6 @@ def test_user_errors_are_reported_before_training(resolution, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_settings_are_rejected(resolution, whole, capsys):
-    assert resolution.main([str(whole), *WORDS, "--optim.lr", "0.5"]) == 2
+def test_other_settings_are_rejected(resolution, finished, capsys):
+    assert resolution.main([str(finished), *WORDS, "--optim.lr", "0.5"]) == 2
     assert "another OUT" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py and what it measures with, on a CPU."""
+"""Tests of benchmarks/throughput.py and of vitral.bench, on a CPU."""
 
 import dataclasses
 import importlib.util
@@ -67,7 +67,7 @@ def test_the_complete_command(throughput, tmp_path, capsys):
 
 
 def consistent(row, timm, case):
-    """What is derived follows from the times of the rounds."""
+    """Checks that derived values follow from the times of the rounds."""
     assert len(row["ms"]) == len(row["processor_ms"]) == case["rounds"] == 2
     assert row["images_per_second"]["rounds"] == pytest.approx([2000 / ms for ms in row["ms"]])
     ratios = [a / b for a, b in zip(timm["processor_ms"], row["processor_ms"], strict=True)]
@@ -83,7 +83,7 @@ def consistent(row, timm, case):
 
 
 @needs_timm
-def test_a_profile(throughput, tmp_path, capsys):
+def test_a_profile_contains_all_kinds_of_kernels(throughput, tmp_path, capsys):
     file = tmp_path / "profile.json"
     assert throughput.main([*TINY, "--profile", "timm", "--json", str(file)]) == 0
     (case,) = json.loads(file.read_text())["cases"]
@@ -93,17 +93,17 @@ def test_a_profile(throughput, tmp_path, capsys):
     assert " aten::addmm" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("fused", "whose"), [(True, ", fused kernels"), (False, "")])
-def test_the_table_names_the_kernels_used(fused, whose):
-    """The row of vitral is that of torch's kernels where those were faster."""
+@pytest.mark.parametrize(("fused", "kernels"), [(True, ", fused kernels"), (False, "")])
+def test_the_table_names_the_kernels_used(fused, kernels):
+    """vitral uses torch's kernels if they are faster."""
     choices = {"processes": 1, "decoder": "cpu", "micro_batch": 2, "fused": fused}
     resolved = Resolved("cuda", "bf16", compile=True, threads=4, **choices)
-    assert describe_device(resolved) == f"cuda, bf16, compiled{whose}, 4 threads"
+    assert describe_device(resolved) == f"cuda, bf16, compiled{kernels}, 4 threads"
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # from torch 2.11 itself
 def test_each_model_is_compiled_once(monkeypatch):
-    """By all of dynamo, with a backend behind it that takes seconds instead of minutes."""
+    """With Dynamo, and a backend that takes seconds instead of minutes."""
 
     def compiled(model, resolved):
         assert resolved.compile
@@ -136,7 +136,7 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = WithoutTimm
 
 
 def test_without_timm_only_vitral_is_measured(tmp_path):
-    """In an interpreter whose path is searched for everything but timm."""
+    """In an interpreter that cannot find timm."""
     hide = tmp_path / "sitecustomize.py"
     hide.write_text(HIDE)
     command = [sys.executable, str(SCRIPT), *TINY]
@@ -148,7 +148,7 @@ def test_without_timm_only_vitral_is_measured(tmp_path):
     assert "\ntimm" not in done.stdout
 
 
-def test_sizes_and_batches_are_cases(throughput):
+def test_every_size_and_batch_is_a_case(throughput):
     options = throughput.parse("--sizes s l/14 --batch 2 4 --image-size 112 --threads 3".split())
     found = [(c.model, c.train.batch_size, c.train.threads) for c in throughput.configs(options)]
     small = ViTConfig(size="s", image_size=112)
@@ -171,7 +171,7 @@ def test_user_errors(throughput, capsys):
         assert expected in capsys.readouterr().err
 
 
-def test_help_of_the_command(capsys):
+def test_bench_model_prints_a_row_for_each_model(capsys):
     words = "--model.depth 1 --train.batch-size 2 --train.threads 1".split()
     assert main(["bench", "model", "digits", "--peers", *words]) == 0
     out = capsys.readouterr().out
@@ -183,7 +183,7 @@ def test_help_of_the_command(capsys):
 @needs_timm
 @pytest.mark.parametrize("size", ["ti", "s", "b", "l"])
 def test_peers_are_the_models_that_timm_registers(size):
-    """Built from one name in any shape, they are those of the names for the sizes."""
+    """A peer built from the base model has the shapes of timm's model of that size."""
     import timm
 
     name = {"ti": "tiny", "s": "small", "b": "base", "l": "large"}[size]
@@ -191,10 +191,10 @@ def test_peers_are_the_models_that_timm_registers(size):
     if size != "ti":
         registered["timm-rope"] = f"vit_{name}_patch16_rope_224"
     with torch.device("meta"):
-        for peer, known in registered.items():
-            ours = PEERS[peer](ViTConfig(size=size), 1000)
-            theirs = shapes(timm.create_model(known))
-            assert shapes(ours) == {n: s for n, s in theirs.items() if "gamma" not in n}
+        for peer, timm_name in registered.items():
+            built = PEERS[peer](ViTConfig(size=size), 1000)
+            expected = shapes(timm.create_model(timm_name))
+            assert shapes(built) == {n: s for n, s in expected.items() if "gamma" not in n}
 
 
 def shapes(module: nn.Module):
@@ -218,13 +218,13 @@ def test_peers_have_the_shape_of_a_recipe(recipe, peer):
 
 
 def by_hand(N, dim, depth, width_qkv, patch, classes):
-    """Two operations a multiply-add; a block: qkv, scores, values, projection, FFN."""
+    """Two FLOPs per multiply-add; a block: qkv, scores, values, projection, FFN."""
     block = N * dim * width_qkv + 2 * N * N * dim + N * dim * dim + 2 * N * dim * 4 * dim
     return 2 * ((N - 1) * 3 * patch**2 * dim + depth * block + dim * classes)
 
 
 @needs_timm
-def test_flops_of_timms_small_vit_are_those_counted_by_hand():
+def test_flops_of_timms_small_vit_match_values_by_hand():
     config = Config(model=ViTConfig(size="s"))
     assert by_hand(197, 384, 12, 3 * 384, 16, 1000) == 9_197_764_608
 
@@ -306,8 +306,8 @@ def test_the_largest_batch_is_found_to_an_eighth(most):
     assert len(tried) < 18
 
 
-def test_noise_gives_gradients():
-    """Even targets would be what the head starts with, and give rounding errors for gradients."""
+def test_random_targets_give_gradients():
+    """Uniform targets equal the initial outputs, so gradients would only be rounding errors."""
     training = Training(settings.load("digits", ["--train.batch-size", "2"]), 10, 8)
     training.accumulator.accumulate(training.batch, last=True)
     assert training.model.head.weight.grad.norm() > 1e-2

@@ -1,4 +1,4 @@
-"""benchmarks/variants.py: variants against independent references."""
+"""Tests of benchmarks/variants.py: variants compared with independent references."""
 
 import errno
 
@@ -27,7 +27,7 @@ def variants(benchmarks):
 
 
 def random_model(build, config=CONFIG):
-    """A model in float64 all of whose weights are noise, those too that start at 0 or 1."""
+    """A model in float64 with random weights, including those that are initialized to 0 or 1."""
     torch.manual_seed(0)
     model = build(config, 3).double().eval()
     for parameter in model.parameters():
@@ -40,7 +40,7 @@ def noise(rows=4, columns=4):
 
 
 def shuffled(images, order, columns=4):
-    """The same patches of 4 by 4 pixels in another order."""
+    """The same patches of 4x4 pixels in another order."""
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).flatten(2, 3)[:, :, order]
     return torch.cat([torch.cat([*row.unbind(2)], 3) for row in patches.split(columns, 2)], 2)
 
@@ -66,14 +66,13 @@ def test_costs_and_initial_weights_equal_vitral(variants, name):
 
 def test_without_positions_patch_order_does_not_matter(variants):
     model, images, order = random_model(variants.WithoutPositions), noise(), torch.randperm(16)
-    logits, again = model(images), model(shuffled(images, order))
-    torch.testing.assert_close(again, logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(shuffled(images, order)), model(images), rtol=0, atol=1e-12)
     own = random_model(ViT)
     assert (own(images) - own(shuffled(images, order))).abs().max() > 1e-3
 
 
 def test_learned_positions_follow_their_patches(variants):
-    """Patches that take their rows of the table with them change nothing; alone they do."""
+    """Logits change if patches are shuffled alone, but not together with their table rows."""
     model, images, order = random_model(variants.LearnedPositions), noise(), torch.randperm(16)
     logits, moved = model(images), shuffled(images, order)
     assert (model(moved) - logits).abs().max() > 1e-3
@@ -108,7 +107,7 @@ def test_the_table_is_interpolated_as_timm_does(variants, grid):
 
 
 def with_layer_norm(model, images):
-    """A ViT's logits, with torch's LayerNorm before attention, network and head."""
+    """Logits of a ViT with torch's LayerNorm before attention, FFN and head."""
 
     def norm(x, scale):
         layer = nn.LayerNorm(x.shape[-1], eps=1e-6, bias=False, dtype=x.dtype)
@@ -150,7 +149,7 @@ def test_a_full_disk_is_an_error(variants, capsys):
 
     assert variants.exit_code("variants", run) == 1
     output = capsys.readouterr().err
-    assert "No space left on device: 'place'; make room and repeat the command" in output
+    assert "No space left on device: 'place'; free up space and repeat the command" in output
     assert output.count("\n") == 1
 
 
