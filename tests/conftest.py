@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 from torch.torch_version import TorchVersion
 
-torch.set_num_threads(1)  # forked children could otherwise wait for threads they did not inherit
-# For deterministic runs. torch reads it at a GPU's first matrix product, whichever test that is in.
+torch.set_num_threads(1)  # otherwise forked children may wait for threads they did not inherit
+# For deterministic runs. torch reads it at the first matrix product on a GPU, in whichever test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# The first backward pass decides whether autograd has threads, beside which no child may be forked:
-# after the compiler is imported it has.
+# Run the first backward pass before the compiler is imported. Otherwise autograd starts threads,
+# with which children cannot be forked safely.
 torch.zeros(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """Two classes of small JPEGs: 40 to train on, 12 to validate."""
+    """Two classes of small JPEGs: 40 training and 12 validation images."""
     root = tmp_path_factory.mktemp("images")
     draw = np.random.default_rng(0)
     for split, count in (("train", 20), ("val", 6)):
@@ -33,7 +33,7 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def benchmarks():
-    """The folder of the programs, which are imported from there."""
+    """The benchmarks folder, from which its programs can be imported."""
     folder = Path(__file__).parents[1] / "benchmarks"
     sys.path.insert(0, str(folder))
     yield folder
@@ -42,15 +42,15 @@ def benchmarks():
 
 @pytest.fixture(scope="session")
 def interpreter():
-    """Triton's, whose kernels run on a CPU with TRITON_INTERPRET=1."""
+    """Triton's interpreter, which runs kernels on a CPU with TRITON_INTERPRET=1."""
     triton = pytest.importorskip("triton")
     if TorchVersion(triton.__version__) < "3.7" and TorchVersion(np.__version__) >= "2.4":
-        pytest.skip("Triton's interpreter does not know this NumPy")
+        pytest.skip("Triton's interpreter does not support this NumPy")
 
 
 @pytest.fixture(scope="module")
 def in_process(benchmarks):
-    """Runs of experiments are trained in this process, where a child would import all anew."""
+    """Trains the runs of experiments in this process, as imports in a child take long."""
     import experiments
     import variants
 

@@ -2,8 +2,8 @@
 
     python tests/mutants.py [NAME ...]
 
-Each bug is in another area, and runs the test files of that area only. The exit code is 1 if the
-tests miss a bug.
+Each bug is in a different area and runs only the test files of that area. The exit code is 1 if
+the tests miss a bug.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A bug: `old` becomes `new` in a module, and the test files that should notice."""
+    """A bug that replaces `old` by `new` in a module, and the test files that should catch it."""
 
     module: str
     old: str
@@ -110,13 +110,13 @@ MUTANTS = {
         "self.ranked[:, : k + 1] == self.labels[:, None]",
         "evaluation/test_scores.py",
     ),
-    "held-out share": Mutant(
+    "held-out fraction": Mutant(
         "data/records.py",
         "np.rint(fraction * counts)",
         "np.floor(fraction * counts)",
         "data/formats/test_folder.py data/test_records.py",
     ),
-    "share of a process": Mutant(
+    "shard of a process": Mutant(
         "data/loader.py",
         "starts = range(shard[0] * num_slices * size, (shard[0] + 1) * num_slices * size, size)",
         "starts = range(0, num_slices * size, size)",
@@ -144,7 +144,7 @@ def is_caught(mutant: Mutant) -> bool:
         shutil.copytree(ROOT / "src", source)
         module = source / "vitral" / mutant.module
         text = module.read_text(encoding="utf-8")
-        assert text.count(mutant.old) == 1, f"{mutant.module}: {mutant.old!r} is not there once"
+        assert text.count(mutant.old) == 1, f"{mutant.module}: expected {mutant.old!r} once"
         module.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         files = [str(ROOT / "tests" / name) for name in mutant.tests.split()]
         done = subprocess.run(

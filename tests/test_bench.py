@@ -85,7 +85,7 @@ def test_a_measurement_stops_its_workers(image_folder, workers, decoder):
     assert not multiprocessing.active_children()
 
 
-def test_the_first_wave_is_ignored():
+def test_the_first_batches_are_not_measured():
     taken = []
 
     def counts():
@@ -98,7 +98,7 @@ def test_the_first_wave_is_ignored():
     assert images_per_second(itertools.chain([7] * 3, itertools.repeat(0)), 3, CPU, 0.01) == 0
 
 
-def test_verdicts():
+def test_input_speed_messages():
     assert (
         input_speed_message(0.03, packed=False) == "input feeds the model (it waits 3% of the time)"
     )
@@ -109,7 +109,7 @@ def test_verdicts():
     assert "data pack" not in input_speed_message(11 / 21, packed=True)
 
 
-def test_runs_take_turns(monkeypatch):
+def test_runs_alternate(monkeypatch):
     order = []
 
     def run(name, rates):
@@ -117,10 +117,10 @@ def test_runs_take_turns(monkeypatch):
         return lambda: order.append(name) or next(found)
 
     runs = {"ours": run("a", [20.0, 21.0, 24.0]), REFERENCE: run("b", [10.0, 42.0, 40.0])}
-    ours, theirs = rounds.table(rounds.interleaved_rates(runs), REFERENCE)
+    own, reference = rounds.table(rounds.interleaved_rates(runs), REFERENCE)
     assert "".join(order) == "abbaab"
-    assert re.search(r" 21 images/s .* 0\.60 times torchvision$", ours)
-    assert re.search(r" 40 images/s .* 1\.00 times torchvision$", theirs)
+    assert re.search(r" 21 images/s .* 0\.60 times torchvision$", own)
+    assert re.search(r" 40 images/s .* 1\.00 times torchvision$", reference)
 
 
 def numbers(pattern, text):
@@ -141,7 +141,7 @@ def test_bench_data_of_files(image_folder, tmp_path, capsys):
     assert numbers(r"^torchvision.* ([\d.]+) times torchvision", out) == [1, 1]
 
 
-def test_bench_data_without_a_file_that_decodes(tmp_path, capsys):
+def test_bench_data_requires_images_that_can_be_decoded(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "val" / name).mkdir(parents=True)
         (tmp_path / "val" / name / "1.jpg").write_bytes(b"no image")
@@ -149,7 +149,7 @@ def test_bench_data_without_a_file_that_decodes(tmp_path, capsys):
     assert "expected images that can be decoded" in capsys.readouterr().err
 
 
-def test_bench_data_of_pixels(capsys):
+def test_bench_data_of_decoded_images(capsys):
     assert main(["bench", "data", "digits", *TINY]) == 0
     out = capsys.readouterr().out
     assert len(numbers(r" ([\d,]+) images/s", out)) == 1
@@ -158,12 +158,12 @@ def test_bench_data_of_pixels(capsys):
 
 
 @pytest.mark.parametrize("path", ["folder", "digits"])
-def test_bench_train(image_folder, monkeypatch, capsys, path):
+def test_bench_train_prints_both_rates_and_their_ratio(image_folder, monkeypatch, capsys, path):
     monkeypatch.setattr(rounds, "ROUNDS", 1)
     data = str(image_folder) if path == "folder" else path
     assert main(["bench", "train", "digits", "--data", data, *TINY]) == 0
     out = capsys.readouterr().out
     (synthetic,), (real,) = (numbers(rf"^{n} +([\d,]+) im", out) for n in ("synthetic", "training"))
     (ratio,) = numbers(r"^ratio +([\d.]+)%", out)
-    assert ratio == pytest.approx(100 * real / synthetic, rel=0.1)  # of rounded rates
+    assert ratio == pytest.approx(100 * real / synthetic, rel=0.1)  # the rates are rounded
     assert "micro-batches of 8 images of 16 pixels" in out

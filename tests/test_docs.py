@@ -34,7 +34,7 @@ def tables():
 
 
 class Page(HTMLParser):
-    """What a page of the site leads to, what it loads, and the anchors in it."""
+    """The links of a page, the files it loads, and its anchors."""
 
     def __init__(self, text):
         super().__init__()
@@ -55,7 +55,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The site, built from a copy, by address."""
+    """The files of the site, built from a copy, by address."""
     root = tmp_path_factory.mktemp("site")
     shutil.copytree(ROOT / "docs", root / "docs")
     shutil.copy(ROOT / "mkdocs.yml", root)
@@ -75,7 +75,7 @@ def site(tmp_path_factory):
 def pages(site):
     """The pages of the site, by address."""
     found = {a: Page(file.read_text()) for a, file in site.items() if file.suffix == ".html"}
-    # Its addresses are those of a site at the root of a host, from wherever it is shown.
+    # Its links start at the root of the host, because the page is shown at any address.
     del found[f"{HOST}/404.html"]
     return found
 
@@ -103,7 +103,7 @@ def test_links_and_anchors_of_the_site_exist(site, pages):
                 assert not fragment or fragment in pages[place].anchors, (address, link)
 
 
-def test_site_loads_nothing_from_elsewhere(site, pages):
+def test_site_loads_nothing_from_other_hosts(site, pages):
     for address, page in pages.items():
         assert page.loads
         for link in page.loads:
@@ -126,7 +126,7 @@ def test_python_page_has_the_docstrings(pages):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_tables_match_the_code(page, tables):
     text = page.read_text()
-    assert text == tables.filled(text), "python docs/tables.py writes them anew"
+    assert text == tables.filled(text), "run `python docs/tables.py`"
 
 
 def test_every_command_and_option_is_documented(tables):
@@ -139,14 +139,14 @@ def test_every_command_and_option_is_documented(tables):
         assert re.search(rf"`[^`\n]*{option}\b", text), option
     for command in cli.COMMANDS:
         for option in cli.parser_for(command).names:
-            if not re.match(r"--([\w-]+\.)?no-", option):  # the settings page says how it is made
+            if not re.match(r"--([\w-]+\.)?no-", option):  # explained on the settings page
                 assert f"`{option}`" in (settings if "." in option else text), option
     shown = re.findall(r"<!-- table: ([\w ]+) -->", text)
     assert shown == tables.commands()
     assert {*tables.SECTIONS} <= set(re.findall(r"<!-- table: (\w+) -->", settings))
 
 
-def test_tables_say_the_default_the_choices_and_how_to_turn_off(tables):
+def test_tables_contain_defaults_choices_and_how_to_turn_off_an_option(tables):
     model, val = tables.table("model"), tables.table("vitral val")
     assert "| `--model.patch-size` | integer | `16` | Side of a square patch, in pixels. |" in model
     assert (
@@ -163,7 +163,7 @@ def test_tables_say_the_default_the_choices_and_how_to_turn_off(tables):
     assert tables.header("imagenet-s16-300ep")[1]["hours"].endswith("if the input keeps up")
 
 
-def test_what_may_change_on_resuming_is_documented():
+def test_settings_that_may_change_on_resuming_are_documented():
     text = (ROOT / "docs" / "reliability.md").read_text()
     section = text.partition("## What may change on resuming")[2].partition("\n## ")[0]
     names = re.findall(r"`(\w+\.\w+)`", section)
@@ -255,7 +255,7 @@ PROTOTYPE = {"s": 10_399, "b": 3_955, "l": 1_268}  # images/s at 224 px, as the 
 
 
 def test_imagenet_costs_match_the_flop_count():
-    """Each row of the table of sizes and work in docs/imagenet.md, computed anew."""
+    """Recomputes each row of the table of sizes and FLOPs in docs/imagenet.md."""
     from vitral import settings
     from vitral.model import ViT, count_flops
 

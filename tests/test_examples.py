@@ -22,7 +22,7 @@ from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 90.0  # seconds, after which a process hangs
+TIMEOUT = 90.0  # seconds until a process counts as hanging
 
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
@@ -30,13 +30,13 @@ SCRIPTS = ["examples/slurm.sh", "examples/ray_train.py"]
 
 
 def commands_in(name):
-    """The words after `vitral` of each command in a document's blocks and text, or a script."""
+    """The words after `vitral` of each command in a script, or in a document's blocks and text."""
     text = (ROOT / name).read_text().replace("\\\n", " ")
     lines = text.splitlines()
     if name.endswith(".md"):
         blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines()]
-        # Not those that only name a command, or have a placeholder: `vitral data check PATH`.
+        # Not spans that only name a command or contain a placeholder: `vitral data check PATH`.
         spans = re.findall(r"`(vitral [^`]+(?:/| --)[^`]*)`", text)
         lines += [span for span in spans if not re.search(r" [A-Z]+( |$)", span)]
     for line in lines:
@@ -49,7 +49,7 @@ def commands_in(name):
 
 
 def parse(words):
-    """What the command does with its words before it looks at any file."""
+    """Parses a command as `vitral` does, without reading the reader's files."""
     if words == ["--help"]:
         return
     name, words = cli._choose(words)
@@ -59,8 +59,8 @@ def parse(words):
     if "recipe" in args:
         given = given_settings(args)
         if (args.recipe or "").endswith(".yaml"):
-            args.recipe = "digits"  # a file that the reader has
-        # Not load_config, which would look at the reader's weights.
+            args.recipe = "digits"  # instead of a file of the reader
+        # Not load_config, which would read the weights.
         recipe = args.recipe or settings.default_recipe(given, gpu=False)
         settings.load(recipe, given)
     if name == "recipes" and args.name is not None:
@@ -77,7 +77,7 @@ def test_commands_have_recipes_and_settings_that_exist(name):
         parse(command)
 
 
-def test_commands_that_are_wrong_would_be_found():
+def test_invalid_commands_are_detected():
     for wrong in (
         "train digit", "train --model.dimm 3", "val", "val runs/digits --wich ema", "predict runs",
         "data pack src", "data chekc path", "bench data path digits --data.worker 1", "trian",
@@ -88,15 +88,15 @@ def test_commands_that_are_wrong_would_be_found():
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_yaml_on_the_pages_is_a_recipe(name, tmp_path):
+def test_yaml_blocks_are_valid_recipes(name, tmp_path):
     blocks = r"^```yaml.*?\n(.*?)^```"
     for text in re.findall(blocks, (ROOT / name).read_text(), re.MULTILINE | re.DOTALL):
-        (tmp_path / "mine.yaml").write_text(text)
-        settings.load(str(tmp_path / "mine.yaml"))
+        (tmp_path / "recipe.yaml").write_text(text)
+        settings.load(str(tmp_path / "recipe.yaml"))
 
 
 def test_the_own_folder_page_end_to_end(tmp_path, monkeypatch, capsys):
-    """Every command of the page but training from scratch, on small images and a small model."""
+    """Runs all commands of the page except training from scratch, with a small model and images."""
     monkeypatch.chdir(tmp_path)
     draw = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 2)):
@@ -110,10 +110,10 @@ def test_the_own_folder_page_end_to_end(tmp_path, monkeypatch, capsys):
     small = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, image_size=112)
     description = weights.describe(Config(model=small), ("a", "b"), "", {})
     weights.save(Path("small"), {"model": ViT(small, 2).state_dict()}, description)
-    walk = [words for words in commands_in("docs/own-folder.md") if "imagenette128" not in words]
-    walk = [words for words in walk if {"photos", "runs/probe"} & {*words}]
+    commands = [w for w in commands_in("docs/own-folder.md") if "imagenette128" not in w]
+    commands = [words for words in commands if {"photos", "runs/probe"} & {*words}]
     ran = []
-    for words in walk:
+    for words in commands:
         words = ["small" if word.startswith("timm:") else word for word in words]
         short = ["--epochs", "1", "--batch-size", "4"] if words[0] == "train" else []
         assert cli.main([*words, *short]) == 0, words
@@ -126,7 +126,7 @@ def test_the_own_folder_page_end_to_end(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def job(tmp_path):
-    """The environment of a job of one node, with what stands for srun and scontrol."""
+    """The environment of a job on one node, with substitutes for srun, torchrun and scontrol."""
     commands = {
         "srun": 'while test "$1" != torchrun; do shift; done; exec "$@"',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
@@ -139,10 +139,9 @@ def job(tmp_path):
     return {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-def test_slurm_job_writes_a_checkpoint_when_its_time_is_up(job, tmp_path):
-    """And is put back into the queue, to go on from there."""
+def test_slurm_job_writes_a_checkpoint_and_requeues_itself_when_its_time_is_up(job, tmp_path):
     out, script = tmp_path / "run", (ROOT / "examples" / "slurm.sh").read_text()
-    assert "--signal=B:USR1" in script  # to the script alone, not to what srun began
+    assert "--signal=B:USR1" in script  # only to the script, not to the processes of srun
     small = "--model.depth 1 --train.device cpu --train.log-every 1 --train.checkpoint-steps 100000"
     words = ["digits", "--out", str(out), "--train.epochs", "300", *small.split()]
     with (tmp_path / "log").open("w") as log:

@@ -1,4 +1,4 @@
-"""The programs of examples/ on small drawn images."""
+"""Tests of the programs in examples/, on small generated images."""
 
 import os
 import re
@@ -18,11 +18,11 @@ from vitral.config import Config, ViTConfig
 from vitral.model import ViT
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = 90.0  # seconds, after which a process hangs
+TIMEOUT = 90.0  # seconds until a process counts as hanging
 
 
 def run_as_user(name, *words):
-    """Runs a program of examples/ in a process of its own; returns what it printed."""
+    """Runs a program of examples/ in its own process; returns its output."""
     done = subprocess.run(
         [sys.executable, "-W", "error", str(ROOT / "examples" / name), *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -34,7 +34,7 @@ def run_as_user(name, *words):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs a program of examples/ in this process, in tmp_path; returns what it printed."""
+    """Runs a program of examples/ in this process, in tmp_path; returns its output."""
     monkeypatch.chdir(tmp_path)
 
     def call(name, *words):
@@ -48,7 +48,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):
-    """Weights of a small model that has learned nothing: colours are in its vectors even so."""
+    """Weights of a small untrained model, whose feature vectors depend on color."""
     torch.manual_seed(0)
     config = Config(model=ViTConfig(dim=32, depth=1, num_heads=2, num_kv_heads=1, image_size=32))
     place = tmp_path_factory.mktemp("weights") / "best"
@@ -58,8 +58,8 @@ def untrained(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("split", "as_user"), [("", True), ("train", False)])
-def test_own_folder_is_learned_measured_and_predicted(image_folder, tmp_path, run, split, as_user):
-    """Also one of class folders alone, of which a part is held out."""
+def test_own_folder_is_trained_evaluated_and_predicted(image_folder, tmp_path, run, split, as_user):
+    """Also without a validation split, so that some of the images are held out."""
     folder = image_folder / split
     small = "--model.dim 32 --model.depth 1 --model.num-heads 2 --model.num-kv-heads 1"
     words = f"{small} --augment.policy none --augment.mixup 0 --augment.cutmix 0"
@@ -87,7 +87,7 @@ def test_user_errors_have_no_traceback(image_folder, untrained, run, words, mess
     words = words.replace("SET", str(image_folder)).replace("WEIGHTS", str(untrained))
     with pytest.raises(SystemExit) as end:
         run(*words.split())
-    assert isinstance(end.value.code, str)  # which Python prints, and exits with 1
+    assert isinstance(end.value.code, str)  # Python prints it and exits with 1
     assert message in end.value.code
 
 
@@ -117,7 +117,7 @@ def test_search_finds_the_near_duplicate_and_embeds_photos_once(untrained, tmp_p
         return first, [(float(cosine), path) for cosine, path in map(str.split, nearest)]
 
     message, nearest = search()
-    assert message == "21 photos, 21 of them new"  # all but the query itself
+    assert message == "21 photos, 21 of them new"  # all except the query itself
     assert nearest[0][1] == "photos/deep/again.jpg"
     assert nearest[0][0] > 0.99
     assert nearest == sorted(nearest, reverse=True)
@@ -126,9 +126,9 @@ def test_search_finds_the_near_duplicate_and_embeds_photos_once(untrained, tmp_p
         assert sheet.size == (800, 660)
         corner = np.asarray(sheet.convert("RGB").crop((10, 60, 190, 140)), int)
         second = np.asarray(sheet.convert("RGB").crop((210, 60, 390, 140)), int)
-    assert np.abs(corner - second).mean() < 10  # the query beside its near-duplicate
+    assert np.abs(corner - second).mean() < 10  # the query next to its near-duplicate
 
-    # Another photo becomes the query's, but its size and time stay: what is kept of it counts.
+    # Replace a photo by the query with the same size and time: the stored vector is used.
     shown = {tmp_path / path for _, path in nearest}
     other = next(p for p in photos.glob("?[0-9].png") if p not in shown and p != query)
     stat = other.stat()

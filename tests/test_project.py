@@ -1,4 +1,4 @@
-"""The files around the package: versions that must agree, CI, and the check for words."""
+"""Tests of the files around the package: consistent versions, CI, and the word check."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ def test_changelog_and_citation_name_the_released_version():
     assert citation["version"] == PROJECT["version"]
 
 
-def test_annotations_are_visible_to_type_checkers():
+def test_the_package_is_marked_as_typed():
     assert Path(vitral.__file__).with_name("py.typed").is_file()
 
 
@@ -58,7 +58,7 @@ def words(tmp_path):
     return run
 
 
-def test_words_are_found_in_text_and_names_and_across_lines(words):
+def test_discouraged_words_are_found_in_text_and_names_and_across_lines(words):
     code, lines = words("a.py", "# Mend it\nx_told = 1\n# two, of\n# which one\n")
     assert code == 1
     assert [line.rpartition(": use ")[0] for line in lines] == [

@@ -1,4 +1,4 @@
-"""Rules about the source as a whole: where facts are defined, sizes, and what commands import."""
+"""Rules about the source: where facts are defined, sizes of modules, and imports of commands."""
 
 import ast
 import json
@@ -48,7 +48,7 @@ def test_a_name_is_defined_in_one_module(words, home):
 
 
 @pytest.mark.parametrize("name", ["is_available", "device_count", "cpu_count", "sched_getaffinity"])
-def test_only_machine_asks_what_the_machine_has(name):
+def test_only_the_machine_module_queries_the_hardware(name):
     found = set()
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
