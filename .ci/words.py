@@ -1,10 +1,10 @@
-"""Reports discouraged words in the tracked files, with what to write instead.
+"""Reports discouraged words in the tracked files and suggests replacements.
 
     python .ci/words.py
 
-Prints `path:line: word: use ...` for each and exits with 1 if there are any. Words are also found
-in parts of names, such as `_repair_told`, and phrases across line breaks. British spellings are
-left to codespell, which .ci/check runs before this.
+Prints `path:line: word: use ...` for each word, and exits with 1 if there are any. Words within
+names, such as `_repair_told`, and phrases across line breaks are also found. codespell, which
+.ci/check runs first, reports British spellings.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORDS = {
     r"whilst|amongst|upon|unto|lest": "while, among, on, so that",
 }
 
-# Words that are right where they are, by path; in lower case, with single spaces.
+# Words that are correct in a file, as (path, word) in lower case with single spaces.
 ALLOWED = {
     ("tests/test_project.py", "mend"),
     ("tests/test_project.py", "of which"),
@@ -65,8 +65,8 @@ def main() -> int:
 
 
 def _bounded(word: str) -> str:
-    word = word.replace(" ", r"[\s#]+")  # comment signs, too, for phrases in comments
-    return rf"(?<![^\W_])(?:{word})(?![^\W_])"  # an underscore bounds a word, so as to read names
+    word = word.replace(" ", r"[\s#]+")  # includes comment signs, for phrases in comments
+    return rf"(?<![^\W_])(?:{word})(?![^\W_])"  # underscores separate the words of a name
 
 
 def _tracked() -> Iterator[Path]:
@@ -74,12 +74,12 @@ def _tracked() -> Iterator[Path]:
         ["git", "ls-files", "-z", *FILES], capture_output=True, text=True, check=True
     )
     for name in listed.stdout.split("\0")[:-1]:
-        if name != ".ci/words.py" and Path(name).is_file():  # not one that is deleted
+        if name != ".ci/words.py" and Path(name).is_file():  # skips deleted files
             yield Path(name)
 
 
 def _found(text: str, words: dict[re.Pattern[str], str]) -> Iterator[tuple[int, str, str]]:
-    """Line number, word and advice of each discouraged word in a text."""
+    """Yields line number, word and advice for each discouraged word in a text."""
     text = text.lower()
     for pattern, advice in words.items():
         for match in pattern.finditer(text):

@@ -7,7 +7,7 @@
 regenerates the tables and figures of docs/results.md and README.md from these files; with `--check`
 it only reports whether they are up to date. Scores are those of the last step, never of the best
 validation. The headline score of a row is that of the averaged weights (EMA) if its recipe keeps
-them, and of the raw weights otherwise, regardless of which is higher. Both are shown.
+them, and of the raw weights otherwise, even if the other score is higher. Both are shown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Writes the tables of options, settings and recipes into the pages: `python docs/tables.py`.
 
-A table is between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a command with options such as
-`vitral val`, a section of the settings, `presets` or `recipes`. The tests compare the pages with
-the result.
+A table is between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a command with options
+such as `vitral val`, a section of the settings, `presets` or `recipes`. The tests check that the
+pages are up to date.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from vitral.settings import SHORTCUTS, Field, shown
 PAGES = Path(__file__).parent
 SECTIONS = tuple(field.name for field in dataclasses.fields(config.Config))
 VALUES = {int: "integer", float: "number", str: "text", bool: "switch", config.Seconds: "time"}
-HEADER = ("command", "data", "hardware", "hours", "result")  # the facts in a recipe's header
+HEADER = ("command", "data", "hardware", "hours", "result")  # keys in the header of a recipe
 
 
 def main() -> None:
     """Writes every page whose tables differ from the code."""
     for page in sorted(PAGES.glob("*.md")):
-        was = page.read_text(encoding="utf-8")
-        if (now := filled(was)) != was:
-            page.write_text(now, encoding="utf-8")
+        old = page.read_text(encoding="utf-8")
+        if (new := filled(old)) != old:
+            page.write_text(new, encoding="utf-8")
             print(page)
 
 
 def filled(text: str) -> str:
-    """A page with its tables generated again."""
+    """Returns a page with its tables regenerated."""
     return re.sub(
         r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)",
         lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}",
@@ -45,7 +45,7 @@ def filled(text: str) -> str:
 
 
 def table(name: str) -> str:
-    """The table of that name, in Markdown."""
+    """Returns the table of that name in Markdown."""
     if name == "presets":
         return _presets()
     if name == "recipes":
@@ -56,7 +56,7 @@ def table(name: str) -> str:
 
 
 def commands() -> list[str]:
-    """The commands that have options besides the settings, such as `vitral val`."""
+    """Returns the commands that have options besides the settings, such as `vitral val`."""
     return [f"vitral {name}" for name in cli.COMMANDS if hasattr(_module(name), "Options")]
 
 
@@ -65,7 +65,7 @@ def _module(command: str) -> Any:
 
 
 def _command(name: str) -> Iterator[Field]:
-    """The options of a command; those of `vitral train` start with the settings with shortcuts."""
+    """Yields the options of a command; for `train`, first the settings that have shortcuts."""
     if name == "train":
         found = {field.path: field for field in settings.fields(config.Config())}
         yield from (found[path] for path in SHORTCUTS)
@@ -79,7 +79,7 @@ def _rows(fields: Iterable[Field]) -> str:
         option = f"`--{word}`"
         if path in SHORTCUTS:
             option = f"`--{SHORTCUTS[path]}` or {option}"
-        if value is True:  # the only use of the option is to turn it off
+        if value is True:  # the option is only useful to turn it off
             section, dot, key = word.rpartition(".")
             option += f" (off: `--{section}{dot}no-{key}`)"
         meaning = doc.replace("<", "&lt;")
@@ -88,7 +88,7 @@ def _rows(fields: Iterable[Field]) -> str:
 
 
 def _value(kind: Any) -> str:
-    """What an option of a type takes, in words."""
+    """Describes the values that an option of a type accepts."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in args)
@@ -98,7 +98,7 @@ def _value(kind: Any) -> str:
         if args[-1] is not Ellipsis:
             count = {2: "two", 3: "three"}[len(args)]
             return f"{count} {_value(args[0])}s"
-        return f"{_value(args[0])}s" if args[0] in VALUES else "pairs of a size and a share"
+        return f"{_value(args[0])}s" if args[0] in VALUES else "pairs of image size and fraction"
     return VALUES[kind]
 
 
@@ -118,7 +118,7 @@ def _recipes() -> str:
 
 
 def header(name: str) -> tuple[str, dict[str, str]]:
-    """The title of a recipe, and the facts that its header states."""
+    """Returns the title of a recipe and the facts in its header, by key."""
     comment = settings.recipe_text(name).split("\n\n")[0].replace("\n#              ", " ")
     comment = comment.replace("docs/results.md", "[results](results.md)")
     lines = [line.lstrip("# ") for line in comment.splitlines()]

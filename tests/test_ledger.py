@@ -175,13 +175,13 @@ def test_runs_that_do_not_form_a_row_are_rejected(ledger_rows, runs):
     known = runs[1] / "weights" / "last" / "config.json"
     mark = json.loads(known.read_text())["fingerprint"]
     replace_in(known, mark, "0" * 64)
-    check_rejected("0: expected the data of .*1, got others")
+    check_rejected("0: expected the data of .*1, got other data")
     shutil.rmtree(runs[1] / "weights")
     ledger_rows.summarize(runs, commit="c")
     (checkpoint, *_) = runs[1].glob("checkpoints/*/state.json")
     for state in runs[1].glob("checkpoints/*/state.json"):
         replace_in(state, mark, "0" * 64)
-    check_rejected("0: expected the data of .*1, got others")
+    check_rejected("0: expected the data of .*1, got other data")
     assert checkpoint.exists()
     # For a folder without val/, the held-out images depend on the seed.
     replace_in(environment, '"held_out": false', '"held_out": true')
