@@ -55,8 +55,8 @@ ABOUT = """\
 Top-1 in percent, of the weights at the last step. The headline score is in bold: that of the
 averaged weights (EMA) if the recipe keeps them. ± is the sample standard deviation over the seeds.
 Differences from the first row are computed seed by seed; their ± is the standard error of the mean.
-With three seeds, a difference is significant at 95% if it exceeds 4.3 standard errors. FLOPs are
-the mean of a forward pass in training, where stochastic depth may skip work and image sizes may
+With three seeds, a difference is significant at 95% only if it exceeds 4.3 standard errors. FLOPs
+are the mean of a forward pass in training, where stochastic depth may skip work and image sizes may
 grow.
 """
 

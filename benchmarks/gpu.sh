@@ -16,7 +16,7 @@ fi
 mkdir -p "$out"
 cd "$(dirname "$0")/.." || exit
 
-part() { # NAME COMMAND...: runs a part, prints and stores its output, and ignores failures
+part() { # NAME COMMAND...: runs a part, prints and stores its output, and continues after failures
     local name=$1
     shift
     [[ -z ${PARTS:-} || " $PARTS " == *" $name "* ]] || return 0

@@ -128,7 +128,7 @@ def draw_scores(rows: Sequence[Row]) -> Iterator[str]:
         text = f"{mean_and_deviation(scores)} {kind}"
         yield f'<text class="label end" x="{RIGHT}" y="{y - 3:g}">{text}</text>'
         for which, score in enumerate(scores):
-            at, down = f"{x.position(score):.1f}", y + 4 + 4 * (which % 3)  # equal scores differ
+            at, down = f"{x.position(score):.1f}", y + 4 + 4 * (which % 3)  # separates equal ones
             yield f'<circle class="dot" fill="{color}" cx="{at}" cy="{down:g}" r="3"/>'
         at = f"{x.position(statistics.fmean(scores)):.1f}"
         yield f'<path class="mean" stroke="{color}" d="M{at} {y + 2:g}V{y + 14:g}"/>'
