@@ -1,23 +1,25 @@
-"""The Vision Transformer, in one file because a model is read from top to bottom.
+"""The Vision Transformer in one file, top-down: model, block, layers, positions, norms.
 
-Dosovitskiy et al. 2020, "An image is worth 16x16 words", with pre-normalisation by RMSNorm, rotary
-positions in two dimensions and grouped-query attention.
+A ViT (Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words") with pre-normalization by RMSNorm,
+two-dimensional rotary position embedding and grouped-query attention.
 
-Sizes, in comments and docstrings alike:
-    B  images in a batch        N  tokens: the prefix (CLS, registers), then the patches
-    C  colour channels, 3       D  width of a token, `dim`
-    H  height in pixels         Q  query heads, `num_heads`
-    W  width in pixels          K  key/value heads, `num_kv_heads`
-    P  side of a patch          S  size of a head, D / Q
+Shapes in comments and docstrings:
+    B  batch size                  N  tokens: prefix (CLS, registers), then patches
+    C  color channels, 3           D  embedding dimension, `dim`
+    H  image height in pixels      Q  query heads, `num_heads`
+    W  image width in pixels       K  key/value heads, `num_kv_heads`
+    P  patch size in pixels        S  head size, D / Q
 
-Initialisation:
-    weights of the linear layers       normal of deviation 1 / sqrt(fan-in), cut at two deviations
-    biases                             0
-    weights and bias of the head       0, so that training starts at the uniform prediction
-    CLS token, registers               normal, standard deviation 0.02
-    scale of an RMSNorm                1
-    LayerScale                         `layer_scale`
-    mixed rotary frequencies           the axial magnitudes, each head turned by a random angle
+Initialization:
+    weights of linear layers       normal, standard deviation 1 / sqrt(fan-in), truncated at two
+                                   standard deviations
+    biases                         0
+    weights and bias of the head   0, so that training starts from the uniform prediction
+    CLS token, registers           normal, standard deviation 0.02
+    learned positions              normal, standard deviation 0.02
+    scale of an RMSNorm            1
+    LayerScale                     `layer_scale`
+    mixed rotary frequencies       axial magnitudes, in a random direction for each head
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class ViT(nn.Module):
 
     Args:
         config: the architecture.
-        num_classes: outputs of the head; 0 for a model without a head, which returns features.
+        num_classes: number of classes; 0 for a model without a head, which returns features.
 
     Examples:
         >>> import torch
@@ -75,35 +77,35 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W)."""
+        """Returns the logits (B, num_classes) of images (B, C, H, W)."""
         return self.head(self.pool(self.forward_features(images)))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the last norm.
+        """Returns all tokens after the last norm.
 
         Args:
-            images: (B, C, H, W), normalised; H and W multiples of the patch size, otherwise free.
+            images: (B, C, H, W), normalized; H and W can be any multiples of the patch size.
 
         Returns:
             (B, N, D): the CLS token, the registers, then the patches row by row.
 
         Raises:
-            UserError: for images of another shape.
+            UserError: if the images have another shape.
         """
         x = self.encode(*self.embed(images))
         return x if self.config.pooling == "mean-norm" else self.norm(x)
 
     def embed(self, images: Tensor) -> tuple[Tensor, int, int]:
-        """What the first block reads, tokens (B, N, D), and the rows and columns of patches."""
+        """Returns the first block's input (B, N, D) and the number of patch rows and columns."""
         P = self.config.patch_size
         if images.ndim != 4 or images.shape[1] != CHANNELS:
             raise UserError(f"images: expected (B, {CHANNELS}, H, W), got {tuple(images.shape)}")
         rows, columns = images.shape[2] // P, images.shape[3] // P
         if (rows * P, columns * P) != tuple(images.shape[2:]):
             got = " by ".join(map(str, images.shape[2:]))
-            raise UserError(f"images: expected sides that are multiples of {P} pixels, got {got}")
+            raise UserError(f"images: expected H and W in multiples of {P} pixels, got {got}")
         x = self.patch_embedding(images)
-        # Without autocast there is one dtype; with it the residual stream stays in float32.
+        # Under autocast the residual stream stays in float32; otherwise this changes nothing.
         x = x.to(self.norm.scale.dtype)
         if self.config.embed_norm == "patches":
             x = self.embed_norm(x)
@@ -115,16 +117,16 @@ class ViT(nn.Module):
         return x, rows, columns
 
     def add_prefix(self, x: Tensor) -> Tensor:
-        """Patch tokens (B, patches, D) with the CLS token and registers in front, (B, N, D)."""
+        """Prepends the CLS token and registers to patch tokens (B, patches, D): (B, N, D)."""
         tokens = [] if self.cls is None else [self.cls[None]]
         tokens += [] if self.registers is None else [self.registers]
-        # len would fix the batch size in an export
+        # len(x) would make the batch size a constant in an export
         return torch.cat([*(t.expand(x.shape[0], -1, -1) for t in tokens), x], dim=1)
 
     def encode(
         self, x: Tensor, rows: int, columns: int, first: int = 0, end: int | None = None
     ) -> Tensor:
-        """Tokens (B, N, D) of a grid of patches, after the blocks `first` to `end`. (B, N, D)."""
+        """Applies blocks[first:end] to tokens (B, N, D) of a patch grid; returns (B, N, D)."""
         tables: list[Any] = [(None, None)] * len(self.blocks)
         if self.config.rope != "none":
             tables = self.rope(rows, columns, x.device)
@@ -136,7 +138,7 @@ class ViT(nn.Module):
         return x
 
     def pool(self, x: Tensor) -> Tensor:
-        """What the head reads of all tokens (B, N, D): CLS, or the mean of the patches. (B, D)."""
+        """Pools tokens (B, N, D) to the head's input (B, D): CLS token or mean of the patches."""
         if self.config.pooling == "cls":
             return x[:, 0]
         mean = x[:, self.num_prefix :].mean(1)
@@ -144,11 +146,11 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws all weights, by the table at the top of this file."""
+        """Initializes all parameters as in the table at the top of this file."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                deviation = module.in_features**-0.5
-                nn.init.trunc_normal_(module.weight, 0, deviation, -2 * deviation, 2 * deviation)
+                std = module.in_features**-0.5
+                nn.init.trunc_normal_(module.weight, 0, std, -2 * std, 2 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
@@ -164,17 +166,17 @@ class ViT(nn.Module):
             nn.init.zeros_(self.head.weight)
         if self.rope.mixed is not None:
             magnitudes = self.rope.axial(self.device).sum(1)  # (1, 1, S/2)
-            turn = torch.rand(*self.rope.mixed[:, 0, :, :1].shape, device=self.device)
-            # The second half of the pairs starts at a right angle to the first, as in axial RoPE.
-            right = torch.tensor([0.0, 0.25], device=self.device)
-            turn = 2 * torch.pi * (turn + right.repeat_interleave(self.rope.head_size // 4))
-            self.rope.mixed[:, 0] = magnitudes * turn.cos()
-            self.rope.mixed[:, 1] = magnitudes * turn.sin()
+            turns = torch.rand(*self.rope.mixed[:, 0, :, :1].shape, device=self.device)
+            # The second half of the pairs is perpendicular to the first, as in axial RoPE.
+            offsets = torch.tensor([0.0, 0.25], device=self.device)
+            angles = 2 * torch.pi * (turns + offsets.repeat_interleave(self.rope.head_size // 4))
+            self.rope.mixed[:, 0] = magnitudes * angles.cos()
+            self.rope.mixed[:, 1] = magnitudes * angles.sin()
 
     def fuse(self, fused: bool) -> None:
-        """Turns vitral's own kernels on or off, on a device that has some.
+        """Enables or disables vitral's own kernels, on a device that has them.
 
-        With `kernels` plain they stay off.
+        They stay disabled if `kernels` is "plain".
         """
         fused = fused and self.config.kernels == "auto"
         gelu = self.config.activation == "gelu-tanh"
@@ -186,12 +188,12 @@ class ViT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.norm.scale.device
 
     @property
     def num_parameters(self) -> int:
-        """Number of learned numbers."""
+        """The number of parameters."""
         return sum(p.numel() for p in self.parameters())
 
 
@@ -216,13 +218,14 @@ class EncoderBlock(nn.Module):
 class Residual(nn.Module):
     """drop(branch(x)) for tokens (B, N, D): dropout, LayerScale, stochastic depth.
 
-    Stochastic depth skips the branch for a random share of the images and scales the others up. A
-    small share is drawn per image. A large share is B times the share, rounded, with at least one
-    image kept; the skipped images are not computed (Oquab et al. 2023), so `forward` takes the
+    Stochastic depth (Huang et al. 2016) skips the branch for a random fraction of the images and
+    scales up its output for the others. A small fraction is the probability of skipping each image.
+    With a large fraction, round(fraction * B) images are skipped, but at least one is kept, and the
+    branch is not computed for the skipped images (Oquab et al. 2023); therefore `forward` takes the
     branch as a function.
     """
 
-    # Below it, gathering the others moves more bytes of a GPU's than it spares it work.
+    # Below this, gathering the kept images on a GPU costs more than skipping the others saves.
     MIN_SKIP_FRACTION = 0.1
 
     def __init__(self, config: ViTConfig, skip: float) -> None:
@@ -245,15 +248,15 @@ class Residual(nn.Module):
         return kernels.put_rows(added, order)
 
     def drop(self, x: Tensor) -> Tensor:
-        """Dropout and LayerScale; shapes stay."""
+        """Applies dropout and LayerScale; keeps the shape."""
         x = F.dropout(x, self.dropout, self.training)
         return x if self.scale is None else x * self.scale
 
 
 class GroupedQueryAttention(nn.Module):
-    """Self-attention in which Q / K query heads share one key and value (Ainslie et al. 2023).
+    """Self-attention in which Q / K query heads share a key and a value (Ainslie et al. 2023).
 
-    `forward` takes normed tokens (B, N, D) and the block's rotary tables, and returns (B, N, D).
+    `forward` takes normalized tokens (B, N, D) and the block's rotary tables; it returns (B, N, D).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -273,16 +276,16 @@ class GroupedQueryAttention(nn.Module):
     def heads(
         self, x: Normed, cosine: Tensor | None, sine: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (B, Q, N, S) and keys (B, K, N, S), and values (B, K, N, S)."""
+        """Returns rotated queries (B, Q, N, S) and keys (B, K, N, S), and values (B, K, N, S)."""
         B, N, _ = x.tokens.shape
         Q, K = self.num_heads, self.num_kv_heads
         heads = self.qkv(x).view(B, N, -1, self.head_size)
         q, k, v = heads.split([Q, K, K], dim=2)  # (B, N, Q or K, S)
         q, k = self.q_norm(q), self.k_norm(k)
         if cosine is not None and sine is not None:
-            # Rotated while a token's heads are adjacent, as in the product before: a compiler then
-            # joins their gradients without float32 copies. Axial tables have one entry for all
-            # heads, which both slices select.
+            # Rotated before the transpose, while the heads of a token are adjacent in memory:
+            # torch.compile then concatenates their gradients without float32 copies. Axial tables
+            # have one entry for all heads, which both slices select.
             cosine, sine = cosine.transpose(0, 1), sine.transpose(0, 1)  # (N, 1 or Q + K, S)
             q = rotate(q, cosine[:, :Q], sine[:, :Q])
             k = rotate(k, cosine[:, -K:], sine[:, -K:])
@@ -291,9 +294,9 @@ class GroupedQueryAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(S)) v for queries (B, Q, N, S), keys and values (B, K, N, S)."""
         B, Q, N, S = q.shape
-        # Only the half-precision CUDA kernels know groups; elsewhere enable_gqa falls silently to
-        # the slow kernel that writes the whole attention matrix. As no query minds another, those
-        # of a group may follow each other in one sequence.
+        # Only the half-precision CUDA kernels support groups; elsewhere enable_gqa silently falls
+        # back to the slow kernel, which materializes the attention matrix. Queries do not interact,
+        # so those of a group can be concatenated into one sequence.
         if q.is_cuda and q.dtype.itemsize == 2:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=k.shape[1] != Q)
         groups = q.reshape(B, self.num_kv_heads, -1, S)
@@ -301,9 +304,10 @@ class GroupedQueryAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (or SwiGLU, with two halves: gate and value), linear.
+    """Linear layer, activation, linear layer.
 
-    `forward` takes normed tokens (B, N, D) and returns (B, N, D).
+    For SwiGLU the first layer computes the gates, then the values. `forward` takes normalized
+    tokens (B, N, D) and returns (B, N, D).
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -314,7 +318,7 @@ class FeedForward(nn.Module):
         width = 2 * hidden if self.activation == "swiglu" else hidden
         self.expand = Linear(dim, width, bias=config.ffn_bias)
         self.contract = Linear(hidden, dim, bias=config.ffn_bias)
-        self.fused = False  # until training has tried it: see ViT.fuse
+        self.fused = False  # training enables it if that is faster: see ViT.fuse
 
     def forward(self, x: Normed) -> Tensor:
         if self.fused and kernels.can_fuse(x.tokens):
@@ -323,7 +327,7 @@ class FeedForward(nn.Module):
         return self.contract(self.activate(self.expand(x)))
 
     def activate(self, x: Tensor) -> Tensor:
-        """The activation, (..., F) to (..., F), or to (..., F / 2) for SwiGLU."""
+        """Applies the activation, (..., width) to (..., width), or (..., width / 2) for SwiGLU."""
         if self.activation == "swiglu":
             gate, value = x.chunk(2, dim=-1)
             return F.silu(gate) * value
@@ -333,9 +337,9 @@ class FeedForward(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts images into square patches, flattens them and projects each linearly.
+    """Splits images into square patches, flattens each one and projects it linearly.
 
-    `forward` takes images (B, C, H, W), H and W multiples of P, and gives tokens
+    `forward` takes images (B, C, H, W), H and W multiples of P, and returns tokens
     (B, H / P * W / P, D), row by row.
     """
 
@@ -352,7 +356,7 @@ class PatchEmbedding(nn.Module):
 
 
 def resample(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Learned positions (rows, columns, D) of another grid, bicubic and antialiased, as in timm."""
+    """Resizes learned positions to (rows, columns, D), bicubic with antialiasing, as in timm."""
     if table.shape[:2] == (rows, columns):
         return table
     channels = table.permute(2, 0, 1)[None].float()
@@ -364,15 +368,17 @@ def resample(table: Tensor, rows: int, columns: int) -> Tensor:
 class RoPE2D(nn.Module):
     """Sines and cosines of rotary positions in x and y (Su et al. 2021; Heo et al. 2024).
 
-    Channel pair (i, i + S/2) of a head at patch (x, y) turns by x * fx[i] + y * fy[i]. Axial: the
-    first half of the pairs turns with x alone, the second with y alone, both at frequencies
-    theta^(-4j/S). Mixed: fx and fy are learned, per block and per key/value head, as the queries of
-    a group must turn as their key does. Prefix tokens do not turn.
+    In each head, channel pair (i, i + S/2) of the patch at (x, y) is rotated by the angle
+    x * fx[i] + y * fy[i]. Axial frequencies: the first half of the pairs depends only on x, the
+    second only on y, both with frequencies theta^(-4j/S). Mixed frequencies: fx and fy are learned
+    for each block and key/value head; the queries of a group share those of their key. Prefix
+    tokens are not rotated.
 
-    Patch i of n in a row or column is at (i + 1/2) * grid / n - origin, for n = grid at i. An
-    image of any size spans what one of `image_size` does (after Fang et al. 2023, EVA-02), and no
-    patch lies more than half a patch beyond what training has shown. The tables follow any grid of
-    patches; nothing but mixed frequencies is in the state dict.
+    Patch i of n in a row or column is at position (i + 1/2) * grid / n - origin; with the default
+    origin of 1/2, that is i for n = grid. Images of all sizes span the positions of an image of
+    `image_size` (after Fang et al. 2023, EVA-02), and no patch lies more than half a patch outside
+    the range seen in training. The tables are computed for any patch grid; the state dict contains
+    only mixed frequencies.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -385,31 +391,31 @@ class RoPE2D(nn.Module):
         self.mixed = nn.Parameter(torch.empty(shape)) if config.rope == "mixed" else None
 
     def axial(self, device: torch.device | None) -> Tensor:
-        """Frequencies (1, 2, 1, S/2): along x, then along y."""
+        """Returns the frequencies (1, 2, 1, S/2): along x, then along y."""
         quarter = self.head_size // 4
         exponents = torch.arange(quarter, device=device, dtype=torch.float32) / quarter
-        falling = self.theta**-exponents
-        still = torch.zeros_like(falling)
-        rows = [torch.cat([falling, still]), torch.cat([still, falling])]
-        return torch.stack(rows)[None, :, None]
+        frequencies = self.theta**-exponents
+        zeros = torch.zeros_like(frequencies)
+        fx, fy = torch.cat([frequencies, zeros]), torch.cat([zeros, frequencies])
+        return torch.stack([fx, fy])[None, :, None]
 
     def positions(self, count: int, device: torch.device) -> Tensor:
-        """Those of `count` patches side by side: (count,), float32."""
-        middles = torch.arange(count, device=device, dtype=torch.float32) + 0.5
-        return middles * (self.grid / count) - self.origin
+        """Returns the positions of `count` patches in a row or column: (count,), float32."""
+        centers = torch.arange(count, device=device, dtype=torch.float32) + 0.5
+        return centers * (self.grid / count) - self.origin
 
     def forward(self, rows: int, columns: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """Cosine and signed sine of all channels for each block, as `rotate` takes them.
+        """Returns cosine and sine for each block, in the form that `rotate` takes.
 
-        Float32, (1, N, S) or, mixed, (Q + K, N, S).
+        Both are float32, (1, N, S) for axial and (Q + K, N, S) for mixed frequencies.
         """
         x = self.positions(columns, device).expand(rows, -1).flatten()
-        # Expanded: torch exports repeat_interleave by a size that varies to a wrong ONNX graph.
+        # expand, as torch exports repeat_interleave with a dynamic size to an incorrect ONNX graph
         y = self.positions(rows, device)[:, None].expand(-1, columns).flatten()
         frequencies = self.axial(device) if self.mixed is None else self.mixed.float()
         fx, fy = frequencies[:, 0, :, None], frequencies[:, 1, :, None]
         angles = x[:, None] * fx + y[:, None] * fy  # (1 or depth, 1 or K, patches, S/2)
-        angles = F.pad(angles, (0, 0, self.num_prefix, 0))  # an angle of zero turns nothing
+        angles = F.pad(angles, (0, 0, self.num_prefix, 0))  # zero: no rotation
         if self.mixed is not None:
             group = self.num_heads // self.num_kv_heads
             angles = torch.cat([angles.repeat_interleave(group, dim=1), angles], dim=1)
@@ -420,22 +426,23 @@ class RoPE2D(nn.Module):
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Turns the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype.
+    """Rotates the channel pairs (i, i + S/2) of heads (..., N, S); keeps shape and dtype.
 
     Args:
-        cosine: of each channel's angle, (..., N, S).
-        sine: likewise, with a minus for the first half.
+        x: queries or keys, (..., N, S).
+        cosine: cosine of each channel's angle, (..., N, S).
+        sine: sine of each channel's angle, negated in the first half, (..., N, S).
     """
     exact = x.float() if x.dtype.itemsize < 4 else x
-    # As two products of whole heads, not of halves: a compiler makes one kernel of each direction,
-    # and a CPU takes two thirds of the time.
+    # Two products of full heads instead of half heads: torch.compile generates one kernel for each
+    # direction, and a CPU takes two thirds of the time.
     return (exact * cosine + exact.roll(x.shape[-1] // 2, dims=-1) * sine).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis (Zhang and Sennrich 2019).
 
-    Computed in float32, returned in the input's dtype; shapes stay.
+    Computes in at least float32 and keeps the shape and dtype of the input.
     """
 
     def __init__(self, dim: int, bias: bool = False) -> None:
@@ -444,16 +451,17 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # A bf16 input beside a float32 scale leaves torch's fused path and warns; so does autocast.
+        # torch warns and does not use its fused kernel if the dtypes of input and scale differ, as
+        # they do under autocast.
         exact = x if x.dtype == self.scale.dtype else x.float()
         normed = F.rms_norm(exact, self.scale.shape, self.scale, eps=kernels.EPS)
         return (normed if self.bias is None else normed + self.bias).to(x.dtype)
 
 
 class EmbedNorm(RMSNorm):
-    """The norm of embedded tokens in CLIP: RMSNorm with a bias, then centered over the channels.
+    """The norm of the embedded tokens in CLIP: RMSNorm with a bias, then centering over channels.
 
-    With zero-mean tokens RMSNorm equals LayerNorm; centering keeps the residual stream so.
+    For zero-mean tokens RMSNorm equals LayerNorm; centering keeps the residual stream zero-mean.
     """
 
     def __init__(self, dim: int) -> None:
@@ -465,17 +473,18 @@ class EmbedNorm(RMSNorm):
 
 
 class PreNorm(RMSNorm):
-    """An RMSNorm in front of a linear layer, which applies the scale."""
+    """RMSNorm before a linear layer, which applies the scale."""
 
     def forward(self, x: Tensor) -> Normed:  # pyright: ignore[reportIncompatibleMethodOverride]
         return Normed(kernels.normalize(x), self.scale)
 
 
 class Normed(NamedTuple):
-    """The result of a norm in front of a linear layer: tokens * scale, not yet multiplied.
+    """The output of a norm before a linear layer, tokens * scale, as its two factors.
 
-    The layer multiplies its weights by the scale, which are fewer than the tokens. The gradient of
-    the scale then comes from that of the weights, without a sum over all tokens.
+    The layer multiplies its weights by the scale, since it has fewer weights than tokens have
+    values. The gradient of the scale then follows from that of the weights, without a sum over all
+    tokens.
     """
 
     tokens: Tensor
@@ -487,20 +496,20 @@ class Normed(NamedTuple):
 class Linear(nn.Linear):
     """x W^T + b over the last axis, (..., D) to (..., width)."""
 
-    fused = False  # until training turns it on: see ViT.fuse
+    fused = False  # training enables it: see ViT.fuse
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor | Normed
     ) -> Tensor:
-        """Takes tokens, or a norm's result, whose scale is multiplied into the weights."""
+        """Takes tokens, or the output of a norm, whose scale it multiplies into the weights."""
         x, weight = (x.tokens, self.weight * x.scale) if isinstance(x, Normed) else (x, self.weight)
-        # Only in training, so that a validation gives what the same weights give everywhere.
-        by_onednn = self.training and self.fused and kernels.can_train_by_onednn(x)
-        return (kernels.onednn_linear if by_onednn else F.linear)(x, weight, self.bias)
+        # Not in evaluation, so that validation during training gives the same results as later.
+        use_onednn = self.training and self.fused and kernels.can_train_by_onednn(x)
+        return (kernels.onednn_linear if use_onednn else F.linear)(x, weight, self.bias)
 
 
 def matrices(module: nn.Module) -> set[Tensor]:
-    """The weights of its linear layers, which alone decay."""
+    """Returns the weights of a module's linear layers, the only parameters with weight decay."""
     return {m.weight for m in module.modules() if isinstance(m, nn.Linear)}
 
 
@@ -512,10 +521,17 @@ def count_flops(
     training: bool = False,
     build: Callable[[ViTConfig, int], nn.Module] = ViT,
 ) -> float:
-    """Floating-point operations of one image's forward pass: matrix products, two a multiply-add.
+    """Returns the floating-point operations (FLOPs) of the forward pass for one image.
 
-    A training step takes three times as many. In training they are fewer than in evaluation where
-    stochastic depth skips work. `build` makes another model than a ViT of the same settings.
+    Only matrix products count, a multiply-add as two operations. A training step takes three times
+    as many.
+
+    Args:
+        config: the architecture.
+        num_classes: number of classes.
+        image_size: side of the image in pixels; None uses that of `config`.
+        training: do not count what stochastic depth skips in training.
+        build: constructs the model from `config` and `num_classes`.
     """
     with torch.device("meta"):
         model = build(config, num_classes).train(training)
@@ -523,9 +539,9 @@ def count_flops(
 
 
 def forward_flops(model: nn.Module, image_size: int) -> float:
-    """`count_flops` of any model on the meta device, as torch counts it, in the mode that it is in.
+    """Returns the same count for any model on the meta device, in its current mode.
 
-    Of a model in training they are the mean of a batch of 1,024.
+    For a model in training mode it is the mean over a batch of 1,024 images.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
