@@ -1,4 +1,4 @@
-"""The quicker forward pass against the model's own."""
+"""The faster forward pass against that of the model."""
 
 import pytest
 import torch
@@ -9,13 +9,13 @@ from vitral.engines.onednn import for_inference
 from vitral.model import ViT
 
 SMALL = {"dim": 32, "depth": 2, "num_heads": 4, "num_kv_heads": 2, "patch_size": 4}
-quicker = pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="for x86 alone"
+needs_x86 = pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="x86 only"
 )
 
 
 def trained(**settings):
-    """A model all of whose weights take part."""
+    """A model in which all weights affect the result."""
     torch.manual_seed(0)
     model = ViT(ViTConfig(**{**SMALL, **settings}), 7).eval()
     with torch.no_grad():
@@ -24,7 +24,7 @@ def trained(**settings):
     return model
 
 
-@quicker
+@needs_x86
 @pytest.mark.parametrize(
     "settings",
     [
@@ -37,20 +37,20 @@ def trained(**settings):
 @torch.no_grad()
 def test_equals_the_model(settings):
     model = trained(**settings)
-    twin = for_inference(model)
-    assert twin is not model
+    fast = for_inference(model)
+    assert fast is not model
     for shape in ((5, 3, 16, 24), (1, 3, 4, 4)):
         images = torch.randn(shape)
-        torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            twin.forward_features(images), model.forward_features(images), rtol=1e-4, atol=1e-5
+            fast.forward_features(images), model.forward_features(images), rtol=1e-4, atol=1e-5
         )
 
 
-@quicker
+@needs_x86
 @torch.no_grad()
 def test_autocast_changes_nothing():
-    """A user may have it on around predicting; oneDNN refuses operands of two kinds."""
+    """Users may predict under autocast; oneDNN rejects operands of two dtypes."""
     model, images = trained(), torch.randn(2, 3, 16, 16)
     expected = model.forward_features(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -58,7 +58,7 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@quicker
+@needs_x86
 @torch.no_grad()
 def test_images_are_processed_in_slices():
     model, images = trained(), torch.randn(5, 3, 160, 80)  # 800 patches each
@@ -73,36 +73,36 @@ def test_images_are_processed_in_slices():
     torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-5)
 
 
-@quicker
+@needs_x86
 @torch.no_grad()
 def test_onednn_computes_linear_layers_and_gelu():
     model, images = trained(), torch.randn(2, 3, 16, 16)
     called = {}
-    for name, forward in (("model", model), ("twin", for_inference(model))):
+    for name, forward in (("model", model), ("fast", for_inference(model))):
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
             forward(images)
         called[name] = {event.key: event.count for event in profiled.key_averages()}
     assert {"aten::linear", "aten::gelu"} <= called["model"].keys()
-    assert "aten::gelu" not in called["twin"]
-    assert called["twin"]["aten::linear"] == 1  # the head
+    assert "aten::gelu" not in called["fast"]
+    assert called["fast"]["aten::linear"] == 1  # the head
 
 
-@quicker
+@needs_x86
 @torch.no_grad()
 def test_weights_are_shared_and_the_model_is_unchanged():
     model, images = trained(), torch.randn(2, 3, 16, 16)
     before = model(images)
-    twin = for_inference(model)
+    fast = for_inference(model)
     assert torch.equal(model(images), before)
     assert not any(type(m).__module__ == "vitral.engines.onednn" for m in model.modules())
     other = ViT(model.config, 7).state_dict()
     model.load_state_dict(other)
-    torch.testing.assert_close(twin(images), model(images), rtol=1e-4, atol=1e-5)
-    assert (twin(images) - before).abs().max() > 0.01
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    assert (fast(images) - before).abs().max() > 0.01
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
-@quicker
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # from torch 2.11 itself
+@needs_x86
 @pytest.mark.parametrize("place", ["model", "block"])
 @torch.no_grad()
 def test_a_compiled_model_is_unchanged(place):
@@ -118,7 +118,7 @@ def test_a_compiled_model_is_unchanged(place):
     assert torch.equal(compiled(images), expected)
 
 
-def test_the_model_itself_is_returned_if_nothing_is_faster(monkeypatch):
+def test_the_model_itself_is_returned_where_nothing_is_faster(monkeypatch):
     for dtype in (torch.bfloat16, torch.float64):
         other = trained().to(dtype)
         assert for_inference(other) is other

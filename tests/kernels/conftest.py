@@ -1,4 +1,4 @@
-"""The Triton kernels, run once in the interpreter for all tests of them."""
+"""Runs the Triton kernels in the interpreter once for all of their tests."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Tokens, dim, hidden, biases: blocks are 128 by 128, and 64 deep.
+# Tokens, dim, hidden, biases. The kernels' blocks have M = N = 128 and K = 64.
 CASES = [(130, 64, 128, True), (60, 8, 24, True), (160, 72, 160, False)]
 
 
@@ -19,7 +19,7 @@ def case(request):
 
 @pytest.fixture(scope="session")
 def interpreted(interpreter):
-    """By case: the errors of feed-forward networks and of products; and of a layer."""
+    """Errors of feed-forward networks and matrix products by case, and the error of a layer."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     program = Path(__file__).with_name("interpreted.py")
     command = [sys.executable, str(program), json.dumps(CASES)]

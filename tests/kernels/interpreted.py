@@ -1,6 +1,6 @@
-"""Runs the Triton kernels in the interpreter, with TRITON_INTERPRET=1, and prints what they give.
+"""Runs the Triton kernels in the interpreter (TRITON_INTERPRET=1) and prints their errors as JSON.
 
-Interpreted kernels take no bf16 products, so half precision is float16 here.
+The interpreter does not support bf16 products, so half precision is float16 here.
 """
 
 import json
@@ -17,7 +17,7 @@ from vitral.kernels import gelu
 from vitral.kernels.feed_forward import feed_forward
 from vitral.model import FeedForward, PreNorm
 
-gelu.wrap_triton = lambda kernel: kernel  # torch 2.11 does not do so in the interpreter
+gelu.wrap_triton = lambda kernel: kernel  # not done by torch 2.11 in the interpreter
 
 
 def plain(x, expand, expand_bias, contract, bias):
@@ -26,7 +26,7 @@ def plain(x, expand, expand_bias, contract, bias):
 
 
 def passes(run, tokens, dim, hidden, with_bias, dtype):
-    """Result and gradients of a feed-forward network."""
+    """Returns the result and the gradients of a feed-forward network."""
     draw = torch.Generator().manual_seed(0)
 
     def noise(*shape):
@@ -42,7 +42,7 @@ def passes(run, tokens, dim, hidden, with_bias, dtype):
     if not with_bias:
         leaves[2] = leaves[4] = None
     leaves = [leaf if leaf is None else leaf.to(dtype).requires_grad_() for leaf in leaves]
-    # Rows with gaps between them, and weights and a gradient that are transposed in memory.
+    # Non-contiguous rows, and weights and a gradient that are transposed in memory.
     wide = torch.cat([leaves[0], leaves[0]], dim=2)[..., :dim]
     expand, contract = (leaves[i].T.contiguous().T for i in (1, 3))
     y = run(wide, expand, leaves[2], contract, leaves[4])
@@ -51,7 +51,7 @@ def passes(run, tokens, dim, hidden, with_bias, dtype):
 
 
 def errors(cases):
-    """For each case and dtype, relative errors of the kernels and of torch's operations."""
+    """Returns relative errors of the kernels and of torch's operations, for each case and dtype."""
     found = []
     for case in cases:
         truth = passes(plain, *case, torch.float64)
@@ -64,7 +64,7 @@ def errors(cases):
 
 
 def products(cases):
-    """For each case, relative errors in float32 of what the two products give."""
+    """Returns relative errors of the results of both products in float32, for each case."""
     found = []
     for M, K, N, with_bias in cases:
         draw = torch.Generator().manual_seed(1)
@@ -88,7 +88,7 @@ def products(cases):
 
 
 def layer():
-    """None if the layer with kernels equals the one without, or else a traceback."""
+    """Returns None if the layer is the same with and without kernels, otherwise a traceback."""
     kernels.can_fuse = lambda x: True
     try:
         for bias in (True, False):
@@ -102,8 +102,8 @@ def layer():
                 y = layer(norm(x))
                 found.append([y, *torch.autograd.grad(y.square().sum(), parameters)])
             assert not found[0][0].equal(found[1][0])
-            for ours, theirs in zip(*found, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-2)
+            for fused, plain in zip(*found, strict=True):
+                torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-2)
     except Exception:
         return traceback.format_exc()
     return None

@@ -1,4 +1,4 @@
-"""The fused feed-forward network, interpreted on a CPU and on a GPU, against torch's operations."""
+"""The fused feed-forward network against torch's operations, in the interpreter and on a GPU."""
 
 import pytest
 import torch
@@ -7,23 +7,23 @@ pytest.importorskip("triton")
 
 
 def test_values_and_gradients_match_float64(interpreted, case):
-    for mine in interpreted["errors"][case, "float32"][0]:
-        assert mine < 1e-6
+    for error in interpreted["errors"][case, "float32"][0]:
+        assert error < 1e-6
 
 
-def test_half_precision_is_as_accurate_as_the_plain_code(interpreted, case):
-    for mine, theirs in zip(*interpreted["errors"][case, "float16"], strict=True):
-        assert mine < 1.1 * theirs
+def test_half_precision_is_as_accurate_as_torch(interpreted, case):
+    for fused, plain in zip(*interpreted["errors"][case, "float16"], strict=True):
+        assert fused < 1.1 * plain
 
 
-def test_the_layer_is_the_same_without_kernels(interpreted):
+def test_the_layer_gives_the_same_results_without_kernels(interpreted):
     assert interpreted["layer"] is None, interpreted["layer"]
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("default")  # torch 2.11's compiler warns of its own code
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler warns about its own code
 @pytest.mark.parametrize("dim", [192, 384, 768, 1024])
-def test_on_a_gpu_it_is_as_accurate_as_the_plain_code(dim):
+def test_a_gpu_is_as_accurate_as_torch(dim):
     import torch.nn.functional as F
 
     from vitral import kernels
@@ -51,7 +51,7 @@ def test_on_a_gpu_it_is_as_accurate_as_the_plain_code(dim):
     truth = passes(plain, torch.float64, autocast=False)
     compiled = torch.compile(kernels.feed_forward, fullgraph=True, dynamic=False)
     for run in (kernels.feed_forward, compiled):
-        both = (passes(way, torch.float32, autocast=True) for way in (run, plain))
-        for ours, theirs, exact in zip(*both, truth, strict=True):
-            mine, other = ((got.double() - exact).norm() for got in (ours, theirs))
-            assert mine < 1.05 * other
+        results = (passes(function, torch.float32, autocast=True) for function in (run, plain))
+        for *both, exact in zip(*results, truth, strict=True):
+            fused_error, plain_error = ((got.double() - exact).norm() for got in both)
+            assert fused_error < 1.05 * plain_error

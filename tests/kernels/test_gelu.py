@@ -1,4 +1,4 @@
-"""The Triton kernels: interpreted for their values, compiled for what a GPU is given."""
+"""The Triton kernels: their values in the interpreter, and their code compiled for a GPU."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def test_products_match_float64(interpreted, case):
 
 
 def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
-    """To its tensor cores, and into what memory two programs of a multiprocessor can share."""
+    """They use the tensor cores, and two programs fit into a multiprocessor's shared memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -34,6 +34,6 @@ def test_kernels_compile_for_hopper(tmp_path, monkeypatch):
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(names)) if (i,) not in fixed}
         source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=aligned)
         options = {"num_warps": gelu.WARPS, "num_stages": gelu.STAGES}
-        done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert "wgmma.mma_async" in done.asm["ptx"]
-        assert done.metadata.shared <= 232_448 / 2
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= 232_448 / 2

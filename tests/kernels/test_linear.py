@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN against float64, in both directions."""
+"""Linear layers with oneDNN against float64, forward and backward."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from vitral.kernels import linear
 from vitral.model import ViT
 from vitral.training.resolved import resolve
 
-pytestmark = pytest.mark.skipif(not kernels.has_onednn(), reason="torch has no oneDNN here")
+pytestmark = pytest.mark.skipif(
+    not kernels.has_onednn(), reason="torch does not support oneDNN here"
+)
 CPU = torch.device("cpu")
 
 
@@ -27,21 +29,21 @@ def gradients(function, x, weight, bias, gradient):
 
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (3, 17, 48), (2, 3, 17, 48)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_result_and_gradients(shape, biased):
+def test_result_and_gradients_match_float64(shape, biased):
     torch.manual_seed(0)
     x, weight = torch.randn(2 * shape[0], *shape[1:])[::2], torch.randn(48, 40).mT
     bias, gradient = torch.randn(40) if biased else None, torch.randn(40, *shape[:-1])
-    gradient = gradient.movedim(0, -1)  # no row of it lies together
-    given = (x, weight, bias, gradient)
-    if len(shape) == 1:  # torch's own takes a single row too, the operator does not
-        given = (x[None], weight, bias, gradient[None])
-    exact = gradients(F.linear, *(None if t is None else t.double() for t in given))
-    plain, ours = gradients(F.linear, *given), gradients(kernels.onednn_linear, *given)
-    assert len(ours) == 3 + biased
-    for truth, torchs, here in zip(exact, plain, ours, strict=True):
-        assert here.shape == truth.shape
-        error, known = ((got - truth).norm() / truth.norm() for got in (here, torchs))
-        assert error < 3 * known + 1e-7, (error, known)
+    gradient = gradient.movedim(0, -1)  # with non-contiguous rows
+    inputs = (x, weight, bias, gradient)
+    if len(shape) == 1:  # F.linear accepts one axis, the operator does not
+        inputs = (x[None], weight, bias, gradient[None])
+    truth = gradients(F.linear, *(None if t is None else t.double() for t in inputs))
+    plain, fused = gradients(F.linear, *inputs), gradients(kernels.onednn_linear, *inputs)
+    assert len(fused) == 3 + biased
+    for exact, by_torch, by_onednn in zip(truth, plain, fused, strict=True):
+        assert by_onednn.shape == exact.shape
+        error, usual = ((got - exact).norm() / exact.norm() for got in (by_onednn, by_torch))
+        assert error < 3 * usual + 1e-7, (error, usual)
 
 
 def test_unneeded_gradients_are_not_computed(monkeypatch):
@@ -77,8 +79,8 @@ def test_a_second_derivative_is_an_error():
         (["--train.precision", "bf16"], False),
     ],
 )
-def test_when_training_uses_it(monkeypatch, words, used):
-    """It is in use where the choice says so, and counted: a ViT of one block has six layers."""
+def test_training_uses_it_only_where_supported(monkeypatch, words, used):
+    """Counts the calls; a ViT with one block has six linear layers."""
     config = settings.load("digits", ["--model.depth", "1", *words])
     model = ViT(config.model, 10)
     resolved = resolve(config, model, CPU)
@@ -113,7 +115,7 @@ def test_other_processors_use_torch(monkeypatch):
 
 
 @pytest.mark.usefixtures("amd")
-def test_the_model_is_unchanged():
+def test_the_model_gives_the_same_results():
     torch.manual_seed(0)
     words = "--model.dim 48 --model.depth 2 --model.stochastic-depth 0".split()
     config = settings.load("cifar10", words).model
@@ -127,10 +129,10 @@ def test_the_model_is_unchanged():
         logits = model(images)
         logits.square().sum().backward()
         found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
-    for plain, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
     assert any((a != b).any() for a, b in zip(*found, strict=True))
     model.eval()
     fused = model(images)
     model.fuse(False)
-    assert torch.equal(fused, model(images))  # a validation is to the last bit what val gives
+    assert torch.equal(fused, model(images))  # validation gives the same bits as `vitral val`

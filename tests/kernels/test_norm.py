@@ -31,7 +31,7 @@ def test_normalize_and_its_gradient(magnitude):
 
 
 def test_a_second_derivative_is_an_error():
-    """It would lack the part that comes through what is kept."""
+    """It would lack the terms from the saved tensors."""
     x = draw(2, 3).requires_grad_()
     (gradient,) = torch.autograd.grad(kernels.normalize(x).sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -56,23 +56,23 @@ def test_bf16_is_rounded_once():
 
 def test_only_the_result_and_one_number_per_row_are_saved():
     x, weight = torch.ones(64, 32, requires_grad=True), torch.ones(16, 32, dtype=torch.bfloat16)
-    kept = {}
+    saved = {}
 
-    def keep(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
+    def save(tensor):
+        saved[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
     with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16),
     ):
         y = F.linear(kernels.normalize(x), weight.requires_grad_())
-    assert sum(kept.values()) == 2 * x.numel() + 4 * len(x) + weight.nbytes
+    assert sum(saved.values()) == 2 * x.numel() + 4 * len(x) + weight.nbytes
     assert y.dtype == torch.bfloat16
 
 
 def test_bf16_is_as_accurate_as_the_plain_norm():
-    """Outputs and gradients of both under autocast, against float64."""
+    """Compares outputs and gradients of both under autocast with float64."""
     x, scale, weight = draw(64, 48, 32), 1 + 0.3 * draw(32), draw(40, 32) / 6
     upstream = draw(64, 48, 40)
 
@@ -83,7 +83,7 @@ def test_bf16_is_as_accurate_as_the_plain_norm():
         y.backward(upstream.to(y.dtype))
         return [y.detach(), *(leaf.grad for leaf in leaves)]
 
-    def ours(x, scale, weight):
+    def split(x, scale, weight):
         linear = Linear(32, 40, bias=False)
         del linear.weight
         linear.weight = weight
@@ -98,15 +98,15 @@ def test_bf16_is_as_accurate_as_the_plain_norm():
     truth = passes(exact, torch.float64, autocast=False)
     errors = [
         [relative_error(got, expected) for got, expected in zip(found, truth, strict=True)]
-        for found in (passes(run, torch.float32, autocast=True) for run in (ours, plain))
+        for found in (passes(run, torch.float32, autocast=True) for run in (split, plain))
     ]
-    for name, mine, theirs in zip(("y", "x", "scale", "weight"), *errors, strict=True):
-        assert mine < 1.1 * theirs, name  # the same roundings, in another order
+    for name, ours, usual in zip(("y", "x", "scale", "weight"), *errors, strict=True):
+        assert ours < 1.1 * usual, name  # the same roundings, in another order
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # from torch 2.11 itself
 def test_the_compiled_gradient_is_the_same_under_autocast():
-    """A compiler traces the backward pass under the forward pass's autocast, as on a GPU."""
+    """torch.compile traces the backward pass under the autocast of the forward pass."""
     x, upstream = draw(4, 16, 32).float().requires_grad_(), draw(4, 16, 32).bfloat16()
     gradients = []
     for run in (kernels.normalize, torch.compile(kernels.normalize, backend="aot_eager")):

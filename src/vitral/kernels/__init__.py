@@ -1,4 +1,4 @@
-"""What is fast and specific, behind functions that are called as plain ones would be."""
+"""Fast, hardware-specific operations, behind functions that look like plain ones."""
 
 from vitral.kernels.feed_forward import can_fuse, feed_forward, has_feed_forward
 from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear, onednn_product

@@ -1,4 +1,4 @@
-"""A feed-forward network whose GELU is a part of the matrix products around it."""
+"""A feed-forward network with GELU fused into the adjacent matrix products."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ HOPPER = (9, 0)
 
 
 def has_feed_forward(device: torch.device) -> bool:
-    """Whether there are kernels for a device: a Hopper GPU or a newer one, with Triton."""
+    """Whether the device supports the kernels: a Hopper GPU or newer, with Triton installed."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= HOPPER
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether the kernels take x, on a device that has them: on a GPU, in half precision."""
+    """Whether the kernels support x on a supported device: on a GPU, in half precision."""
     return x.is_cuda and product_dtype(x).itemsize == 2
 
 
 def feed_forward(
     x: Tensor, expand: Tensor, expand_bias: Tensor | None, contract: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """linear(gelu(linear(x))), GELU in its tanh form (Hendrycks and Gimpel 2016).
+    """linear(gelu(linear(x))), with the tanh form of GELU (Hendrycks and Gimpel 2016).
 
     Args:
         x: (..., D).
-        expand: weights of the first linear layer, (F, D), its bias (F,).
-        contract: weights of the second, (D, F), its bias (D,).
+        expand: weights of the first linear layer, (F, D).
+        expand_bias: its bias, (F,).
+        contract: weights of the second linear layer, (D, F).
+        bias: its bias, (D,).
 
     Returns:
-        (..., D), in the dtype that a linear layer would compute in.
+        (..., D), in the dtype in which a linear layer would compute.
     """
     dtype = product_dtype(x)
-    # The kernels count on rows without gaps. The first bias stays as it is: they add it to float32
-    # sums.
+    # The kernels require contiguous rows. The first bias keeps its dtype, since they add it to
+    # float32 sums.
     weights = expand.to(dtype).contiguous(), expand_bias, contract.to(dtype).contiguous()
     rows = x.to(dtype).flatten(0, -2).contiguous()
     with torch.autocast(x.device.type, enabled=False):
@@ -52,7 +54,7 @@ def feed_forward(
 
 
 class _FeedForward(torch.autograd.Function):
-    """Also gives what is before GELU and after it, (M, F), as parts of the backward pass."""
+    """Also returns the input and the output of GELU, (M, F), for the backward pass."""
 
     @staticmethod
     def forward(

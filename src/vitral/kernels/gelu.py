@@ -1,10 +1,10 @@
-"""Matrix products that end with GELU, or with its derivative, in Triton.
+"""Matrix products fused with GELU or its derivative, in Triton.
 
-Between a feed-forward network's two products lies the largest tensor of a block. Plainly it is
-written by the first product, read and written by GELU, and in the backward pass written by a
-product, read beside the first and written by GELU's derivative, and read for the bias's gradient.
-Here both products end with it: of eight passes over that tensor four are left. A program computes
-one block of the result, with float32 sums.
+The tensor between the two products of a feed-forward network is the largest one of a block. Without
+fusion, the first product writes it and GELU reads and writes it. In the backward pass a product
+writes its gradient, GELU's derivative reads both and writes, and the gradient of the bias reads.
+Fusing GELU and its derivative into the products leaves four of these eight passes over the tensor.
+Each program computes one block of the result, with float32 sums.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-# One choice for all shapes: tuning would pick another order of sums in another run.
+# The same for all shapes: autotuning could choose another order of summation in each run.
 BLOCK_M, BLOCK_N, BLOCK_K, GROUP = 128, 128, 64, 8
 WARPS, STAGES = 4, 3
 
 
 @triton.jit
 def _gelu_gate(x):
-    """s in gelu(x) = x s, in its tanh form: (1 + tanh u) / 2 = sigmoid(2 u); and d(2u)/dx."""
+    """s in gelu(x) = x s, in the tanh form: (1 + tanh u) / 2 = sigmoid(2 u); and d(2u)/dx."""
     square = x * x
     gate = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * square))
     return gate, 1.5957691216057308 * (1 + 0.134145 * square)
@@ -30,7 +30,7 @@ def _gelu_gate(x):
 
 @triton.jit
 def _block_of(num_m, num_n, GROUP: tl.constexpr):
-    """Row and column of this program's block: GROUP rows of blocks share what is in the cache."""
+    """Row and column of this program's block; GROUP rows of blocks share the cache."""
     program = tl.program_id(0)
     group = program // (GROUP * num_n)
     first = group * GROUP
@@ -44,7 +44,7 @@ def _product(
     a, b, m, n, M, N, K, stride_bn, stride_bk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The block of rows m and columns n of a b: a (M, K) row by row, b (K, N) by its strides."""
+    """The block of rows m and columns n of a b, for a row-major a (M, K) and a strided b (K, N)."""
     k = tl.arange(0, BLOCK_K)
     a += (m % M)[:, None].to(tl.int64) * K + k[None, :]
     b += (n % N)[None, :] * stride_bn + k[:, None] * stride_bk
@@ -107,11 +107,11 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
     Args:
         x: (M, K), contiguous.
-        weight: (N, K), contiguous, of the dtype of x.
+        weight: (N, K), contiguous, with the dtype of x.
         bias: (N,), or None.
 
     Returns:
-        Both (M, N), of the dtype of x; gelu(y) of y as it was before it was rounded.
+        y and gelu(y), each (M, N) with the dtype of x. GELU is applied before y is rounded.
     """
     M, K = x.shape
     N = len(weight)
@@ -123,16 +123,16 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 @triton_op("vitral::gelu_backward", mutates_args=())
 def gelu_backward(gradient: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient weight) gelu'(before), and its sums over the rows.
+    """(gradient weight) gelu'(before), and its sum over the rows.
 
     Args:
-        gradient: of gelu(before) weight^T, (M, K), contiguous.
-        weight: (K, N), contiguous, of the same dtype.
+        gradient: gradient of gelu(before) weight^T, (M, K), contiguous.
+        weight: (K, N), contiguous, with the same dtype.
         before: (M, N), contiguous.
 
     Returns:
-        (M, N) of that dtype, and (N,), float32. A block's rows are added first, then the blocks:
-        in the same order each time.
+        (M, N) with that dtype, and (N,) in float32. The sum adds the rows within each block, then
+        the blocks, so that its order is fixed.
     """
     M, K = gradient.shape
     N = weight.shape[1]

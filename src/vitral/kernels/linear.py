@@ -1,4 +1,4 @@
-"""Linear layers of a CPU by oneDNN, forward and backward."""
+"""Linear layers on a CPU with oneDNN, forward and backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vitral.machine import is_amd
 
 
 def has_onednn() -> bool:
-    """Whether torch offers oneDNN's linear layer here: on x86, and not switched off."""
+    """Whether torch supports oneDNN's linear layer here: on x86, unless it is disabled."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -24,10 +24,11 @@ def has_onednn() -> bool:
 
 
 def can_train_by_onednn(x: Tensor) -> bool:
-    """Whether `onednn_linear` takes x, and is the quicker: float32, on an AMD processor.
+    """Whether `onednn_linear` supports x and is faster than torch: float32, on an AMD processor.
 
-    There MKL, which torch gives linear layers to, uses half of the vectors' width. Elsewhere it is
-    not measured. Not while torch.compile looks, whose own way to oneDNN refuses what learns.
+    torch runs linear layers with MKL, which uses half the vector width of AMD processors. Other
+    processors are not measured. Excluded under torch.compile, whose lowering to oneDNN does not
+    support tensors that require gradients.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -36,9 +37,9 @@ def can_train_by_onednn(x: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, as `F.linear`: x (..., D), W (F, D), b (F,), to (..., F).
+    """x W^T + b, like `F.linear`: x (..., D), W (F, D), b (F,), to (..., F).
 
-    Unlike torch's it wants a row or more, and x of two axes or more.
+    Unlike in `F.linear`, x must have at least two axes and at least one row.
     """
     return _Linear.apply(x, weight, bias)  # pyright: ignore[reportReturnType]
 
@@ -46,10 +47,16 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def onednn_product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, then: tuple[str, str] = ("none", "")
 ) -> Tensor:
-    """The same without a gradient, and with a function of each number after it.
+    """Computes `onednn_linear` without gradients, followed by an elementwise function.
 
     Args:
-        then: the function's name and its form, as oneDNN knows them: ("gelu", "tanh").
+        x: (..., D).
+        weight: (F, D).
+        bias: (F,), or None.
+        then: name and form of the function in oneDNN, such as ("gelu", "tanh").
+
+    Returns:
+        (..., F).
     """
     return linear_pointwise(x, weight, bias, *then)
 

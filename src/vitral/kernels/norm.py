@@ -1,4 +1,4 @@
-"""RMS normalisation that keeps for the backward pass what the next product keeps anyway."""
+"""RMS normalization that saves for the backward pass what the next linear layer saves anyway."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ EPS = 1e-6
 def normalize(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 1e-6) over the last axis (Zhang and Sennrich 2019), without a scale.
 
-    Computed in float32, or in float64 if that is what x is. Kept for the gradient are the result,
-    which a linear layer after it keeps too, and one number a row, not x: in bf16 beside a float32
-    x that saves two thirds of the memory.
+    Computes in float32, or in float64 if x is float64. For the gradient it saves the result, which
+    the linear layer after it also saves, and one number per row, but not x. With a bf16 result and
+    a float32 x this saves two thirds of the memory.
 
     Args:
         x: (..., D).
 
     Returns:
-        (..., D) in the dtype of x, or in autocast's where that is on, as for a linear layer.
+        (..., D) in the dtype of x, or in that of autocast if it is enabled, as for a linear layer.
     """
     return _Normalize.apply(x, product_dtype(x))[0]  # pyright: ignore[reportIndexIssue]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer computes in when it is given x: its dtype, or autocast's."""
+    """The dtype in which a linear layer computes for input x: that of x or of autocast."""
     device = x.device.type
-    # Autocast knows no meta device. torch.amp.is_autocast_available, which says so, breaks graphs
-    # in torch 2.11.
+    # Autocast does not support the meta device. torch.amp.is_autocast_available would detect that,
+    # but causes graph breaks in torch 2.11.
     on = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else x.dtype
 
 
 class _Normalize(torch.autograd.Function):
-    """Also gives 1 / sqrt(mean(x^2) + 1e-6), (..., 1), as a part of the backward pass."""
+    """Also returns 1 / sqrt(mean(x^2) + 1e-6), (..., 1), for the backward pass."""
 
     @staticmethod
     def forward(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exact = x.float() if x.dtype.itemsize < 4 else x
         norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        # In place, here and below: a CPU takes two thirds of the time.
+        # In-place operations here and below take a CPU two thirds of the time.
         inverse = norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
         y = exact * inverse
-        # A .to that changes nothing costs the gradient here when torch 2.11 compiles it.
+        # With a .to that does not change the dtype, torch.compile loses the gradient in torch 2.11.
         return (y if y.dtype == dtype else y.to(dtype)), inverse
 
     @staticmethod
@@ -56,13 +56,13 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(*output)
 
     @staticmethod
-    @once_differentiable  # one factor of it is kept as if it were a constant
+    @once_differentiable  # since it treats the saved `inverse` as a constant
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor, None]:
         y, inverse = ctx.saved_tensors
         g, y = gradients[0].to(inverse.dtype), y.to(inverse.dtype)
-        # (g - y mean(g y)) inverse: a CPU takes half the time for it so.
-        # Not by vecdot, the same to the last bit: a compiler takes it in bf16, as autocast says.
+        # (g - y mean(g y)) inverse; this form takes a CPU half the time. vecdot would give the same
+        # bits, but autocast lets torch.compile compute it in bf16.
         projection = (g * y).sum(-1, keepdim=True).div_(-y.shape[-1])
         return torch.addcmul(g, y, projection).mul_(inverse).to(ctx.dtype), None

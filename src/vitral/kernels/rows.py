@@ -1,5 +1,8 @@
-"""Some rows of a batch, and back. Both directions only ever gather, so the result is exact and
-the same each time; torch's own gradient of an index adds atomically on a GPU."""
+"""Taking some rows of a batch, and putting them back.
+
+Forward and backward passes only gather, so they are exact and deterministic. torch's own gradient
+of indexing uses atomic additions on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,18 @@ from torch import Tensor
 
 
 def take_rows(x: Tensor, order: Tensor, count: int) -> Tensor:
-    """The rows order[:count] of x: (B, ...) to (count, ...).
+    """Returns the rows order[:count] of x: (B, ...) to (count, ...).
 
     Args:
-        order: a permutation of the B rows, int64. Shape (B,).
+        x: (B, ...).
+        order: a permutation of the B rows, int64, (B,).
+        count: number of rows to take.
     """
     return _Take.apply(x, order[:count], order)  # pyright: ignore[reportReturnType]
 
 
 def put_rows(x: Tensor, order: Tensor) -> Tensor:
-    """The reverse, (count, ...) to (B, ...): row order[i] is x[i], and the others are zero."""
+    """The inverse, (count, ...) to (B, ...): row order[i] is x[i], all other rows are zero."""
     return _Put.apply(x, order)  # pyright: ignore[reportReturnType]
 
 
