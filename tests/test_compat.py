@@ -1,4 +1,4 @@
-"""Private PyTorch APIs: each still does what it is used for."""
+"""Private PyTorch APIs: each still behaves as vitral expects."""
 
 import os
 
@@ -82,7 +82,7 @@ def test_a_fresh_cache_is_empty(monkeypatch, tmp_path):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
 
-@pytest.mark.skipif(not compat.has_linear_pointwise(), reason="torch has no oneDNN here")
+@pytest.mark.skipif(not compat.has_linear_pointwise(), reason="torch does not support oneDNN here")
 @pytest.mark.parametrize("form", ["none", "tanh"])
 def test_onednn_computes_a_linear_layer_and_gelu(form):
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Weights on the Hugging Face Hub: the real client against a small Hub on this machine."""
+"""Weights on the Hugging Face Hub: the real client against a minimal local server."""
 
 import base64
 import hashlib
@@ -25,7 +25,7 @@ from vitral.config import Config, DataConfig, TrainConfig, ViTConfig
 from vitral.model import ViT
 from vitral.weights.equivalents import TIMM
 
-# The client uploads by an argument that its HTTP library no longer likes.
+# The client uploads with an argument that its HTTP library has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 SHAPE = ViTConfig(dim=16, depth=1, num_heads=2, num_kv_heads=1, patch_size=4, image_size=16)
@@ -56,7 +56,7 @@ class Repository:
         return self.commits[-1][2]
 
     def at(self, revision):
-        """Commit and files; None for a revision that there is not."""
+        """Commit and files, or None if the revision does not exist."""
         revision = self.tags.get(revision, revision)
         named = {"main": self.commits[-1], **{commit[0]: commit for commit in self.commits}}
         sha, _, files = named.get(revision, (None, None, None))
@@ -64,18 +64,18 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """What of the Hub the client asks for when it downloads and commits."""
+    """The parts of the Hub that the client uses for downloads and commits."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.large, self.asked = {}, {}, []
-        self.failing, self.status = None, 500  # the part of a path that gets an error, and which
+        self.repositories, self.large, self.requests = {}, {}, []
+        self.failing, self.status = None, 500  # paths that contain `failing` get this error
         self.address = f"http://127.0.0.1:{self.server_port}"
 
     def downloads(self):
         return {
             path.split("/")[-1]
-            for verb, path in self.asked
+            for verb, path in self.requests
             if verb == "GET" and "/resolve/" in path
         }
 
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self):
         path = unquote(urlsplit(self.path).path)
-        self.server.asked.append((self.command, path))
+        self.server.requests.append((self.command, path))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         writing = self.command in ("POST", "PUT") and "validate" not in path
@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
     def repository(self, name):
-        """The repository, if whoever asks may see it."""
+        """The repository, if the token permits reading it."""
         found = self.server.repositories.get(name)
         if found is None or (found.private and "Authorization" not in self.headers):
             status = 404 if "Authorization" in self.headers else 401
@@ -131,7 +131,7 @@ class Handler(BaseHTTPRequestHandler):
         elif file not in at[1]:
             self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=at[0])
         else:
-            # By name and length: a true Hub's is the hash, which the client does not compare.
+            # The real Hub sends a hash of the content here, which the client does not compare.
             tag = hashlib.sha1(f"{at[0]} {file}".encode()).hexdigest()
             self.answer(200, at[1][file], ETag=f'"{tag}"', X_Repo_Commit=at[0])
 
@@ -150,14 +150,14 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, X_Error_Code="RevisionNotFound")
 
     def create(self, body):
-        asked = json.loads(body)
-        name = f"{asked['organization']}/{asked['name']}"
-        if asked["organization"] != "anna":
+        request = json.loads(body)
+        name = f"{request['organization']}/{request['name']}"
+        if request["organization"] != "anna":
             self.answer(403, {"error": "You don't have the rights to create a model there"})
         elif name in self.server.repositories:
             self.answer(409, {"url": f"{self.server.address}/{name}"})
         else:
-            private = asked.get("visibility") == "private"
+            private = request.get("visibility") == "private"
             self.server.repositories[name] = Repository(private=private)
             self.answer(200, {"url": f"{self.server.address}/{name}"})
 
@@ -219,22 +219,22 @@ ROUTES = {
 
 
 def use_server(address, monkeypatch):
-    """As HF_ENDPOINT would, were the client imported now; and no name is ever looked up."""
+    """Acts like HF_ENDPOINT, which is only read at import, and forbids other network requests."""
     template = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
-    look_up = socket.getaddrinfo
+    resolve = socket.getaddrinfo
 
-    def look_up_none(host, *rest, **more):
+    def resolve_local(host, *rest, **more):
         assert host == "127.0.0.1", host
-        return look_up(host, *rest, **more)
+        return resolve(host, *rest, **more)
 
-    monkeypatch.setattr(socket, "getaddrinfo", look_up_none)
+    monkeypatch.setattr(socket, "getaddrinfo", resolve_local)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub, and a client that knows no other, with a cache of its own and nobody's token."""
+    """A local Hub, and a client that uses only this Hub, with an empty cache and a test token."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_anna")
@@ -255,7 +255,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with a picture, and in it weights that say where they were trained."""
+    """A run directory with a plot, and with weights that contain local paths."""
     folder = tmp_path_factory.mktemp("secret") / "mine"
     (folder / "weights").mkdir(parents=True)
     (folder / "curves.png").write_bytes(b"\x89PNG curves")
@@ -299,7 +299,7 @@ def refused(capsys, words, *fragments, code=2):
     assert out == ""
 
 
-def test_what_is_pushed_is_loaded_again(hub, run, capsys):
+def test_pushed_weights_can_be_loaded(hub, run, capsys):
     assert push(run, "--license", "Apache-2.0") == 0
     assert capsys.readouterr().out == f"{hub.address}/anna/shades\n"
     repository = hub.repositories["anna/shades"]
@@ -331,7 +331,7 @@ def test_local_paths_are_not_pushed(hub, run):
     assert (description.config.train.out, description.config.train.init) == (None, "./older")
 
 
-def test_the_settings_that_are_pushed_are_a_recipe(hub, run, tmp_path):
+def test_pushed_settings_are_a_recipe(hub, run, tmp_path):
     assert push(run) == 0
     (tmp_path / "config.yaml").write_bytes(hub.repositories["anna/shades"].files["config.yaml"])
     loaded = settings.load(
@@ -346,7 +346,7 @@ def recipe(run, tmp_path):
     return str(tmp_path / "own.yaml")
 
 
-def test_the_lines_of_the_card_work(hub, run, image_folder, tmp_path, monkeypatch, capsys):
+def test_the_commands_on_the_card_work(hub, run, image_folder, tmp_path, monkeypatch, capsys):
     assert push(run) == 0
     monkeypatch.chdir(tmp_path)
     photo = image_folder / "val" / "dark" / "00.jpg"
@@ -355,11 +355,11 @@ def test_the_lines_of_the_card_work(hub, run, image_folder, tmp_path, monkeypatc
     (command,) = re.findall(r"^vitral (predict .+)$", card, re.MULTILINE)
     capsys.readouterr()
     assert main([*shlex.split(command), "--workers", "0"]) == 0
-    likely = capsys.readouterr().out
+    predicted = capsys.readouterr().out
     python, with_timm = re.findall(r"```python\n(.+?)```", card, re.DOTALL)
     exec(compile(python, "card", "exec"), {})
     name = capsys.readouterr().out.split()[0]
-    assert likely.startswith(f"photo.jpg: {name}")
+    assert predicted.startswith(f"photo.jpg: {name}")
     known = {}
     exec(compile(with_timm, "card", "exec"), known)
     images = torch.randn(1, 3, 16, 16)
@@ -367,10 +367,10 @@ def test_the_lines_of_the_card_work(hub, run, image_folder, tmp_path, monkeypatc
 
 
 def test_only_weights_are_downloaded(hub, run, tmp_path):
-    beside = {"README.md": b"", "pytorch_model.bin": b"\x80\x02", "tokenizer.json": b"{}"}
-    beside |= {"old/model.safetensors": b"", "old/config.json": b"{}", "curves.png": b""}
-    held = {**files_of(run / "weights" / "best"), **beside}
-    hub.repositories["bo/x"] = Repository(held)
+    others = {"README.md": b"", "pytorch_model.bin": b"\x80\x02", "tokenizer.json": b"{}"}
+    others |= {"old/model.safetensors": b"", "old/config.json": b"{}", "curves.png": b""}
+    files = {**files_of(run / "weights" / "best"), **others}
+    hub.repositories["bo/x"] = Repository(files)
     found = vitral.load("hf-hub:bo/x")
     assert hub.downloads() == FILES
     assert {path.name for path in found.path.iterdir()} == FILES
@@ -379,7 +379,9 @@ def test_only_weights_are_downloaded(hub, run, tmp_path):
 def test_repositories_without_weights_are_not_downloaded(hub, capsys, caplog):
     large = {"config.json": b"{}", "model.safetensors": b"much"}
     hub.repositories["bo/llm"] = Repository(large)
-    refused(capsys, ["val", "hf-hub:bo/llm"], "bo/llm holds no weights of vitral", "manifest.json")
+    refused(
+        capsys, ["val", "hf-hub:bo/llm"], "bo/llm does not contain vitral weights", "manifest.json"
+    )
     assert hub.downloads() == {"config.json"}
     assert caplog.text == ""  # the client would warn that nothing matched
 
@@ -391,11 +393,13 @@ def test_repositories_without_weights_are_not_downloaded(hub, capsys, caplog):
         ("bo/x", "dinov3_vit", ["(dinov3_vit); look for", "?search=dinov3 and give timm:NAME"]),
         ("bo/x", "siglip", ["?search=siglip_gap and"]),
         ("bo/x", "bert", ["(bert); vitral loads its own weights and Vision Transformers of timm"]),
-        ("bo/x", "a b\n", ["bo/x holds no weights of vitral"]),
-        ("bo/x", ["vit"], ["bo/x holds no weights of vitral"]),
+        ("bo/x", "a b\n", ["bo/x does not contain vitral weights"]),
+        ("bo/x", ["vit"], ["bo/x does not contain vitral weights"]),
     ],
 )
-def test_models_of_transformers_are_named_as_in_timm(hub, capsys, name, model_type, fragments):
+def test_errors_for_models_of_transformers_name_those_of_timm(
+    hub, capsys, name, model_type, fragments
+):
     config = json.dumps({"model_type": model_type}).encode()
     hub.repositories[name] = Repository({"config.json": config, "model.safetensors": b"much"})
     name = f"hf-hub:{name}"
@@ -435,18 +439,18 @@ def test_public_models_are_pinned_to_their_commit(hub, tiny):
     assert new.description.source == f"timm:{TAGGED}@{second}"
     assert old.description.source == f"timm:{TAGGED}@{first}"
     assert not new.model.cls.equal(old.model.cls)
-    hub.asked.clear()
+    hub.requests.clear()
     tiny.commit({}, "empty")
     assert vitral.load(f"timm:{TINY}").model.cls.equal(new.model.cls)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_public_models_without_the_hub(hub, tiny, monkeypatch, tmp_path, capsys):
-    """One request, which is not repeated; weights that timm has downloaded need none."""
+def test_public_models_if_the_hub_is_unreachable(hub, tiny, monkeypatch, tmp_path, capsys):
+    """One request and no retry; weights that timm has already downloaded need no request."""
     words = ["import", f"timm:{TINY}", tmp_path / "made"]
     hub.failing, hub.status = "/", 503
     refused(capsys, words, f"timm:{TINY}: cannot be downloaded: ", "--file")
-    assert len(hub.asked) == 1
+    assert len(hub.requests) == 1
     hub.failing = None
     huggingface_hub.hf_hub_download(f"timm/{TAGGED}", "model.safetensors")
     use_server("http://127.0.0.1:9", monkeypatch)
@@ -479,9 +483,9 @@ def test_training_starts_from_the_hub(hub, run):
 def test_cached_weights_need_no_hub(hub, run, monkeypatch, capsys):
     hub.repositories["bo/x"] = Repository(files_of(run / "weights" / "best"))
     before = vitral.load("hf-hub:bo/x").model.state_dict()
-    hub.asked.clear()
+    hub.requests.clear()
     hub.failing = "/"
-    use_server("http://127.0.0.1:9", monkeypatch)  # where nobody listens
+    use_server("http://127.0.0.1:9", monkeypatch)  # no server listens here
     after = vitral.load("hf-hub:bo/x").model.state_dict()
     assert all(after[name].equal(value) for name, value in before.items())
     refused(
@@ -490,37 +494,37 @@ def test_cached_weights_need_no_hub(hub, run, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert vitral.load("hf-hub:bo/x").model.cls.equal(before["cls"])
     refused(capsys, ["val", "hf-hub:bo/y"], "bo/y: cannot reach", "HF_HUB_OFFLINE")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "config.json", "manifest.json"])
 def test_tampered_files_are_rejected(hub, run, capsys, name):
-    held = files_of(run / "weights" / "best")
-    held[name] = held[name][:-9] + bytes([held[name][-9] ^ 1]) + held[name][-8:]
-    hub.repositories["bo/x"] = Repository(held)
+    files = files_of(run / "weights" / "best")
+    files[name] = files[name][:-9] + bytes([files[name][-9] ^ 1]) + files[name][-8:]
+    hub.repositories["bo/x"] = Repository(files)
     refused(capsys, ["predict", "hf-hub:bo/x", "photo.jpg"], "weights: ", "`hf cache`")
 
 
 def test_weights_missing_from_the_manifest_are_rejected(hub, run, capsys):
-    held = files_of(run / "weights" / "best")
-    manifest = json.loads(held["manifest.json"])
+    files = files_of(run / "weights" / "best")
+    manifest = json.loads(files["manifest.json"])
     del manifest["ema.safetensors"]
-    hub.repositories["bo/x"] = Repository({**held, "manifest.json": json.dumps(manifest).encode()})
+    hub.repositories["bo/x"] = Repository({**files, "manifest.json": json.dumps(manifest).encode()})
     refused(capsys, ["val", "hf-hub:bo/x"], "ema.safetensors: not in the manifest")
-    hub.repositories["bo/y"] = Repository({k: v for k, v in held.items() if k != "config.json"})
+    hub.repositories["bo/y"] = Repository({k: v for k, v in files.items() if k != "config.json"})
     refused(capsys, ["val", "hf-hub:bo/y"], "config.json: No such file", "`hf cache`")
 
 
 @pytest.mark.parametrize(
     ("name", "fragments"),
     [
-        ("bo/none", ["no repository bo/none, or a private one", "`hf auth login`", "HF_TOKEN"]),
-        ("bo/private", ["no repository bo/private, or a private one", "`hf auth login`"]),
-        ("bo/gated", ["bo/gated is gated; ask for access on", "/bo/gated, then log in"]),
+        ("bo/none", ["bo/none does not exist or is private", "`hf auth login`", "HF_TOKEN"]),
+        ("bo/private", ["bo/private does not exist or is private", "`hf auth login`"]),
+        ("bo/gated", ["bo/gated is gated; request access at", "/bo/gated, then log in"]),
         ("bo", ["expected owner/name, got 'bo'"]),
         ("bo/x/y", ["expected owner/name, got 'bo/x/y'"]),
         ("@main", ["expected owner/name, got ''"]),
-        ("bo/a--b", ["bo/a--b is not accepted"]),
+        ("bo/a--b", ["bo/a--b was rejected"]),
     ],
 )
 def test_invalid_and_missing_names(hub, monkeypatch, capsys, name, fragments):
@@ -530,15 +534,15 @@ def test_invalid_and_missing_names(hub, monkeypatch, capsys, name, fragments):
     refused(capsys, ["val", f"hf-hub:{name}"], *fragments)
 
 
-def test_all_files_are_of_one_commit(hub, run, monkeypatch):
-    """Also where somebody pushes in between."""
-    held = files_of(run / "weights" / "best")
-    repository = hub.repositories["bo/x"] = Repository(held)
+def test_all_files_are_from_one_commit(hub, run, monkeypatch):
+    """Even if a commit is pushed during the download."""
+    files = files_of(run / "weights" / "best")
+    repository = hub.repositories["bo/x"] = Repository(files)
 
     def moving(handler, name, revision, file, body):
         handler.resolve(name, revision, file, body)
         if handler.command == "GET":
-            repository.commit({**held, "model.safetensors": b"other"}, "later")
+            repository.commit({**files, "model.safetensors": b"other"}, "later")
 
     (pattern,) = (key for key, act in ROUTES.items() if act is Handler.resolve)
     monkeypatch.setitem(ROUTES, pattern, moving)
@@ -555,14 +559,14 @@ def test_a_cache_that_cannot_be_written(hub, run, tmp_path, monkeypatch, capsys)
 
 
 def test_private_weights_with_a_token(hub, run, monkeypatch, capsys):
-    held = files_of(run / "weights" / "best")
-    hub.repositories["bo/private"] = Repository(held, private=True)
+    files = files_of(run / "weights" / "best")
+    hub.repositories["bo/private"] = Repository(files, private=True)
     assert vitral.load("hf-hub:bo/private").description.classes == CLASSES
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    refused(capsys, ["val", "hf-hub:bo/x"], "bo/x: the token is not valid", "`hf auth login`")
+    refused(capsys, ["val", "hf-hub:bo/x"], "bo/x: the token is invalid", "`hf auth login`")
 
 
-def test_a_path_never_asks_the_network(hub, tmp_path, monkeypatch, capsys):
+def test_paths_cause_no_network_requests(hub, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "there").mkdir(parents=True)
     expected = (
@@ -574,18 +578,18 @@ def test_a_path_never_asks_the_network(hub, tmp_path, monkeypatch, capsys):
     for path in ("runs/there", "digts", "runs/digts/weights", "../x", str(tmp_path / "x")):
         assert main(["val", path]) == 2
         assert "Hub" not in capsys.readouterr().err
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_pushing_again_replaces_what_was_pushed(hub, run, tmp_path):
-    beside = {"notes.txt": b"mine", "onnx/model.safetensors": b"mine too"}
-    hub.repositories["anna/shades"] = Repository(beside)
+def test_pushing_again_replaces_the_files(hub, run, tmp_path):
+    others = {"notes.txt": b"mine", "onnx/model.safetensors": b"mine too"}
+    hub.repositories["anna/shades"] = Repository(others)
     assert push(run) == 0
     save(tmp_path / "new", Config(model=SHAPE), kinds=["model"])
     assert push(tmp_path / "new") == 0
     repository = hub.repositories["anna/shades"]
     assert len(repository.commits) == 3
-    assert repository.files.keys() == (FILES | OTHER_FILES | beside.keys()) - {"ema.safetensors"}
+    assert repository.files.keys() == (FILES | OTHER_FILES | others.keys()) - {"ema.safetensors"}
     assert vitral.load("hf-hub:anna/shades", which="model").description.config.train.epochs == 90
 
 
@@ -599,31 +603,31 @@ def test_private_stays_private(hub, run, capsys):
 
 
 def test_pushing_without_permission(hub, run, monkeypatch, capsys):
-    refused(capsys, ["push", run, "bo/x"], "bo/x: the token does not allow it")
+    refused(capsys, ["push", run, "bo/x"], "bo/x: the token does not permit this")
     refused(capsys, ["push", run, "x"], "expected owner/name, got 'x'")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    refused(capsys, ["push", run, "anna/x"], "the token is not valid; log in with `hf auth login`")
+    refused(capsys, ["push", run, "anna/x"], "the token is invalid; log in with `hf auth login`")
     monkeypatch.delenv("HF_TOKEN")
-    hub.asked.clear()
+    hub.requests.clear()
     refused(
         capsys, ["push", run, "anna/x"], "expected a token to push anna/x, got none", "HF_TOKEN"
     )
-    assert hub.asked == []
+    assert hub.requests == []
     assert hub.repositories == {}
 
 
 def test_a_rejected_card_leaves_nothing(hub, run, capsys):
     words = ["push", run, "anna/x", "--license", "Mine"]
-    refused(capsys, words, 'not accepted: "license" must be one of [mit, apache-2.0]\n')
+    refused(capsys, words, 'rejected: "license" must be one of [mit, apache-2.0]\n')
     assert hub.repositories == {}
 
 
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/commit/", 500, "the Hub answers 500, Something went wrong; try again later"),
-        ("/lfs/", 403, "the token does not allow it"),
-        ("/lfs/", 400, "the Hub answers 400, Something went wrong; try again later"),
+        ("/commit/", 500, "the Hub responded with 500, Something went wrong; try again later"),
+        ("/lfs/", 403, "the token does not permit this"),
+        ("/lfs/", 400, "the Hub responded with 400, Something went wrong; try again later"),
     ],
 )
 def test_a_push_that_fails_leaves_nothing(hub, run, capsys, path, status, message):
@@ -641,7 +645,7 @@ def test_corrupt_weights_are_not_pushed(hub, run, tmp_path, capsys):
     for name, data in files_of(run / "weights" / "best").items():
         (tmp_path / name).write_bytes(data[:-1] + b"?" if name == "ema.safetensors" else data)
     refused(capsys, ["push", tmp_path, "anna/x"], "ema.safetensors: its content is not")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def test_dry_run_sends_no_requests(hub, run, monkeypatch, capsys):
@@ -650,19 +654,19 @@ def test_dry_run_sends_no_requests(hub, run, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("---\nlibrary_name: vitral\n")
     assert "`mit`" in out
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_without_the_package(run, monkeypatch, capsys):
+def test_the_missing_package_is_named(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     package = "the package huggingface_hub, which is not installed; `pip install 'vitral[hub]'`"
     refused(capsys, ["val", "hf-hub:anna/x"], package)
     refused(capsys, ["push", run, "anna/x"], package)
 
 
-def test_pushed_folders_verify(hub, run, tmp_path):
+def test_pushed_files_match_their_manifest(hub, run, tmp_path):
     assert push(run) == 0
     for name, data in hub.repositories["anna/shades"].files.items():
-        (tmp_path / name).write_bytes(data)  # as `hf download` or git would
+        (tmp_path / name).write_bytes(data)  # like `hf download` or git
     storage.verify(tmp_path)
     assert vitral.load(tmp_path).model.cls.equal(vitral.load(run).model.cls)

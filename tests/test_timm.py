@@ -1,4 +1,4 @@
-"""vitral's models as timm's users know models."""
+"""vitral's models through the interface of timm."""
 
 import builtins
 import sys
@@ -24,7 +24,7 @@ PRESETS = [f"vitral_vit_{size}_patch16_224" for size in ("tiny", "small", "base"
 
 
 def randomized(model, seed=0):
-    """No weight at a value that could be lost unseen, as a head of zeros could."""
+    """Randomizes all weights, so that a missing one changes the result, unlike a zero head."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,7 +34,7 @@ def randomized(model, seed=0):
 
 @pytest.fixture(scope="module", params=["cls", "mean"])
 def place(request, tmp_path_factory):
-    """A weight folder whose averaged weights are others, and whose preprocessing is unusual."""
+    """A weight directory with different EMA weights and unusual preprocessing."""
     shape = ViTConfig(**SHAPE, image_size=24, num_registers=2, pooling=request.param)
     data = DataConfig(eval_crop=0.8, interpolation="bicubic", mean=(0.1, 0.2, 0.3), std=(1, 2, 3))
     description = weights.describe(Config(model=shape, data=data), CLASSES, "", {})
@@ -89,7 +89,7 @@ def test_features_head_and_logits(place, images):
     assert model.forward_head(tokens).equal(model(images))
 
 
-def test_another_head_leaves_the_features(place, images):
+def test_a_new_head_does_not_change_the_features(place, images):
     model = timm.create_model("vitral", weights=str(place)).double().eval()
     tokens = model.forward_features(images.double())
     model.reset_classifier(5)
@@ -106,7 +106,7 @@ def test_another_head_leaves_the_features(place, images):
     assert model(images.double()).equal(tokens)
 
 
-def test_settings_of_a_fine_tuning(place, images):
+def test_settings_for_fine_tuning(place, images):
     settings = {"drop_path_rate": 0.5, "proj_drop_rate": 0.2, "img_size": 32, "num_classes": 7}
     model = timm.create_model("vitral", weights=str(place), **settings)
     assert (model.config.stochastic_depth, model.config.dropout) == (0.5, 0.2)
@@ -114,10 +114,10 @@ def test_settings_of_a_fine_tuning(place, images):
     assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 32, 32)
     assert model(images).shape == (2, 7)
     features = vitral.load(place).model.forward_features(images)
-    assert model.eval().forward_features(images).equal(features)  # also positions are the weights'
-    whole = timm.create_model("vitral", weights=str(place), num_classes=3, drop_rate=1.0)
-    assert whole(images).equal(whole.head.bias.expand(2, 3))  # all that the head reads is dropped
-    assert whole.eval()(images).equal(vitral.load(place).model(images))
+    assert model.eval().forward_features(images).equal(features)  # the positions do not change
+    model = timm.create_model("vitral", weights=str(place), num_classes=3, drop_rate=1.0)
+    assert model(images).equal(model.head.bias.expand(2, 3))  # the head's entire input is dropped
+    assert model.eval()(images).equal(vitral.load(place).model(images))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_settings_of_a_fine_tuning(place, images):
         ({"in_chans": 1}, UserError, "in_chans: expected 3, got 1"),
         ({"global_pool": "max"}, UserError, "global_pool: expected one of"),
         ({"weights": None}, UserError, "weights: expected a run or weight folder"),
-        ({"img_size": (160, 96)}, UserError, r"img_size: expected a side, .*got \(160, 96\)"),
+        ({"img_size": (160, 96)}, UserError, r"img_size: expected one number, .*got \(160, 96\)"),
         ({"img_size": 30}, UserError, "image_size: expected a multiple of patch_size 4"),
         ({"which": "emma"}, UserError, "holds no emma weights"),
         ({"dim": 32}, TypeError, "dim"),
@@ -138,7 +138,7 @@ def test_invalid_settings(place, settings, error, message):
         timm.create_model("vitral", **{"weights": str(place), **settings})
 
 
-def test_a_size_may_be_given_twice(place):
+def test_height_and_width_may_be_given(place):
     settings = {"weights": str(place), "img_size": (32, 32)}
     assert timm.create_model("vitral", **settings).config.image_size == 32
     model = timm.create_model(PRESETS[0], img_size=[32, 32], dim=16, num_heads=1, num_kv_heads=1)
@@ -148,16 +148,16 @@ def test_a_size_may_be_given_twice(place):
 def test_timm_groups_parameters_as_vitral_does():
     settings = {**SHAPE, "num_registers": 2, "rope": "mixed", "layer_scale": 0.1, "qk_norm": True}
     model = timm.create_model(PRESETS[0], **settings, num_classes=3)
-    made = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
-    ours = parameter_groups(model, OptimConfig(weight_decay=0.1, layer_decay=0.5))
+    optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.1, layer_decay=0.5))
 
-    def of_each(groups, factor):
+    def by_parameter(groups, factor):
         return {id(p): (g["weight_decay"], g[factor]) for g in groups for p in g["params"]}
 
-    assert of_each(made.param_groups, "lr_scale") == of_each(ours, "lr_factor")
+    assert by_parameter(optimizer.param_groups, "lr_scale") == by_parameter(groups, "lr_factor")
 
 
-def test_checkpointing_keeps_less_and_gives_the_same_gradients(place, images):
+def test_checkpointing_saves_less_and_gives_the_same_gradients(place, images):
     model = timm.create_model("vitral", weights=str(place))
 
     def step(enable):
@@ -169,9 +169,9 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(place, images):
         loss.backward()
         return len(saved), [parameter.grad.clone() for parameter in model.parameters()]
 
-    (kept, plain), (fewer, again) = step(False), step(True)
-    assert fewer < kept / 2
-    assert all(map(torch.equal, plain, again))
+    (count, gradients), (fewer, recomputed) = step(False), step(True)
+    assert fewer < count / 2
+    assert all(map(torch.equal, gradients, recomputed))
 
 
 def test_presets_are_in_the_registry():
@@ -180,7 +180,7 @@ def test_presets_are_in_the_registry():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_the_models_that_the_sizes_name(name):
+def test_presets_have_the_shapes_of_their_sizes(name):
     config = ViTConfig(size={"tiny": "ti"}.get(name.split("_")[2], name.split("_")[2][0]))
     with torch.device("meta"):
         model, expected = timm.create_model(name, num_classes=10), ViT(config, 10)
@@ -192,7 +192,7 @@ def test_presets_are_the_models_that_the_sizes_name(name):
     assert (config["crop_pct"], config["mean"]) == (0.875, (0.485, 0.456, 0.406))
 
 
-def test_presets_take_settings_by_either_name():
+def test_presets_accept_the_names_of_timm_and_of_vitral():
     settings = {**SHAPE, "num_registers": 1, "img_size": 8, "drop_path_rate": 0.5, "num_classes": 0}
     torch.manual_seed(0)
     model = timm.create_model("vitral_vit_small_patch16_224", **settings, global_pool="avg").eval()
@@ -201,13 +201,13 @@ def test_presets_take_settings_by_either_name():
     images = torch.randn(2, 3, 12, 8)
     assert model(images).equal(plain.forward_features(images)[:, 2:].mean(1))
     assert model.config.image_size == 8
-    with pytest.raises(UserError, match="vitral_vit_small_patch16_224 has no weights of its own"):
+    with pytest.raises(UserError, match="vitral_vit_small_patch16_224 has no pretrained weights"):
         timm.create_model("vitral_vit_small_patch16_224", pretrained=True)
     with pytest.raises(TypeError, match="num_register"):
         timm.create_model("vitral_vit_small_patch16_224", num_register=4)
 
 
-def test_without_timm(monkeypatch):
+def test_a_missing_timm_is_an_import_error(monkeypatch):
     before = builtins.__import__
 
     def fail(name, *rest):

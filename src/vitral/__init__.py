@@ -1,8 +1,8 @@
-"""Train, resume and evaluate modern Vision Transformers, exactly reproducibly.
+"""Trains, resumes and evaluates modern Vision Transformers, exactly reproducibly.
 
-Five names: `ViT` and `ViTConfig` make a model, `train` trains one, `load` loads its weights, which
-predict, and `evaluate` measures them. torch is imported when a name that needs it is touched.
-`__version__` says which vitral this is.
+The public names are `ViT` and `ViTConfig` (a model), `train` (training), `load` (trained weights,
+for predictions), `evaluate` (validation) and `__version__`. torch is imported when a name that
+needs it is first used.
 """
 
 from __future__ import annotations

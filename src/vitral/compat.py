@@ -12,10 +12,13 @@ from torch import Tensor
 
 
 def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float | Tensor) -> None:
-    """Moves each tensor toward its end by `weight`, in place, in few kernel launches.
+    """Interpolates each tensor toward its end by `weight`, in place, with few kernel launches.
 
     Args:
-        weight: a number, or a scalar tensor on the device, which takes a copy of the tensors.
+        tensors: the tensors to change.
+        ends: a tensor of the same shape for each of them.
+        weight: a number, or a scalar tensor on the device; a tensor needs memory for a copy of
+            `tensors`.
     """
     if isinstance(weight, Tensor):
         steps = torch._foreach_sub(list(ends), list(tensors))
@@ -26,7 +29,7 @@ def lerp_all(tensors: Sequence[Tensor], ends: Sequence[Tensor], weight: float | 
 
 
 def add_all(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float = 1.0) -> None:
-    """Adds `alpha` times each other tensor, in place."""
+    """Adds `alpha` times the corresponding tensor in `others` to each tensor, in place."""
     torch._foreach_add_(list(tensors), list(others), alpha=alpha)
 
 
@@ -36,12 +39,12 @@ def scale_all(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def copy_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies each source into its tensor."""
+    """Copies each source into the corresponding tensor."""
     torch._foreach_copy_(list(tensors), list(sources))
 
 
 def make_inductor_deterministic() -> None:
-    """Stops Inductor from choosing kernels by timing."""
+    """Prevents Inductor from choosing kernels by their measured speed."""
     import torch._inductor.config as inductor
 
     inductor.deterministic = True
@@ -50,7 +53,7 @@ def make_inductor_deterministic() -> None:
 def allow_recompiles(count: int) -> None:
     """Raises torch.compile's limit on graphs per function to at least `count`.
 
-    Above its own limit of 8, torch runs the function eagerly, with no more than a log line.
+    Beyond its default limit of 8, torch runs the function eagerly and only logs it.
     """
     import torch._dynamo.config as dynamo
 
@@ -58,14 +61,14 @@ def allow_recompiles(count: int) -> None:
 
 
 def fresh_compile_cache() -> AbstractContextManager[Any]:
-    """A context in which Inductor finds nothing that it compiled before."""
+    """Returns a context in which the Inductor cache is empty."""
     from torch._inductor.utils import fresh_cache
 
     return fresh_cache()
 
 
 def num_compiled_graphs() -> int:
-    """The number of graphs that Dynamo has compiled in this process."""
+    """Returns the number of graphs that Dynamo has compiled in this process."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"]
@@ -84,21 +87,21 @@ def linear_pointwise(
 
 
 def loader_workers(batches: Any) -> Iterable[BaseProcess]:
-    """The worker processes of a DataLoader's iterator."""
+    """Returns the worker processes of a DataLoader's iterator."""
     return cast(Iterable[BaseProcess], getattr(batches, "_workers", ()))
 
 
 def wrap_exception(error: Exception) -> Any:
-    """An exception as a DataLoader's worker sends it, to be raised in the main process."""
+    """Wraps an exception as DataLoader workers do, to be raised in the main process."""
     from torch._utils import ExceptionWrapper
 
     return ExceptionWrapper((type(error), error, error.__traceback__))
 
 
 def abandon_loader(error: BaseException) -> None:
-    """Stops a DataLoader's iterator, whose start failed with this error, from cleaning up.
+    """Prevents a DataLoader's iterator that failed to start with `error` from cleaning up.
 
-    It would print a second error about what it does not have yet.
+    Its cleanup would print a second error, about attributes that are not set yet.
     """
     trace = error.__traceback__
     while trace is not None:
@@ -111,7 +114,7 @@ def abandon_loader(error: BaseException) -> None:
 
 
 def is_loader_timeout(error: RuntimeError, batches: Any) -> bool:
-    """Whether a DataLoader's iterator raised this because its `timeout` passed; it may go on."""
+    """Whether a DataLoader's iterator raised `error` due to its `timeout`; it can still be used."""
     thread = getattr(batches, "_pin_memory_thread", None)
     alive = thread is None or thread.is_alive()
     return alive and str(error).startswith("DataLoader timed out")

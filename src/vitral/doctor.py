@@ -1,4 +1,4 @@
-"""What this machine offers for training: devices, precision, kernels, decoders, cores, disk."""
+"""Reports what the machine supports: devices, precision, kernels, decoders, cores, disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KERNELS = (
 
 
 def examine() -> str:
-    """A report in plain text."""
+    """Returns the report as plain text."""
     packages = ("vitral", "torch", "torchvision", "torchcodec", "safetensors", "numpy", "pillow")
     lines = [
         f"python      {platform.python_version()} on {platform.platform()}",
@@ -50,8 +50,8 @@ def examine() -> str:
 def _gpu() -> list[str]:
     lines = []
     for index in range(num_gpus()):
-        facts = torch.cuda.get_device_properties(index)
-        lines.append(f"GPU {index}       {facts.name}, {facts.total_memory / 1e9:.0f} GB")
+        gpu = torch.cuda.get_device_properties(index)
+        lines.append(f"GPU {index}       {gpu.name}, {gpu.total_memory / 1e9:.0f} GB")
     bf16 = "yes" if torch.cuda.is_bf16_supported() else "no: training runs in float32"
     peak = peak_flops()
     rate = f"{peak / 1e12:.0f} TFLOP/s" if peak else "unknown, so MFU is not shown"
@@ -59,35 +59,35 @@ def _gpu() -> list[str]:
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """The kernels of scaled_dot_product_attention that take six query and two key/value heads."""
+    """Supported kernels of scaled_dot_product_attention, with grouped queries in bf16 on CUDA."""
     q = torch.zeros(1, 6, 197, 64, device=device, dtype=dtype)
     grouped = device.type == "cuda" and dtype == torch.bfloat16
     k = q[:, :2] if grouped else q
-    able = []
+    supported = []
     for kernel in KERNELS:
         try:
             with warnings.catch_warnings(action="ignore"), sdpa_kernel(kernel):
                 F.scaled_dot_product_attention(q, k, k, enable_gqa=grouped)
         except RuntimeError:
             continue
-        able.append(kernel.name.lower().removesuffix("_attention"))
-    return able
+        supported.append(kernel.name.lower().removesuffix("_attention"))
+    return supported
 
 
 def _decoders() -> list[str]:
-    """The formats that torchcodec decodes here, of those that people have."""
-    able = []
+    """The common image formats, and whether torchcodec decodes them here."""
+    supported = []
     picture = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
     for name in ("JPEG", "PNG", "WEBP", "AVIF"):
         content = io.BytesIO()
         try:
             picture.save(content, name)
             decode_image(content.getvalue())
-        except Exception as error:  # a codec that is missing says so in many ways
-            able.append(f"{name} by Pillow alone ({type(error).__name__})")
+        except Exception as error:  # missing codecs raise various errors
+            supported.append(f"{name} with Pillow only ({type(error).__name__})")
         else:
-            able.append(name)
-    return able
+            supported.append(name)
+    return supported
 
 
 def _disk(name: str, path: Path) -> str:
@@ -96,10 +96,10 @@ def _disk(name: str, path: Path) -> str:
 
 
 def _shared_memory() -> list[str]:
-    """Workers hand batches over through it; a container often has but 64 MB."""
+    """Workers pass batches through shared memory; containers often have only 64 MB."""
     path = Path("/dev/shm")
     if not path.exists():
         return []
     free = shutil.disk_usage(path).free / 1e9
-    hint = "" if free > 1 else "; workers may run out of it: give docker --ipc=host"
+    hint = "" if free > 1 else "; too little for workers: run docker with --ipc=host"
     return [f"shared mem  {free:,.1f} GB free{hint}"]

@@ -1,7 +1,6 @@
-"""Folders on the Hugging Face Hub, by name.
+"""Weights on the Hugging Face Hub: `hf-hub:owner/name` or `hf-hub:owner/name@revision`.
 
-The names are the field's: `hf-hub:owner/name`, or `hf-hub:owner/name@revision`. Nothing without
-that prefix is ever asked of the network.
+Paths without this prefix never cause a network request.
 """
 
 from __future__ import annotations
@@ -23,39 +22,39 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 PREFIX = "hf-hub:"
-NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ../x is none
-TIMEOUT_SECONDS = 10.0  # seconds for the Hub's first answer
+NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # does not match ../x
+TIMEOUT_SECONDS = 10.0  # for the Hub's first response
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def check_name(name: str) -> None:
-    """Raises UserError unless `name` is one that a repository may have."""
+    """Raises UserError unless `name` is a valid repository name."""
     if not NAME.fullmatch(name):
         raise UserError(f"hub: expected owner/name, got {name!r}")
 
 
 class NoWeightsError(UserError):
-    """A repository exists but has no weights of vitral."""
+    """A repository exists but does not contain vitral weights."""
 
     def __init__(self, repository: str, model_type: str) -> None:
         super().__init__(
-            f"hub: {repository} holds no weights of vitral; "
-            f"expected what `vitral push` writes, with a {MANIFEST}"
+            f"hub: {repository} does not contain vitral weights; "
+            f"expected the files that `vitral push` writes, with a {MANIFEST}"
         )
         self.repository = repository
         self.model_type = model_type
-        """Of the package transformers, from config.json; empty if there is none."""
+        """The model_type in config.json, as in the package transformers; empty if there is none."""
 
 
 def download(name: str) -> Path:
-    """The directory, in the Hub's cache, of the weights `hf-hub:owner/name[@revision]`.
+    """Downloads the weights `hf-hub:owner/name[@revision]`; returns their directory in the cache.
 
-    Only config.json, manifest.json and *.safetensors are downloaded. If the Hub cannot be reached,
-    the cached files are used.
+    Downloads only config.json, manifest.json and *.safetensors. If the Hub cannot be reached, the
+    cached files are used.
 
     Raises:
-        NoWeightsError: the repository has no weights of vitral.
-        UserError: the name is not valid, access is denied, or the Hub cannot be reached.
+        NoWeightsError: if the repository does not contain vitral weights.
+        UserError: if the name is invalid, access is denied, or the Hub cannot be reached.
     """
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     check_name(repository)
@@ -63,10 +62,10 @@ def download(name: str) -> Path:
     with _as_user_errors(repository, revision):
         if cached := _cached_if_unreachable(api, repository, revision, MANIFEST):
             return cached
-        # First the file that only weights of vitral have, to not download gigabytes in vain.
+        # The manifest first, which only vitral writes, so as not to download gigabytes needlessly.
         folder = _fetch(api, repository, revision, MANIFEST)
         if (folder / MANIFEST).exists():
-            # By commit, which is the folder's name, so that all files are of one.
+            # The folder is named by its commit, so that all files come from the same commit.
             return _fetch(api, repository, folder.name, "config.json", "*.safetensors")
         model_type = _model_type(
             _fetch(api, repository, folder.name, "config.json") / "config.json"
@@ -75,10 +74,10 @@ def download(name: str) -> Path:
 
 
 def download_file(repository: str, revision: str, file: str) -> str:
-    """Downloads a file, if the repository has it, to the Hub's cache; returns its commit.
+    """Downloads a file to the Hub's cache, if the repository has it, and returns its commit.
 
     Raises:
-        UserError: as `download`.
+        UserError: if `download` would raise it.
     """
     api = client()
     with _as_user_errors(repository, revision):
@@ -92,15 +91,15 @@ def _fetch(api: HfApi, repository: str, revision: str, *patterns: str) -> Path:
             repository,
             revision=revision or None,
             allow_patterns=list(patterns),
-            ignore_patterns=["*/*"],  # an asterisk matches slashes too
+            ignore_patterns=["*/*"],  # an asterisk also matches slashes
         )
     )
 
 
 def _cached_if_unreachable(api: HfApi, repository: str, revision: str, file: str) -> Path | None:
-    """None if the Hub can be reached, otherwise the cached folder that has the file.
+    """Returns None if the Hub can be reached, otherwise the cached folder with the file.
 
-    The client would repeat its requests for a minute, or wait for an answer without a limit.
+    The client alone would retry for a minute, or wait indefinitely for a response.
     """
     from huggingface_hub import errors, try_to_load_from_cache
 
@@ -125,17 +124,17 @@ def _model_type(config: Path) -> str:
 
 
 def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
-    """Puts the files of `folder`, README.md among them, into a repository, in one commit.
+    """Uploads the files of `folder`, including its README.md, to a repository in one commit.
 
-    The repository is made if there is none. Files of the same names are replaced, and *.safetensors
-    that the folder lacks are removed, as weights hold no file that their manifest does not list.
+    Creates the repository if it does not exist. Replaces files of the same names, and deletes
+    *.safetensors files that are not in the folder, because the manifest must list all of them.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        UserError: if it may not be written, is public where `private` is asked for, or the Hub does
-            not accept the card.
+        UserError: if the token does not permit writing, the repository is public although `private`
+            is requested, or the Hub rejects the model card.
     """
     check_name(name)
     api = client()
@@ -145,17 +144,17 @@ def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
         raise UserError(f"hub: expected a token to push {name}, got none; {LOG_IN}")
     files = sorted(folder.iterdir())
     with _as_user_errors(name):
-        ModelCard.load(folder / "README.md").validate()  # before anything is made
+        ModelCard.load(folder / "README.md").validate()  # before creating anything
         address = api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
             raise UserError(
-                f"hub: {name} is public; make it private in its settings, or take another"
+                f"hub: {name} is public; make it private in its settings, or use another"
             )
         old = {
             file for file in api.list_repo_files(name) if re.fullmatch(r"[^/]+\.safetensors", file)
         }
         stale = sorted(old - {file.name for file in files})
-        # upload_folder would do, but may cut what it uploads into several commits.
+        # upload_folder may split an upload into several commits.
         api.create_commit(
             name,
             [
@@ -168,12 +167,12 @@ def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
 
 
 def client() -> HfApi:
-    """The Hub's client. Raises UserError if its package is not installed."""
+    """Returns the Hub's client. Raises UserError if its package is not installed."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise UserError(
-            f"hub: the Hugging Face Hub takes the package {error.name}, which is not installed; "
+            f"hub: the Hugging Face Hub requires the package {error.name}, which is not installed; "
             "`pip install 'vitral[hub]'`"
         ) from None
     return HfApi(library_name="vitral", library_version=version("vitral"))
@@ -181,7 +180,7 @@ def client() -> HfApi:
 
 @contextmanager
 def _as_user_errors(name: str, revision: str = "") -> Iterator[None]:
-    """Says in one line what the Hub's client raises."""
+    """Turns exceptions of the Hub's client into one-line UserErrors."""
     from huggingface_hub import errors
 
     kinds = (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError, ValueError)
@@ -195,10 +194,10 @@ def _as_user_errors(name: str, revision: str = "") -> Iterator[None]:
             raise
         raise UserError(
             f"hub: cannot write {error.filename}: {error.strerror}; "
-            "say by HF_HUB_CACHE where its files may lie"
+            "set HF_HUB_CACHE to a directory that can be written"
         ) from None
     except RuntimeError as error:
-        # What a thread of an upload met is wrapped once more.
+        # An exception in an upload thread is wrapped once more.
         if not isinstance(error.__cause__, kinds):
             raise
         raise UserError(f"hub: {_error_message(error.__cause__, name, revision)}") from None
@@ -207,34 +206,34 @@ def _as_user_errors(name: str, revision: str = "") -> Iterator[None]:
 def _error_message(error: BaseException, name: str, revision: str) -> str:
     from huggingface_hub import constants, errors
 
-    place = constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     match error:
         case errors.GatedRepoError():
-            return f"{name} is gated; ask for access on {place}/{name}, then {LOG_IN}"
+            return f"{name} is gated; request access at {endpoint}/{name}, then {LOG_IN}"
         case errors.RepositoryNotFoundError():
-            return f"no repository {name}, or a private one; check the name, or {LOG_IN}"
+            return f"{name} does not exist or is private; check the name, or {LOG_IN}"
         case errors.RevisionNotFoundError():
             return f"{name} has no revision {revision}; expected a branch, a tag or a commit"
         case errors.HfHubHTTPError() if error.response.status_code == 401:
-            return f"{name}: the token is not valid; {LOG_IN}"
+            return f"{name}: the token is invalid; {LOG_IN}"
         case errors.HfHubHTTPError() if error.response.status_code == 403:
-            return f"{name}: the token does not allow it; take a token that may write there"
+            return f"{name}: the token does not permit this; use a token with write access"
         case errors.HfHubHTTPError():
             detail = (
-                f"{error.response.status_code}, {_first_line(error.server_message or 'no more')}"
+                f"{error.response.status_code}, {_first_line(error.server_message or 'no details')}"
             )
-            return f"{name}: the Hub answers {detail}; try again later"
-        # The base of all that fails on the way, whichever package the client asks the network by.
+            return f"{name}: the Hub responded with {detail}; try again later"
+        # The base classes of network errors, independent of the client's HTTP library.
         case errors.HTTPError() | errors.LocalEntryNotFoundError() | ConnectionError():
             reason = _first_line(error.__cause__ or error)
-            return f"{name}: cannot reach {place}: {reason}; check the network"
+            return f"{name}: cannot reach {endpoint}: {reason}; check the network"
         case _:
-            return f"{name} is not accepted: {_first_line(error)}"
+            return f"{name} was rejected: {_first_line(error)}"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the client's log of each attempt, and without bars where nobody looks."""
+    """Silences the client's log of retries, and its progress bars unless stderr is a terminal."""
     from huggingface_hub import utils
 
     verbosity = utils.logging.get_verbosity()
@@ -251,6 +250,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException | str) -> str:
-    """The first line of a message, at most 300 characters of it."""
+    """The first line of a message, truncated to 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -1,13 +1,13 @@
-"""vitral's models by `timm.create_model`, once this module is imported.
+"""Makes vitral's models available in `timm.create_model`; import this module to register them.
 
 >>> import timm
 >>> import vitral.timm
 >>> model = timm.create_model("vitral_vit_tiny_patch16_224", num_classes=10)
 
-"vitral" takes trained weights, by path or from the Hugging Face Hub; the others are the size
-presets, untrained, which take the settings of `ViTConfig` by name, or by timm's where it has one.
-Images of any size in whole patches will do; img_size says which one is meant, and on which grid a
-new model counts positions.
+The model "vitral" loads trained weights, from a path or from the Hugging Face Hub. The other models
+are the size presets, untrained; they accept the fields of `ViTConfig` and timm's names for them.
+All models accept images of any size that is a multiple of the patch size. `img_size` sets the
+intended size and, for a new model, the grid of its positions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ try:
     from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 except ImportError as error:
     raise ImportError(
-        f"vitral.timm takes the package {error.name}, which is not installed; "
+        f"vitral.timm requires the package {error.name}, which is not installed; "
         "`pip install 'vitral[timm]'`"
     ) from None
 
@@ -43,17 +43,17 @@ RENAMED = {
 
 
 class TimmViT(ViT):
-    """A ViT with the methods that timm gives its models.
+    """A ViT with the interface of timm's models.
 
     Args:
         config: the architecture.
-        num_classes: outputs of the head; 0 leaves it out.
-        in_chans: colour channels, of which there are three.
+        num_classes: number of classes; 0 for a model without a head.
+        in_chans: number of color channels, always 3.
         drop_rate: dropout before the head.
-        global_pool: "token", "avg", or "" for all tokens; None takes what `config` says.
+        global_pool: "token", "avg", or "" for all tokens; None uses the pooling of `config`.
 
     Raises:
-        UserError: for other channels or another pooling.
+        UserError: if `in_chans` is not 3, or for an unknown pooling.
     """
 
     head: nn.Module
@@ -82,7 +82,7 @@ class TimmViT(ViT):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, which starts at zero as that of a new ViT; the features stay."""
+        """Replaces the head, initialized to zero as in a new ViT; the features do not change."""
         pools = [*POOLS.values(), ""]
         if global_pool is not None and global_pool not in pools:
             raise UserError(f"global_pool: expected one of {pools}, got {global_pool!r}")
@@ -91,28 +91,28 @@ class TimmViT(ViT):
             if name == self.global_pool:
                 self.config = dataclasses.replace(self.config, pooling=pooling)
         self.num_classes = num_classes
-        like = {"device": self.device, "dtype": self.norm.scale.dtype}
-        head = nn.Linear(self.num_features, num_classes, **like) if num_classes else nn.Identity()
+        kwargs = {"device": self.device, "dtype": self.norm.scale.dtype}
+        head = nn.Linear(self.num_features, num_classes, **kwargs) if num_classes else nn.Identity()
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
         self.head = head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether each block is computed again in the backward pass, which saves memory."""
+        """Enables or disables activation checkpointing, which recomputes blocks to save memory."""
         self.config = dataclasses.replace(self.config, activation_checkpointing=enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters to leave out of weight decay: all but the matrices of linear layers."""
+        """Returns the parameters without weight decay: all but the weights of linear layers."""
         decayed = matrices(self)
         return {name for name, p in self.named_parameters() if p not in decayed}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layers for timm's layer decay, as vitral's: what matches none goes with the head."""
+        """Returns timm's patterns for layer decay; unmatched parameters belong to the head."""
         stem = r"^(?:cls|registers|patch_embedding|rope)\b"
         return {"stem": stem, "blocks": r"^blocks" if coarse else r"^blocks\.(\d+)"}
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of tokens (B, N, D), or what the head would read, (B, D)."""
+        """Returns logits (B, num_classes) for tokens (B, N, D), or the head's input (B, D)."""
         if self.global_pool:
             x = self.pool(x)
         x = F.dropout(x, self.drop_rate, self.training)
@@ -133,25 +133,25 @@ def vitral(
     num_classes: int | None = None,
     **settings: Any,
 ) -> TimmViT:
-    """Trained weights, in training mode as all that timm creates.
+    """Loads trained weights; the model is in training mode, like all models that timm creates.
 
     Args:
-        pretrained: of no effect, as `weights` says it all.
-        pretrained_cfg: what timm shall take for the weights' own description.
-        pretrained_cfg_overlay: single entries of it.
-        cache_dir: of no effect; HF_HUB_CACHE says where the Hub's files lie.
-        weights: whatever `vitral.load` takes.
-        which: "model" or "ema"; None takes the one that the weights name.
-        num_classes: outputs of a new head, unless there are so many; None keeps the trained one.
-        settings: img_size, drop_path_rate, proj_drop_rate, and those of `TimmViT`.
+        pretrained: ignored; `weights` is used instead.
+        pretrained_cfg: replaces the configuration derived from the weights.
+        pretrained_cfg_overlay: replaces single entries of the configuration.
+        cache_dir: ignored; set HF_HUB_CACHE for files from the Hub.
+        weights: any argument of `vitral.load`.
+        which: "model" or "ema"; None uses the default of the weights.
+        num_classes: replaces the head if the number of classes differs; None keeps the head.
+        settings: img_size, drop_path_rate, proj_drop_rate, and the arguments of `TimmViT`.
 
     Raises:
-        UserError: as `vitral.load` does, and for settings that do not fit.
+        UserError: if `vitral.load` raises it, or for invalid settings.
     """
     if weights is None:
         raise UserError(
             "weights: expected a run or weight folder or hf-hub:owner/name, got none; "
-            "give timm.create_model('vitral', weights=...)"
+            "call timm.create_model('vitral', weights=...)"
         )
     loaded = load(weights, which=which)
     description = loaded.description
@@ -163,8 +163,8 @@ def vitral(
     model.load_state_dict(loaded.model.state_dict(), assign=True)
     if num_classes is not None and num_classes != count:
         model.reset_classifier(num_classes)
-    own = pretrained_cfg or _cfg(config, description.config.data, description.classes)
-    return _described(model, "vitral", own, pretrained_cfg_overlay)
+    cfg = pretrained_cfg or _cfg(config, description.config.data, description.classes)
+    return _with_cfg(model, "vitral", cfg, pretrained_cfg_overlay)
 
 
 def _preset(size: str, name: str) -> Callable[..., TimmViT]:
@@ -179,28 +179,28 @@ def _preset(size: str, name: str) -> Callable[..., TimmViT]:
     ) -> TimmViT:
         if pretrained:
             raise UserError(
-                f"pretrained: {name} has no weights of its own; "
-                "give yours to timm.create_model as ('vitral', weights=...)"
+                f"pretrained: {name} has no pretrained weights; "
+                "load yours with timm.create_model('vitral', weights=...)"
             )
         fields = {field.name: field.name for field in dataclasses.fields(ViTConfig)}
         config = ViTConfig(**{"size": size, **_pop(settings, {**fields, **RENAMED})})
         model = TimmViT(config, num_classes, **settings)
-        own = pretrained_cfg or _cfg(config, DataConfig())
-        return _described(model, name, own, pretrained_cfg_overlay)
+        cfg = pretrained_cfg or _cfg(config, DataConfig())
+        return _with_cfg(model, name, cfg, pretrained_cfg_overlay)
 
-    create.__name__ = name  # which timm registers it by
+    create.__name__ = name  # timm registers it under this name
     return create
 
 
 def _pop(settings: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Removes the settings that `names` has, and returns them by their names there."""
+    """Removes the settings listed in `names` and returns them under their new names."""
     taken = {names[key]: settings.pop(key) for key in names.keys() & settings.keys()}
     size = taken.get("image_size")
-    if isinstance(size, tuple | list):  # timm takes height and width, too
+    if isinstance(size, tuple | list):  # timm also accepts height and width
         if len({*size}) != 1:
             raise UserError(
-                f"img_size: expected a side, or twice the same, got {size}; "
-                "images of other sizes in whole patches will do whatever it is"
+                f"img_size: expected one number, or two equal ones, got {size}; "
+                "the model accepts images of any size that is a multiple of the patch size"
             )
         taken["image_size"] = size[0]
     return taken
@@ -209,7 +209,7 @@ def _pop(settings: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 def _cfg(
     model: ViTConfig, data: DataConfig, classes: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """What `timm.data.resolve_model_data_config` asks for, as timm's PretrainedCfg has it."""
+    """The entries of timm's PretrainedCfg that `timm.data.resolve_model_data_config` reads."""
     return {
         "input_size": (CHANNELS, model.image_size, model.image_size),
         "interpolation": data.interpolation,
@@ -222,14 +222,14 @@ def _cfg(
     }
 
 
-def _described(model: TimmViT, name: str, cfg: Any, overlay: dict[str, Any] | None) -> TimmViT:
+def _with_cfg(model: TimmViT, name: str, cfg: Any, overlay: dict[str, Any] | None) -> TimmViT:
     model.pretrained_cfg = resolve_pretrained_cfg(name, cfg, overlay).to_dict()
     model.default_cfg = model.pretrained_cfg  # its older name
     return model
 
 
 PRESETS = {f"vitral_vit_{word}_patch16_224": size for size, word in SIZES.items()}
-# Where timm looks for what its registry says of each.
+# timm's registry reads this variable.
 default_cfgs = generate_default_cfgs({name: _cfg(ViTConfig(), DataConfig()) for name in PRESETS})
 register_model(vitral)
 for _name, _size in PRESETS.items():
