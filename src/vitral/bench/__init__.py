@@ -1,1 +1,1 @@
-"""Measurements for users: the model, the input, and training."""
+"""Benchmarks for users: the model, the input pipeline, and training."""

@@ -1,4 +1,4 @@
-"""Training steps and forward passes of vitral and its peers: the same work, in turn."""
+"""Interleaved training steps or forward passes of vitral and its peers, with the same work."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from vitral.training.work import Inference, Training, Work
 Mode = Literal["train", "infer"]
 WORK: dict[Mode, type[Work]] = {"train": Training, "infer": Inference}
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenette": 10}
-REFERENCE = "timm"  # that ratios are to
-WARMUP = 3  # steps, the first of which compiles
-MIN_STEPS, MAX_STEPS = 3, 200  # steps of a round
+REFERENCE = "timm"  # the denominator of ratios
+WARMUP = 3  # steps; the first one compiles
+MIN_STEPS, MAX_STEPS = 3, 200  # steps per round
 MATMULS = {"cpu": (512, 1024), "cuda": (4096, 8192, 16384)}
 CLOCKS = {"cpu": "processor time", "cuda": "CUDA events"}
 
@@ -38,36 +38,37 @@ CLOCKS = {"cpu": "processor time", "cuda": "CUDA events"}
 def compare(
     config: Config, mode: Mode, builders: Mapping[str, Builder], count: int
 ) -> dict[str, Any]:
-    """Measures models at the same work, round after round.
+    """Measures models on the same work, in interleaved rounds.
 
     Args:
-        config: the architecture and, of the training, batch, precision, compilation and threads. A
-            micro-batch that is left open is what fits beside vitral's model.
+        config: the architecture and, from the training settings, batch, precision, compilation and
+            threads. If the micro-batch is not set, it is the one chosen for vitral's model.
+        mode: "train" or "infer".
         builders: the models by name.
-        count: rounds.
+        count: number of rounds.
 
     Returns:
-        What was done, and a row for each model; all of it goes into JSON.
+        The conditions, and a row for each model, for JSON.
 
     Raises:
-        UserError: if the batch does not fit into the GPU's memory.
+        UserError: if the batch does not fit into GPU memory.
     """
     classes, image_size = num_classes(config), config.model.image_size
-    torch.compiler.reset()  # the limit of recompilations is shared by all models of a class
-    gc.collect()  # or what is measured before would be taken for memory of others
+    torch.compiler.reset()  # all models of a class share the limit on recompilations
+    gc.collect()  # otherwise earlier measurements would count as memory use
     try:
         resolved = Training(config, classes, image_size).resolved
         train = dataclasses.replace(config.train, micro_batch=resolved.micro_batch)
         config = dataclasses.replace(config, train=train)
         matmul = matmul_rate(resolved.device, resolved.precision)
-        # Compilation is timed as it is the first time, not as read from the disk.
+        # With an empty cache, so that the compilation is timed, not reading from disk.
         with compat.fresh_compile_cache():
             models = {n: BenchmarkedModel(config, classes, mode, b) for n, b in builders.items()}
             times = run_interleaved({name: model.round for name, model in models.items()}, count)
     except torch.OutOfMemoryError:
         raise UserError(
             f"batch: {mode} with {config.train.micro_batch or config.train.batch_size} images of "
-            f"{image_size} pixels does not fit into the GPU's memory; give fewer"
+            f"{image_size} pixels does not fit into GPU memory; use a smaller batch"
         ) from None
     rows = [_row(models[name], name, times, matmul) for name in builders]
     return {
@@ -85,26 +86,26 @@ def compare(
 
 
 def num_classes(config: Config) -> int:
-    """Of the known set that is named; 1,000 elsewhere, as nothing is read."""
+    """Returns the classes of a known data set, otherwise 1,000; no data is read."""
     return CLASSES.get(config.data.path, 1000)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a step: medians of one round."""
+    """Milliseconds per step: medians of one round."""
 
     elapsed: float
     cpu_time: float | None
-    """Of all threads; None where a GPU does the work."""
+    """Processor time of all threads; None on a GPU."""
 
     @property
     def comparable(self) -> float:
-        """What ratios are taken of: a CPU's own time hardly minds what else the machine does."""
+        """The time for ratios: other load hardly affects the processor time of a CPU."""
         return self.elapsed if self.cpu_time is None else self.cpu_time
 
 
 class BenchmarkedModel:
-    """A model at its work: built, compiled and warm, and what that took."""
+    """A model that is built, compiled and warmed up, and the cost of that."""
 
     def __init__(self, config: Config, num_classes: int, mode: Mode, build: Builder) -> None:
         with torch.device("meta"):
@@ -124,12 +125,12 @@ class BenchmarkedModel:
         self.steps = min(max(round(1e3 * rounds.SECONDS / warm.elapsed), MIN_STEPS), MAX_STEPS)
         self.memory_bytes = None
         if self.work.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # compiling tries things out
+            torch.cuda.reset_peak_memory_stats()  # without what compilation used
             self._time(1)
             self.memory_bytes = torch.cuda.max_memory_allocated() - memory_before
 
     def round(self) -> Times:
-        """Times the steps of a round."""
+        """Measures one round."""
         return self._time(self.steps)
 
     def _time(self, steps: int) -> Times:
@@ -140,7 +141,7 @@ class BenchmarkedModel:
 
 
 def time_steps(work: Work, steps: int) -> Times:
-    """The median time of a step, from its start to that of the next."""
+    """Measures the median time of a step, from its start to the start of the next one."""
     if work.device.type != "cuda":
         marks = [(time.perf_counter(), time.process_time())]
         for _ in range(steps):
@@ -163,7 +164,7 @@ def time_steps(work: Work, steps: int) -> Times:
 
 @functools.cache
 def matmul_rate(device: str, precision: str) -> float:
-    """FLOP/s of the fastest of some large square matrix products, the best of a few runs."""
+    """Measures the highest FLOP/s of large square matrix products, over sizes and repetitions."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
     for size in MATMULS.get(device, MATMULS["cpu"]):
@@ -180,7 +181,7 @@ def matmul_rate(device: str, precision: str) -> float:
 def _row(
     model: BenchmarkedModel, name: str, times: Mapping[str, Sequence[Times]], matmul: float
 ) -> dict[str, Any]:
-    """What is kept of a contestant, ratios to the reference among it."""
+    """Returns the results of a model, including ratios to the reference."""
     own, reference = times[name], times.get(REFERENCE)
     images = model.work.resolved.micro_batch
     elapsed = [time.elapsed for time in own]

@@ -1,4 +1,4 @@
-"""The rate of every way in, beside torchvision's reference transforms."""
+"""The rate of every input path, compared with torchvision's reference transforms."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from vitral.machine import available_cores, input_device, pick_device
 from vitral.model import CHANNELS
 from vitral.training.resolved import prepare_device
 
-NUM_IMAGES = 512  # encoded images that are read over and over
+NUM_IMAGES = 512  # encoded images, read repeatedly
 REFERENCE = "torchvision's reference transforms"
 
 
 def bench_data(config: Config) -> str:
-    """Images per second of every way in that the data and the machine offer, to augmented batches.
+    """Measures images per second of every input path that data and machine support.
 
-    Encoded images also go through a PyTorch DataLoader with as many workers and the transforms of
-    torchvision's classification reference, in turn with ours, and through a single core.
+    Each path ends with augmented batches. Encoded images are also measured through a PyTorch
+    DataLoader with the same number of workers and the transforms of torchvision's classification
+    reference, interleaved with vitral's, and on a single core.
     """
     device = pick_device(config.train.device)
     prepare_device(config, device)
@@ -55,10 +56,10 @@ def bench_data(config: Config) -> str:
     measure = partial(measure_rate, records, config, workers, device, seconds=rounds.SECONDS)
     names = {"cpu": "vitral", "gpu": "vitral, decoded by the GPU"}
     runs: dict[str, Callable[[], float]]
-    runs = {names[way]: partial(measure, decoder=way) for way in decoders(records, device)}
+    runs = {names[d]: partial(measure, decoder=d) for d in decoders(records, device)}
     head = (
-        f"{counted(len(records), 'image')} of {dataset.name} over and over, on {device.type}, "
-        f"{available_cores()} cores, medians of {rounds.ROUNDS} rounds in turn"
+        f"{counted(len(records), 'image')} of {dataset.name}, read repeatedly, on {device.type}, "
+        f"{available_cores()} cores, medians of {rounds.ROUNDS} interleaved rounds"
     )
     augmentation = _augmentation(config, device)
     if isinstance(records, Packed | Pixels):
@@ -66,7 +67,7 @@ def bench_data(config: Config) -> str:
     runs[REFERENCE] = partial(_reference_rate, records, config, workers, device)
     lines = [
         head,
-        f"with workers: {workers}",
+        f"workers: {workers}",
         *table(interleaved_rates(runs), REFERENCE),
         augmentation,
     ]
@@ -76,7 +77,7 @@ def bench_data(config: Config) -> str:
 
 
 def _augmentation(config: Config, device: torch.device) -> str:
-    """The time that all after the crops takes, Mixup and CutMix too, of a batch on the device."""
+    """Measures everything after the crops, with Mixup and CutMix, for a batch on the device."""
     image_size, seed, size = config.model.image_size, config.train.seed, 1024
     device = input_device(device)
     if device.type == "cpu":
@@ -94,13 +95,11 @@ def _augmentation(config: Config, device: torch.device) -> str:
         return size
 
     rate = images_per_second(map(work, itertools.count()), 0, device, rounds.SECONDS)
-    return (
-        f"augmentation alone of {size:,} images of {image_size} pixels: {1e3 * size / rate:.1f} ms"
-    )
+    return f"augmentation only, {size:,} images of {image_size} pixels: {1e3 * size / rate:.1f} ms"
 
 
 def _sample(records: Records) -> Records:
-    """Of encoded images as many as are soon read over and over, those that can be decoded."""
+    """Selects up to NUM_IMAGES encoded images that can be decoded; keeps other records."""
     if isinstance(records, Packed | Pixels):
         return records
     chosen = np.zeros(len(records), bool)
@@ -120,7 +119,7 @@ def _can_decode(records: Encoded, index: int) -> bool:
 
 
 def _one_core(config: Config, records: Encoded) -> dict[str, Callable[[], float]]:
-    """A worker's part, all of ours, and torchvision's, on encoded images in memory."""
+    """The worker's part of vitral, all of vitral, and torchvision, on encoded images in memory."""
     encoded = [records.read(i) for i in range(min(len(records), NUM_IMAGES // 4))]
     reference = _reference(config.model.image_size)
 
@@ -134,10 +133,8 @@ def _one_core(config: Config, records: Encoded) -> dict[str, Callable[[], float]
             reference(Image.open(io.BytesIO(content)).convert("RGB"))
 
     return {
-        "vitral, a worker's part (decode, crop)": lambda: rate(
-            lambda: _vitral_crops(config, encoded)
-        ),
-        "vitral, all of it": lambda: rate(
+        "vitral, worker part (decode, crop)": lambda: rate(lambda: _vitral_crops(config, encoded)),
+        "vitral, complete": lambda: rate(
             lambda: _vitral_augmentation(config, _vitral_crops(config, encoded))
         ),
         REFERENCE: lambda: rate(torchvision_work),
@@ -163,7 +160,7 @@ def _vitral_augmentation(config: Config, images: Tensor) -> Tensor:
 
 
 def _reference(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """The preset of torchvision's references/classification, with AutoAugment and erasing."""
+    """The preset of torchvision's references/classification with AutoAugment and Random Erasing."""
     return v2.Compose(
         [
             v2.RandomResizedCrop(image_size, antialias=True),
@@ -178,7 +175,7 @@ def _reference(image_size: int) -> Callable[[Image.Image], Tensor]:
 
 
 class _Reference(torch.utils.data.Dataset[Tensor]):
-    """Batches as torchvision's reference makes them, image by image; runs in worker processes."""
+    """Batches of torchvision's reference transforms, image by image, for worker processes."""
 
     def __init__(self, records: Encoded, image_size: int) -> None:
         self.records = records

@@ -1,4 +1,4 @@
-"""The lines that name a device, and the size of a model."""
+"""Descriptions of a device and of a model's size, for benchmark output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitral.training.resolved import Resolved
 
 
 def describe_device(resolved: Resolved) -> str:
-    """Device, precision, compilation, whose kernels, and threads."""
+    """Returns device, precision, compilation, kernels and threads, in one line."""
     how = "compiled" if resolved.compile else "not compiled"
     if resolved.fused:
         how += {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}[resolved.device]
@@ -17,9 +17,9 @@ def describe_device(resolved: Resolved) -> str:
 
 
 def describe_size(config: Config, model: ViT, num_classes: int) -> list[str]:
-    """The lines about parameters and FLOPs."""
+    """Returns lines with the numbers of parameters and FLOPs."""
     flops = count_flops(config.model, num_classes)
     return [
         f"parameters  {model.num_parameters:,}",
-        f"FLOPs       {flops / 1e9:.4g} G an image and forward pass, three times that in training",
+        f"FLOPs       {flops / 1e9:.4g} G per image and forward pass, three times that in training",
     ]

@@ -1,4 +1,4 @@
-"""The largest batch of a training step that a GPU's memory holds."""
+"""The largest batch of a training step that fits into GPU memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vitral.training.work import Training
 
 
 def largest_batch(config: Config, build: Builder, num_classes: int) -> int:
-    """The largest batch with which a whole training step fits, optimiser's state and all; or 0.
+    """Returns the largest batch for which a training step fits, optimizer state included; or 0.
 
     Raises:
-        UserError: if there is no GPU.
+        UserError: if there is no CUDA GPU.
     """
     device = pick_device(config.train.device)
     if device.type != "cuda":
@@ -27,30 +27,33 @@ def largest_batch(config: Config, build: Builder, num_classes: int) -> int:
 
     def fits(batch: int) -> bool:
         train = dataclasses.replace(config.train, batch_size=batch, micro_batch=batch)
-        own = dataclasses.replace(config, train=train)
+        changed = dataclasses.replace(config, train=train)
         try:
-            with device:  # a CPU takes longer to draw the weights than a GPU for the steps
+            with device:  # initialization on a CPU takes longer than the steps
                 model = build(config.model, num_classes)
-            training = Training(own, num_classes, config.model.image_size, model)
-            for _ in range(2):  # the first makes the optimiser's state
+            training = Training(changed, num_classes, config.model.image_size, model)
+            for _ in range(2):  # the first one creates the optimizer state
                 training.step(training.batch)
             torch.cuda.synchronize()
         except torch.OutOfMemoryError:
             return False
         return True
 
-    def cleanly(batch: int) -> bool:
-        able = fits(batch)
+    def fits_then_cleanup(batch: int) -> bool:
+        result = fits(batch)
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        return able
+        return result
 
-    return largest(cleanly)
+    return largest(fits_then_cleanup)
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest even number that fits, to an eighth of the power of two below it; 0 if none."""
+    """Returns the largest even number that fits, or 0 if there is none.
+
+    The search stops at an eighth of the power of two below the result.
+    """
     size = 1
     while fits(2 * size):
         size *= 2

@@ -1,4 +1,4 @@
-"""The rate of the model, alone or beside its peers: what `vitral bench model` prints."""
+"""The rate of the model, alone or next to its peers, for `vitral bench model`."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from vitral.bench.peers import PEERS, has_timm, select_models
 from vitral.config import Config
 from vitral.errors import counted
 
-NO_TIMM = "timm is not installed (pip install timm): vitral is measured alone"
+NO_TIMM = "timm is not installed (pip install timm): measuring vitral only"
 
 
 def bench_model(config: Config, peers: bool = False) -> str:
-    """The training step of one micro-batch: of vitral alone, or in turn with timm's models."""
+    """Measures the training step for one micro-batch, of vitral alone or also of timm's models."""
     case = compare(config, "train", select_models(list(PEERS) if peers else []), rounds.ROUNDS)
     return "\n".join([NO_TIMM] * (peers and not has_timm()) + [table(case)])
 
 
 def table(case: dict[str, Any]) -> str:
-    """What `compare` found, a line for each model: medians, in brackets the least and greatest."""
-    what = {"train": "training steps", "infer": "forward passes"}[case["mode"]]
+    """Formats the result of `compare`, one line per model: medians, and (minimum to maximum)."""
+    work = {"train": "training steps", "infer": "forward passes"}[case["mode"]]
     head = (
-        f"{what} of {counted(case['batch'], 'image')} of {case['image_size']} pixels, "
+        f"{work} of {counted(case['batch'], 'image')} of {case['image_size']} pixels, "
         f"{counted(case['num_classes'], 'class')}, on {case['device']}; "
-        f"{counted(case['rounds'], 'round')} in turn"
+        f"{counted(case['rounds'], 'interleaved round')}"
     )
-    matmul = f"matrix products alone reach {case['matmul_tflops']:.4g} TFLOP/s here"
+    matmul = f"matrix products alone reach {case['matmul_tflops']:.4g} TFLOP/s"
     rows = [["", "M param.", "GFLOP", "ms", "images/s", "", "TFLOP/s", "of matmul"]]
-    rows[0] += [f"rate, {REFERENCE}'s = 1", "", "memory", "compiled in"]
+    rows[0] += [f"rate, {REFERENCE} = 1", "", "memory", "compiled in"]
     rows += [list(_cells(row)) for row in case["contestants"]]
     kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in kept]
@@ -39,7 +39,7 @@ def table(case: dict[str, Any]) -> str:
     for cells in zip(*kept, strict=True):
         first, *others = (c.rjust(w) for c, w in zip(cells, widths, strict=True))
         lines.append("  ".join([cells[0].ljust(len(first)), *others]))
-    note = f"ratios are of {case['clock']}; {matmul}"
+    note = f"rates relative to {REFERENCE} use {case['clock']}; {matmul}"
     return "\n".join([head, *lines, note])
 
 

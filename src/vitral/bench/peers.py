@@ -1,11 +1,14 @@
-"""Who is measured: vitral, and timm's models of the same shape where timm is installed.
+"""The models to measure: vitral, and timm's models of the same shape if timm is installed.
 
-timm (Wightman 2019) is the library that most people train Vision Transformers with. A peer has
-vitral's width, depth, heads, patch and options wherever timm knows them, and timm's own parts
-elsewhere: LayerNorm, the exact GELU, a convolution for the patches. "timm" is its plain ViT, with
-learned positions; "timm-rope" the rotary ViT of Heo et al. 2024, of all its rotary models the one
-with vitral's axial positions, CLS token and GELU, here without its LayerScale, which vitral has not
-either; "timm-rope-gqa" the same with vitral's groups of query heads, nearest to it in arithmetic.
+timm (Wightman 2019) is the library that most people use to train Vision Transformers. A peer has
+vitral's width, depth, heads, patch size and options wherever timm supports them, and timm's own
+layers elsewhere: LayerNorm, exact GELU, a convolution for the patches.
+
+* "timm" is timm's plain ViT, with learned positions.
+* "timm-rope" is the rotary ViT of Heo et al. 2024: among timm's rotary models, the one with
+  vitral's axial positions, CLS token and GELU. Its LayerScale is turned off unless the
+  configuration has one.
+* "timm-rope-gqa" is the same model with vitral's grouped queries, the closest one in arithmetic.
 """
 
 from __future__ import annotations
@@ -22,21 +25,21 @@ from vitral.errors import UserError
 from vitral.machine import has_gpu
 from vitral.model import ViT
 
-Builder = Callable[[ViTConfig, int], nn.Module]  # architecture and number of classes to a model
+Builder = Callable[[ViTConfig, int], nn.Module]  # from architecture and number of classes
 
 
 def plain(config: ViTConfig, num_classes: int) -> nn.Module:
-    """vitral's without kernels of its own."""
+    """Builds vitral's model without its own kernels."""
     return ViT(dataclasses.replace(config, kernels="plain"), num_classes)
 
 
 def timm_vit(config: ViTConfig, num_classes: int) -> nn.Module:
-    """timm's vit_*_patch16_224, in any shape."""
+    """Builds timm's vit_*_patch16_224 in any shape."""
     return _timm("vit_base_patch16_224", config, num_classes, reg_tokens=config.num_registers)
 
 
 def timm_rope(config: ViTConfig, num_classes: int, **groups: Any) -> nn.Module:
-    """timm's vit_*_patch16_rope_224, in any shape."""
+    """Builds timm's vit_*_patch16_rope_224 in any shape."""
     return _timm(
         "vit_base_patch16_rope_224",
         config,
@@ -49,7 +52,7 @@ def timm_rope(config: ViTConfig, num_classes: int, **groups: Any) -> nn.Module:
 
 
 def timm_rope_gqa(config: ViTConfig, num_classes: int) -> nn.Module:
-    """The same with grouped queries, which timm has beside separate projections only."""
+    """Builds the same with grouped queries, which timm supports only with separate projections."""
     groups = config.shape.num_kv_heads
     return timm_rope(config, num_classes, num_kv_heads=groups, qkv_fused=False)
 
@@ -57,7 +60,7 @@ def timm_rope_gqa(config: ViTConfig, num_classes: int) -> nn.Module:
 def _timm(name: str, config: ViTConfig, num_classes: int, **others: Any) -> nn.Module:
     import timm
 
-    # Not by timm.create_model, which drops the None that turns LayerScale off.
+    # Not timm.create_model, which drops the None that turns LayerScale off.
     model: Any = timm.model_entrypoint(name)(
         **timm_shape(config, num_classes),
         qk_norm=config.qk_norm,
@@ -70,7 +73,7 @@ def _timm(name: str, config: ViTConfig, num_classes: int, **others: Any) -> nn.M
 
 
 def timm_shape(config: ViTConfig, num_classes: int) -> dict[str, Any]:
-    """What timm's models take of sizes, pooling and dropout, in its words."""
+    """Returns sizes, pooling and dropout as arguments of timm's models."""
     dim, depth, num_heads, _ = config.shape
     return {
         "img_size": config.image_size,
@@ -95,13 +98,13 @@ PEERS: dict[str, Builder] = {
 
 
 def select_models(peers: Sequence[str]) -> dict[str, Builder]:
-    """vitral, and the named peers if timm is installed; without it vitral alone.
+    """Returns vitral and the named peers; without timm, only vitral.
 
-    On a GPU vitral is there twice, with and without kernels of its own; on a CPU `--model.kernels`
-    plain measures it without.
+    On a GPU vitral is included with and without its own kernels; on a CPU, `--model.kernels plain`
+    measures it without them.
 
     Raises:
-        UserError: for a peer that is not known.
+        UserError: for an unknown peer.
     """
     for name in peers:
         if name not in PEERS:

@@ -1,4 +1,4 @@
-"""What takes the time of a step: kernels on a GPU, operators on a CPU, by what they do."""
+"""Profiles of a step: the time in GPU kernels or CPU operators, by kind."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from vitral.bench.peers import Builder
 from vitral.config import Config
 
 Kind = Literal["attention", "matmul", "optimizer", "copy", "elementwise", "other"]
-# The first that is found in a name counts. Inductor names a kernel after all that it has fused:
-# norms, copies, and the attention that it stands beside. Attention kernels are built of cutlass, as
-# matrix products are; the optimiser's are templates over elementwise functors.
+# The first pattern found in a name counts. Inductor names a kernel after everything that it fused:
+# norms, copies, and adjacent attention. Attention kernels use cutlass, like matrix products; the
+# optimizer's kernels are templates over elementwise functors.
 PATTERNS: tuple[tuple[Kind, str], ...] = (
     ("elementwise", r"^triton_(?!tem_)"),
-    ("matmul", r"^_gelu_(linear|backward)"),  # vitral's own: kernels/gelu.py
+    ("matmul", r"^_gelu_(linear|backward)"),  # vitral's own, kernels/gelu.py
     ("attention", r"attention|flash|fmha|sdpa"),
     ("optimizer", r"adam|multi_tensor_apply|_foreach_|vector_norm|LpNorm"),
     ("matmul", r"gemm|gemv|cutlass|cublas|nvjet|wgmma|splitk|triton_tem_|^aten::(add|b|bad)?mm$"),
@@ -35,7 +35,7 @@ TOP = 15
 
 
 def kind_of(name: str) -> Kind:
-    """What a kernel or an operator of this name does."""
+    """Returns the kind of a kernel or operator, by its name."""
     for kind, pattern in PATTERNS:
         if re.search(pattern, name, re.IGNORECASE):
             return kind
@@ -44,22 +44,22 @@ def kind_of(name: str) -> Kind:
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel or an operator in one step."""
+    """A kernel or operator in one step."""
 
     name: str
     kind: Kind
     ms: float
-    """In itself, without what it calls."""
+    """Own time, without the operators that it calls."""
     calls: float
 
 
 def breakdown(
     config: Config, mode: Mode, name: str, build: Builder, classes: int
 ) -> dict[str, Any]:
-    """The profile of a model's step: the share of each kind, and the kernels that take most.
+    """Profiles a model's step: the fraction of each kind, and the kernels that take the most time.
 
-    Shares are of the time that kernels run, or operators on a CPU; what Python does between them
-    is in neither.
+    Fractions refer to the total time in GPU kernels, or in operators on a CPU; the time in Python
+    between them is not included.
     """
     model = build(config.model, classes)
     work = WORK[mode](config, classes, config.model.image_size, model)
@@ -86,7 +86,7 @@ def _entries(profiler: profile, gpu: bool) -> Iterator[Entry]:
 
 
 def summarize(entries: Iterable[Entry]) -> dict[str, Any]:
-    """Milliseconds of a step, the share of each kind, and the entries that take most."""
+    """Returns milliseconds per step, the fraction of each kind, and the most expensive entries."""
     entries = list(entries)
     total = sum(entry.ms for entry in entries)
     shares = dict.fromkeys(get_args(Kind), 0.0)
@@ -97,8 +97,10 @@ def summarize(entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 def profile_table(found: dict[str, Any]) -> str:
-    """A breakdown in plain text."""
-    lines = [f"{found['contestant']}, {found['mode']}: {found['ms']:.2f} ms of kernels a step"]
+    """Formats a breakdown as plain text."""
+    lines = [
+        f"{found['contestant']}, {found['mode']}: {found['ms']:.2f} ms of kernel time per step"
+    ]
     lines += [f"  {share:6.1%}  {kind}" for kind, share in found["shares"].items()]
     for entry in found["top"]:
         cost = f"{entry['share']:6.1%} {entry['ms']:9.3f} ms {entry['calls']:7.0f} calls"

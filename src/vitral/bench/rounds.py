@@ -1,4 +1,4 @@
-"""Runs that take turns, so that what else the machine does falls on all of them alike."""
+"""Interleaved runs, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 ROUNDS = 3
-SECONDS = 2.0  # that a rate is measured for in each round
+SECONDS = 2.0  # duration of a measurement in each round
 
 
 def run_interleaved(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each run gave in each round; every round begins with another of them."""
+    """Returns the results of each run in each round; every round starts with a different run."""
     names = list(runs)
     found: dict[str, list[T]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -28,22 +28,22 @@ def run_interleaved(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[st
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """The ratio in each round: what slows a round down slows both and cancels out."""
+    """Returns the ratio in each round; a slowdown that affects both cancels out."""
     return list(map(operator.truediv, above, below))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a run gave in each round."""
+    """The results of a run in each round."""
 
     rates: list[float] = field(default_factory=list)
     """Images per second."""
     cores: list[float] = field(default_factory=list)
-    """Kept busy, by this process and workers that have ended."""
+    """Cores kept busy by this process and by workers that have exited."""
 
 
 def interleaved_rates(runs: Mapping[str, Callable[[], float]]) -> dict[str, Rates]:
-    """The rates that the runs return, and the cores that they keep busy, in ROUNDS rounds."""
+    """Measures the rates that the runs return, and the cores that they use, in ROUNDS rounds."""
     found = {name: Rates() for name in runs}
 
     def measure(name: str) -> None:
@@ -57,7 +57,7 @@ def interleaved_rates(runs: Mapping[str, Callable[[], float]]) -> dict[str, Rate
 
 
 def table(found: Mapping[str, Rates], reference: str | None = None) -> Iterator[str]:
-    """A line for each: medians, also of the ratio to the reference, where that was run."""
+    """Formats one line per run: medians, and the median ratio to the reference if it was run."""
     baseline = found.get(reference or "")
     for name, run in found.items():
         line = f"{name:40}{statistics.median(run.rates):9,.0f} images/s"

@@ -1,4 +1,4 @@
-"""What a training will be (`--dry-run`), and its rate beside that of its steps alone."""
+"""The plan of a training run (`--dry-run`), and its rate compared with that of its steps alone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from vitral.training.work import Training
 
 
 def plan(request: settings.Request) -> str:
-    """The settings, the size of the model, the steps, and an estimate of the time (`--dry-run`).
+    """Returns settings, model size, number of steps and estimated time (`--dry-run`).
 
-    The model is built on the meta device, and one block of it is timed.
+    The model is built on the meta device; the estimate times a single block.
 
     Raises:
-        UserError: where `train` would raise it before its first step, apart from errors in images,
-            in the tensors of checkpoints, or of the machine.
+        UserError: if `train` would raise it before its first step, except for errors in images, in
+            the tensors of checkpoints, or of the machine.
     """
     run, device = RunDir(request.config.train.out or ""), pick_device(request.config.train.device)
     request = budget.fit_time_budget(request, run, World())
@@ -60,7 +60,7 @@ def plan(request: settings.Request) -> str:
 
 
 def bench_train(config: Config) -> str:
-    """The rate of training beside that of the same steps on one batch that stays on the device."""
+    """Measures training, and the same steps on one batch that stays on the device."""
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     records, classes = dataset.train, len(dataset.classes)
     assert records is not None
@@ -87,7 +87,8 @@ def bench_train(config: Config) -> str:
         f"input       decoder {decoder}, workers {workers}, cores {available_cores()}, "
         f"micro-batches of {B} images of {S} pixels",
         *table(found),
-        f"ratio       {ratio:.1%} of the synthetic rate, medians of {rounds.ROUNDS} rounds in turn",
+        f"ratio       {ratio:.1%} of the synthetic rate, medians of {rounds.ROUNDS} "
+        "interleaved rounds",
     ]
     return "\n".join(lines)
 
@@ -97,6 +98,7 @@ def _describe(dataset: Dataset) -> str:
     assert dataset.val is not None
     notes = "".join(f"; {note}" for note in dataset.notes)
     return (
-        f"{Path(dataset.name).name}: {counted(len(dataset.train), 'image')} to train on, "
-        f"{len(dataset.val):,} to validate, {counted(len(dataset.classes), 'class')}{notes}"
+        f"{Path(dataset.name).name}: {counted(len(dataset.train), 'training image')}, "
+        f"{counted(len(dataset.val), 'validation image')}, "
+        f"{counted(len(dataset.classes), 'class')}{notes}"
     )
