@@ -1,4 +1,4 @@
-"""The model against references written from the papers: plain softmax, complex rotation, loops."""
+"""The model against a reimplementation from the papers: softmax, complex rotation, loops."""
 
 import math
 
@@ -39,16 +39,16 @@ VARIANTS = {
 
 
 def tiny(**changes):
-    """Heads of eight channels, three query heads a group."""
+    """A configuration with heads of eight channels and three query heads per group."""
     fields = {"dim": 48, "depth": 2, "num_heads": 6, "num_kv_heads": 2}
     return ViTConfig(**{**fields, "patch_size": 4, "image_size": 16, **changes})
 
 
 def randomize(module):
-    """`module` in float64 and in evaluation, all parameters random: no zero or one hides a term."""
+    """Randomizes all parameters, so that no zero or one hides a term; float64, evaluation mode."""
     torch.manual_seed(1)
     for parameter in module.double().parameters():
-        if parameter.ndim > 1:  # of mean zero, or all tokens become one
+        if parameter.ndim > 1:  # zero-mean, otherwise all tokens become equal
             nn.init.normal_(parameter, 0, parameter.shape[-1] ** -0.5)
         else:
             nn.init.normal_(parameter, 0.8, 0.3)
@@ -81,44 +81,44 @@ def gelu_by_formula(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def middles(count, trained):
-    """Of `count` patches that lie where `trained` do, which are counted from 0."""
+def centers(count, trained):
+    """Centers of `count` patches that span `trained` positions, which are numbered from 0."""
     width = trained / count
     return [width * i + width / 2 - 0.5 for i in range(count)]
 
 
 def phases(rows, columns, trained, prefix, frequencies):
-    """Unit complex numbers (tokens, S/2); `frequencies` are those along x and those along y."""
+    """Unit complex numbers (tokens, S/2), for frequencies along x and along y."""
     fx, fy = frequencies
     angles = [torch.zeros_like(fx)] * prefix
-    angles += [x * fx + y * fy for y in middles(rows, trained) for x in middles(columns, trained)]
+    angles += [x * fx + y * fy for y in centers(rows, trained) for x in centers(columns, trained)]
     return torch.polar(torch.ones(len(angles), len(fx), dtype=torch.float64), torch.stack(angles))
 
 
 def axial_frequencies(head_size, theta):
-    """The first half of the pairs turns with x alone, the second with y alone."""
+    """Frequencies along x and y; the first half of the pairs depends only on x, the second on y."""
     quarter = head_size // 4
-    falling = torch.tensor([theta ** (-4 * j / head_size) for j in range(quarter)]).double()
-    still = torch.zeros(quarter, dtype=torch.float64)
-    return torch.cat([falling, still]), torch.cat([still, falling])
+    frequencies = torch.tensor([theta ** (-4 * j / head_size) for j in range(quarter)]).double()
+    zeros = torch.zeros(quarter, dtype=torch.float64)
+    return torch.cat([frequencies, zeros]), torch.cat([zeros, frequencies])
 
 
-def turn(x, phase):
-    """Multiplies the pairs (i, i + S/2) of (..., N, S), read as complex numbers, by `phase`."""
+def rotate_complex(x, phase):
+    """Multiplies the pairs (i, i + S/2) of (..., N, S), as complex numbers, by `phase`."""
     half = x.shape[-1] // 2
-    turned = torch.complex(x[..., :half], x[..., half:]) * phase
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    rotated = torch.complex(x[..., :half], x[..., half:]) * phase
+    return torch.cat([rotated.real, rotated.imag], dim=-1)
 
 
 def softmax_attention(q, k, v):
-    """One head, (B, N, S) each."""
+    """Attention of one head; all tensors are (B, N, S)."""
     scores = torch.einsum("bns,bms->bnm", q, k) / math.sqrt(q.shape[-1])
     weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
     return torch.einsum("bnm,bms->bns", weights, v)
 
 
 def reference(model, images):
-    """Logits from the weights of `model`, image by patch by block by head."""
+    """Logits from the weights of `model`, by loops over patches, blocks and heads."""
     config, state = model.config, model.state_dict(keep_vars=True)
     D, depth, Q, K = config.shape
     S, P = D // Q, config.patch_size
@@ -153,7 +153,8 @@ def reference(model, images):
             if config.rope == "mixed":
                 frequencies = state["rope.mixed"][i, :, shared]
             phase = phases(rows, columns, trained, prefix, frequencies)
-            outputs.append(softmax_attention(turn(q, phase), turn(k, phase), v))
+            q, k = rotate_complex(q, phase), rotate_complex(k, phase)
+            outputs.append(softmax_attention(q, k, v))
         branch = linear(torch.cat(outputs, dim=-1), f"{name}.attention.projection")
         x = x + branch * state.get(f"{name}.attention_residual.scale", 1)
         hidden = linear(norm_by_formula(x, state[f"{name}.ffn_norm.scale"]), f"{name}.ffn.expand")
@@ -176,7 +177,7 @@ def test_model_equals_plain_reimplementation(variant, size):
 
 
 def attention(num_heads, num_kv_heads):
-    """Heads of eight channels, output projection the identity, nothing turned; and its norm."""
+    """Attention with an identity projection, its norm, and rotary tables that rotate nothing."""
     config = tiny(dim=8 * num_heads, num_heads=num_heads, num_kv_heads=num_kv_heads)
     module, norm = randomize(GroupedQueryAttention(config)), randomize(PreNorm(config.shape.dim))
     nn.init.eye_(module.projection.weight)
@@ -200,20 +201,20 @@ def test_grouped_queries_equal_repeated_keys_and_values(num_heads, num_kv_heads)
 
 @torch.no_grad()
 def test_attention_output_may_have_another_memory_layout(monkeypatch):
-    """As a GPU's float32 kernel gives it: heads next to each other, not tokens."""
+    """As with the GPU's float32 kernel, where the heads are adjacent instead of the tokens."""
     model = vit()
     expected = model(images())
 
     def like_a_gpu(*qkv):
-        return attended(*qkv).transpose(1, 2).contiguous().transpose(1, 2)
+        return original(*qkv).transpose(1, 2).contiguous().transpose(1, 2)
 
-    attended = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", like_a_gpu)
     torch.testing.assert_close(model(images()), expected)
 
 
 @torch.no_grad()
-def test_equal_heads_equal_torch_multi_head_attention():
+def test_ungrouped_attention_equals_torch_multi_head_attention():
     module, norm, *tables = attention(4, 4)
     other = nn.MultiheadAttention(32, 4, batch_first=True).double()
     other.in_proj_weight.copy_(module.qkv.weight)
@@ -255,11 +256,13 @@ def test_rotation_equals_complex_multiplication(rope, grid, num_registers):
     x = tokens(2, 8, 1 + num_registers + grid[0] * grid[1], 8)
     for i, (cosine, sine) in enumerate(tables):
         expected = []
-        for head in range(8):  # six of queries, then two of keys
+        for head in range(8):  # six query heads, then two key heads
             frequencies = axial_frequencies(8, 50.0)
             if module.mixed is not None:
                 frequencies = module.mixed[i, :, head // 3 if head < 6 else head - 6]
-            expected.append(turn(x[:, head], phases(*grid, 4, 1 + num_registers, frequencies)))
+            expected.append(
+                rotate_complex(x[:, head], phases(*grid, 4, 1 + num_registers, frequencies))
+            )
         assert relative_error(rotate(x, cosine, sine), torch.stack(expected, dim=1)) < 1e-6
 
 
@@ -271,7 +274,7 @@ def test_scores_depend_only_on_the_offset(rope):
     if module.mixed is not None:
         nn.init.normal_(module.mixed)
     cosine, sine = module(rows, columns, CPU)[-1]
-    same = tokens(8, 1, 8).expand(8, 1 + rows * columns, 8)  # one vector at every place
+    same = tokens(8, 1, 8).expand(8, 1 + rows * columns, 8)  # one vector at all positions
     q, k = rotate(same, cosine, sine)[:, 1:].split([6, 2])
     scores = q @ k.repeat_interleave(3, dim=0).mT
     scores = scores.view(6, rows, columns, rows, columns)
@@ -279,43 +282,43 @@ def test_scores_depend_only_on_the_offset(rope):
     torch.testing.assert_close(scores[:, 1:, :, 1:], scores[:, :-1, :, :-1], **close)
     torch.testing.assert_close(scores[:, :, 1:, :, 1:], scores[:, :, :-1, :, :-1], **close)
     for line in (scores[:, 0, 0, :, 0], scores[:, 0, 0, 0, :]):
-        assert (line.std(dim=-1) > 1e-2).all()  # and on it in both directions
+        assert (line.std(dim=-1) > 1e-2).all()  # and they do depend on it, along both axes
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @torch.no_grad()
-def test_prefix_tokens_are_exactly_untouched(rope, dtype):
+def test_prefix_tokens_are_not_rotated(rope, dtype):
     x = tokens(2, 8, 4 + 6, 8).to(dtype)
     for cosine, sine in randomize(RoPE2D(tiny(rope=rope, num_registers=3)))(3, 2, CPU):
-        turned = rotate(x, cosine, sine)
-        assert turned.dtype == dtype
-        assert turned[:, :, :4].equal(x[:, :, :4])
-        assert not torch.isclose(turned[:, :, 4:], x[:, :, 4:]).all(-1).any()
+        rotated = rotate(x, cosine, sine)
+        assert rotated.dtype == dtype
+        assert rotated[:, :, :4].equal(x[:, :, :4])
+        assert not torch.isclose(rotated[:, :, 4:], x[:, :, 4:]).all(-1).any()
 
 
 @pytest.mark.parametrize(("count", "grid"), [(1, 1), (4, 5), (14, 14), (7, 14), (42, 14)])
-def test_an_image_of_any_size_lies_at_the_same_positions(count, grid):
+def test_images_of_all_sizes_span_the_same_positions(count, grid):
     module = RoPE2D(tiny(rope_grid=grid))
     positions, finer = module.positions(count, CPU), module.positions(3 * count, CPU)
-    torch.testing.assert_close(finer.view(count, 3).mean(1), positions)  # in the midst of its three
+    torch.testing.assert_close(finer.view(count, 3).mean(1), positions)  # the center of its three
     assert positions.mean().item() == pytest.approx((grid - 1) / 2)
     if count == grid:
         assert positions.tolist() == list(range(grid))
 
 
-def test_mixed_frequencies_start_as_axial_magnitudes_turned_by_head():
+def test_mixed_frequencies_start_as_axial_magnitudes_in_random_directions():
     mixed = ViT(tiny(rope="mixed", num_heads=4, num_kv_heads=4), 5).rope.mixed.detach()
     frequencies = torch.complex(mixed[:, 0], mixed[:, 1])  # (depth, K, S/2)
-    falling = 100.0 ** (-torch.arange(3) / 3)
-    torch.testing.assert_close(frequencies.abs(), falling.repeat(2).expand(2, 4, 6))
+    magnitudes = 100.0 ** (-torch.arange(3) / 3)
+    torch.testing.assert_close(frequencies.abs(), magnitudes.repeat(2).expand(2, 4, 6))
     directions = frequencies / frequencies.abs()
     torch.testing.assert_close(directions[..., :3], directions[..., :1].expand(2, 4, 3))
     torch.testing.assert_close(directions[..., 3:], directions[..., :3] * 1j)
     assert len({round(angle, 3) for angle in directions[..., 0].angle().flatten().tolist()}) == 8
 
 
-# Parts
+# Layers
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-3, 0.0])
@@ -330,7 +333,7 @@ def test_rms_norm_by_formula(dtype, magnitude):
     assert got.dtype == dtype
     expected = norm_by_formula(x.double(), module.scale.double())
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    if dtype.itemsize == 2:  # float32 inside: only the last rounding is seen
+    if dtype.itemsize == 2:  # computed in float32 and rounded once
         assert (got != expected.to(dtype)).double().mean() < 0.005
     else:
         torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=0)
@@ -347,12 +350,12 @@ def test_dropout_drops_its_fraction_and_keeps_the_mean():
 
 
 def added_by(residual, x):
-    """What a residual adds of the branch x^2, and the images that the branch was computed for."""
+    """The output for the branch x^2, and the number of images that the branch computed."""
     seen = []
 
-    def branch(some):
-        seen.append(len(some))
-        return some**2
+    def branch(x):
+        seen.append(len(x))
+        return x**2
 
     return residual(x, branch), seen[0]
 
@@ -362,9 +365,9 @@ def test_high_stochastic_depth_computes_only_the_kept_images(batch, kept):
     torch.manual_seed(0)
     residual, x = Residual(tiny(dim=48), 0.3), tokens(batch, 2, 3).requires_grad_()
     added, computed = added_by(residual, x)
-    here = (added != 0).all(2).all(1)
-    assert computed == here.sum() == kept
-    expected = torch.where(here[:, None, None], x**2 * batch / kept, 0)
+    is_kept = (added != 0).all(2).all(1)
+    assert computed == is_kept.sum() == kept
+    expected = torch.where(is_kept[:, None, None], x**2 * batch / kept, 0)
     torch.testing.assert_close(added, expected)
     weight = tokens(3, batch, 2, 3)[2]
     gradients = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (added, expected))
@@ -409,7 +412,7 @@ def test_bias_flags_remove_only_their_biases(flag, gone):
     assert ViT(tiny(**{flag: False}), 5).state_dict().keys() == vit().state_dict().keys() - removed
 
 
-# The whole
+# The complete model
 
 
 @torch.no_grad()
@@ -430,14 +433,14 @@ def test_weights_do_not_depend_on_the_resolution():
 @pytest.mark.parametrize(
     ("shape", "expected", "got"),
     [
-        ((2, 3, 18, 16), "multiples of 4", "18 by 16"),
-        ((2, 3, 16, 6), "multiples of 4", "16 by 6"),
+        ((2, 3, 18, 16), "H and W in multiples of 4 pixels", "18 by 16"),
+        ((2, 3, 16, 6), "H and W in multiples of 4 pixels", "16 by 6"),
         ((2, 1, 16, 16), "(B, 3, H, W)", "(2, 1, 16, 16)"),
         ((2, 4, 16, 16), "(B, 3, H, W)", "(2, 4, 16, 16)"),
         ((3, 16, 16), "(B, 3, H, W)", "(3, 16, 16)"),
     ],
 )
-def test_other_images_are_rejected(shape, expected, got):
+def test_images_of_other_shapes_are_rejected(shape, expected, got):
     with pytest.raises(UserError) as error:
         vit()(torch.zeros(shape, dtype=torch.float64))
     message = str(error.value)
@@ -463,7 +466,7 @@ def test_activation_checkpointing_recomputes_the_same(dropout):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_the_reference(variant):
+def test_gradients_equal_those_of_the_reference(variant):
     model = vit(**VARIANTS[variant])
     gradients = []
     for run in (model, lambda x: reference(model, x)):
@@ -489,9 +492,9 @@ def test_initialization_matches_the_table():
     config = ViTConfig(size="ti", depth=2, num_registers=40, qk_norm=True, layer_scale=0.1)
     torch.manual_seed(0)
     model = ViT(config, 100)
-    # A normal cut at two deviations keeps this share of its deviation.
+    # Truncation at two standard deviations reduces the standard deviation by this factor.
     density = math.exp(-2) / math.sqrt(2 * math.pi)
-    cut = math.sqrt(1 - 4 * density / math.erf(math.sqrt(2)))
+    factor = math.sqrt(1 - 4 * density / math.erf(math.sqrt(2)))
     for name, values in model.state_dict().items():
         n = values.numel()
         if name.startswith("head.") or name.endswith("bias"):
@@ -502,9 +505,9 @@ def test_initialization_matches_the_table():
             assert (values == 1).all(), name
         else:
             is_token = name in ("cls", "registers")
-            deviation = 0.02 if is_token else cut / math.sqrt(values.shape[1])
-            assert values.mean().abs() < 5 * deviation / n**0.5, name
-            assert values.std() == pytest.approx(deviation, rel=5 / (2 * n) ** 0.5), name
+            std = 0.02 if is_token else factor / math.sqrt(values.shape[1])
+            assert values.mean().abs() < 5 * std / n**0.5, name
+            assert values.std() == pytest.approx(std, rel=5 / (2 * n) ** 0.5), name
             if not is_token:
                 assert values.abs().max() <= 2 / math.sqrt(values.shape[1]), name
                 assert values.abs().max() > 1.9 / math.sqrt(values.shape[1]), name
@@ -522,8 +525,8 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("patch_size", "side"), [(16, None), (14, 168)])
-def test_parameters_and_operations_counted_by_hand(size, patch_size, side):
+@pytest.mark.parametrize(("patch_size", "image_size"), [(16, None), (14, 168)])
+def test_parameters_and_operations_are_as_counted_by_hand(size, patch_size, image_size):
     D, depth, Q, K = SIZES[size]
     config = ViTConfig(size=size, patch_size=patch_size)
     qkv = (Q + 2 * K) * (D // Q)
@@ -533,11 +536,11 @@ def test_parameters_and_operations_counted_by_hand(size, patch_size, side):
     with torch.device("meta"):
         model = ViT(config, num_classes=10)
     assert model.num_parameters == embedding + 2 * D + depth * block + D + (D + 1) * 10
-    patches = ((side or 224) // patch_size) ** 2
+    patches = ((image_size or 224) // patch_size) ** 2
     N = patches + 1
     multiply_adds = patches * embedding + depth * (N * weights + 2 * N * N * D) + D * 10
-    assert count_flops(config, 10, side) == 2 * multiply_adds
-    assert count_flops(config, 10, side, training=True) == 2 * multiply_adds
+    assert count_flops(config, 10, image_size) == 2 * multiply_adds
+    assert count_flops(config, 10, image_size, training=True) == 2 * multiply_adds
 
 
 def test_skipped_branches_are_not_counted():
@@ -549,7 +552,7 @@ def test_skipped_branches_are_not_counted():
     assert count_flops(config, 5, training=True) == none - 0.75 * block
 
 
-# What surrounds the model
+# Kernels, compilation and precision
 
 
 @pytest.mark.parametrize(("kind", "runs"), [("auto", True), ("plain", False)])
@@ -563,16 +566,16 @@ def test_custom_kernels_run_only_when_enabled(kind, runs, monkeypatch):
     assert not any(block.ffn.fused for block in model.blocks)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # from torch 2.11 itself
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_compiles_once_without_graph_breaks(rope, checkpointing):
-    """Without a graph break; and the steps after the first compile nothing."""
+    """Steps after the first one compile nothing."""
     changes = {"num_registers": 1, "qk_norm": True, "layer_scale": 0.1, "pooling": "mean"}
     changes |= {"dropout": 0.1, "stochastic_depth": 0.5}
     model = vit(rope=rope, activation_checkpointing=checkpointing, **changes).train()
     torch.compiler.reset()
-    # The backend "eager" draws anew where it recomputes.
+    # The backend "eager" would draw new random numbers when it recomputes.
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for step in range(3):
@@ -584,7 +587,7 @@ def test_training_compiles_once_without_graph_breaks(rope, checkpointing):
             found.append([logits, *gradients])
         torch.testing.assert_close(*found)
     assert counter.frame_count == 1
-    compiled(images(batch=6))  # of a size that varies, too
+    compiled(images(batch=6))  # also with a dynamic batch size
     assert counter.frame_count == 2
 
 
@@ -594,7 +597,9 @@ def test_bfloat16_stays_close(variant):
     exact = model(images().float())
     with torch.autocast("cpu", torch.bfloat16):
         mixed = model(images().float())
-        assert model.forward_features(images().float()).dtype == torch.float32  # the residuals
+        assert (
+            model.forward_features(images().float()).dtype == torch.float32
+        )  # the residual stream
     mixed.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     assert relative_error(mixed.float(), exact) < 0.03
