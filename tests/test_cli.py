@@ -534,7 +534,7 @@ def test_init_with_another_architecture(image_folder, run, user_error, tmp_path)
     user_error([*words, "--model.dim", "32"], "another shape", message, "imagenet-finetune")
     user_error([*words, "--model.patch-size", "8"], "another shape")
     user_error(
-        [*words, "--model.image-size", "20"], "4 patches a side, got 5; add --model.rope-grid 4"
+        [*words, "--model.image-size", "20"], "4 patches per side, got 5; add --model.rope-grid 4"
     )
 
 

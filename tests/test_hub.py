@@ -390,9 +390,9 @@ def test_repositories_without_weights_are_not_downloaded(hub, capsys, caplog):
     ("name", "model_type", "fragments"),
     [
         ("facebook/dinov2-small", "dinov2", ["; give timm:vit_small_patch14_dinov2.lvd142m, the"]),
-        ("bo/x", "dinov3_vit", ["(dinov3_vit); look for", "?search=dinov3 and give timm:NAME"]),
+        ("bo/x", "dinov3_vit", ["(dinov3_vit); find", "?search=dinov3 and give timm:NAME"]),
         ("bo/x", "siglip", ["?search=siglip_gap and"]),
-        ("bo/x", "bert", ["(bert); vitral loads its own weights and Vision Transformers of timm"]),
+        ("bo/x", "bert", ["(bert); vitral loads its own weights and timm's Vision Transformers"]),
         ("bo/x", "a b\n", ["bo/x does not contain vitral weights"]),
         ("bo/x", ["vit"], ["bo/x does not contain vitral weights"]),
     ],

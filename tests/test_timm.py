@@ -128,7 +128,7 @@ def test_settings_for_fine_tuning(place, images):
         ({"weights": None}, UserError, "weights: expected a run or weight folder"),
         ({"img_size": (160, 96)}, UserError, r"img_size: expected one number, .*got \(160, 96\)"),
         ({"img_size": 30}, UserError, "image_size: expected a multiple of patch_size 4"),
-        ({"which": "emma"}, UserError, "holds no emma weights"),
+        ({"which": "emma"}, UserError, "contains no emma weights"),
         ({"dim": 32}, TypeError, "dim"),
         ({"drop_path": 0.1}, TypeError, "drop_path"),
     ],

@@ -1,4 +1,4 @@
-"""Weight directories: saved, found, described, loaded, refused, and trained from."""
+"""Weight directories: saving, finding, describing, loading, rejecting, initializing from them."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ METRICS = {"step": 9, "val_top1": 0.5, "ema_top1": 0.75}
 
 
 def state(seed=0):
-    """Weights of which every value is drawn at random."""
+    """Weights in which all values are random."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ViT(SHAPE, len(CLASSES)).state_dict()
     return {name: torch.randn(value.shape, generator=draw) for name, value in shapes.items()}
@@ -54,12 +54,12 @@ def assert_equal(found, expected):
 
 
 def garble(path):
-    """Replaces a file by another of its size."""
+    """Replaces the content of a file by zeros."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
 @pytest.mark.parametrize(("which", "seed"), [(None, 1), ("ema", 1), ("model", 0)])
-def test_what_is_saved_is_loaded_again(saved, which, seed):
+def test_saved_weights_can_be_loaded(saved, which, seed):
     found = weights.load(saved, which=which)
     assert_equal(found.model.state_dict(), state(seed))
     assert found.path == saved
@@ -70,7 +70,7 @@ def test_what_is_saved_is_loaded_again(saved, which, seed):
     assert vitral.load(saved, which=which).description == found.description
 
 
-def test_a_loaded_model_computes_what_the_saved_one_did(saved):
+def test_a_loaded_model_gives_the_same_logits(saved):
     torch.manual_seed(0)
     model, images = ViT(SHAPE, len(CLASSES)).eval(), torch.randn(2, 3, 16, 24)
     model.load_state_dict(state(1))
@@ -87,12 +87,12 @@ def test_a_loaded_model_computes_what_the_saved_one_did(saved):
         ({}, "model"),
     ],
 )
-def test_the_better_file_is_the_default(metrics, default):
+def test_the_better_weights_are_the_default(metrics, default):
     assert weights.describe(CONFIG, CLASSES, "", metrics).default == default
 
 
 def test_a_description_is_self_contained(tmp_path, monkeypatch):
-    """With the fields of a preset, which may change, and the data's whole path."""
+    """It contains the fields of the preset, which may change, and the absolute path of the data."""
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
     config = Config(model=ViTConfig(size="ti"), data=DataConfig(path="photos"))
@@ -105,7 +105,7 @@ def test_a_description_is_self_contained(tmp_path, monkeypatch):
 
 
 def test_a_description_is_read_without_tensors(saved, monkeypatch):
-    """Also where those are damaged; loading them is then refused."""
+    """Even if the tensors are damaged; loading them is an error."""
     expected = weights.load(saved).description
     for name in ("model", "ema"):
         garble(saved / f"{name}.safetensors")
@@ -117,7 +117,7 @@ def test_a_description_is_read_without_tensors(saved, monkeypatch):
             weights.load(saved, which=name)
 
 
-def test_only_the_file_that_is_asked_for_is_read(saved):
+def test_only_the_requested_file_is_read(saved):
     garble(saved / "model.safetensors")
     assert_equal(weights.load(saved).model.state_dict(), state(1))
     with pytest.raises(UserError, match=r"model\.safetensors: "):
@@ -134,7 +134,7 @@ def test_only_the_file_that_is_asked_for_is_read(saved):
         ("manifest.json", "garbled"),
         ("config.json", "shortened"),
         ("config.json", "garbled"),
-        ("stranger.safetensors", "added"),
+        ("unknown.safetensors", "added"),
     ],
 )
 def test_missing_and_damaged_files_are_named(saved, action, name, damage):
@@ -155,11 +155,11 @@ def test_missing_and_damaged_files_are_named(saved, action, name, damage):
 
 def test_missing_ema_weights_are_rejected(tmp_path):
     bare = save(tmp_path / "bare", {"model": state()}, default="model")
-    with pytest.raises(UserError, match=f"{bare} holds no ema weights, only model"):
+    with pytest.raises(UserError, match=f"{bare} contains no ema weights, only model"):
         weights.load(bare, which="ema")
 
 
-def test_a_run_means_its_best_weights_or_else_its_last(tmp_path):
+def test_a_run_directory_selects_its_best_or_else_its_last_weights(tmp_path):
     run = RunDir(tmp_path / "run")
     assert save(run.last) == weights.find(run.path) == weights.find(run.last)
     assert save(run.best) == weights.find(run.path)
@@ -189,7 +189,7 @@ def test_a_file_means_the_directory_that_it_is_in(tmp_path):
     ("path", "message"),
     [
         ("nothing", "no such directory; expected a directory with config.json"),
-        ("empty", "it holds no weights; expected"),
+        ("empty", "no weights found; expected"),
         ("some/one", "no such directory; .*; if it is on the Hugging Face Hub, give hf-hub:some/o"),
     ],
 )
@@ -206,9 +206,9 @@ def test_paths_without_weights(tmp_path, monkeypatch, path, message):
     [
         ({"schema": 1}, "expected schema 2, got 1; install the version"),
         ({"default": "best"}, "default: expected one of model, ema, got 'best'; install vitral"),
-        ({"classes": None}, "not of this version of vitral"),
-        ({"config": {"model": {"dimm": 3}}}, "not of this version of vitral: .*dimm"),
-        ({"colour": "red"}, "not of this version of vitral: .*colour"),
+        ({"classes": None}, "does not match this version of vitral"),
+        ({"config": {"model": {"dimm": 3}}}, "does not match this version of vitral: .*dimm"),
+        ({"color": "red"}, "does not match this version of vitral: .*color"),
     ],
 )
 def test_descriptions_of_other_versions_are_rejected(saved, change, message):
@@ -249,7 +249,7 @@ def test_tensors_of_another_model_are_rejected(tmp_path, change, message):
         weights.load(found)
 
 
-def test_saving_again_replaces_all(saved):
+def test_saving_again_replaces_all_files(saved):
     save(saved, {"model": state(5)}, default="model")
     assert_equal(weights.load(saved).model.state_dict(), state(5))
     assert {path.name for path in saved.iterdir()} == {
@@ -286,11 +286,11 @@ def test_other_classes_get_a_new_head(saved):
     ("changes", "message"),
     [
         ({"dim": 32}, "has another shape in this model"),
-        ({"depth": 1}, "has no place in this model"),
-        ({"depth": 3}, "has no value in this model"),
-        ({"layer_scale": 0.1}, "has no value in this model"),
-        ({"qkv_bias": False}, "has no place in this model"),
-        ({"image_size": 32}, "over 4 patches a side, got 8; add --model.rope-grid 4"),
+        ({"depth": 1}, "does not exist in this model"),
+        ({"depth": 3}, "is missing"),
+        ({"layer_scale": 0.1}, r"is missing \(4 such parameters\)"),
+        ({"qkv_bias": False}, "does not exist in this model"),
+        ({"image_size": 32}, "on a grid of 4 patches per side, got 8; add --model.rope-grid 4"),
     ],
 )
 def test_a_model_is_unchanged_if_the_weights_do_not_fit(saved, changes, message):
@@ -301,7 +301,7 @@ def test_a_model_is_unchanged_if_the_weights_do_not_fit(saved, changes, message)
     assert_equal(model.state_dict(), before)
 
 
-def test_settings_that_fit_are_those_of_the_weights_run(tmp_path):
+def test_the_error_suggests_the_settings_of_the_run(tmp_path):
     run = RunDir(tmp_path / "run")
     save(run.best)
     with pytest.raises(UserError, match="give the model settings that it was trained with"):
@@ -327,7 +327,7 @@ def test_a_recipe_uses_the_model_of_weights_without_reading_tensors(saved, tmp_p
     assert (found.train.epochs, found.train.progressive) == (20, ())
     recipe.write_text("train: {epochs: 20}\nmodel: {dim: 48}")
     own = weights.load_settings(str(recipe), ["--init", str(saved)]).model
-    assert own == ViTConfig(dim=48)  # a recipe that names a model keeps it
+    assert own == ViTConfig(dim=48)  # a recipe with a model keeps it
     shutil.rmtree(saved)
     recipe.write_text("train: {epochs: 20}")
     with pytest.raises(UserError, match=r"no such directory.*--init names the weights to start"):

@@ -141,7 +141,7 @@ def test_the_command_draws_and_lists_what_it_cannot_read(directory, photo, tmp_p
         ("WEIGHTS PHOTO --patch 4 0", 2, "patch: expected"),
         ("WEIGHTS PHOTO --out broken.jpg/x", 2, "out: cannot write"),
         ("WEIGHTS PHOTO --wich ema", 2, "did you mean --which"),
-        ("WEIGHTS PHOTO --which ema", 2, "holds no ema weights"),
+        ("WEIGHTS PHOTO --which ema", 2, "contains no ema weights"),
     ],
 )
 def test_user_errors_are_one_line_and_leave_nothing(

@@ -301,7 +301,7 @@ def test_an_unfinished_run(run, tmp_path, count):
     page = check_form(Page(folder / "report.html"))
     assert "not finished" in page.words[None]
     assert "No validation yet" in page.words["summary"]
-    assert "it holds no weights" in page.words["mistakes"]
+    assert "no weights found" in page.words["mistakes"]
     assert "env.json cannot be read" in page.words[None]
     assert "no train_batch.jpg" in page.words["batch"]
     assert len(page.all("polyline")) == (10 if count > 1 else 5 * count)  # one in each legend too

@@ -41,5 +41,5 @@ def test_the_images_may_have_moved_but_not_changed(run, predictions):
 
 def test_a_run_without_weights_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("weights"))
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="no weights found"):
         evaluate_best(read_run(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Public models against timm's own, randomly initialized: outputs, features and gradients."""
+"""Converted models against randomly initialized timm models: outputs, features, gradients."""
 
 import json
 import re
@@ -54,13 +54,13 @@ RANDOM_MODELS = {
 
 
 def random_model(name, dtype=torch.float32):
-    """A timm model whose every parameter is random, so that no part is neutral."""
+    """A timm model in which all parameters are random, so that all of them affect the result."""
     torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):
         model = timm.create_model(name.partition(".")[0], pretrained=False, **RANDOM_MODELS[name])
     for parameter in model.parameters():
-        spread = 0.05 if parameter.ndim > 1 else 0.3
-        parameter.data += spread * torch.randn_like(parameter)
+        std = 0.05 if parameter.ndim > 1 else 0.3
+        parameter.data += std * torch.randn_like(parameter)
     return model.eval().to(dtype)
 
 
@@ -81,7 +81,7 @@ def test_outputs_and_features_equal_timm(name):
 
 
 @pytest.mark.parametrize("name", RANDOM_MODELS)
-def test_the_last_block_of_every_kind_can_be_trained_alone(name):
+def test_the_last_block_of_every_model_can_be_trained_alone(name):
     source = random_model(name)
     model = public.convert(source).model
     images = torch.randn(2, 3, *source.patch_embed.img_size)
@@ -106,8 +106,8 @@ DYNAMIC = ["vit_tiny_patch16_224", "vit_base_patch32_clip_quickgelu_224", "eva02
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
-def test_models_for_any_image_size_are_compared_at_several(name, monkeypatch):
-    """As `create` makes them; with rotary positions at the native size only."""
+def test_models_for_all_image_sizes_are_compared_at_several(name, monkeypatch):
+    """Models as `create` returns them; those with rotary positions only at the native size."""
     monkeypatch.setitem(RANDOM_MODELS, name, {**RANDOM_MODELS[name], "dynamic_img_size": True})
     source, shapes = random_model(name), set()
     source.register_forward_pre_hook(lambda _, given: shapes.add(tuple(given[0].shape[2:])))
@@ -233,7 +233,7 @@ def test_import_save_load_and_export(file, tmp_path, capsys):
     assert exported.agreements
 
 
-def test_errors_are_one_line_and_leave_nothing(file, tmp_path, capsys, monkeypatch):
+def test_errors_are_one_line_and_write_nothing(file, tmp_path, capsys, monkeypatch):
     path, _ = file
     place = tmp_path / "made"
 
@@ -271,13 +271,13 @@ class Malicious:
         return open, (str(self.path), "w")
 
 
-def test_pth_files_are_read_without_running_them(file, tmp_path, capsys):
+def test_pth_files_are_read_without_running_code(file, tmp_path, capsys):
     _, source = file
     words = ["import", "timm:vit_tiny_patch16_224", str(tmp_path / "made"), "--file"]
     torch.save({**source.state_dict(), "x": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
     assert main([*words, str(tmp_path / "bad.pth")]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"vitral: timm:\S+: \S+bad.pth: expected tensors alone, got .+\n", error)
+    assert re.fullmatch(r"vitral: timm:\S+: \S+bad.pth: expected only tensors, got .+\n", error)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "made").exists()
     torch.save(source.state_dict(), tmp_path / "good.pth")
@@ -350,7 +350,7 @@ def test_classes_of_imagenet_heads_are_wordnet_ids(count, position, wnid):
         assert names == wnids()
 
 
-def test_an_imported_head_has_them(tmp_path, monkeypatch):
+def test_an_imported_head_has_wordnet_ids(tmp_path, monkeypatch):
     monkeypatch.setitem(RANDOM_MODELS, "vit_tiny_patch16_224", {**SMALL, "num_classes": 11821})
     public.write("x", random_model("vit_tiny_patch16_224"), tmp_path / "made")
     assert weights.load(tmp_path / "made").description.classes[-1] == "n15102894"

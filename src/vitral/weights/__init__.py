@@ -1,8 +1,8 @@
-"""Self-describing weight directories: save, load, and initialize a model from one.
+"""Self-describing weight directories: saving, loading, and initializing a model from them.
 
 config.json         architecture, class names, preprocessing, recipe, metrics, default file
 model.safetensors   the trained weights
-ema.safetensors     their moving average, if the run kept one
+ema.safetensors     their exponential moving average (EMA), if the run computed it
 manifest.json       sizes and SHA-256 of the other files
 """
 

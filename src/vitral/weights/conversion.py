@@ -1,13 +1,13 @@
-"""The algebra that turns a public Vision Transformer into vitral's.
+"""Converts the parameters of public Vision Transformers to vitral's architecture, exactly.
 
-vitral's blocks have RMSNorm, most public ones LayerNorm. With C for "subtract the mean over the
-output axis", applying C to everything that writes to the residual stream (embedding, tokens,
-positions, both branches) makes it zero-mean, where the two norms are equal. The bias of a norm goes
-into the bias of the linear layer after it. Another eps is a factor on everything that writes to the
-stream. LayerScale g after a weight W becomes g and g^-1 C(g W). Rotary pairs are permuted.
+vitral's blocks use RMSNorm, most public models LayerNorm. The two are equal for zero-mean tokens,
+so everything that writes to the residual stream (embedding, tokens, positions, both branches) is
+centered: C subtracts the mean over the output axis. The bias of a norm moves into the bias of the
+linear layer after it. A different eps becomes a factor on everything that writes to the stream.
+LayerScale g after a weight W becomes g and g^-1 C(g W). Rotary channel pairs are permuted.
 
-Everything is in one file because each step relies on the others: a change of what writes to the
-stream has to reach all that does.
+All steps are in one file because they depend on each other: a change to the residual stream must
+be applied to everything that writes to it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vitral.config import ViTConfig
 from vitral.errors import UserError
 from vitral.kernels import EPS
 
-MIN_SCALE = 1e-6  # of a LayerScale channel that is not folded into the weights
+MIN_SCALE = 1e-6  # smaller LayerScale channels are folded into the weights
 ACTIVATIONS = {
     "GELU": "gelu",
     "GELUTanh": "gelu-tanh",
@@ -41,12 +41,12 @@ class Norm(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """What the norm's input is multiplied by, so that its eps becomes vitral's."""
+        """The factor on the norm's input that replaces its eps by vitral's."""
         return (EPS / self.eps) ** 0.5
 
 
 class Block:
-    """The parts of a public encoder block, under one set of names."""
+    """An encoder block of a public model, under uniform names."""
 
     def __init__(self, index: int, block: Any) -> None:
         self.place = f"blocks.{index}"
@@ -71,7 +71,7 @@ class Block:
         ]
 
     def qkv(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Weights (heads * S, D) and biases of queries, keys and values."""
+        """Returns weights (heads * S, D) and biases of queries, keys and values."""
         attn = self.attn
         if attn.qkv is None:
             layers = [attn.q_proj, attn.k_proj, attn.v_proj]
@@ -83,7 +83,7 @@ class Block:
         return weights, [_optional(q_bias), None, _optional(v_bias)]
 
     def ffn(self) -> tuple[str, Tensor, Tensor | None]:
-        """Activation, and weight and bias of the first linear layer; for SwiGLU gate, value."""
+        """Returns activation, weight and bias of the first linear layer; for SwiGLU gate, value."""
         mlp, kind = self.mlp, type(self.mlp).__name__
         if kind == "SwiGLU":
             layers = [mlp.fc1_g, mlp.fc1_x]
@@ -103,10 +103,10 @@ class Block:
 
 
 def read_config(source: Any, blocks: list[Block]) -> ViTConfig:
-    """The architecture of a public model.
+    """Returns the architecture of a public model.
 
     Raises:
-        UserError: for a part that vitral's model does not have, by name.
+        UserError: if vitral does not support a part of the model; the message names it.
     """
     if source.global_pool not in ("token", "avg") or getattr(source, "attn_pool", None) is not None:
         raise UserError(f"model: expected pooling token or avg, got {source.global_pool!r}")
@@ -163,7 +163,7 @@ def read_config(source: Any, blocks: list[Block]) -> ViTConfig:
 
 
 def _read_rope(source: Any) -> dict[str, Any]:
-    """Kind, theta, grid and origin of the rotary positions."""
+    """Returns kind, theta, grid and origin of the rotary positions."""
     rope = getattr(source, "rope", None)
     if rope is None:
         return {"rope": "none"}
@@ -189,11 +189,11 @@ def _read_rope(source: Any) -> dict[str, Any]:
 def convert_state(
     source: Any, blocks: list[Block], config: ViTConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of vitral's state, in float64."""
+    """Yields names and values of vitral's state dict, in float64."""
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     final = read_norm("norm", _final_norm(source))
     if len({(norm.eps, norm.centered) for norm in (*norms, final)}) > 1:
-        raise UserError("model: expected norms of one kind and eps in all blocks")
+        raise UserError("model: expected norms with the same type and eps in all blocks")
     yield from _embedding(source, config, final)
     yield "norm.scale", final.scale
     if final.bias is not None:
@@ -213,20 +213,20 @@ def convert_state(
 
 
 def num_folded(blocks: list[Block]) -> int:
-    """The number of LayerScale channels that are folded into the weights."""
+    """Returns the number of LayerScale channels that are folded into the weights."""
     scales = [(scale, block.norm1) for block in blocks for scale in block.scales]
     return sum(int(_is_folded(scale, norm).sum()) for scale, norm in scales if scale is not None)
 
 
 def _is_folded(scale: Tensor, norm: Norm) -> Tensor:
-    """Which channels of a LayerScale are too small to divide by, (D,)."""
+    """Returns which channels of a LayerScale are too small to divide by, (D,)."""
     return (scale.abs() < MIN_SCALE) & norm.centered
 
 
 def _embedding(source: Any, config: ViTConfig, norm: Norm) -> Iterator[tuple[str, Tensor]]:
-    """Patch projection, tokens, positions and their norm."""
+    """Yields patch projection, tokens, positions and their norm."""
     writes = _StreamWrite(norm.factor, norm.centered)
-    first = writes  # of what comes before the norm of the embedded tokens
+    first = writes  # for parameters before the norm of the embedded tokens
     if config.embed_norm == "tokens":
         own = read_norm("norm_pre", source.norm_pre)
         first = _StreamWrite(own.factor, own.centered)
@@ -277,7 +277,9 @@ def _block(
         inner = block.qk_norms[k] if k < 2 else None
         if inner is not None:
             if inner.bias is not None and inner.bias.abs().max() > 0:
-                raise UserError(f"model: {block.place}.attn: a norm of the heads has a bias")
+                raise UserError(
+                    f"model: {block.place}.attn: a bias in the norm of the heads is not supported"
+                )
             both = _StreamWrite(inner.factor, inner.centered)(both, axis=1)
             scale = inner.scale if order is None else inner.scale[order]
             yield f"attention.{'qk'[k]}_norm.scale", scale
@@ -307,7 +309,7 @@ def _block(
             scale = weight.new_ones(len(weight)) if scale is None else scale
             kept = torch.where(_is_folded(scale, norm), 1.0, scale)
             yield f"{branch}_residual.scale", kept
-            # Without centering the scale commutes with what is done to the weights.
+            # Without centering, LayerScale commutes with the change to the weights.
             both = writes(both * scale[:, None]) / kept[:, None] if norm.centered else writes(both)
         else:
             both = writes(both)
@@ -318,7 +320,7 @@ def _block(
 
 
 class _StreamWrite(NamedTuple):
-    """What is done to something that writes to the stream before a norm."""
+    """The change to a tensor that writes to the residual stream before a norm."""
 
     factor: float
     centered: bool
@@ -329,13 +331,13 @@ class _StreamWrite(NamedTuple):
 
 
 def _rotary_order(source: Any, config: ViTConfig) -> Tensor | None:
-    """Which channel of a public head becomes each channel of vitral's; None for all as they are."""
+    """Returns the source channel of each channel of a head, or None to keep the order."""
     if config.rope == "none":
         return None
     size = config.shape.dim // config.shape.num_heads
     pairs = torch.arange(size // 2)
     if config.rope == "axial" and getattr(source.rope, "grid_indexing", "ij") == "ij":
-        pairs = pairs.roll(size // 4)  # y comes first there
+        pairs = pairs.roll(size // 4)  # the public model has y first
     half = getattr(source.blocks[0].attn, "rotate_half", False)
     if half:
         return torch.cat([pairs, pairs + size // 2])
@@ -343,7 +345,7 @@ def _rotary_order(source: Any, config: ViTConfig) -> Tensor | None:
 
 
 def read_norm(place: str, norm: Any) -> Norm:
-    """A norm's parameters. Raises UserError for one of another kind."""
+    """Returns a norm's parameters. Raises UserError for an unsupported norm."""
     if isinstance(norm, nn.LayerNorm):
         centered = True
     elif type(norm).__name__.startswith("RmsNorm") or isinstance(norm, nn.RMSNorm):

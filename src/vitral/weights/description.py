@@ -1,4 +1,4 @@
-"""What weights say about themselves, and a model loaded with them."""
+"""The description of weights, and a model loaded with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Description:
     classes: tuple[str, ...]
     """Class names, in the order of the logits."""
     fingerprint: str
-    """Of the data set."""
+    """Fingerprint of the data set."""
     default: Which
     """The file to load if none is requested."""
     metrics: Mapping[str, float]
@@ -38,7 +38,7 @@ class Description:
     source: str = ""
     """The public model that was converted, such as timm:NAME."""
     license: str = ""
-    """Of the public model, as its publisher names it."""
+    """License of the public model, as its publisher states it."""
     difference: float = 0.0
     """Largest difference from the public model's outputs, over their rms."""
 
@@ -55,7 +55,7 @@ class Description:
             directory: where it was read, for error messages.
 
         Raises:
-            UserError: it was written by another version of vitral, or is damaged.
+            UserError: if it was written by another version of vitral, or is damaged.
         """
         document = dict(document)
         schema = document.pop("schema", None)
@@ -69,8 +69,8 @@ class Description:
         except UserError as error:
             writer = short(document.get("vitral")).strip("'")
             raise UserError(
-                f"weights: {directory}: config.json is not of this version of vitral: {error}; "
-                f"install vitral {writer}, which wrote it"
+                f"weights: {directory}: config.json does not match this version of vitral: "
+                f"{error}; install vitral {writer}, which wrote it"
             ) from None
         texts = {name: printable(getattr(found, name)) for name in ("vitral", "source", "license")}
         classes = tuple(map(printable, found.classes))
@@ -98,9 +98,9 @@ def require_head(weights: Weights) -> Weights:
 
 
 def absolute_paths(config: Config) -> Config:
-    """The settings with absolute paths of the data and the initial weights, where they exist.
+    """Returns the settings with absolute paths of the data and initial weights, if they exist.
 
-    So a run can be repeated from another directory.
+    This allows repeating a run from another directory.
     """
     from vitral.data.formats.known import KNOWN_SETS  # imports Pillow
 
@@ -117,10 +117,10 @@ def absolute_paths(config: Config) -> Config:
 def describe(
     config: Config, classes: tuple[str, ...], fingerprint: str, metrics: Mapping[str, float]
 ) -> Description:
-    """The description of a run's weights; the default is the better of raw and EMA weights.
+    """Returns the description of a run's weights; the default is the better of raw and EMA weights.
 
-    The architecture is written in full, in case a preset changes later, and the path of the data is
-    absolute.
+    It contains all fields of the architecture, as presets may change, and the absolute path of the
+    data.
     """
     better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
     model = dataclasses.replace(config.model, **config.model.shape._asdict())

@@ -1,4 +1,4 @@
-"""timm's names for models that the Hub has in the format of the package transformers."""
+"""timm's names for models that are on the Hub in the format of the package transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TIMM = {
     "openai/clip-vit-large-patch14": "vit_large_patch14_clip_quickgelu_224.openai",
     "openai/clip-vit-large-patch14-336": "vit_large_patch14_clip_quickgelu_336.openai",
 }
-FAMILIES = {  # by the model_type of transformers, what timm's names contain
+FAMILIES = {  # part of timm's names, by model_type of transformers
     "clip": "clip",
     "clip_vision_model": "clip",
     "deit": "deit",
@@ -51,16 +51,16 @@ FAMILIES = {  # by the model_type of transformers, what timm's names contain
 
 
 def explain(error: NoWeightsError) -> UserError:
-    """The error for a repository without weights of vitral; names a model of timm if it can."""
+    """Returns the error for a repository without vitral weights, with timm's name if known."""
     if not error.model_type:
         return error
     what = (
-        f"hub: {error.repository}: expected weights of vitral, got a model of transformers "
+        f"hub: {error.repository}: expected vitral weights, got a model of transformers "
         f"({error.model_type})"
     )
     if name := TIMM.get(error.repository):
         return UserError(f"{what}; give timm:{name}, the same model")
     if word := FAMILIES.get(error.model_type):
         search = f"https://huggingface.co/timm/models?search={word}"
-        return UserError(f"{what}; look for the same model on {search} and give timm:NAME")
-    return UserError(f"{what}; vitral loads its own weights and Vision Transformers of timm")
+        return UserError(f"{what}; find the same model at {search} and give timm:NAME")
+    return UserError(f"{what}; vitral loads its own weights and timm's Vision Transformers")

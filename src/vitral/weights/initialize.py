@@ -1,4 +1,4 @@
-"""Initializing a training run from weights."""
+"""Initializes a training run from weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitral import settings
 from vitral.config import PRESETS, Config, DataConfig, ViTConfig
-from vitral.errors import UserError
+from vitral.errors import UserError, counted
 from vitral.model import ViT, resample
 from vitral.rundir import CONFIG, RunDir
 from vitral.settings import OptionValues, Request
@@ -18,19 +18,19 @@ PREPROCESSING = ("fit", "interpolation", "eval_crop", "mean", "std")
 
 
 def load_settings(source: str, given: OptionValues | Sequence[str] = ()) -> Config:
-    """The settings of a recipe, changed by options, as `request` finds them."""
+    """Returns the settings that `request` finds for a recipe and options."""
     return request(source, given).config
 
 
 def request(source: str, given: OptionValues | Sequence[str] = ()) -> Request:
-    """`settings.request`, where a recipe without a model uses that of the weights in `train.init`.
+    """Like `settings.request`, but a recipe without a model uses that of the weights `train.init`.
 
-    It also uses their preprocessing. What the recipe or the options give, such as the image size,
-    has priority; the grid of rotary positions stays that of the weights. A run's own config.yaml
-    names its model.
+    It also uses their preprocessing. Settings in the recipe or the options, such as the image size,
+    take precedence; the grid of rotary positions remains that of the weights. The config.yaml of a
+    run always contains its model.
 
     Raises:
-        UserError: for an unknown recipe, key or value, or weights that are missing.
+        UserError: for an unknown recipe, key or value, or missing weights.
     """
     recipe = settings.read(source)
     given = given if isinstance(given, Mapping) else settings.parse_options(given)
@@ -51,7 +51,7 @@ def request(source: str, given: OptionValues | Sequence[str] = ()) -> Request:
 
 
 def _as_preset(model: ViTConfig) -> ViTConfig:
-    """The same model without the fields that follow from its size, so that a new size applies."""
+    """Removes the fields that a size preset determines, so that a new size takes effect."""
     if model.shape != PRESETS[model.size]:
         return model
     return dataclasses.replace(model, **dict.fromkeys(model.shape._fields))
@@ -60,12 +60,12 @@ def _as_preset(model: ViTConfig) -> ViTConfig:
 def initialize(model: ViT, path: str | Path) -> list[str]:
     """Copies weights into `model` and returns the names of parameters that were not copied.
 
-    The head is not copied if the number of classes differs. The image size may differ as long as
-    the grid of rotary positions is the same. For a model on the meta device only the shapes are
-    read and compared.
+    The head is not copied if the number of classes differs. The image size may differ if the grid
+    of rotary positions is the same. For a model on the meta device, only the shapes are read and
+    compared.
 
     Raises:
-        UserError: if the architectures differ, or the grids of rotary positions.
+        UserError: if the architectures or the grids of rotary positions differ.
     """
     source_model = load(path, device=model.device.type).model
     source, own = source_model.state_dict(), model.state_dict()
@@ -73,19 +73,23 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}
     if source_model.positions is not None and model.positions is not None:
         source["positions"] = resample(source_model.positions, *model.positions.shape[:2])
-    strange = sorted(source.keys() - own.keys())
+    unknown = sorted(source.keys() - own.keys())
     other = [n for n in source if n in own and source[n].shape != own[n].shape]
     missing = sorted(name for name in own.keys() - source.keys() if not name.startswith("head."))
-    for names, what in ((other, "another shape"), (strange, "no place"), (missing, "no value")):
+    for names, what in (
+        (other, "has another shape in this model"),
+        (unknown, "does not exist in this model"),
+        (missing, "is missing"),
+    ):
         if names:
             raise UserError(
-                f"init: {names[0]} of {path} has {what} in this model "
-                f"({len(names)} such weights); {_matching_model_hint(path)}"
+                f"init: {path}: {names[0]} {what} ({counted(len(names), 'such parameter')}); "
+                f"{_matching_model_hint(path)}"
             )
     grid = source_model.config.grid
     if model.config.grid != grid:
         raise UserError(
-            f"init: {path} was trained with rotary positions over {grid} patches a side, "
+            f"init: {path} was trained with rotary positions on a grid of {grid} patches per side, "
             f"got {model.config.grid}; add --model.rope-grid {grid}"
         )
     model.load_state_dict(source, strict=False)
@@ -93,8 +97,8 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
 
 
 def _matching_model_hint(path: str | Path) -> str:
-    """How to get a model that the weights fit."""
-    recipe = "the recipe imagenet-finetune takes its model from the weights"
+    """Tells how to get a model that matches the weights."""
+    recipe = "the recipe imagenet-finetune uses the model of the weights"
     own = RunDir(path).config
     if not own.is_file():
         return f"give the model settings that it was trained with; {recipe}"

@@ -25,7 +25,7 @@ from vitral.weights.description import Description
 PREFIX = "timm:"
 FAMILIES = ("vision_transformer", "deit", "eva")  # timm's modules
 MAX_REASON = 300  # characters of timm's message
-TOLERANCE = 1e-4  # largest difference of the outputs, as a share of their rms
+TOLERANCE = 1e-4  # largest difference of the outputs, relative to their rms
 
 
 class Imported(NamedTuple):
@@ -51,7 +51,7 @@ def fetch(name: str) -> Path:
         UserError: there is no such model, it cannot be downloaded, or it is not supported.
     """
     bare = name.removeprefix(PREFIX)
-    place = cache_dir() / "public" / bare.replace("/", "--")  # as revisions may have a slash
+    place = cache_dir() / "public" / bare.replace("/", "--")  # revisions may contain a slash
     if not (place / "config.json").is_file():
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -89,10 +89,10 @@ def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
 
 
 def create(name: str, file: str | None = None, **changes: Any) -> Any:
-    """timm's pretrained model of a name.
+    """Creates timm's pretrained model of this name.
 
     Args:
-        name: NAME or NAME.tag, as timm has it, also with @revision of the Hub.
+        name: NAME or NAME.tag in timm, optionally with @revision of the Hub.
         file: weights with timm's or the original keys, to load instead of downloading.
         changes: other arguments of `timm.create_model`.
 
@@ -126,15 +126,15 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
         changes["pretrained_cfg_overlay"] = {"file": file} if file else _pinned(tagged, revision)
         with warnings.catch_warnings(action="ignore"):
             return timm.create_model(tagged, pretrained=True, **changes).eval()
-    except Exception as error:  # of timm or the Hub's client, of whatever kind
+    except Exception as error:  # timm and the Hub's client raise many types
         raise _failure(name, file, error) from None
 
 
 def _failure(name: str, file: str | None, error: Exception) -> UserError:
     if isinstance(error.__cause__, pickle.UnpicklingError):
         return UserError(
-            f"{PREFIX}{name}: {file}: expected tensors alone, got a pickle with other objects, "
-            "which could run code; save the state dict by itself, best as safetensors"
+            f"{PREFIX}{name}: {file}: expected only tensors, got a pickle with other objects, "
+            "which could run code; save only the state dict, preferably as safetensors"
         )
     # The second line of torch's message names the keys that do not match.
     lines = [line.strip() for line in str(error).splitlines()[:2]]
@@ -165,7 +165,7 @@ def _pinned(name: str, revision: str) -> dict[str, Any]:
 
 
 def _has_head(file: str) -> bool:
-    """Whether a safetensors file has a classifier; a file of another kind is said to have one."""
+    """Whether a safetensors file has a classifier; True for other file formats."""
     try:
         with safe_open(file, "pt") as opened:
             return any(name.startswith("head.") for name in opened.keys())  # noqa: SIM118
@@ -174,11 +174,11 @@ def _has_head(file: str) -> bool:
 
 
 def convert(public: Any) -> Imported:
-    """vitral's model with the function of an instantiated timm model.
+    """Converts an instantiated timm model to a vitral model that computes the same function.
 
     Raises:
-        UserError: for a part that vitral's model does not have, by name, or if the two models'
-            outputs differ.
+        UserError: if vitral does not support a part of the model, or if the outputs of the two
+            models differ.
     """
     kind = type(public).__name__
     if kind not in ("VisionTransformer", "Eva"):
@@ -198,7 +198,7 @@ def convert(public: Any) -> Imported:
 
 @torch.no_grad()
 def difference(model: ViT, public: Any) -> float:
-    """Largest difference of two models' outputs over the rms of the second's, on noise."""
+    """Returns the largest difference of the outputs on noise, over the rms of those of `public`."""
     draw = torch.Generator().manual_seed(0)
     image_size, patch, worst = model.config.image_size, model.config.patch_size, 0.0
     shapes = [tuple(public.patch_embed.img_size)]
@@ -223,7 +223,7 @@ def _load(model: ViT, state: Mapping[str, Tensor]) -> None:
 
 
 def read_data(known: Mapping[str, Any]) -> DataConfig:
-    """Preprocessing, from timm's description of a pretrained model."""
+    """Returns the preprocessing in timm's configuration of a pretrained model."""
     interpolation = known.get("interpolation", "bicubic")
     return DataConfig(
         mean=tuple(known["mean"]),
@@ -235,7 +235,7 @@ def read_data(known: Mapping[str, Any]) -> DataConfig:
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
-    """WordNet ids of a head's classes for a number that timm knows, such as ImageNet-12K's."""
+    """Returns WordNet ids if timm knows the number of classes, such as that of ImageNet-12K."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     if subset := infer_imagenet_subset({"num_classes": num_classes}):

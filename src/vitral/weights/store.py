@@ -30,10 +30,10 @@ def save(
 
 
 def read_description(path: str | Path) -> tuple[Path, Description]:
-    """The weight directory that `path` means, and its description. No tensors are read.
+    """Returns the weight directory for `path` and its description, without reading tensors.
 
     Raises:
-        UserError: as `load`.
+        UserError: if `load` would raise it.
     """
     directory = find(path)
     return directory, storage.consistent(directory, lambda: _describe(directory, path))
@@ -75,7 +75,7 @@ def _load(directory: Path, path: str | Path, which: Which | None, device: str) -
     file = directory / f"{which}{TENSORS}"
     if not file.exists():
         raise UserError(
-            f"weights: {directory} holds no {which} weights, only {description.default}"
+            f"weights: {directory} contains no {which} weights, only {description.default}"
         )
     read = storage.read_shapes if device == "meta" else storage.read_tensors
     try:
@@ -90,7 +90,7 @@ def _load(directory: Path, path: str | Path, which: Which | None, device: str) -
 
 
 def find(path: str | Path) -> Path:
-    """The weight directory that `path` means: itself, or a run's best, or else its last.
+    """Returns the weight directory for `path`: itself, or a run's best or else last weights.
 
     A file such as config.yaml or model.safetensors means the directory that it is in.
 
@@ -115,7 +115,7 @@ def find(path: str | Path) -> Path:
         for place in storage.places(candidate):
             if (place / DESCRIPTION).is_file():
                 return place
-    what = "no such directory" if not given.exists() else "it holds no weights"
+    what = "no such directory" if not given.exists() else "no weights found"
     named = hub.NAME.fullmatch(str(path).partition("@")[0]) and not path.exists()
     hint = f"; if it is on the Hugging Face Hub, give {hub.PREFIX}{path}" if named else ""
     raise UserError(
@@ -130,7 +130,7 @@ def _file_of(path: Path) -> Which | None:
 
 
 def public_name(path: str) -> str | None:
-    """`timm:NAME` for a public model, also if it is called hf-hub:timm/NAME; else None."""
+    """Returns `timm:NAME` for a public model, also for hf-hub:timm/NAME, otherwise None."""
     timms = f"{hub.PREFIX}timm/"
     if path.startswith(timms):
         return public.PREFIX + path.removeprefix(timms)
@@ -138,11 +138,11 @@ def public_name(path: str) -> str | None:
 
 
 def _fix(path: str | Path) -> str:
-    """How to repair corrupt weights."""
+    """Tells how to repair corrupt weights."""
     if public_name(str(path)):
         return f"remove {find(path)} and try again"
     if str(path).startswith(hub.PREFIX):
-        return "remove it from the cache with `hf cache` and try again, or tell its owner"
+        return "remove it from the cache with `hf cache` and try again, or inform its owner"
     return (
         "copy it again, or repeat `vitral train` with the run's own "
         f"{CONFIG}, which restores it from a checkpoint"
