@@ -1,4 +1,4 @@
-"""The Vision Transformer in one file, top-down: model, block, layers, positions, norms.
+"""The Vision Transformer, in one file because a model is easiest to read from top to bottom.
 
 A ViT (Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words") with pre-normalization by RMSNorm,
 two-dimensional rotary position embedding and grouped-query attention.

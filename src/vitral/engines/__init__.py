@@ -1,1 +1,1 @@
-"""Ways to run a forward pass."""
+"""Alternative implementations of the forward pass."""

@@ -2,8 +2,9 @@
 
 The tensor between the two products of a feed-forward network is the largest one of a block. Without
 fusion, the first product writes it and GELU reads and writes it. In the backward pass a product
-writes its gradient, GELU's derivative reads both and writes, and the gradient of the bias reads.
-Fusing GELU and its derivative into the products leaves four of these eight passes over the tensor.
+writes its gradient, GELU's derivative reads both tensors and writes its result, and the gradient of
+the bias reads that. Fusing GELU and its derivative into the products leaves four of these eight
+passes over the tensor.
 Each program computes one block of the result, with float32 sums.
 """
 

@@ -91,9 +91,9 @@ def require_head(weights: Weights) -> Weights:
     if weights.description.classes:
         return weights
     raise UserError(
-        f"weights: {weights.path}: no classifier, only features; train one, `vitral train "
+        f"weights: {weights.path}: no classifier, only features; train one with `vitral train "
         f"--init {weights.description.source or weights.path} --data FOLDER`, "
-        "or write the features of images, `vitral embed`"
+        "or save the features of images with `vitral embed`"
     )
 
 

@@ -97,7 +97,7 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
 
 
 def _matching_model_hint(path: str | Path) -> str:
-    """Tells how to get a model that matches the weights."""
+    """Returns advice on how to get a model that matches the weights."""
     recipe = "the recipe imagenet-finetune uses the model of the weights"
     own = RunDir(path).config
     if not own.is_file():

@@ -63,7 +63,8 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
             tensors.
 
     Raises:
-        UserError: there are no weights at the path, they are corrupt, or a newer vitral wrote them.
+        UserError: if there are no weights at the path, they are corrupt, or a newer version of
+            vitral wrote them.
     """
     directory = find(path)
     return storage.consistent(directory, lambda: _load(directory, path, which, device))
@@ -138,7 +139,7 @@ def public_name(path: str) -> str | None:
 
 
 def _fix(path: str | Path) -> str:
-    """Tells how to repair corrupt weights."""
+    """Returns advice on how to repair corrupt weights."""
     if public_name(str(path)):
         return f"remove {find(path)} and try again"
     if str(path).startswith(hub.PREFIX):
