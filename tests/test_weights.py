@@ -181,7 +181,7 @@ def test_a_file_means_the_directory_that_it_is_in(tmp_path):
         assert loaded.description.default == which
         for name, tensor in expected.model.state_dict().items():
             assert loaded.model.state_dict()[name].equal(tensor)
-    with pytest.raises(UserError, match=r"photo\.jpg: it holds no weights"):
+    with pytest.raises(UserError, match=r"photo\.jpg: no weights found"):
         weights.find(run.path / "photo.jpg")
 
 
