@@ -1,4 +1,4 @@
-"""Training: optimiser and schedule, step, loop, checkpoints and the run folder."""
+"""Training: optimizer, learning rate schedule, training loop, checkpoints and run directory."""
 
 from vitral.training.distributed import Interrupted
 from vitral.training.parts import Parts

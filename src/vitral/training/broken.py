@@ -1,4 +1,4 @@
-"""Training images that cannot be decoded: reported once, and an error if there are too many."""
+"""Training images that cannot be decoded: each is reported once, too many are an error."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from vitral.data.records import Records
 from vitral.errors import UserError, counted
 from vitral.training.distributed import World
 
-MAX_REPORTED = 10  # broken images that are named at once
-MAX_FRACTION = 0.001  # of the training images
+MAX_REPORTED = 10  # broken images listed in one report
+MAX_FRACTION = 0.001  # fraction of the training images that may be broken
 
 
 class BrokenImages:
-    """The broken images that the processes of a run have found.
+    """Broken images found by all processes of a run.
 
     Args:
-        known: index and reason of those found before the run was resumed.
-        message: prints a line.
+        known: index and reason of each image found before the run was resumed.
+        message: function that prints a line.
     """
 
     def __init__(
@@ -33,16 +33,20 @@ class BrokenImages:
         self.found: dict[int, str] = {}  # by this process, since the last `synchronize`
 
     def add(self, broken: Iterable[tuple[int, str]]) -> None:
-        """Records what a batch found. Raises UserError in a lone process if there are too many."""
+        """Records the broken images of a batch.
+
+        Raises:
+            UserError: in a run with one process, if there are too many.
+        """
         self.found.update(broken)
         if self.found and self.world.size == 1:
             self.synchronize()
 
     def synchronize(self) -> None:
-        """Exchanges what the processes have found and reports what is new.
+        """Gathers the broken images of all processes and reports the new ones.
 
         Raises:
-            UserError: more than MAX_FRACTION of the training images are broken.
+            UserError: if more than MAX_FRACTION of the training images are broken.
         """
         found = {i: why for part in self.world.gather(self.found) for i, why in part.items()}
         self.found = {}
@@ -60,5 +64,5 @@ class BrokenImages:
                 f"data: {len(self.known)} of {counted(len(self.records), 'training image')} {verb} "
                 f"broken, more than {MAX_FRACTION:.1%}: {names} "
                 f"(the first: {self.known[first[0]]}); "
-                "fix or remove them and start again; `vitral data check` finds all"
+                "fix or remove them and start again; `vitral data check` lists all of them"
             )

@@ -1,4 +1,4 @@
-"""How many epochs fit a time budget, by measuring training and validation once."""
+"""Chooses the number of epochs for a time budget by timing training and validation once."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from vitral.training.plan import Plan
 from vitral.training.resolved import build_model
 from vitral.training.work import Inference, Training
 
-MIN_EPOCHS = 5  # fewer than these at the recipe's image size, and it is made smaller
-MEASURING_FRACTION = 0.05  # share of the budget that each rate is measured for
-MAX_MEASURING_SECONDS = 10.0  # seconds
-OUTPUT_SECONDS = 2.0  # seconds of the curves and the report, with the import of matplotlib
+MIN_EPOCHS = 5  # if fewer fit at the recipe's image size, the image size is reduced
+MEASURING_FRACTION = 0.05  # fraction of the budget spent on each measurement
+MAX_MEASURING_SECONDS = 10.0  # limit of each measurement
+OUTPUT_SECONDS = 2.0  # time to draw the curves and write the report, with the import of matplotlib
 DISK_RATE = 200e6  # bytes/s at which weights and checkpoints are hashed and written
-FIT_SECONDS = 3e-6  # seconds of fitting a head, per number in the features
-SAVED_COPIES = 8  # of the weights at a validation: last, best, EMA of both, and a checkpoint
+FIT_SECONDS = 3e-6  # time to fit a head, per element of the features
+SAVED_COPIES = 8  # copies of the weights per validation: last, best, EMA of both, and a checkpoint
 ADJUSTABLE = (
     "train.epochs",
     "train.eval_every",
@@ -49,17 +49,17 @@ ADJUSTABLE = (
 
 
 class Costs(NamedTuple):
-    """Seconds of the parts of a run."""
+    """Durations of the parts of a run, in seconds."""
 
     fixed: float
-    """Before the first step and after the last validation."""
+    """Time before the first step and after the last validation."""
     step: float
-    """A step, with reading and augmenting its images."""
+    """One step, including reading and augmenting its images."""
     validation: float
-    """A validation, of the moving average too, with writing weights and checkpoint."""
+    """One validation, including the moving average and writing weights and a checkpoint."""
 
     def total(self, config: Config, num_images: int) -> float:
-        """Of a run, for a number of training images."""
+        """Returns the duration of a run on `num_images` training images, in seconds."""
         plan = Plan.of(config, num_images)
         return self.fixed + plan.total * self.step + len(plan.evaluations) * self.validation
 
@@ -67,13 +67,14 @@ class Costs(NamedTuple):
 def fit_time_budget(
     request: Request, run: RunDir, world: World, data: PythonDatasets | None = None
 ) -> Request:
-    """The request with the epochs that fit its time budget.
+    """Returns the request with the number of epochs that fits its time budget.
 
-    A run that exists keeps what was chosen when it was new. Without a budget among the options
-    nothing changes: in a recipe beside `epochs` it is the record of a choice.
+    An existing run keeps the settings that were chosen when it was new. Without a budget among the
+    options, the request is returned unchanged: a budget next to `epochs` in a recipe records an
+    earlier choice.
 
     Raises:
-        UserError: not even one epoch fits, or the data cannot be read.
+        UserError: if not even one epoch fits, or the data cannot be read.
     """
     budget = request.config.train.time_budget
     if budget is None or "train.time_budget" not in request.given:
@@ -81,7 +82,7 @@ def fit_time_budget(
     if run.config.exists():
         existing = load(str(run.config))
         if existing.train.time_budget is None:
-            return request  # and the settings are refused as different
+            return request  # later rejected, because the settings differ
         values = {
             p: v for p, v in flatten(existing).items() if p in ADJUSTABLE and p not in request.given
         }
@@ -91,19 +92,19 @@ def fit_time_budget(
     )
     before, after = flatten(request.config), flatten(config)
     changes = [f"{p} {before[p]:g} -> {after[p]:g}" for p in ADJUSTABLE if before[p] != after[p]]
-    note = f"train.time_budget {duration(budget)}: {', '.join(changes) or 'nothing changes'}"
+    note = f"train.time_budget {duration(budget)}: {', '.join(changes) or 'no changes'}"
     return dataclasses.replace(request, config=config, notes=(*request.notes, note))
 
 
 def max_epochs(
     config: Config, given: frozenset[str], costs: Costs, num_images: int, seconds: float
 ) -> int:
-    """The most epochs that fit, or 0.
+    """Returns the largest number of epochs that fits, or 0.
 
     Args:
-        given: paths of the settings that stay as they are.
-        num_images: to train on.
-        seconds: that the run may take.
+        given: paths of the settings that must not change.
+        num_images: number of training images.
+        seconds: time available for the run.
     """
     fewest = _min_epochs(config, given)
 
@@ -116,7 +117,7 @@ def max_epochs(
 
 
 def with_epochs(config: Config, given: frozenset[str], epochs: int) -> Config:
-    """The settings with another number of epochs, and what `adjust_to_epochs` adjusts to fewer."""
+    """Returns the settings for another number of epochs, as adjusted by `adjust_to_epochs`."""
     own = flatten(config)
     fixed = {path: own[path] for path in given} | {"train.epochs": epochs}
     return replaced(config, adjust_to_epochs(own, fixed) | {"train.epochs": epochs})
@@ -125,10 +126,10 @@ def with_epochs(config: Config, given: frozenset[str], epochs: int) -> Config:
 def measure(
     config: Config, processes: int, data: PythonDatasets | None = None
 ) -> tuple[Costs, int]:
-    """What the parts of a run take here, and the number of images to train on.
+    """Measures the costs of a run on this machine; also returns the number of training images.
 
-    Training is measured on the real input, in micro-batches of a size that shows the rate within
-    seconds, and on a copy of the model.
+    Training is timed on the real input, with a copy of the model and with micro-batches small
+    enough to measure the rate within seconds.
     """
     began, seconds = time.perf_counter(), _seconds_to_measure(config)
     dataset = open_data(config, data)
@@ -156,7 +157,7 @@ def measure(
     averages = 2 if config.train.ema_decay else 1
     saving = SAVED_COPIES * 4 * training.model.num_parameters / DISK_RATE
     fixed = opened + built + first + checking + OUTPUT_SECONDS
-    if config.train.probe_first:  # a forward pass, which is a third of the work
+    if config.train.probe_first:  # a forward pass is a third of the work of a step
         images = len(dataset.train)
         fixed += images * (per_image / 3 / processes + config.model.shape.dim * FIT_SECONDS)
     costs = Costs(fixed, per_step, averages * validation / processes + saving)
@@ -171,7 +172,7 @@ def _measure_head(
     seconds: float,
     processes: int,
 ) -> tuple[Costs, int]:
-    """`measure` for a run that fits its head to features: its steps are forward passes."""
+    """Does the work of `measure` for a run that only fits a head: its steps are forward passes."""
     began, device = time.perf_counter(), pick_device(config.train.device)
     assert dataset.train is not None
     assert dataset.val is not None
@@ -198,7 +199,7 @@ def _measure_head(
 
 
 def _choose(request: Request, budget: float, processes: int, data: PythonDatasets | None) -> Config:
-    """The settings that fit; at a smaller image size where too few epochs would."""
+    """Returns the settings that fit, with smaller images if too few epochs would fit."""
     config, given = request.config, request.given
     costs, images = measure(config, processes, data)
     left = budget - (time.monotonic() - request.started)
@@ -222,7 +223,7 @@ def _choose(request: Request, budget: float, processes: int, data: PythonDataset
     raise UserError(
         f"train.time_budget: expected at least {duration(math.ceil(needed))} for "
         f"{counted(fewest, 'epoch')} at {config.model.image_size} pixels, got {duration(budget)}; "
-        "give more time, or a smaller model"
+        "allow more time or choose a smaller model"
     )
 
 
@@ -231,7 +232,7 @@ def _min_epochs(config: Config, given: frozenset[str]) -> int:
 
 
 def _image_sizes(config: Config, given: frozenset[str]) -> list[int]:
-    """The image sizes that may be chosen, from the recipe's down to half of it."""
+    """Returns the image sizes to try, from the recipe's down to half of it."""
     image_size, patch = config.model.image_size, config.model.patch_size
     if "model.image_size" in given or config.train.progressive:
         return [image_size]
@@ -245,7 +246,7 @@ def _seconds_to_measure(config: Config) -> float:
 def _validation(
     training: Training, dataset: Dataset, size: int, workers: int, seconds: float
 ) -> tuple[float, float]:
-    """Seconds of a validation, and of decoding its images once, from the first batches."""
+    """Estimates the seconds of a validation, and of decoding its images, from the first batches."""
     records, device = dataset.val, training.device
     assert records is not None
     size = min(size, len(records))
@@ -271,7 +272,7 @@ def _measure_seconds(
     seconds: float,
     device: torch.device,
 ) -> tuple[float, float]:
-    """Seconds until a first wave of batches is done, and per image of the waves after it."""
+    """Returns the seconds of the first wave of batches, and the seconds per image after it."""
 
     def do_wave() -> int:
         images = 0

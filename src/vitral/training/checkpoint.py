@@ -19,7 +19,7 @@ NUM_KEPT = 3
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from: named tensors of "model", "optimizer", "ema", and plain values."""
+    """State to resume a run from: tensors of "model", "optimizer" and "ema", and plain values."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -41,7 +41,7 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
     for step in present[NUM_KEPT:]:
         if step != best_step:
             storage.remove(place(folder, step))
-    for leftover in folder.glob(".step_*"):  # of a write that was killed
+    for leftover in folder.glob(".step_*"):  # left by a killed write
         storage.remove(leftover)
 
 
@@ -93,7 +93,7 @@ def place(folder: Path, step: int) -> Path:
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that there are checkpoints of, whole or not: directories, or links to them."""
+    """Returns the steps of all checkpoints, intact or not: directories, or links to them."""
     if not folder.is_dir():
         return []
     directories = (path for path in folder.iterdir() if path.is_dir())

@@ -1,6 +1,6 @@
-"""The processes of a training, and what they agree on.
+"""Communication between the processes of a training run.
 
-torchrun starts them. Without it a training is a world of one, which agrees with itself at once.
+torchrun starts the processes. Without it, there is a single process and no communication.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ T = TypeVar("T")
 LAUNCHER = "VITRAL_LAUNCHER"  # environment variable with the process ID of `vitral train --gpus N`
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 TRAINING_LOCK = threading.Lock()  # held while this process trains
-NUM_SHARDS = 8  # parts of a global batch whose gradients are added in a fixed order, if asked for
+NUM_SHARDS = 8  # shards of a global batch; train.reproducible adds their gradients in a fixed order
 
 
 class Interrupted(Exception):
-    """The run was asked to end by a signal; it has written a checkpoint."""
+    """Stops a run after a signal. `train` raises it once a checkpoint is written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -42,23 +42,23 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the training."""
+    """This process and its communication with the other processes of the run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among those of this machine."""
+    """Rank among the processes of this machine."""
     local_size: int = 1
     group: dist.ProcessGroup | None = None
-    """For agreements, which go from CPU to CPU."""
+    """Process group for communication between CPUs."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this process writes the files and messages of the run."""
         return self.rank == 0
 
     def device(self, kind: torch.device) -> torch.device:
-        """The device of this process, of the kind that was picked.
+        """Returns the device of this process, of the given type.
 
         Raises:
             UserError: if the machine has too few GPUs.
@@ -68,12 +68,12 @@ class World:
         if self.local_size > num_gpus():
             raise UserError(
                 f"gpus: expected at most {counted(num_gpus(), 'process')} on this machine, "
-                f"a GPU each, got {self.local_size}"
+                f"one per GPU, got {self.local_size}"
             )
         return torch.device("cuda", self.local_rank)
 
     def gather(self, value: T) -> list[T]:
-        """What each process has, by rank."""
+        """Returns the values of all processes, by rank."""
         values: list[Any] = [value]
         if self.size > 1:
             values *= self.size
@@ -81,7 +81,7 @@ class World:
         return values
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
-        """Does `action` in every process; a UserError in one is raised in all."""
+        """Runs `action` in every process. A UserError in one process is raised in all."""
         result = message = None
         try:
             result = action()
@@ -97,14 +97,14 @@ class World:
         return result  # pyright: ignore[reportReturnType]
 
     def broadcast(self, value: T) -> T:
-        """What the main process has."""
+        """Returns the value of the main process."""
         values: list[Any] = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """The named tensors of the main process, on the CPU; the others may give none."""
+        """Returns the named tensors of the main process, on the CPU; others may pass None."""
         if self.size == 1:
             return dict(tensors or {})
         known = {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()}
@@ -118,15 +118,15 @@ class World:
 
 @contextlib.contextmanager
 def exclusive_training() -> Iterator[None]:
-    """Refuses a second training in this process: all threads share its random state.
+    """Prevents two training runs in one process, whose threads share their random state.
 
     Raises:
-        UserError: another thread is training.
+        UserError: if another thread is training.
     """
     if not TRAINING_LOCK.acquire(blocking=False):
         raise UserError(
-            "train: expected one training at a time in a process, got a second one in another "
-            "thread; wait for the first, or start another process"
+            "train: expected one training run at a time in a process, got a second one in another "
+            "thread; wait for the first one, or start another process"
         )
     try:
         yield
@@ -136,10 +136,10 @@ def exclusive_training() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_world(gpu: bool, timeout_minutes: float) -> Iterator[World]:
-    """The world that torchrun's environment describes, for as long as it is in use.
+    """Context manager that connects the processes started by torchrun, if any.
 
     Args:
-        gpu: whether training is on GPUs.
+        gpu: whether to train on GPUs.
         timeout_minutes: how long to wait for the other processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -160,32 +160,32 @@ def process_world(gpu: bool, timeout_minutes: float) -> Iterator[World]:
     assert isinstance(group, dist.ProcessGroup)
     try:
         yield World(rank, size, local_rank, local_size, group)
-    except (UserError, Interrupted):  # which all processes have
+    except (UserError, Interrupted):  # raised in all processes
         dist.destroy_process_group()
         raise
-    # Not after a failure: the others would be waited for.
+    # Not after another error, where this would wait for the other processes.
     dist.destroy_process_group()
 
 
 def end_with_launcher() -> None:
-    """Has the kernel send SIGTERM to this process when `vitral train --gpus N` is killed.
+    """Makes the kernel send SIGTERM to this process when `vitral train --gpus N` is killed.
 
-    Without it the processes would train on, and keep the run and the GPUs. Linux only.
+    Otherwise the processes would continue to train and occupy the run and the GPUs. Linux only.
     """
     launcher = os.environ.get(LAUNCHER)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if launcher is None or prctl is None:
         return
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # it was killed before
+    if os.getppid() != int(launcher):  # it was already killed
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
-    """The store through which the processes find each other, if torchrun's would mislead them.
+    """Returns a store for connecting the processes after a restart, or None for the default.
 
-    torchrun's own store outlives a restart, with the addresses of the processes before it. On one
-    machine the number of the restart separates them; several machines do not agree on it.
+    torchrun's own store survives a restart and keeps the addresses of the previous processes. On
+    one machine, the restart count separates them; several machines do not agree on the count.
     """
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not own or os.environ.get("GROUP_WORLD_SIZE") != "1":
@@ -196,7 +196,7 @@ def _attempt_store(timeout: datetime.timedelta) -> dist.Store | None:
 
 
 def check_processes(config: Config, processes: int) -> None:
-    """Refuses a number of processes that the batch cannot be cut for. Raises UserError."""
+    """Raises UserError if the batch cannot be divided among the processes."""
     size, reproducible = config.train.batch_size, config.train.reproducible
     cuts = NUM_SHARDS if reproducible else processes
     if NUM_SHARDS % processes and reproducible:
@@ -208,7 +208,7 @@ def check_processes(config: Config, processes: int) -> None:
         fitting = max(1, round(size / multiple)) * multiple
         what = f"{cuts} shards of train.reproducible" if reproducible else f"{cuts} processes"
         raise UserError(
-            f"train.batch_size: expected a multiple of twice the {what}, "
+            f"train.batch_size: expected a multiple of {2 * cuts}, twice the {what}, "
             f"got {size}; the nearest is {fitting}"
         )
     if reproducible and config.train.parallel == "fsdp":
@@ -216,16 +216,16 @@ def check_processes(config: Config, processes: int) -> None:
 
 
 class DelayedMax:
-    """What all processes wish, known one step later, so that no step waits for it."""
+    """Maxima over all processes, available one step later so that no step waits for them."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.pending: tuple[dist.Work, Tensor] | None = None
 
     def exchange(self, *values: int) -> list[int]:
-        """Tells the others, and returns the greatest of what each told at the step before.
+        """Sends values to all processes and returns the maxima of the previous step's values.
 
-        A world of one has its own wishes at once.
+        A single process gets its own values back.
         """
         if self.world.size == 1:
             return list(values)
@@ -237,7 +237,7 @@ class DelayedMax:
         return agreed
 
     def finish(self) -> list[int] | None:
-        """Waits for the last exchange, so that none is left open."""
+        """Waits for the last exchange and returns its maxima; None if there is none."""
         if self.pending is None:
             return None
         work, tensor = self.pending
@@ -247,22 +247,22 @@ class DelayedMax:
 
 
 def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """Whole tensors of those that are spread over processes; every process must take part.
+    """Returns full tensors in place of sharded ones. Every process must call this.
 
-    They are gathered one by one to the main process's CPU; the others get none of them.
+    The main process gathers them one by one on its CPU; the other processes get empty tensors.
     """
     gathered = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-            # Not a view of nothing, which would keep the whole on every other GPU.
+            # Not an empty view, which would keep the full tensor on every other GPU.
             tensor = tensor.cpu() if world.is_main else tensor.new_empty(0)
         gathered[name] = tensor
     return gathered
 
 
 def distribute_like(value: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, spread over the processes as another of the same shape is, on its device."""
+    """Moves a full tensor to the device of `model`, and shards it like `model` if shapes match."""
     value = value.to(model.device)
     if not isinstance(model, DTensor) or value.shape != model.shape:
         return value

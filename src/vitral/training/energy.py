@@ -1,4 +1,4 @@
-"""Energy that a GPU has used, as its driver counts it."""
+"""Energy used by a GPU, as counted by its driver."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Meter = Callable[[], float | None]
 
 
 def energy_meter(device: str) -> Meter:
-    """A function that returns the joules that this process's GPU has used since now.
+    """Returns a function that returns the joules used by this process's GPU since this call.
 
-    It returns None on a CPU, and where the driver counts no energy, as before Volta.
+    The function returns None on a CPU and for GPUs older than Volta, whose driver counts no energy.
     """
     if device != "cuda":
         return lambda: None
@@ -21,7 +21,7 @@ def energy_meter(device: str) -> Meter:
 
 
 def meter_of(uuid: str) -> Meter:
-    """`energy_meter` of the GPU with a UUID."""
+    """Returns the `energy_meter` of the GPU with this UUID."""
     import pynvml
 
     try:

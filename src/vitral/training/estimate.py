@@ -1,4 +1,4 @@
-"""How long a training takes on this machine, extrapolated from one encoder block."""
+"""Estimates the training time on this machine from the time of one encoder block."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from vitral.training.optim import EMA
 from vitral.training.resolved import compiled
 from vitral.training.work import Inference, Training
 
-MIN_IMAGES = 2  # images that a CPU is timed with at first, then twice as many until MIN_TIME
+MIN_IMAGES = 2  # images in the first timing on a CPU; doubled until one takes MIN_TIME
 MIN_TIME = 0.3  # seconds
-LONG_RUN = 1800.0  # seconds of training, above which it is compared with a public model's features
-MIN_FLOP_RATE = 5e9  # FLOP/s that any machine has
+LONG_RUN = 1800.0  # seconds of training above which a run is compared with a public model
+MIN_FLOP_RATE = 5e9  # FLOP/s that every machine reaches
 PUBLIC_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 PUBLIC_SHAPE = ViTConfig(
     size="s", num_kv_heads=6, patch_size=14, image_size=14, num_registers=4, layer_scale=1e-5,
     positions="learned", rope="none", activation="gelu",
 )  # fmt: skip
-NUM_TRIALS = 3  # of which the fastest counts: the others include what else the machine does
+NUM_TRIALS = 3  # the fastest one counts, because the others include other work of the machine
 
 
 class Estimate(NamedTuple):
-    """The time of training, without that of reading and augmenting images."""
+    """Training time without reading and augmenting images."""
 
     per_image: float
-    """Seconds of the forward and backward pass of an image, the mean over all image sizes."""
+    """Seconds of the forward and backward pass of an image, averaged over all image sizes."""
     per_step: float
-    """Seconds of the optimizer and the moving average after the passes of a batch."""
+    """Seconds of the optimizer and the moving average per step."""
 
 
 def estimate(config: Config, num_classes: int) -> Estimate:
-    """Times a model of one block, and the block alone, for the depth of `config`.
+    """Times a model with one block and the block alone, and extrapolates to the full depth.
 
-    Further blocks take as long as the first, in proportion to their FLOPs, which are fewer where
-    stochastic depth skips work. The optimizer takes time in proportion to the parameters.
+    The time of further blocks is proportional to their FLOPs, which stochastic depth reduces. The
+    time of the optimizer is proportional to the number of parameters.
     """
     flops = partial(count_flops, num_classes=num_classes, training=True)
     shallow = replaced(config, {"model.depth": 1, "model.stochastic_depth": 0.0})
@@ -67,9 +67,10 @@ def estimate(config: Config, num_classes: int) -> Estimate:
 
 
 def compare_with_frozen(config: Config, dataset: Dataset, num_steps: int) -> str:
-    """What a run takes on this machine, and one pass of all images through a public model.
+    """Compares the time of a run with that of one pass of all images through a public model.
 
-    Empty for a run of at most LONG_RUN seconds, and for one that starts from weights.
+    Returns:
+        A message; empty for a run of at most LONG_RUN seconds, or one that starts from weights.
     """
     train, classes = config.train, len(dataset.classes)
     flops = 3 * count_flops(config.model, classes) * num_steps * train.batch_size
@@ -87,14 +88,14 @@ def compare_with_frozen(config: Config, dataset: Dataset, num_steps: int) -> str
 
 
 def meta_model(config: Config, num_classes: int) -> ViT:
-    """The model of a run on the meta device: shapes without numbers."""
+    """Returns the model of a run on the meta device, which has shapes but no data."""
     with torch.device("meta"):
         return ViT(config.model, num_classes)
 
 
 @contextlib.contextmanager
 def preserve_torch_state() -> Iterator[None]:
-    """Restores torch's random state and number of threads afterwards."""
+    """Restores torch's random state and number of threads on exit."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng([torch.cuda.current_device()] if has_gpu() else []):
         try:
@@ -104,7 +105,7 @@ def preserve_torch_state() -> Iterator[None]:
 
 
 def block_forward_backward(training: Training) -> Callable[[int], None]:
-    """Both passes of the first block, for a number of images."""
+    """Returns a function that runs both passes of the first block on a number of images."""
     model, resolved = training.model, training.resolved
     config, device, block = model.config, training.device, compiled(model.blocks[0], resolved)
     grid_size = config.image_size // config.patch_size
@@ -126,7 +127,7 @@ def block_forward_backward(training: Training) -> Callable[[int], None]:
 
 
 def _frozen_seconds(config: Config) -> float:
-    """The time of a forward pass of PUBLIC_MODEL for an image of about the run's size."""
+    """Returns the seconds of a forward pass of PUBLIC_MODEL on an image of about the run's size."""
     patch = PUBLIC_SHAPE.patch_size
     image_size = max(1, round(config.model.image_size / patch)) * patch
     public = dataclasses.replace(PUBLIC_SHAPE, image_size=image_size)
@@ -148,7 +149,7 @@ def _format_duration(seconds: float) -> str:
 
 
 def _forward_backward(training: Training, count: int) -> torch.Tensor:
-    """Both passes of the model for a number of images; returns their loss."""
+    """Runs both passes of the model on a number of images; returns their loss."""
     images, targets = training.batch.images[:count], training.batch.targets[:count]
     batch = dataclasses.replace(training.batch, images=images, targets=targets)
     return training.accumulate(batch)
@@ -157,14 +158,14 @@ def _forward_backward(training: Training, count: int) -> torch.Tensor:
 def _seconds_per_image(
     run: Callable[[int], object], max_images: int, device: torch.device
 ) -> float:
-    """The time of `run`, which does its work for a number of images, `max_images` at most."""
+    """Times `run`, whose argument is a number of images, at most `max_images`."""
     count = min(MIN_IMAGES, max_images) if device.type == "cpu" else max_images
     while True:
         run(count)  # allocates, imports and compiles
         seconds = min(_seconds(partial(run, count), device) for _ in range(NUM_TRIALS))
         if count == max_images or seconds > MIN_TIME:
             return seconds / count
-        count = min(2 * count, max_images)  # a small model spends its time between the operations
+        count = min(2 * count, max_images)  # in a small model, overhead dominates
 
 
 def _seconds_of_step(training: Training) -> float:
@@ -177,7 +178,7 @@ def _seconds_of_step(training: Training) -> float:
             average.update(1, skipped)
 
     times = []
-    for _ in range(1 + NUM_TRIALS):  # the first makes the optimizer's state
+    for _ in range(1 + NUM_TRIALS):  # the first creates the optimizer's state
         loss = _forward_backward(training, MIN_IMAGES)
         times.append(_seconds(step, training.device))
     return min(times[1:])
@@ -192,7 +193,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def mean_work(config: Config, num_classes: int) -> float:
-    """Work of a mean step over that of one at the model's image size."""
+    """Returns the mean FLOPs of a step, relative to a step at the model's image size."""
     terms = [
         fraction * count_flops(config.model, num_classes, n)
         for n, fraction in config.train.progressive

@@ -1,4 +1,4 @@
-"""Cross-validation of a linear classifier on the features that a run has kept."""
+"""Cross-validation of a linear classifier on the features that a run has stored."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ FOLDS = "folds.csv"
 
 
 def cross_validate(path: Path, count: int) -> str:
-    """Accuracy in each of `count` folds of the training images, in all and for each class.
+    """Computes the accuracy in each of `count` folds of the training images, also per class.
 
     Writes folds.csv in the run directory.
 
     Args:
-        path: of a finished run whose `train.trainable` is head.
+        path: directory of a finished run with `train.trainable` head.
+
+    Returns:
+        A table of the means and standard deviations over the folds.
 
     Raises:
-        UserError: a class has fewer images than there are folds.
+        UserError: if a class has fewer images than there are folds.
     """
     run = RunDir(path)
     known = weights.read_description(path)[1]
@@ -60,14 +63,18 @@ def cross_validate(path: Path, count: int) -> str:
 def predict_folds(
     features: Features, num_classes: int, count: int, seed: int, names: Sequence[str]
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
-    """Whether each image is classified correctly by the other folds; its label; its fold. (n,)."""
+    """Classifies each image with a head that is fitted to the other folds.
+
+    Returns:
+        Whether each image is classified correctly, its label and its fold, each (n,).
+    """
     images, first, inverse = np.unique(features.images, return_index=True, return_inverse=True)
     labels = features.labels.numpy()[first]
     counts = np.bincount(labels, minlength=num_classes)
     if counts.min() < count:
         raise UserError(
             f"folds: expected at least {count} training images of each class, got "
-            f"{counts.min()} of {names[int(counts.argmin())]}; give fewer folds or more images"
+            f"{counts.min()} of {names[int(counts.argmin())]}; use fewer folds or more images"
         )
     fold = random_ranks(images, labels, seed, "folds") % count
     right = np.empty(len(images), bool)

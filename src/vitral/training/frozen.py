@@ -1,4 +1,4 @@
-"""Frozen backbones: what is trained, and the features of a backbone that does not change."""
+"""Frozen backbones: which parameters are trained, and the features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Trainable = int | Literal["all", "head"]
 
 
 def freeze(model: ViT, trainable: Trainable) -> None:
-    """Marks the parameters that are not trained, by `train.trainable`."""
+    """Freezes the parameters that `train.trainable` does not select."""
     if trainable == "all":
         return
     model.requires_grad_(False)
@@ -43,7 +43,7 @@ def freeze(model: ViT, trainable: Trainable) -> None:
 
 
 def train_mode(model: ViT, trainable: Trainable) -> None:
-    """Puts a model in training mode, but its frozen blocks in evaluation mode, without dropout."""
+    """Sets a model to training mode, but its frozen blocks to evaluation mode, without dropout."""
     model.train()
     if trainable != "all":
         count = 0 if trainable == "head" else trainable
@@ -52,7 +52,7 @@ def train_mode(model: ViT, trainable: Trainable) -> None:
 
 
 class PartKey(NamedTuple):
-    """Which images a part holds: those from `first` on, in one view."""
+    """Identifies a part: one view of the images from index `first` on."""
 
     view: int
     first: int
@@ -60,20 +60,20 @@ class PartKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Features:
-    """Vectors of images, and what they are of."""
+    """Feature vectors of images, with their labels and indices."""
 
     vectors: Tensor
-    """(n, D), float32: what the head reads."""
+    """(n, D), float32: the input of the head."""
     labels: Tensor
     """(n,), int64."""
     images: Tensor
     """(n,), int64: the index of the image in its split."""
     broken: Mapping[int, str]
-    """Images that cannot be decoded, which have no vector, and why."""
+    """Index and reason of each image that has no vector because it cannot be decoded."""
 
     @classmethod
     def concatenate(cls, parts: Iterable[Features]) -> Features:
-        """The features of all parts, in order."""
+        """Joins the features of all parts, in order."""
         parts = list(parts)
         vectors, labels, images = (
             torch.cat([getattr(part, name) for part in parts])
@@ -83,16 +83,15 @@ class Features:
 
 
 class FeaturePass:
-    """Computes features part by part, and keeps each part in a directory.
+    """Computes features part by part, and stores each part in a directory.
 
-    An interrupted pass continues with the first part that is missing. The images of a part and of a
-    batch are the same however often it is interrupted and however many processes share the work,
-    and so are the features, to the bit.
+    An interrupted pass continues with the first missing part. The images of each part and batch do
+    not depend on interruptions or on the number of processes, so the features are bit-identical.
 
     Args:
         model: the backbone, with its pretrained weights, on its device.
-        fingerprint: of the data set.
-        directory: where the parts are kept.
+        fingerprint: fingerprint of the data set.
+        directory: where the parts are stored.
     """
 
     def __init__(
@@ -115,7 +114,7 @@ class FeaturePass:
         data = dataclasses.replace(config.data, path="digits", workers=None)
         train = config.train
         settings = [dataclasses.asdict(part) for part in (config.model, data, config.augment)]
-        # Other weights, images or settings are an error, other hardware is a reason to start again.
+        # Other weights, images or settings are an error; other hardware means computing again.
         self.source = _digest([_weights_digest(model), fingerprint, train.seed, *settings])
         self.hardware = _digest(dataclasses.asdict(dataclasses.replace(resolved, processes=1)))
 
@@ -127,15 +126,16 @@ class FeaturePass:
         shard: tuple[int, int],
         check: Callable[[int], None],
     ) -> dict[PartKey, Features]:
-        """The features of this process's share of the parts.
+        """Computes the features of the parts that belong to this process.
 
         Args:
-            views: of each image: the evaluation crop, then augmented ones as of epoch 1, 2, ...
-            share: which part of the work, of how many.
+            views: number of views of each image: the evaluation crop, then augmented ones as in
+                epochs 1, 2, ...
+            shard: index of this process, and the number of processes.
             check: called with the number of images after each batch; may raise to stop.
 
         Raises:
-            UserError: the directory holds features of other weights, images or settings.
+            UserError: if the directory contains features of other weights, images or settings.
         """
         first = range(0, len(records), PART)
         keys = [PartKey(view, start) for view in range(views) for start in first]
@@ -144,7 +144,7 @@ class FeaturePass:
     def _read(
         self, records: Records, split: str, key: PartKey, check: Callable[[int], None]
     ) -> Features:
-        """A part from its directory, or computed and written there."""
+        """Reads a part from its directory, or computes it and writes it there."""
         part = self.directory / f"{split}-view{key.view}-{key.first:07d}"
         try:
             known = storage.read_json(part, "part.json")
@@ -199,7 +199,7 @@ class FeaturePass:
         return fetch(records, self.config, requests, *where)
 
     def _pixels(self, fetched: Fetched, view: int) -> Tensor:
-        """The images of a batch as the model sees them, (B, C, S, S)."""
+        """Returns the images of a batch as inputs of the model, (B, C, S, S)."""
         config, request, plan = self.config, fetched.request, None
         images = fetched.images.to(self.data_device, non_blocking=True)
         if view:
@@ -215,7 +215,7 @@ class FeaturePass:
 
 
 def read_features(directory: Path) -> Features:
-    """The features of the training images that a finished pass left in a directory."""
+    """Reads the features of the training images that a finished pass has stored."""
     found = {}
     for part in directory.glob("train-view*"):
         view, first = part.name.removeprefix("train-view").split("-")

@@ -1,4 +1,4 @@
-"""Fitting the head of a run's model to the features of its frozen backbone."""
+"""Fits the head of a run's model to the features of its frozen backbone."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from vitral.training.signals import Signals
 
 @torch.no_grad()
 def set_head(model: ViT, probe: Probe) -> None:
-    """Gives a model, sharded or not, a fitted head."""
+    """Copies a fitted head into a model, sharded or not."""
     for name, value in (("head.weight", probe.weight), ("head.bias", probe.bias)):
         own = model.get_parameter(name)
         own.copy_(distribute_like(value, own))
 
 
 class ProgressCheck:
-    """Shows how far a pass over images is, and stops it after a signal.
+    """Shows the progress of a pass over images, and stops it after a signal.
 
     Args:
-        what: is computed.
-        total: images.
-        processes: that share them.
+        what: what is computed, for the message.
+        total: number of images.
+        processes: number of processes that share them.
     """
 
     def __init__(
@@ -46,7 +46,11 @@ class ProgressCheck:
         self.done, self.started = 0, time.monotonic()
 
     def __call__(self, count: int) -> None:
-        """Notes that a process is through `count` more images. Raises Interrupted."""
+        """Counts `count` more images of this process.
+
+        Raises:
+            Interrupted: if a signal has arrived.
+        """
         self.done = min(self.total, self.done + count * self.processes)
         if self.console.due():
             rate = self.done / (time.monotonic() - self.started)
@@ -59,13 +63,13 @@ class ProgressCheck:
 
 
 class HeadFit:
-    """Computes features in all processes, and fits a head to them in the main one.
+    """Computes features in all processes, and fits a head to them in the main process.
 
     Args:
         model: on its device, before its parameters are sharded.
 
     Raises:
-        UserError: for another model than a ViT.
+        UserError: if the model is not a ViT.
     """
 
     def __init__(
@@ -92,10 +96,10 @@ class HeadFit:
         )
 
     def run(self, signals: Signals, console: Console, broken: BrokenImages) -> float:
-        """Gives the model a fitted head in every process, and returns its training loss.
+        """Fits the head, copies it into the model of every process, and returns its training loss.
 
         Raises:
-            Interrupted: a signal arrived in one of the processes.
+            Interrupted: if a signal arrived in one of the processes.
         """
         features = self.features(signals, console)
         broken.add(features.broken.items())
@@ -124,9 +128,9 @@ class HeadFit:
         return head.loss
 
     def features(self, signals: Signals, console: Console) -> Features:
-        """The features of the training images, in every process.
+        """Returns the features of all training images, in every process.
 
-        The first epoch is the evaluation crop; each later one has its own augmentation.
+        The first epoch uses the evaluation crop; each later one has its own augmentation.
         """
         records, world, train = self.dataset.train, self.world, self.config.train
         assert records is not None

@@ -1,4 +1,4 @@
-"""Starting torchrun for the user: `vitral train --gpus N`."""
+"""Starts torchrun for `vitral train --gpus N`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from vitral.training.signals import handled_signals
 
 
 def launch(config: Config, processes: int, words: Sequence[str]) -> int:
-    """Runs `vitral train WORDS` in processes of this machine, a GPU each; returns the exit code.
+    """Runs `vitral train WORDS` in one process per GPU of this machine; returns the exit code.
 
     Raises:
-        UserError: for a mistake that the processes would make.
+        UserError: for an error that the processes would raise.
     """
     _check(config, processes)
-    # A store that outlives a restart may keep the address of the process before.
+    # A store that survives a restart may keep the address of a previous process.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # train.threads is set later on
-    # Seconds between a signal and a kill: a large checkpoint takes more than torch's 30.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # train.threads is applied later
+    # Seconds between a signal and a kill: a large checkpoint takes longer than torch's 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHER] = str(os.getpid())
-    logging.disable()  # the processes speak for themselves
+    logging.disable()  # the processes print their own messages
     plan = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -62,8 +62,8 @@ def _check(config: Config, processes: int) -> None:
     count = num_gpus()
     if config.train.device != "cpu" and processes > count:
         raise UserError(
-            f"gpus: expected at most the {count} of this machine, got {processes}; "
-            "without GPUs give --train.device cpu"
+            f"gpus: expected at most {count}, the number of GPUs of this machine, got {processes}; "
+            "to train without GPUs, add --train.device cpu"
         )
     check_processes(config, processes)
     check_settings(RunDir(config.train.out or ""), config)

@@ -1,4 +1,4 @@
-"""The training loop: step, validate, log, checkpoint, and continue where a run stopped."""
+"""The training loop: steps, validation, logging, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ MAX_SKIPS = 10  # consecutive non-finite updates that stop a run
 
 
 class Trainer:
-    """A run in progress: what happens in a step, and after it."""
+    """Runs the training loop of a new or resumed run."""
 
     def __init__(
         self,
@@ -121,11 +121,11 @@ class Trainer:
         self.broken = BrokenImages(self.records, world, known, self.console.message)
         self.clock = Clock(*(self.log.totals if self.log else (0.0, 0.0)), self.resolved)
         self.agreement = DelayedMax(world)
-        self.num_rows = 0  # written by this process
+        self.num_rows = 0  # rows written by this process
         self.last_checkpoint = time.monotonic()
 
     def fit(self) -> None:
-        """Trains to the last step; at a signal writes a checkpoint and raises Interrupted."""
+        """Trains to the last step. After a signal, writes a checkpoint and raises Interrupted."""
         progress, total = self.progress, self.plan.total
         if self.outputs is not None:
             self.outputs.restore_weights(progress)
@@ -139,7 +139,7 @@ class Trainer:
                 self._check_images(signals)
                 if self.head_fit is not None:
                     self._fit_head(self.head_fit, signals)
-                batches = signals.until_signal(self._batches(signals))  # its workers start at once
+                batches = signals.until_signal(self._batches(signals))  # starts the workers
                 self._validate_if_due(signals)  # a signal may have interrupted it
                 while progress.step < total:
                     self._step(batches)
@@ -149,7 +149,7 @@ class Trainer:
                     self._validate_if_due(signals)
                     now, limit = time.monotonic(), 60 * self.config.train.checkpoint_minutes
                     late = self.world.is_main and now - self.last_checkpoint > limit
-                    if late:  # agreed on one step later, and not to be asked for twice
+                    if late:  # all processes agree one step later; request it only once
                         self.last_checkpoint = now
                     signal, late = self.agreement.exchange(signals.received or 0, late)
                     every = self.config.train.checkpoint_steps
@@ -161,7 +161,7 @@ class Trainer:
             except Interrupted as interrupted:
                 self.agreement.finish()
                 self._save_checkpoint()
-                self.world.gather(None)  # torchrun ends the others once one process has exited
+                self.world.gather(None)  # torchrun stops all processes once one has exited
                 text = f"stopped at step {progress.step}; repeat the command to resume"
                 self.console.message(f"{interrupted}: {text}")
                 raise
@@ -178,18 +178,18 @@ class Trainer:
         self.console.close()
 
     def _fit_head(self, head_fit: HeadFit, signals: Signals) -> None:
-        """Fits the head to frozen features; it is all that a run with trainable head does."""
+        """Fits the head to frozen features, which is all that a run with trainable head does."""
         loss, train = head_fit.run(signals, self.console, self.broken), self.config.train
         if self.ema is not None:
             self.ema.reset()
         if train.trainable == "head":
-            # Without a backward pass, which takes two thirds of a step's FLOPs.
+            # There is no backward pass, which takes two thirds of a step's FLOPs.
             self.clock.count(train.epochs * len(self.records), min(self.flops.values()) / 3)
             self.counters.add(*torch.tensor([loss, 0.0, 0.0]).to(self.device))
             self.progress.step = self.plan.total
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step over the micro-batches of a global batch."""
+        """Takes one optimizer step over the micro-batches of a global batch."""
         train, progress = self.config.train, self.progress
         train_mode(self.model, train.trainable)
         loss = torch.zeros((), device=self.device)
@@ -214,7 +214,7 @@ class Trainer:
         self.clock.count(train.batch_size, self.flops[image_size])
 
     def _log_if_due(self) -> None:
-        """Shows progress, and writes the log row of a step that is not validated."""
+        """Shows progress if it is due, and writes the log row of a step without validation."""
         step, plan = self.progress.step, self.plan
         if self.world.is_main and self.console.due():
             means, pace = self.counters.read(), self.clock.read()
@@ -250,7 +250,7 @@ class Trainer:
         self.counters.start_row()
         self.clock.start_row()
         self.num_rows += 1
-        # The first row includes the start of the workers and compilation.
+        # The first row includes compilation and the start of the workers.
         if self.num_rows == 2 and not isinstance(self.records, Pixels):
             packed = isinstance(self.records, Packed | Objects)
             self.console.message(input_speed_message(pace["data_wait"], packed=packed))
@@ -260,11 +260,11 @@ class Trainer:
             raise UserError(
                 f"training: {MAX_SKIPS} consecutive updates before step {self.progress.step} were "
                 "not finite; the last checkpoint is intact; lower optim.lr "
-                f"{self.config.optim.lr:g}, or clip the gradients"
+                f"({self.config.optim.lr:g}) or clip the gradients"
             )
 
     def _check_images(self, signals: Signals) -> None:
-        """Decodes the validation images of a new run, hours before they are needed."""
+        """Decodes the validation images of a new run, so that broken ones are reported early."""
         if self.progress.step == 0 and self.validation.needs_decoding:
             images = counted(len(self.validation.records), "validation image")
             self.console.message(f"checking that {images} can be decoded")
@@ -290,16 +290,16 @@ class Trainer:
         self.console.message(f"epoch {epoch:.0f}: {shown}  val loss {scores['val'].loss:.3f}")
         if self.outputs is not None:
             self.outputs.draw_curves()
-        self.clock.start_row()  # the next row is about training alone
+        self.clock.start_row()  # the next row covers training only
 
     def _save_weights(self, scores: dict[str, Scores]) -> None:
-        """Writes weights/last, weights/best if they improved, and the tables."""
+        """Writes the tables, weights/last, and weights/best if the top-1 accuracy improved."""
         progress, kind = self.progress, max(scores, key=lambda k: scores[k].top1)
         top1, states = scores[kind].top1, self.state.weights(self.world)
         improved = top1 > progress.best["top1"]
         if improved:
             progress.best = {"step": progress.step, "top1": top1}
-        # The checkpoint implies the tables, and weights imply that there was a checkpoint.
+        # A checkpoint implies that the tables exist, and weights imply that a checkpoint does.
         if self.outputs is not None:
             self.outputs.record_scores(scores[kind], progress)
         if improved:
@@ -322,7 +322,7 @@ class Trainer:
         self.last_checkpoint = time.monotonic()
 
     def _resolve(self, checkpoint: Checkpoint | None) -> tuple[Resolved, dict[str, float]]:
-        """The choices of a new run and measured decoder rates, or the choices it started with."""
+        """Returns the choices of the run, and the decoder rates if it is new."""
         config, device, world = self.config, self.device, self.world
         if checkpoint is not None:
             return resolve_resumed(checkpoint, config, self.model, self.run, device, world), {}

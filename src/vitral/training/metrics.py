@@ -1,4 +1,4 @@
-"""The metrics log of a run, TensorBoard, and what a terminal shows."""
+"""The metrics log of a run, TensorBoard events and console output."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class MetricsLog:
         self.board.write(int(row["step"]), *(scalar(name, row[name]) for name in row))
 
     def picture(self, grid: Tensor) -> None:
-        """Shows a picture (C, H, W), uint8, in TensorBoard."""
+        """Writes an image (C, H, W), uint8, to TensorBoard."""
         self.board.write(0, image("train_batch", grid, dataformats="CHW"))
 
     def sync(self) -> None:
-        """Flushes to disk what a checkpoint implies: all logs so far, and what the run contains."""
+        """Flushes all logs and the run directory to disk, as required before a checkpoint."""
         run = self.run
         for path in (self.path, run.log, self.board.path, run.tensorboard, run.path):
             with naming(path):
@@ -72,9 +72,9 @@ class MetricsLog:
 
 
 class TensorBoardWriter:
-    """A file of TensorBoard events.
+    """Writes a file of TensorBoard events.
 
-    torch's SummaryWriter writes in a thread, which prints a traceback on a full disk.
+    torch's SummaryWriter uses a thread, which prints a traceback if the disk is full.
 
     Args:
         directory: where to create the file.
@@ -92,7 +92,7 @@ class TensorBoardWriter:
         self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, *summaries: Summary) -> None:
-        """Writes what was measured at a step."""
+        """Writes the summaries of a step."""
         for summary in summaries:
             self._write(Event(step=step, summary=summary))
         with naming(self.path):
@@ -110,12 +110,12 @@ class TensorBoardWriter:
 
 
 class Console:
-    """What a person watches: a progress bar, or a plain line now and then.
+    """Shows progress as a bar, or as a plain line every few seconds.
 
-    The bar is for a terminal and for a notebook, which both rewrite a line in place. Every message,
-    and every plain line, goes to train.log as well. A quiet console is for a process other than the
-    main one. stdout may be None, or any object with `write` and `flush`; what it cannot take is in
-    train.log alone.
+    The bar is used in a terminal and in a notebook, which can both rewrite a line in place.
+    Messages and plain lines are also written to train.log. A quiet console is for a process other
+    than the main one. stdout may be None, or any object with `write` and `flush`; text that it
+    cannot take is written to train.log only.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
@@ -128,14 +128,14 @@ class Console:
         self.bar = None
         terminal = hasattr(self.stream, "isatty") and self.stream.isatty()
         if terminal or (in_notebook() and not quiet):
-            layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+            layout = "{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} ETA {remaining}{postfix}"
             self.bar = tqdm(
                 total=total, initial=step, bar_format=layout, file=self.stream, dynamic_ncols=True
             )
         self.last = time.monotonic()
 
     def message(self, text: str) -> None:
-        """Something to be read now and kept, on one line."""
+        """Prints a line and writes it to train.log."""
         text = printable(text)
         with naming(self.path):
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self.file, flush=True)
@@ -145,36 +145,36 @@ class Console:
             print(text, file=self.stream, flush=True)
 
     def due(self) -> bool:
-        """Whether it is time to show progress again."""
+        """Returns whether it is time to show progress again."""
         interval = 0.5 if self.bar is not None else self.INTERVAL
         return time.monotonic() - self.last >= interval
 
     def progress(
         self, step: int, values: Mapping[str, float], pace: Mapping[str, float], seconds_left: float
     ) -> None:
-        """Shows how far the run is.
+        """Shows the progress of the run.
 
         Args:
             step: optimizer steps taken.
-            seen: epoch, learning rate, loss and gradient norm.
+            values: epoch, learning rate, loss and gradient norm.
             pace: the clock columns of a log row.
-            seconds_left: the estimate for the rest of the run.
+            seconds_left: estimated time for the rest of the run.
         """
         self.last = time.monotonic()
         text = (
             f"epoch {values['epoch']:.1f}  loss {values['loss']:.3f}  lr {values['lr']:.1e}  "
             f"norm {values['grad_norm']:.2f}  {pace['images_per_second']:,.0f} img/s  "
-            f"wait {pace['data_wait']:.0%}  {pace['memory_gb']:.1f} GB"
+            f"data wait {pace['data_wait']:.0%}  {pace['memory_gb']:.1f} GB"
         )
         text += f"  MFU {pace['mfu']:.0%}" if "mfu" in pace else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         else:
-            self.message(f"step {step}/{self.total}  {text}  left {duration(seconds_left)}")
+            self.message(f"step {step}/{self.total}  {text}  ETA {duration(seconds_left)}")
 
     def status(self, text: str, done: float) -> None:
-        """Shows how far work before the first step is, `done` from 0 to 1."""
+        """Shows the progress of work before the first step, `done` from 0 to 1."""
         self.last = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
@@ -183,7 +183,7 @@ class Console:
             self.message(text)
 
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Closes the bar and the file."""
         if self.bar is not None:
             self.bar.close()
         self.file.close()

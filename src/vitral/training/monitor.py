@@ -1,4 +1,4 @@
-"""What a run is watched by: means since the last log row, the clock, memory, and the profiler."""
+"""Measurements of a run: means since the last log row, speed, memory, energy and a profile."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from vitral.training.resolved import Resolved
 class Counters:
     """Sums since the last log row and counts of skipped steps, kept on the device.
 
-    Reading them waits for the device, so it is done for a log row or a checkpoint alone.
+    Reading them waits for the device, so they are read only for a log row or a checkpoint.
     """
 
     SIZE = 6
 
     def __init__(self, device: torch.device) -> None:
-        # losses, norms and steps since the last row; skipped steps in all, in a row, worst row
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which mps does not have
+        # Losses, norms and steps since the last row; skipped steps: total, consecutive, maximum.
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.values = torch.zeros(self.SIZE, dtype=dtype, device=device)
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """Counts a step; the loss and norm of a skipped one stay out of the means."""
+        """Counts a step. The means exclude the loss and norm of a skipped one."""
         taken = 1 - skipped
         zero = torch.zeros_like(loss)
         seen = torch.stack([torch.where(skipped > 0, zero, x) for x in (loss, norm)])
@@ -44,7 +44,10 @@ class Counters:
         self.values[4], self.values[5] = in_a_row, worst
 
     def read(self) -> dict[str, float]:
-        """Mean loss and gradient norm since the last row, skipped steps, and the worst row."""
+        """Returns mean loss and gradient norm since the last row, and the number of skipped steps.
+
+        "worst" is the largest number of consecutive skipped steps.
+        """
         losses, norms, steps, skipped, _, worst = self.values.tolist()
         steps = max(steps, 1.0)
         return {
@@ -55,15 +58,16 @@ class Counters:
         }
 
     def start_row(self) -> None:
-        """Begins the sums of the next log row."""
+        """Resets the sums for the next log row."""
         self.values[:3] = 0
 
 
 class Clock:
-    """Seconds and energy of the run, and images, their work and waiting since the last log row.
+    """Time and energy of the run, and images, FLOPs and data wait since the last log row.
 
     Args:
-        seconds, energy: of the run so far, energy in kWh.
+        seconds: time that the run has taken so far.
+        energy: energy that the run has used so far, in kWh.
     """
 
     def __init__(self, seconds: float, energy: float, resolved: Resolved) -> None:
@@ -75,17 +79,17 @@ class Clock:
         self.start_row()
 
     def start_row(self) -> None:
-        """Begins the next row."""
+        """Starts the next row."""
         self.row = time.monotonic()
         self.images, self.flops, self.waited = 0, 0.0, 0.0
 
     def count(self, images: int, flops_per_image: float) -> None:
-        """Counts the images of a step, of all processes, and a forward pass of each."""
+        """Counts the images of a step in all processes, and the FLOPs of their forward passes."""
         self.images += images
         self.flops += images * flops_per_image
 
     def read(self) -> dict[str, float]:
-        """The clock columns of a log row; MFU counts the model's own work, forward and backward."""
+        """Returns the clock columns of a log row. MFU counts forward and backward FLOPs only."""
         now = time.monotonic()
         elapsed = max(now - self.row, 1e-9)
         columns = {
@@ -98,14 +102,14 @@ class Clock:
             columns["mfu"] = round(3 * self.flops / elapsed / self.peak, 4)
         joules = self.joules()
         if joules is not None:
-            # Of one GPU, times their number: they do the same work.
+            # All GPUs do the same work, so one is measured.
             columns["energy_kwh"] = round(self.energy + self.processes * joules / 3.6e6, 6)
         return columns
 
 
 @contextlib.contextmanager
 def profiling(enabled: bool, path: Path) -> Iterator[profile | None]:
-    """A profiler of ten steps, after five to warm up, that writes a trace to `path`; or none."""
+    """Profiles ten steps, after five warmup steps, and writes a trace to `path` if enabled."""
     if not enabled:
         yield None
         return
@@ -118,6 +122,6 @@ def profiling(enabled: bool, path: Path) -> Iterator[profile | None]:
             shutil.copyfile(trace, building)
 
     plan = schedule(wait=2, warmup=3, active=10, repeat=1)
-    # There is one cycle; without acc_events torch 2.11 warns that the others would be lost.
+    # Without acc_events, torch 2.11 warns that other cycles would be lost, but there is only one.
     with profile(schedule=plan, on_trace_ready=write, acc_events=True) as profiler:
         yield profiler

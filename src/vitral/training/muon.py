@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before they are a step."""
+"""Muon: momentum updates that are orthogonalized, for matrices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vitral.compat import add_all, copy_all, scale_all
 from vitral.training.distributed import distribute_like
 
 MOMENTUM = 0.95
-# Of the quintic p(s) = a s + b s^3 + c s^5 that five times over takes singular values of 0 to 1 to
-# some 0.7 to 1.2 (Jordan et al. 2024).
+# Coefficients of the quintic p(s) = a s + b s^3 + c s^5. Five iterations map singular values from
+# 0 to 1 to about 0.7 to 1.2 (Jordan et al. 2024).
 ROUNDS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-RMS = 0.2  # that of AdamW's updates, roughly: so its rate and decay serve both (Liu et al. 2025)
+RMS = 0.2  # about that of AdamW's updates, so that both can share rate and decay (Liu et al. 2025)
 
 
 @dataclass(frozen=True)
 class MatrixGroup:
-    """Matrices of one shape, one decay and one factor on the learning rate."""
+    """Matrices with the same shape, weight decay and factor on the learning rate."""
 
     members: list[nn.Parameter]
     weight_decay: float
@@ -29,12 +29,12 @@ class MatrixGroup:
 
 
 class Muon:
-    """Muon (Jordan et al. 2024) with Nesterov's momentum and decoupled weight decay.
+    """Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay.
 
-    The singular values of a matrix's update are all about 1, so that it moves in all directions
-    alike, not just in the few that its gradients mostly have. Matrices of one shape are made
-    orthogonal together. Of a model that is spread over processes (FSDP) each process
-    gathers the updates, one shape after the other, and makes all of them orthogonal.
+    The singular values of a matrix's update are all about 1, so that it moves equally in all
+    directions, not just in the few that dominate its gradients. Matrices of the same shape are
+    orthogonalized together. For a sharded model (FSDP), each process gathers the updates, one shape
+    at a time, and orthogonalizes all of them.
     """
 
     def __init__(self, matrix_groups: Sequence[MatrixGroup]) -> None:
@@ -44,11 +44,11 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, skipped: Tensor) -> None:
-        """Updates the matrices by their gradients, or by nothing where `skipped` is 1.0.
+        """Updates the matrices with their gradients, or leaves them unchanged if `skipped` is 1.0.
 
         Args:
             lr: learning rate.
-            skipped: 0.0 or 1.0, on the device, which is not waited for.
+            skipped: 0.0 or 1.0, on the device, which this does not wait for.
         """
         for group in self.matrix_groups:
             parameters = [_local(p) for p in group.members]
@@ -58,9 +58,9 @@ class Muon:
             add_all(parameters, updates.unbind(), alpha=-rate)
 
     def _updates(self, members: list[nn.Parameter], skipped: Tensor) -> Tensor:
-        """Moves the momenta of matrices, and stacks their updates: (matrices, rows here, columns).
+        """Updates the momenta and returns the stacked updates, (matrices, local rows, columns).
 
-        The updates of a step that is skipped are whatever comes of it.
+        The updates of a skipped step are undefined.
         """
         momenta = [_local(self.state[p]["momentum"]) for p in members]
         gradients = torch.stack([_local(p.grad) for p in members if p.grad is not None])
@@ -87,9 +87,9 @@ def _scaled(matrices: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """About U V^T of matrices U S V^T, (n, rows, columns), by Newton and Schulz's iteration.
+    """Approximates U V^T of matrices U S V^T, (n, rows, columns), with Newton-Schulz iterations.
 
-    In bf16 on a GPU, as in torch's Muon, and in float32 on a CPU: without bf16 instructions a CPU
+    Uses bf16 on a GPU, as torch's Muon does, and float32 on a CPU: without bf16 instructions, a CPU
     takes 18 to 31 times as long for bf16 products.
     """
     a, b, c = COEFFICIENTS
@@ -105,5 +105,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies in this process."""
+    """Returns the part of a tensor that is in this process."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

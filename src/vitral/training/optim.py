@@ -1,4 +1,4 @@
-"""AdamW or Muon, parameter groups, the loss, and the moving average of weights."""
+"""The optimizer (AdamW or Muon), parameter groups, losses, and the moving average of weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from vitral.training.muon import MatrixGroup, Muon
 
 
 def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of equal weight decay and equal factor `lr_factor` on the learning rate.
+    """Groups the parameters by weight decay and by factor `lr_factor` on the learning rate.
 
-    Decay is for the matrices of linear layers alone: not for biases, norms, tokens, LayerScale or
-    rotary frequencies. A parameter k blocks below the head has the factor layer_decay^k: the last
-    norm 1, the last block layer_decay, the embedding layer_decay^(depth + 1). The factor of the
-    head is head_lr_factor. Frozen parameters are in no group.
+    Weight decay applies to the matrices of linear layers only, not to biases, norms, tokens,
+    LayerScale or rotary frequencies. A parameter k blocks below the head has the factor
+    layer_decay^k: the last norm 1, the last block layer_decay, the embedding
+    layer_decay^(depth + 1). The factor of the head is head_lr_factor. Frozen parameters are in no
+    group.
     """
     decayed, depth = matrices(model), len(model.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -45,7 +46,7 @@ def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[MatrixGroup]:
-    """Takes the matrices of the blocks out of parameter groups, those of one shape together."""
+    """Removes the matrices of the blocks from parameter groups; returns them grouped by shape."""
     taken = matrices(model.blocks)
     matrix_groups: list[MatrixGroup] = []
     for group in groups:
@@ -60,10 +61,10 @@ def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[MatrixGroup]
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2017), clipping by global norm, skipping non-finite steps.
+    """AdamW (Loshchilov and Hutter 2017) with clipping by global norm; skips non-finite steps.
 
-    Where `config.name` is "muon", the matrices of the blocks are updated by Muon, which has their
-    gradients clipped with all others by one norm.
+    If `config.name` is "muon", Muon updates the matrices of the blocks. The global norm includes
+    their gradients.
     """
 
     def __init__(self, model: ViT, config: OptimConfig) -> None:
@@ -73,7 +74,7 @@ class Optimizer:
         self.muon = Muon(take_matrices(model, groups) if config.name == "muon" else [])
         groups = [group for group in groups if group["params"]]
         # The fused form reads `found_inf` on the device: a bad step is skipped without a
-        # synchronisation.
+        # synchronization.
         self.adamw = torch.optim.AdamW(
             groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
@@ -82,8 +83,8 @@ class Optimizer:
         """Clips the gradients and steps, then clears them.
 
         Returns:
-            The global gradient norm before clipping, and whether the step was skipped, 0.0 or 1.0,
-            as it or the loss was not finite; both on the device.
+            The global gradient norm before clipping, and 1.0 if the step was skipped because the
+            norm or the loss was not finite, else 0.0; both on the device.
         """
         parameters = list(self.named.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -102,9 +103,9 @@ class Optimizer:
         return norm, skipped
 
     def state(self) -> dict[str, Tensor]:
-        """The running means by parameter name.
+        """Returns the optimizer state by parameter name.
 
-        AdamW's are NAME.step, NAME.exp_avg and NAME.exp_avg_sq, Muon's NAME.momentum.
+        AdamW has NAME.step, NAME.exp_avg and NAME.exp_avg_sq, and Muon NAME.momentum.
         """
         return {
             f"{name}.{key}": value
@@ -113,7 +114,7 @@ class Optimizer:
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over what `state` gave."""
+        """Loads a state that `state` returned."""
         for name, value in tensors.items():
             name, _, key = name.rpartition(".")
             parameter = self.named[name]
@@ -124,11 +125,11 @@ class Optimizer:
 
 
 def loss_sum(logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"]) -> Tensor:
-    """The loss of each image against soft targets, summed over the images, in float32.
+    """Computes the loss against soft targets, summed over the images, in float32.
 
     Args:
         logits: (B, classes).
-        targets: (B, classes), rows that sum to one.
+        targets: (B, classes), with rows that sum to one.
         kind: cross-entropy, or binary cross-entropy averaged over the classes.
     """
     logits = logits.float()
@@ -138,9 +139,9 @@ def loss_sum(logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"]) -> Ten
 
 
 class EMA:
-    """The exponential moving average of a model's weights, with warmup.
+    """Exponential moving average of a model's weights, with warmup.
 
-    The decay of update t = 1, 2, ... is min(decay, t / (t + 9)), so that the start is forgotten.
+    The decay of update t = 1, 2, ... is min(decay, t / (t + 9)), to forget the initial weights.
     """
 
     def __init__(self, model: ViT, decay: float) -> None:
@@ -150,15 +151,15 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, skipped: Tensor) -> None:
-        """Moves toward the model after its optimizer step number `step` = 1, 2, ...
+        """Updates the averages after optimizer step `step` = 1, 2, ...
 
         Args:
-            skipped: 1.0 if the step was skipped, which leaves the averages as they are, else 0.0.
+            skipped: 1.0 if the step was skipped, which leaves the averages unchanged, else 0.0.
         """
         weight = 1 - min(self.decay, step / (step + 9))
         on_cpu = skipped.device.type == "cpu"  # elsewhere, reading it would wait for the device
         factor = weight * (1 - (skipped.item() if on_cpu else skipped))
-        # Of sharded tensors the local parts, which a plain scalar tensor can multiply.
+        # The local parts of sharded tensors, which can be multiplied by a plain scalar tensor.
         averages, weights = (
             [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
             for tensors in (self.average, self.model)
@@ -167,7 +168,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the averages in the place of the model's weights for a while."""
+        """Temporarily replaces the model's weights with the averages."""
         self._exchange()
         try:
             yield
@@ -188,6 +189,6 @@ class EMA:
             value.copy_(self.model[name])
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Takes over the averages of a checkpoint."""
+        """Loads the averages of a checkpoint."""
         for name, value in self.average.items():
             value.copy_(distribute_like(tensors[name], value))

@@ -1,4 +1,4 @@
-"""What a run writes for people: weights, tables, pictures, the report, and how it starts."""
+"""Output files of a run: weights, tables, plots and the report; and its first messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vitral.training.parts import Parts
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, read
 
-REDRAW_SECONDS = 60.0  # seconds between drawings of the curves
+REDRAW_SECONDS = 60.0  # minimum seconds between drawings of the curves
 States = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -45,7 +45,7 @@ class Outputs:
         self.console, self.log = console, log
         self.parts = parts
         self.last_drawn = time.monotonic()
-        # Step and scores for the report: the best, or else the last since the run was resumed.
+        # Step and scores for the report: the best validation of this process, or else its last one.
         self.reported: tuple[int, Scores] | None = None
 
     def announce(
@@ -55,12 +55,12 @@ class Outputs:
         total: int,
         rates: Mapping[str, float],
     ) -> None:
-        """Writes env.json, and the lines that a run starts with.
+        """Writes env.json and prints the first messages of a run.
 
         Args:
-            facts: step, workers, parameters and FLOPs per image, as env.json holds them.
-            total: steps of the run.
-            rates: images per second of each decoder, where they were measured.
+            facts: step, workers, parameters and FLOPs per image, as stored in env.json.
+            total: number of steps of the run.
+            rates: images per second of each decoder, if they were measured.
         """
         self.run.write_environment(
             resolved=dataclasses.asdict(resolved),
@@ -80,8 +80,8 @@ class Outputs:
         )
         if rates:
             measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
-            self.console.message(f"decoder: {resolved.decoder}; images/s measured: {measured}")
-        fused = {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}
+            self.console.message(f"decoder: {resolved.decoder}; measured img/s: {measured}")
+        fused = {"cuda": ", fused kernels", "cpu": ", oneDNN linear layers"}
         self.console.message(
             f"{facts['parameters'] / 1e6:.2f} M parameters, {facts['flops_per_image'] / 1e9:.3f} "
             f"GFLOPs per image; {counted(total, 'step')} of {self.config.train.batch_size} images "
@@ -99,7 +99,7 @@ class Outputs:
                 self.console.message(cost)
 
     def save_batch(self, images: Tensor) -> None:
-        """Writes a picture of the first batch, as the model sees it: (B, C, H, W), float32."""
+        """Writes an image of the first batch of inputs of the model, (B, C, H, W), float32."""
         grid = preview.grid(preview.to_pixels(images, self.config.data))
         preview.save(grid, self.run.train_batch)
         self.log.picture(grid)
@@ -118,7 +118,7 @@ class Outputs:
             self.reported = (progress.step, scores)
 
     def restore_weights(self, progress: Progress) -> None:
-        """Writes weights again that are damaged, older than their checkpoint, or of moved data."""
+        """Restores weights that are damaged, older than their checkpoint, or of moved data."""
         if not self.parts.describable:
             return
         for directory in (self.run.best, self.run.last):
@@ -134,12 +134,12 @@ class Outputs:
             except (UserError, CorruptError):
                 known = None
             found = known.metrics.get("step", -1) if known else -1
-            # Weights of a later step are written again when that step comes.
+            # Weights of a later step are overwritten when the run reaches that step.
             if found < step or (known and found == step and known.config.data.path != place):
                 self._restore(name, step)
 
     def draw_curves(self, *, force: bool = False) -> None:
-        """Draws the curves, at most once a minute unless `force`."""
+        """Draws the curves, at most once a minute unless `force` is set."""
         if not force and time.monotonic() - self.last_drawn <= REDRAW_SECONDS:
             return
         from vitral.report import curves  # imports matplotlib

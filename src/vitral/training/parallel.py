@@ -1,4 +1,4 @@
-"""Forward and backward passes in one process or many, and how gradients become one."""
+"""Forward and backward passes in one or more processes, and gradient reduction."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vitral.training.resolved import Resolved, compiled
 
 
 class AveragedGradients:
-    """Gradients are averaged over the processes while the backward pass still runs.
+    """Averages gradients over the processes during the backward pass.
 
-    Each process holds the whole model (DDP, Li et al. 2020), or a part of every parameter (FSDP2,
-    Zhao et al. 2023); a model spread so is changed in place.
+    Each process has the full model (DDP, Li et al. 2020) or a shard of every parameter (FSDP2,
+    Zhao et al. 2023). FSDP2 changes the model in place.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class AveragedGradients:
             return
         self.forward = compiled(model, resolved)
         if world.size > 1:
-            # Compiled before it is wrapped, so that buckets are sent between its graphs.
+            # Compiled before wrapping, so that DDP sends buckets between the graphs.
             self.wrapped = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
-        """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""
+        """Adds the gradient of a micro-batch; `last` marks the last of a step. Returns its loss."""
         no_sync = contextlib.nullcontext()
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_gradient_sync(last)
@@ -55,22 +55,23 @@ class AveragedGradients:
             with self.resolved.autocast():
                 loss = loss_sum(call(batch.images), batch.targets, self.train.loss)
                 loss = loss / self.train.batch_size
-            # An average over the processes is wanted as a sum.
+            # DDP and FSDP2 average the gradients over the processes; this makes it a sum.
             (loss * self.world.size).backward()
         return loss.detach()
 
     def reduce(self, loss: Tensor) -> Tensor:
-        """The loss of the global batch, from that of this process."""
+        """Returns the loss of the global batch, given that of this process."""
         if self.world.size > 1:
             dist.all_reduce(loss)
         return loss
 
 
 class FixedOrderReduction:
-    """Gradients of NUM_SHARDS equal parts of the global batch, added up as one binary tree.
+    """Adds the gradients of NUM_SHARDS equal shards of the global batch in a binary tree.
 
-    The tree is the same whatever the number of processes, so the weights are too, bit by bit. It
-    costs a copy of the gradients for each level, and nothing is sent before the backward pass ends.
+    The tree does not depend on the number of processes, so the weights are bit-identical for any
+    number. It costs a copy of the gradients for each level, and communication starts only after the
+    backward pass.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FixedOrderReduction:
         self.loss = torch.zeros((), device=self.parameters[0].device)
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
-        """Adds the gradient of a micro-batch, the last of this process or not; returns its loss."""
+        """Adds the gradient of a micro-batch; `last` marks the last of a step. Returns its loss."""
         with self.resolved.autocast():
             loss = loss_sum(self.forward(batch.images), batch.targets, self.train.loss)
             loss = loss / self.train.batch_size
@@ -108,7 +109,7 @@ class FixedOrderReduction:
             self.sums[-2:] = [(2 * count, left)]
 
     def reduce(self, loss: Tensor) -> Tensor:
-        """Puts the sums in the place of the gradients; returns the loss of the global batch."""
+        """Replaces the gradients with the sums; returns the loss of the global batch."""
         ((count, leaves),) = self.sums
         assert count * self.world.size == NUM_SHARDS
         self.sums = []
@@ -129,7 +130,7 @@ class FixedOrderReduction:
 
 @contextlib.contextmanager
 def unsharded(model: ViT) -> Iterator[None]:
-    """Has every process hold all parameters for a while, so that none waits for another."""
+    """Temporarily gathers all parameters in every process, so that no process waits for others."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -143,13 +144,13 @@ def unsharded(model: ViT) -> Iterator[None]:
 
 
 def _shard_model(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
-    """Spreads the parameters over all processes, block by block.
+    """Shards the parameters over all processes, block by block.
 
-    In bf16 the blocks' parameters travel as bf16, and gradients are added in float32. What is
-    outside of the blocks stays in float32, and so does the residual stream.
+    In bf16, the parameters of the blocks are gathered in bf16, and gradients are added in float32.
+    Parameters outside the blocks and the residual stream remain in float32.
     """
     model.fuse(resolved.fused)
-    # Each block's code is compiled for its own stochastic depth, and for each image size.
+    # Each block is compiled for its own stochastic depth, and for each image size.
     allow_recompiles(4 * len(model.blocks))
     mesh = init_device_mesh(resolved.device, (world.size,))
     policy = MixedPrecisionPolicy()
@@ -159,5 +160,5 @@ def _shard_model(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
         if resolved.compile:
             block.compile(dynamic=False)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The outermost parameters would stay gathered after an evaluation, and grow stale.
+    # Otherwise the outermost parameters would stay gathered after an evaluation and become stale.
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)

@@ -1,4 +1,4 @@
-"""What a training is made of besides its settings."""
+"""Components of a training run that an experiment can replace."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from vitral.training.optim import Optimizer
 
 @dataclass(frozen=True)
 class Parts:
-    """How a run makes and initializes its model and optimizer, which an experiment can replace.
+    """Functions that create and initialize the model and the optimizer of a run.
 
-    So a control or an ablation runs in vitral's own loop: with the same order, augmentation,
-    schedule, checkpoints and log. Where the model is another, no weight folders are written, as
-    those describe a ViT of vitral, nor what is made of them.
+    With other parts, a control or an ablation runs in vitral's own loop, with the same order,
+    augmentation, schedule, checkpoints and log. With another model, no weight directories are
+    written, because they describe vitral's ViT, and no files that depend on them.
     """
 
     name: str = ""
-    """What the run calls them, and what a resumption must give again; none: vitral's own."""
+    """Name of the parts, which must be the same when the run is resumed; empty for vitral's own."""
     model: Callable[[ViTConfig, int], Any] = ViT
-    """Makes a module of the architecture and the number of classes. It takes images (B, C, H, W),
-    gives logits (B, classes), names its parts as vitral and timm do, `blocks`, `norm`, `head` and
-    `num_classes`, and keeps nothing besides its parameters: no running statistics."""
+    """Creates a module from the architecture and the number of classes. The module maps images
+    (B, C, H, W) to logits (B, classes), has attributes `blocks`, `norm`, `head` and `num_classes`
+    as in vitral and timm, and has no state except its parameters: no running statistics."""
     optimizer: Callable[[ViT, OptimConfig], Optimizer] = Optimizer
-    """Makes an optimiser of the model and the settings."""
+    """Creates an optimizer from the model and the settings."""
     initialize: Callable[[Any, str], list[str]] = weights.initialize
     """Copies the weights of `train.init` into a new model, and returns the names of the parameters
     that are not copied."""
@@ -40,5 +40,5 @@ class Parts:
 
     @property
     def describable(self) -> bool:
-        """Whether weight folders can describe the model."""
+        """Whether weight directories can describe the model."""
         return self.model is ViT

@@ -11,10 +11,11 @@ from vitral.data.sampling import Order
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup, then a cosine: the learning rate as a pure function of the step.
+    """Learning rate as a pure function of the step: linear warmup, then cosine decay.
 
-    The first step has 1 / warmup of the peak, the last of the warmup the peak itself, and the step
-    after the last would have `final_lr` of it (Loshchilov and Hutter 2016).
+    The first step has 1 / warmup times the peak rate, the last step of the warmup has the peak
+    rate, and the step after the last step would have `final_lr` times the peak rate (Loshchilov and
+    Hutter 2016).
     """
 
     optim: OptimConfig
@@ -22,7 +23,7 @@ class Schedule:
     total: int
 
     def lr(self, step: int) -> float:
-        """The learning rate of step 0, 1, ... total - 1."""
+        """Returns the learning rate of step 0, 1, ..., total - 1."""
         if step < self.warmup:
             return self.optim.lr * (step + 1) / self.warmup
         progress = (step + 1 - self.warmup) / (self.total + 1 - self.warmup)
@@ -32,7 +33,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, which follow from its settings and the number of images."""
+    """The steps of a run, determined by its settings and the number of images."""
 
     steps_per_epoch: float
     total: int
@@ -42,7 +43,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config, num_images: int) -> Plan:
-        """The plan for a number of training images."""
+        """Returns the plan for a number of training images."""
         train = config.train
         order = Order(train.seed, num_images, train.batch_size)
         steps_per_epoch, total = num_images / train.batch_size, order.end_of_epoch(train.epochs)

@@ -15,16 +15,16 @@ from torch import Tensor
 from vitral.data.sampling import random_ranks
 from vitral.training.frozen import Features
 
-STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # 3 to 1e-5
+STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # L2 strengths to try, from 3 to 1e-5
 FOLDS = 5  # parts of the images, each held out in turn to select the strength
-DEFAULT_STRENGTH = 0.1  # strength where no image can be held out
-MAX_CROSS_VALIDATED = 20_000  # images above which holding out one part is enough
-PATIENCE = 2  # weaker penalties that are tried after the best
+DEFAULT_STRENGTH = 0.1  # strength if no image can be held out
+MAX_CROSS_VALIDATED = 20_000  # number of images above which only one fold is held out
+PATIENCE = 2  # number of weaker strengths to try after the best one
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-5  # largest component of the gradient
-SELECTION_TOLERANCE = 1e-4  # the same while the strength is selected
+SELECTION_TOLERANCE = 1e-4  # the same, while selecting the strength
 LOGITS_PER_BATCH = 1 << 22  # computed at a time
-MAX_FLOAT64 = 1 << 20  # numbers up to which float64 is used; more take float32, in half the time
+MAX_FLOAT64 = 1 << 20  # elements up to which float64 is used; float32 takes half the time
 
 
 Check = Callable[[], None]
@@ -38,14 +38,14 @@ class Probe(NamedTuple):
     bias: Tensor
     """(classes,), float32."""
     strength: float
-    """Of the L2 penalty, over the mean cross-entropy."""
+    """Strength of the L2 penalty, relative to the mean cross-entropy."""
     held_out: float
-    """Accuracy on the images that the strength was selected with."""
+    """Accuracy on the held-out images that the strength was selected on."""
     loss: float
     """Mean cross-entropy of all images, in nats."""
 
     def predict(self, vectors: Tensor) -> Tensor:
-        """The likeliest class of each vector: (n, D) to (n,)."""
+        """Returns the most likely class of each vector: (n, D) to (n,)."""
         return (vectors @ self.weight.T + self.bias).argmax(1)
 
 
@@ -56,15 +56,15 @@ def fit(
     check: Check | None = None,
     device: str | torch.device = "cpu",
 ) -> Probe:
-    """Fits a head to standardized features, with the L2 strength that held-out images favor.
+    """Fits a head to standardized features, with the L2 strength that is best on held-out images.
 
-    The strengths are tried from strong to weak, each fit starting from the one before. The views of
-    an image are in one fold, and the first of them is scored. The standardization becomes part of
-    the weights.
+    The strengths are tried from strong to weak; each fit starts from the previous one. The views of
+    an image are in the same fold, and only the first view is scored. The standardization is folded
+    into the weights.
 
     Args:
         check: called before each evaluation of the loss; may raise to stop.
-        device: one with float64, where the loss is computed.
+        device: where to compute the loss; must support float64.
     """
     vectors, labels = features.vectors.to(device), features.labels.to(device)
     mean, deviation = standardization(vectors)
@@ -91,19 +91,20 @@ def fit(
 
 
 def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each feature, (D,), the latter 1 where it is 0."""
+    """Returns mean and standard deviation of each feature, (D,); 1 replaces a deviation of 0."""
     deviation, mean = torch.std_mean(vectors.double(), 0, correction=0)
     return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
 def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tensor | None]:
-    """The strength with the best held-out accuracy, the strongest of equals, by cross-validation.
+    """Selects the strength with the best held-out accuracy; of equal ones, the strongest.
 
     Args:
-        folds: what is fitted and what is held out, in each fold.
+        folds: the problem to fit and the held-out problem of each fold.
 
     Returns:
-        The strength, its accuracy, and its head in the first fold; FEW, nan and None without folds.
+        The strength, its accuracy, and its head in the first fold; without folds,
+        DEFAULT_STRENGTH, nan and None.
     """
     if not folds:  # no class has two images
         return DEFAULT_STRENGTH, math.nan, None
@@ -128,7 +129,7 @@ class Problem:
     """Mean cross-entropy of a linear classifier, with an L2 penalty on its weights.
 
     Args:
-        vectors: (n, D); logits are computed in their dtype and added in float64.
+        vectors: (n, D); logits are computed in this dtype, and losses are added in float64.
         labels: (n,).
         check: called before each evaluation.
     """
@@ -142,18 +143,18 @@ class Problem:
         self.rows = max(1, LOGITS_PER_BATCH // num_classes)
 
     def start(self) -> Tensor:
-        """The head to start from, (classes, D + 1), all zero."""
+        """Returns the initial head, (classes, D + 1), all zero."""
         shape = self.num_classes, self.vectors.shape[1] + 1
         return self.vectors.new_zeros(shape, dtype=torch.float64)
 
     def minimize(
         self, head: Tensor, strength: float, tolerance: float = TOLERANCE
     ) -> tuple[Tensor, float]:
-        """The head (classes, D + 1), bias last, that minimizes the loss, and its cross-entropy.
+        """Minimizes the loss; returns the head (classes, D + 1), bias last, and its cross-entropy.
 
         Args:
-            head: where to start.
-            strength: of the penalty, strength / 2 times the squared norm of the weights.
+            head: initial head.
+            strength: the penalty is strength / 2 times the squared norm of the weights.
             tolerance: largest component of the gradient at the end.
         """
         head = head.clone().requires_grad_(True)
@@ -176,7 +177,7 @@ class Problem:
         return head, self.loss(head)[0].item()
 
     def loss(self, head: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy and its gradient, without the penalty."""
+        """Returns the mean cross-entropy and its gradient, without the penalty."""
         if self.check is not None:
             self.check()
         total, gradient = head.new_zeros(()), torch.zeros_like(head)
@@ -191,7 +192,7 @@ class Problem:
         return total / len(self.labels), gradient / len(self.labels)
 
     def num_right(self, head: Tensor) -> int:
-        """The number of vectors that a head (classes, D + 1) classifies correctly."""
+        """Returns the number of vectors that a head (classes, D + 1) classifies correctly."""
         head = head.to(self.vectors.dtype)
         parts = zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True)
         return sum(

@@ -1,4 +1,4 @@
-"""What is chosen from the machine or by measuring: once, and kept in the checkpoint."""
+"""Choices that depend on the machine; made once per run and stored in its checkpoints."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.trial import autocast, can_compile, fused_is_faster
 
-MAX_GRAPHS = 64  # that a run may compile at most
-CPU_BATCH = 64  # images of a micro-batch: on a CPU, larger ones take memory and are no faster
+MAX_GRAPHS = 64  # maximum number of graphs that a run compiles
+CPU_BATCH = 64  # images of a micro-batch on a CPU: larger ones take memory and are no faster
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Choices that the sums hang on: another number of threads adds up in another order."""
+    """Choices that affect rounding: another number of threads adds in another order."""
 
     device: str
-    """The type of the device: cpu, cuda, mps or xpu."""
+    """Type of the device: cpu, cuda, mps or xpu."""
     precision: Literal["bf16", "fp32"]
     compile: bool
     threads: int
@@ -42,25 +42,25 @@ class Resolved:
     processes: int
     decoder: Decoder
     fused: bool
-    """Whether the model runs vitral's own kernels, or on a CPU oneDNN's linear layers."""
+    """Whether the model uses vitral's own kernels, or oneDNN linear layers on a CPU."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 autocast, or nothing."""
+        """Returns a context with bf16 autocast, or without autocast in float32."""
         return autocast(self.device, self.precision)
 
 
 def build_model(
     config: Config, num_classes: int, build: Callable[[ViTConfig, int], Any] = ViT
 ) -> ViT:
-    """The model of a run, as the seed draws it.
+    """Builds the model of a run, initialized from the seed.
 
     Raises:
-        ValueError: if an experiment's keeps more than checkpoints do.
+        ValueError: if the model of an experiment has state other than its parameters.
     """
     torch.manual_seed(derive_seed("init", config.train.seed))
     model = build(config.model, num_classes)
     if more := model.state_dict().keys() - {name for name, _ in model.named_parameters()}:
-        raise ValueError(f"model: expected a state of parameters alone, got also {min(more)}")
+        raise ValueError(f"model: expected no state except parameters, got {min(more)}")
     return model
 
 
@@ -71,7 +71,7 @@ def resolve(
     world: World | None = None,
     decoder: Decoder = "cpu",
 ) -> Resolved:
-    """Makes the choices that `config` leaves open, for a model that lies on `device`."""
+    """Makes the choices that `config` leaves open, for a model on `device`."""
     world = world or World()
     train = config.train
     gpu = device.type == "cuda"
@@ -98,11 +98,11 @@ def resolve(
     )
     if gpu and train.micro_batch is None:
         resolved = _fit_micro_batch(resolved, config, model, device)
-        torch.cuda.reset_peak_memory_stats(device)  # what did not fit is none of the run's memory
+        torch.cuda.reset_peak_memory_stats(device)  # exclude the trials
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
-    if reproducible:  # else the sums would hang on a clock
+    if reproducible:  # otherwise rounding would depend on timing
         return resolved
-    own = isinstance(model, ViT)  # and no experiment's
+    own = isinstance(model, ViT)  # not an experiment's model
     fused = all(
         world.gather(
             own
@@ -119,7 +119,7 @@ def resolve(
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
-    """Sets an accelerator up: TF32 on a GPU, and determinism if the settings ask for it."""
+    """Enables TF32 on a GPU, and deterministic algorithms if the settings require them."""
     if device.type == "cpu":
         return
     if device.type == "cuda":
@@ -127,14 +127,14 @@ def prepare_device(config: Config, device: torch.device) -> None:
     deterministic = config.train.deterministic or config.train.reproducible
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        # Read once, at the first matrix product.
+        # torch reads it once, at the first matrix product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         make_inductor_deterministic()
 
 
 def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]:
-    """The model as the step calls it."""
+    """Returns the model as the training step calls it, compiled if so chosen."""
     if isinstance(model, ViT):
         model.fuse(resolved.fused)
     if not resolved.compile:
@@ -151,21 +151,21 @@ def resolve_resumed(
     device: torch.device,
     world: World,
 ) -> Resolved:
-    """The choices that a run started with, adapted to another number of processes.
+    """Returns the choices that a run started with, adapted to the number of processes.
 
     Raises:
-        UserError: the run cannot be resumed on this device.
+        UserError: if the run cannot be resumed on this device.
     """
     saved = checkpoint.state["resolved"]
     if saved.device != device.type:
         raise UserError(
             f"train.device: the run in {run.path} started on {saved.device}, not {device.type}; "
-            "resume it there, or start another run with --out"
+            "resume it on that device, or start another run with --out"
         )
     if saved.compile and not all(world.gather(can_compile(device))):
         raise UserError(
             f"train.compile: the run in {run.path} is compiled, which fails on this machine; "
-            "resume it on another, or start another run with --out"
+            "resume it on another machine, or start another run with --out"
         )
     if config.train.reproducible:  # otherwise the micro-batch would depend on free memory
         return dataclasses.replace(saved, processes=world.size)
@@ -179,9 +179,9 @@ def resolve_resumed(
 def _fit_micro_batch(
     resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> Resolved:
-    """Halves the micro-batch until both passes fit beside the optimiser's state.
+    """Halves the micro-batch until both passes fit in memory next to the optimizer's state.
 
-    Tried without compilation, which needs less memory and would compile for every size.
+    The trials are not compiled: compiled code needs less memory, but would be compiled per size.
     """
     size, cuts = resolved.micro_batch, 1
     while True:
@@ -202,15 +202,15 @@ def _fit_micro_batch(
 def _try_batch(
     micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> None:
-    """A forward and backward pass beside as much memory as a run has in use besides."""
+    """Runs both passes while as much additional memory is allocated as a run needs."""
     image_size = max(
         [image_size for image_size, _ in config.train.progressive] or [config.model.image_size]
     )
     images = torch.zeros(micro, CHANNELS, image_size, image_size, device=device)
     targets = torch.zeros(micro, model.num_classes, device=device)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    # Moments, EMA and a spare, or a share of them; of a reproducible run three levels of gradients
-    # that are still to be added up; the next batch, which is augmented meanwhile.
+    # Moments, EMA and a spare copy, or a shard of them; in a reproducible run, three levels of
+    # gradients that are not yet added; the next batch, which is augmented at the same time.
     num_shards = resolved.processes if config.train.parallel == "fsdp" else 1
     copies = 7 if config.train.reproducible else 4
     ballast_bytes = copies * weights // num_shards + 24 * images.numel()

@@ -1,4 +1,4 @@
-"""From a checkpoint to the state of a run and back, and what a resumed run may not change."""
+"""Saves and restores the state of a run, and checks what a resumed run may not change."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Values(TypedDict):
 
 @dataclass
 class Progress:
-    """Where a run is, apart from its tensors."""
+    """Progress of a run, without its tensors."""
 
     step: int = 0
     """Optimizer steps taken."""
@@ -72,7 +72,7 @@ class Progress:
     """Results of the last validation."""
 
     def summary(self) -> str:
-        """The results in words."""
+        """Returns the results as text."""
         text = f"val top-1 {self.metrics['val_top1']:.2%}"
         text += f", EMA {self.metrics['ema_top1']:.2%}" if "ema_top1" in self.metrics else ""
         return f"{text}; best {self.best['top1']:.2%} at step {self.best['step']:.0f}"
@@ -80,7 +80,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class State:
-    """Everything that a checkpoint holds."""
+    """Everything that a checkpoint stores."""
 
     config: Config
     dataset: Dataset
@@ -123,7 +123,7 @@ class State:
         return Checkpoint(self.progress.step, tensors, state)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint. The model's own weights are loaded before it is wrapped."""
+        """Restores all but the model's weights, which are loaded before the model is wrapped."""
         state, progress = checkpoint.state, self.progress
         check_optimizer(checkpoint, self.optimizer)
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
@@ -144,7 +144,7 @@ def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
         The checkpoint, None for a new run, and warnings.
 
     Raises:
-        UserError: the directory is in use, or its checkpoints are lost or damaged.
+        UserError: if the directory is in use, or its checkpoints are lost or damaged.
     """
     warnings: list[str] = []
     checkpoint = world.run_on_all_ranks(
@@ -320,21 +320,22 @@ def check_data(config: Config, run: RunDir, dataset: Dataset, fingerprint: str) 
     if dataset.fingerprint != fingerprint:
         raise UserError(
             f"data: {config.data.path} is not the data set that the run in {run.path} started "
-            "with; give that one, or start another run with --out"
+            "with; use that data set, or start another run with --out"
         )
 
 
 def check_parts(run: RunDir, old: str, new: str) -> None:
     """Raises UserError unless the model and optimizer are those that the run started with."""
     if old != new:
+        own = "vitral's own"
         raise UserError(
-            f"parts: the run in {run.path} has {old or 'those of vitral'}, not "
-            f"{new or 'those of vitral'}; resume it with its own, or start another with --out"
+            f"parts: the run in {run.path} uses {old or own}, not {new or own}; resume it with the "
+            "same parts, or start another run with --out"
         )
 
 
 def check_resumable(config: Config, run: RunDir, dataset: Dataset) -> None:
-    """Raises UserError where resuming the run in this directory would, but reads no tensors."""
+    """Raises the UserError that resuming this run would raise, without reading tensors."""
     steps = checkpoints.steps(run.checkpoints)
     if not steps:
         check_checkpoints_exist(run)

@@ -1,4 +1,4 @@
-"""Starting a run: its data and model from the settings, and whether it is new or resumes."""
+"""Starts or resumes a run: opens its data and builds its model from the settings."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def train(
         dataset: a map-style dataset to train on instead of `data.path`. Its items are (image,
             label), or a mapping with both: a PIL image, a uint8 tensor (C, H, W) or a uint8 array
             (H, W, C), and an integer.
-        val_dataset: one to validate on; None holds out `data.val_fraction` of each class.
+        val_dataset: a dataset to validate on; None holds out `data.val_fraction` of each class.
         classes: names of the classes; None takes them from `dataset.classes` or its `features`.
         fingerprint: identifies the images of both datasets, so that a run resumes on the same
             ones; None reads and hashes every image before the run starts or resumes.
-        parts: another model or optimizer than vitral's, for an experiment.
+        parts: replaces vitral's model or optimizer, for an experiment.
 
     Raises:
-        UserError: for an error in the settings or the data.
-        Interrupted: after a signal, once a checkpoint is written.
+        UserError: if there is an error in the settings or the data.
+        Interrupted: if a signal arrives, after a checkpoint is written.
     """
     if isinstance(recipe, str):
         recipe = weights.request(recipe, options)
@@ -74,7 +74,7 @@ def train(
             lambda: prepare(config, run, world, parts, datasets)
         )
         if len({*world.gather(data.fingerprint)}) > 1:
-            raise UserError(f"data: {config.data.path} is not the same for all processes")
+            raise UserError(f"data: {config.data.path} is not the same in all processes")
         checkpoint, warnings = resume.open_run(run, world)
         trainer = world.run_on_all_ranks(
             lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
@@ -98,9 +98,9 @@ def prepare(
     datasets: PythonDatasets | None = None,
     device: str = "cpu",
 ) -> tuple[list[str], Dataset, ViT]:
-    """Notes, data set and model of a run; finds errors before anything is written.
+    """Returns notes, data set and model of a run. Raises errors before anything is written.
 
-    On the device "meta" the model and the weights to start from are compared by shapes alone.
+    On the device "meta", only the shapes of the model and of the initial weights are compared.
     """
     check_processes(config, world.size)
     check_room(run.path)

@@ -1,4 +1,4 @@
-"""Signals that end a training run in good order."""
+"""Signals that stop a training run gracefully."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SIGNAL_NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def handled_signals() -> list[signal.Signals]:
-    """The signals that end a run in good order. A hangup that is ignored, as by nohup, does not."""
+    """Returns the signals that stop a run gracefully, except an ignored SIGHUP, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in SIGNAL_NUMBERS if number != signal.SIGHUP or not ignored]
 
 
 class Signals:
-    """Records signals while in use; a second one ends a lone process at once.
+    """Context manager that records signals. A second signal ends a single process immediately.
 
-    SIGHUP never counts as the second one: the kernel and the shell each send it when a terminal
+    SIGHUP never counts as the second signal: the kernel and the shell each send it when a terminal
     disappears, and systemd sends it after SIGTERM. Each of several processes may receive a signal
-    twice, from the terminal and from torchrun. In a notebook the second signal ends the cell.
-    Outside the main thread, where Python installs no handlers, nothing is recorded.
+    twice, from the terminal and from torchrun. In a notebook, the second signal interrupts the
+    cell. Outside the main thread, where Python cannot install handlers, no signals are recorded.
     """
 
     def __init__(self, world: World) -> None:
@@ -53,10 +53,10 @@ class Signals:
             raise Interrupted(self.received)
 
     def until_signal(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, until a lone process receives a signal: raises Interrupted before the next.
+        """Yields the items; after a signal to a single process, raises Interrupted instead.
 
-        So a lone process drops the optimizer step that it is in after the current micro-batch.
-        Several processes would have to agree on each micro-batch, so they finish the step.
+        A single process thus abandons its optimizer step after the current micro-batch. Several
+        processes would have to agree on each micro-batch, so they finish the step.
         """
         for item in items:
             if self.world.size == 1:
@@ -66,18 +66,18 @@ class Signals:
     def _record_signal(self, number: int, _: FrameType | None) -> None:
         first = self.received is None
         # torchrun forwards signals that a scheduler may have sent to its children already.
-        lone = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        single = self.world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
         second = self.received not in (None, signal.SIGHUP) and number != signal.SIGHUP
-        if lone and second:
+        if single and second:
             if in_notebook():
                 raise KeyboardInterrupt
             os._exit(128 + number)
         if first or number != signal.SIGHUP:
             self.received = number
-        # Without stderr another file may have its number.
+        # Without stderr, descriptor 2 may belong to another file.
         if not first or not self.world.is_main or sys.__stderr__ is None:
             return
-        hint = "; send it again to stop at once" if lone else ""
+        hint = "; send it again to stop at once" if single else ""
         text = f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n"
         with contextlib.suppress(OSError):  # its reader or terminal is gone
             os.write(2, text.encode())

@@ -1,4 +1,4 @@
-"""Training the last blocks on the output of the frozen ones, which is computed once."""
+"""Trains the last blocks on the output of the frozen blocks, which is computed once."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vitral.machine import input_device
 from vitral.model import ViT
 from vitral.training.resolved import Resolved
 
-MAX_CACHE_BYTES = 4e9  # bytes of tokens that are kept in memory
+MAX_CACHE_BYTES = 4e9  # maximum bytes of tokens kept in memory
 
 
 def can_cache(config: Config, num_images: int, processes: int) -> bool:
-    """Whether the inputs of the trained blocks are computed once instead of in each epoch.
+    """Returns whether to compute the inputs of the trained blocks once instead of every epoch.
 
-    They must be the same in each epoch, so there is no augmentation, and fit in memory. Several
-    processes would each need all of them. This depends on settings alone, so that a resumed run
-    does the same.
+    They must fit in memory and be the same in every epoch, which excludes augmentation. Each of
+    several processes would need all of them. The result depends on settings only, so that a resumed
+    run does the same.
     """
     model, train = config.model, config.train
     if not isinstance(train.trainable, int) or train.progressive or train.reproducible:
@@ -51,10 +51,10 @@ class TrainedBlocks(nn.Module):
 
 
 class TokenCache:
-    """The inputs of the trained blocks for each image, computed in order.
+    """Computes and stores the inputs of the trained blocks for all images.
 
     Args:
-        model: on its device.
+        model: the model, on its device.
         check: called with the number of images after each batch; may raise to stop.
     """
 
@@ -90,7 +90,7 @@ class TokenCache:
         self.tokens, self.labels = torch.cat(parts), torch.cat(labels)
 
     def batches(self, num_classes: int, steps: range) -> Iterator[Batch]:
-        """The micro-batches of the global batches `steps`, in the order of `train_batches`."""
+        """Yields the micro-batches of the given steps, in the order of `train_batches`."""
         train = self.config.train
         order = Order(train.seed, len(self.labels), train.batch_size, self.config.augment.repeats)
         for step in steps:

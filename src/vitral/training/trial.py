@@ -1,4 +1,4 @@
-"""What this machine can do, found by trying: compile, and run vitral's own kernels faster."""
+"""Trials on this machine: whether compilation works and vitral's own kernels are faster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDS, STEPS = 5, 10
 def autocast(
     device: str, precision: Literal["bf16", "fp32"]
 ) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast, or nothing."""
+    """Returns a context with bf16 autocast, or without autocast in float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device, torch.bfloat16)
@@ -30,13 +30,13 @@ def autocast(
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile builds a kernel for a device; where it does not, a warning says why."""
+    """Returns whether torch.compile works on a device; warns with the reason if it does not."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
-    except Exception as error:  # a compiler's, of whatever kind
+    except Exception as error:  # compilers raise errors of any type
         warnings.warn(
-            f"training is not compiled, and slower, as torch.compile fails: {_reason(error)}; what "
-            "it mostly lacks are a C compiler and Python's headers",
+            f"training is not compiled and runs slower, because torch.compile fails: "
+            f"{_reason(error)}; usually a C compiler or Python's headers are missing",
             stacklevel=2,
         )
         return False
@@ -51,11 +51,11 @@ def fused_is_faster(
     compile: bool,
     micro_batch: int,
 ) -> bool:
-    """On a GPU tries a norm and a feed-forward network on noise, both passes, in turn.
+    """Returns whether vitral's kernels are faster than torch's on a device.
 
-    False where there are no kernels for that, as on mps and xpu, or where they fail. A CPU is known
-    by its maker, so that the same run is the same to the last bit, whatever else the machine has to
-    do.
+    On a GPU, times both passes of a norm and a feed-forward network on noise, alternately. Returns
+    False if there are no kernels for the device, as on mps and xpu, or if they fail. On a CPU, the
+    result depends on its vendor and not on timing, so that a run is bit-identical under any load.
     """
     if device == "cpu":
         eager = config.kernels == "auto" and not compile
@@ -74,8 +74,8 @@ def fused_is_faster(
             fused()
             plain()
             rounds = [(_seconds(fused), _seconds(plain)) for _ in range(ROUNDS)]
-        except Exception as error:  # a compiler's, of whatever kind
-            message = f"torch's kernels do the work, as vitral's fail: {_reason(error)}"
+        except Exception as error:  # compilers raise errors of any type
+            message = f"using torch's kernels, because vitral's fail: {_reason(error)}"
             warnings.warn(message, stacklevel=2)
             return False
         finally:
@@ -86,7 +86,7 @@ def fused_is_faster(
 
 
 def _reason(error: Exception) -> str:
-    """The first line of a compiler's error, which may have dozens."""
+    """Returns the first line of a compiler's error, which may have dozens."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

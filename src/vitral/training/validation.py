@@ -1,4 +1,4 @@
-"""Validating during training: every image once, spread over the processes."""
+"""Validation during training: every image once, distributed over the processes."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Validation:
         self.workers, self.device = workers, device
 
     def measure(self, signals: Signals) -> Scores:
-        """The scores of the model as it is; every process takes part.
+        """Scores the model with its current weights. Every process must call this.
 
         Raises:
-            Interrupted: a signal arrived in a lone process.
+            Interrupted: if a signal arrived in a single process.
         """
         self.model.eval()
 
@@ -63,15 +63,15 @@ class Validation:
         return not isinstance(self.records, Packed | Pixels)
 
     def check_images(self, signals: Signals) -> None:
-        """Decodes every image, so that a broken one ends the run before its first step.
+        """Decodes every image, so that a broken one stops the run before its first step.
 
         Raises:
-            UserError: an image cannot be decoded.
+            UserError: if an image cannot be decoded.
         """
         self.world.run_on_all_ranks(lambda: collections.deque(self._batches(signals), maxlen=0))
 
     def _batches(self, signals: Signals) -> Iterator[Batch]:
-        """This process's part of the validation images, until a signal arrives."""
+        """Yields this process's part of the validation images, until a signal arrives."""
         batches = eval_batches(
             self.records,
             self.config,

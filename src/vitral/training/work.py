@@ -1,4 +1,4 @@
-"""The work of a model on its device, over and over: training's very step, or a forward pass."""
+"""Repeatable work for measurements: a training step or a forward pass of a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vitral.training.resolved import build_model, compiled, prepare_device, reso
 
 
 class Work(ABC):
-    """A model, and a batch of noise for it that lies on the device.
+    """A model, and a batch of noise on its device.
 
     Args:
-        side: of the images, in pixels.
-        model: vitral's as the run would build it, if none is given. A peer must name its parts as
-            timm and vitral do: `blocks`, `norm` and `head`.
+        image_size: height and width of the images, in pixels.
+        model: the model; None builds vitral's model as a run does. Another model must have the
+            attributes `blocks`, `norm` and `head`, as in timm and vitral.
     """
 
     def __init__(
@@ -34,24 +34,24 @@ class Work(ABC):
     ) -> None:
         self.config, self.device = config, pick_device(config.train.device)
         own = build_model(config, num_classes) if model is None else model
-        # The names of its parts are all that the step knows of a model.
+        # The step relies only on the names of the model's parts.
         self.model = cast(ViT, own.to(self.device))
         prepare_device(config, self.device)
         self.resolved = resolve(config, self.model, self.device)
         torch.set_num_threads(self.resolved.threads)
         size = self.resolved.micro_batch
         images = torch.randn(size, CHANNELS, image_size, image_size, device=self.device)
-        # Even ones would be what the head starts with: gradients of nothing but rounding.
+        # A new head predicts equal probabilities; equal targets would give only rounding errors.
         targets = torch.randn(size, num_classes, device=self.device).softmax(1)
         self.batch = Batch(0, 0, images, targets, [])
 
     @abstractmethod
     def step(self, batch: Batch) -> int:
-        """Does the work on a batch; returns the number of its images."""
+        """Does the work on a batch; returns its number of images."""
 
 
 class Training(Work):
-    """The step that training takes: both passes, clipping, the optimiser, gradients cleared."""
+    """A training step: both passes, clipping, the optimizer, and clearing the gradients."""
 
     def __init__(
         self, config: Config, num_classes: int, image_size: int, model: nn.Module | None = None
@@ -61,7 +61,7 @@ class Training(Work):
         self.accumulator = AveragedGradients(self.model, config.train, self.resolved, World())
 
     def accumulate(self, batch: Batch) -> torch.Tensor:
-        """Both passes of a batch; returns its loss."""
+        """Runs both passes of a batch; returns its loss."""
         return self.accumulator.accumulate(batch, last=True)
 
     def step(self, batch: Batch) -> int:
@@ -70,12 +70,12 @@ class Training(Work):
         return len(batch.images)
 
     def rate(self, batches: Iterator[Batch], workers: int = 0, seconds: float = 0.5) -> float:
-        """Images per second of a step on each of the batches."""
+        """Returns the images per second of training steps on the batches."""
         return images_per_second(map(self.step, batches), workers, self.device, seconds)
 
 
 class Inference(Work):
-    """A forward pass, as evaluation has it in training."""
+    """A forward pass, as in evaluation during training."""
 
     def __init__(
         self, config: Config, num_classes: int, image_size: int, model: nn.Module | None = None
