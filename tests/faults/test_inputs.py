@@ -1,4 +1,4 @@
-"""Damaged and hostile data: whatever the bytes are, the answer is a result or one line."""
+"""Damaged and hostile data: any bytes lead to a result or to an error of one line."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def encoded(kind, seed=0, **options):
 
 
 def mutations(content, count):
-    """Copies with a few bytes changed, cut, repeated or moved."""
+    """Yields copies with some bytes changed, removed, repeated or moved."""
     draw = np.random.default_rng(0)
     for _ in range(count):
         changed = bytearray(content)
@@ -57,21 +57,21 @@ def mutations(content, count):
     ("kind", "progressive"), [*((kind, False) for kind in KINDS), ("JPEG", True)]
 )
 def test_mutated_images_decode_or_are_rejected(kind, progressive):
-    """In bounded memory, which a bomb among them would exceed."""
+    """In limited memory, which a decompression bomb would exceed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), hard))
     try:
         original = encoded(kind, progressive=progressive)
-        refused = [refusal(decode, DecodeError, copy) for copy in mutations(original, 500)]
+        messages = [error_message(decode, DecodeError, copy) for copy in mutations(original, 500)]
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert any(refused)
-    assert not all(refused)
+    assert any(messages)
+    assert not all(messages)
 
 
-def refusal(call, kinds, *arguments):
-    """The message of an error of these kinds, one line; None without an error."""
+def error_message(call, kinds, *arguments):
+    """Returns the message of an error of these types, which is one line; None without an error."""
     try:
         call(*arguments)
     except kinds as error:
@@ -86,7 +86,7 @@ def read_all(root):
     dataset = open_dataset(DataConfig(path=str(root)), 16, 0, train=False)
     assert all(isinstance(name, str) for name in dataset.classes)
     for i in range(len(dataset.val)):
-        refusal(dataset.val.read, (DecodeError, OSError), i)
+        error_message(dataset.val.read, (DecodeError, OSError), i)
 
 
 def tar():
@@ -114,21 +114,21 @@ def parquet():
 def test_mutated_tables_open_or_are_rejected(tmp_path, monkeypatch, name, make):
     monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
-    refused = []
+    messages = []
     for content in mutations(make(), 400):
         (tmp_path / "set" / name).write_bytes(content)
-        refused.append(refusal(read_all, UserError, tmp_path / "set"))
-    assert any(refused)
-    assert not all(refused)
+        messages.append(error_message(read_all, UserError, tmp_path / "set"))
+    assert any(messages)
+    assert not all(messages)
 
 
 def test_mutated_settings_load_or_are_rejected(tmp_path):
-    path, refused = tmp_path / "own.yaml", []
+    path, messages = tmp_path / "own.yaml", []
     for content in mutations(settings.dump(Config()).encode(), 400):
         path.write_bytes(content)
-        refused.append(refusal(settings.load, UserError, str(path)))
-    assert any(refused)
-    assert not all(refused)
+        messages.append(error_message(settings.load, UserError, str(path)))
+    assert any(messages)
+    assert not all(messages)
 
 
 WORK = """
@@ -144,20 +144,20 @@ print([int(tensor[0]) for tensor in in_workers(Tensors(), range(5), 2)])
 
 
 @pytest.mark.parametrize("size", ["4k", "16k"])
-def test_without_shared_memory_no_worker_is_needed(size):
+def test_loading_works_without_shared_memory(size):
     if shutil.which("unshare") is None:
         pytest.skip("no unshare")
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77"
     small = f"{mount}; exec {sys.executable} -c '{WORK}'"
     done = subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True, timeout=120)
     if done.returncode == 77 or b"unshare" in done.stderr:
-        pytest.skip("may not mount a disk")
+        pytest.skip("cannot mount a file system")
     assert done.stdout == b"[0, 1, 2, 3, 4]\n"
     assert done.stderr == b"vitral: 0 of 2 data workers can be started: No space left on device\n"
     assert done.returncode == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sockets are files")
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets are files on other systems")
 def test_a_killed_run_leaves_no_temporary_files(tmp_path):
     program = (
         WORK.replace("range(5)", "iter(int, 1)")

@@ -1,4 +1,4 @@
-"""A run whose terminal or reader disappears stops only at a signal, and then in good order."""
+"""A run that loses its terminal or its output's reader stops only at a signal, and gracefully."""
 
 import fcntl
 import os
@@ -27,10 +27,10 @@ def use(descriptor):
 
 
 def start(command, kind):
-    """Runs a command in a forked process that is the leader of a session.
+    """Runs a command in a forked process that leads a new session.
 
     Returns:
-        Its ID, and the descriptor of the other end of its output, or None.
+        The process ID, and the descriptor of the other end of its output, or None.
     """
     other, own = {"pipe": os.pipe, "terminal": pty.openpty, "closed": lambda: (None, None)}[kind]()
     child = os.fork()
@@ -65,9 +65,9 @@ def command_for(data, out, **changes):
 
 
 def stopped(data, out, kind, number):
-    """Takes the listener away from a run, sends a signal, and returns the exit code.
+    """Closes the other end of a run's output, sends a signal and returns the exit code.
 
-    For a terminal the signal is the hangup that the kernel sends by itself.
+    For a terminal, the signal is SIGHUP, which the kernel sends.
     """
     child, other = start(command_for(data, out), kind)
     wait_for([child], out, 3)
@@ -102,13 +102,13 @@ def test_a_signal_writes_a_checkpoint(image_folder, tmp_path, kind, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(20))
 @pytest.mark.parametrize(("kind", "number"), CASES)
-def test_a_signal_writes_a_checkpoint_always(image_folder, tmp_path, kind, number, attempt):
+def test_a_signal_always_writes_a_checkpoint(image_folder, tmp_path, kind, number, attempt):
     check_stopped(image_folder, tmp_path / "run", kind, number)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_a_run_outlives_its_listener(image_folder, tmp_path, kind):
-    """A hangup is ignored, as under nohup, so only the output fails."""
+def test_a_run_continues_without_a_listener(image_folder, tmp_path, kind):
+    """SIGHUP is ignored, as under nohup, so only the output fails."""
     out = tmp_path / "run"
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -123,8 +123,8 @@ def test_a_run_outlives_its_listener(image_folder, tmp_path, kind):
 
 
 @pytest.mark.parametrize("words", [["recipes"], ["train", "--no-such-option"]])
-def test_closed_streams_are_not_given_to_other_files(words, tmp_path):
-    """What is printed would end in them."""
+def test_descriptors_of_closed_streams_are_not_reused(words, tmp_path):
+    """Output would be written to other files."""
     child = os.fork()
     if not child:
         code = 99
@@ -142,8 +142,8 @@ def test_closed_streams_are_not_given_to_other_files(words, tmp_path):
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_a_hangup_of_the_process_group_leaves_the_workers(image_folder, tmp_path):
-    """A shell sends it to all processes of a job; only the run itself acts on it."""
+def test_workers_ignore_a_hangup_of_the_process_group(image_folder, tmp_path):
+    """A shell sends SIGHUP to all processes of a job; only the main process handles it."""
     command = command_for(image_folder, tmp_path / "run", data__workers=2)
     child, other = start(command, "pipe")
     wait_for([child], tmp_path / "run", 3)

@@ -1,7 +1,7 @@
-"""After a power failure only work since the last checkpoint is lost.
+"""A power failure loses only the work since the last checkpoint.
 
-A disk may lose everything that was not flushed: the content of a file since its last fsync, and the
-entries of a directory since its own. A run records what is on such a disk after each fsync.
+A disk may lose everything that was not flushed: changes of a file since its last fsync, and changes
+of the entries of a directory since its last fsync. A run records what remains on such a disk.
 """
 
 import os
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 class Disk:
-    """What a power failure leaves of a directory.
+    """What remains of a directory after a power failure.
 
     Args:
-        root: the directory, which is itself on the disk.
+        root: the directory, whose own entry is on the disk.
         keep: where to put copies of it.
     """
 
@@ -38,7 +38,9 @@ class Disk:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         number = os.fstat(descriptor).st_ino
         if number not in self.files and number not in self.entries:
-            os.dup(descriptor)  # a file that is open keeps its number, even if it is removed
+            os.dup(
+                descriptor
+            )  # the inode number of an open file is not reused, even if it is removed
         if path.is_dir():
             self.entries[number] = {each.name: each.lstat().st_ino for each in path.iterdir()}
         else:
@@ -48,7 +50,7 @@ class Disk:
             self._restore(self.root.stat().st_ino, self.keep / f"{self.count:03d}")
 
     def _restore(self, number, place):
-        """Writes what the disk has of a directory; files that it has no content of are empty."""
+        """Writes a directory as it is on the disk; files without flushed content are empty."""
         place.mkdir()
         for name, inner in self.entries.get(number, {}).items():
             if inner in self.entries:
@@ -59,7 +61,7 @@ class Disk:
 
 @pytest.fixture(scope="module")
 def failures(image_folder, tmp_path_factory):
-    """A run, and what power failures after each of its checkpoints leave of its parent."""
+    """A run, and what remains of its parent directory after a power failure at each checkpoint."""
     home = tmp_path_factory.mktemp("power")
     root, keep = home / "root", home / "keep"
     root.mkdir()

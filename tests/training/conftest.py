@@ -1,4 +1,4 @@
-"""Data sets and runs of several training tests."""
+"""Data sets and runs shared by the training tests."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from .processes import digests, end_all, finish_single, make_config, run, words
 
 
 @pytest.fixture(autouse=True)
-def _leave_none():
-    """Ends what a test that fails leaves behind."""
+def _end_processes():
+    """Ends processes that a failed test leaves behind."""
     yield
     end_all()
 
@@ -31,7 +31,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pair(pictures, tmp_path_factory):
-    """The digests of a run in two processes that nothing disturbed."""
+    """The digests of an uninterrupted run in two processes."""
     out = tmp_path_factory.mktemp("pair") / "run"
     return digests(run(words(pictures, out), 2))
 

@@ -1,4 +1,4 @@
-"""Small training runs in forked processes, and what two equal runs have in common."""
+"""Small training runs in forked processes, and digests that are the same for equal runs."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401  optimizers import it; here once, not in every forked process
+import torch._dynamo  # noqa: F401  optimizers import it; import it once, not in every fork
 
 from vitral import settings
 from vitral.cli import main
@@ -20,7 +20,7 @@ from vitral.rundir import RunDir, read_rows
 from vitral.training import Interrupted, train
 from vitral.training.metrics import CLOCK_COLUMNS
 
-TIMEOUT = 90.0  # seconds until a process counts as hanging
+TIMEOUT = 90.0  # seconds after which a process is considered stuck
 COMMON = {
     "model.dim": 16,
     "model.depth": 2,
@@ -56,7 +56,7 @@ REPRODUCIBLE = {"train__reproducible": True}  # six images in each shard, in mic
 
 
 def options(base, changes):
-    """The options of a command: `base` with changes, whose names have __ for the dot."""
+    """Returns the options of a command: `base` with changes, whose names use __ for dots."""
     values = base | {n.replace("__", ".").replace("_", "-"): v for n, v in changes.items()}
     flags = [f"--{name}" for name, value in values.items() if value is True]
     pairs = [(f"--{n}", *str(v).split()) for n, v in values.items() if v is not True]
@@ -64,13 +64,13 @@ def options(base, changes):
 
 
 def make_config(data, out, /, **changes):
-    """The settings of a run in one process, with changes to SINGLE."""
+    """Returns the settings of a run in one process: SINGLE with changes."""
     places = {"data.path": data, "train.out": out}
     return settings.load("digits", options(SINGLE | places, changes))
 
 
 def words(data, out, /, **changes):
-    """The words of a command that trains in several processes, with changes to DISTRIBUTED."""
+    """Returns a command that trains in several processes: DISTRIBUTED with changes."""
     return ["train", "digits", *options(DISTRIBUTED | {"data": data, "out": out}, changes)]
 
 
@@ -79,11 +79,11 @@ def folder_of(command):
 
 
 def fork(action, environment=None, stderr=None):
-    """Runs `action` in a forked process, which ends with the exit code that it returns.
+    """Runs `action` in a forked process, which exits with the code that it returns.
 
     Args:
         environment: changes to the process's environment.
-        stderr: the file of what it prints there, and of a traceback.
+        stderr: file for stderr, including a traceback.
 
     Returns:
         The process ID, which is also the ID of the process group of its workers.
@@ -126,7 +126,7 @@ def finish_single(config):
 
 
 def signal_at(config, step, number):
-    """Trains until the log has reached `step`, sends a signal, and returns the exit code."""
+    """Trains until the log reaches `step`, sends a signal and returns the exit code."""
     child = start_single(config)
     wait_for([child], Path(config.train.out), step)
     os.kill(child, number)
@@ -137,10 +137,10 @@ STARTED: list[int] = []
 
 
 def start(commands, hook=None):
-    """Runs each command in a forked process, all as one training; returns their IDs.
+    """Runs each command in a forked process of the same training run; returns their IDs.
 
     Args:
-        hook: called with its rank in each process before the command.
+        hook: called in each process, with its rank, before the command.
     """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -164,13 +164,13 @@ def _fork_rank(rank, commands, port, hook):
 
 
 def errors(command, rank):
-    """The file with what a process writes to stderr."""
+    """Returns the file with the stderr of a process."""
     out = folder_of(command)
     return out.with_name(f"{out.name}.{rank}.err")
 
 
 def finish(children):
-    """The exit codes of processes; all of them and their workers must end."""
+    """Returns the exit codes of processes, once they and their workers have ended."""
     codes, end = {}, time.monotonic() + TIMEOUT
     while (left := set(children) - set(codes)) or any(map(alive, children)):
         for child in left:
@@ -178,13 +178,13 @@ def finish(children):
             if done:
                 codes[child] = os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
-            pytest.fail(f"a process or its worker is left; ended have {codes} of {children}")
+            pytest.fail(f"a process or its worker is still running; of {children}, {codes} ended")
         time.sleep(0.001)
     return [codes[child] for child in children]
 
 
 def alive(group):
-    """Whether a process group has a process."""
+    """Returns whether a process group has a process."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -193,21 +193,21 @@ def alive(group):
 
 
 def end_all():
-    """Ends what a failed test leaves behind."""
+    """Ends processes that a failed test leaves behind."""
     for child in filter(alive, STARTED):
         os.killpg(child, signal.SIGKILL)
     STARTED.clear()
 
 
 def run(command, size, hook=None):
-    """Trains to the end in `size` processes, and returns the run directory."""
+    """Trains to the end in `size` processes and returns the run directory."""
     codes = finish(start([command] * size, hook))
     assert codes == [0] * size, [errors(command, rank).read_text() for rank in range(size)]
     return folder_of(command)
 
 
 def wait_for(children, out, step):
-    """Returns when the log has reached `step`."""
+    """Waits until the log reaches `step`."""
     while not any(row["step"] >= step for row in read_rows(RunDir(out).metrics)):
         time.sleep(0.001)
         for child in children:
@@ -215,12 +215,12 @@ def wait_for(children, out, step):
 
 
 def newest(out):
-    """The directory of the last checkpoint."""
+    """Returns the directory of the last checkpoint."""
     return max(RunDir(out).checkpoints.iterdir())
 
 
 def digests(out):
-    """What equal runs share: every tensor and table, and the log without its clock columns."""
+    """Returns digests of all tensors and tables, and the log without its clock columns."""
     run = RunDir(out)
     files = [*newest(out).glob("*.safetensors"), *run.weights.glob("*/*.safetensors")]
     files += [run.path / "per_class.csv", run.path / "confused_pairs.csv"]

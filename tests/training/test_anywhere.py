@@ -1,6 +1,6 @@
-"""Training where signals and terminals are not what a command has: threads, event loops, streams.
+"""Training in threads and event loops, and with unusual output streams.
 
-Each run must equal `finished`, which a process of its own trained.
+Each run must equal `finished`, which was trained in a separate process.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 class Stream:
-    """Has `write` and `flush` only, as the replacement of stdout in an embedding program may."""
+    """Only has `write` and `flush`, like a replacement for stdout in another program."""
 
     def __init__(self):
         self.text = ""
@@ -56,7 +56,7 @@ def check(run, finished):
     assert RunDir(run).report.is_file()
 
 
-def test_in_a_thread(config, finished):
+def test_training_in_a_thread(config, finished):
     with ThreadPoolExecutor() as pool:
         run = pool.submit(train, config).result()
     check(run, finished)
@@ -66,7 +66,7 @@ def test_in_a_thread(config, finished):
     assert displayed(run / "weights") is None
 
 
-def test_in_an_event_loop(config, finished):
+def test_training_in_an_event_loop(config, finished):
     before = [signal.getsignal(number) for number in SIGNAL_NUMBERS]
 
     async def main():
@@ -77,7 +77,7 @@ def test_in_an_event_loop(config, finished):
 
 
 @pytest.mark.parametrize("kind", [Stream, lambda: None])
-def test_with_other_streams(config, finished, monkeypatch, kind):
+def test_training_with_other_streams(config, finished, monkeypatch, kind):
     stream = kind()
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", kind())
@@ -97,7 +97,7 @@ def test_a_second_training_is_rejected_while_one_runs(config):
     thread = threading.Thread(target=first)
     thread.start()
     seen.wait()
-    with pytest.raises(UserError, match="expected one training at a time in a process"):
+    with pytest.raises(UserError, match="expected one training run at a time in a process"):
         train(config)
     end.set()
     thread.join()

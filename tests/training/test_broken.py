@@ -1,4 +1,4 @@
-"""Broken training images: each reported once, and an error if there are too many."""
+"""Broken training images: each is reported once, and too many are an error."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from vitral.training.distributed import World
 
 
 def files(count):
-    """Records of `count` files, /data/0.jpg and so on, that are never read."""
+    """Returns records of `count` files, /data/0.jpg and so on, which are never read."""
     names = np.array([f"{i}.jpg".encode() for i in range(count)])
     zeros = np.zeros(count, np.int64)
     return Files(Path("/data"), names, zeros, zeros)
 
 
 def first_of_two(other):
-    """The main process of two, of which the other has found `other`."""
+    """Returns the main process of two; the second one has found the images `other`."""
 
     class Two(World):
         def gather(self, value):
@@ -81,12 +81,12 @@ def test_ten_are_named_and_the_rest_counted(lines):
 
 
 def test_processes_synchronize_on_request(lines):
-    world = first_of_two({5: "theirs", 2: "both"})
+    world = first_of_two({5: "second", 2: "both"})
     broken = BrokenImages(files(3000), world, (), lines.append)
-    broken.add([(9, "mine"), (2, "both")])
+    broken.add([(9, "first"), (2, "both")])
     assert (lines, broken.known) == ([], {})
     broken.synchronize()
-    assert list(broken.known.items()) == [(2, "both"), (5, "theirs"), (9, "mine")]
-    assert [line.rpartition(": ")[2] for line in lines] == ["both", "theirs", "mine"]
-    broken.synchronize()  # the other process repeats what is known already
+    assert list(broken.known.items()) == [(2, "both"), (5, "second"), (9, "first")]
+    assert [line.rpartition(": ")[2] for line in lines] == ["both", "second", "first"]
+    broken.synchronize()  # the second process finds the same images again
     assert len(lines) == 3

@@ -1,4 +1,4 @@
-"""How many epochs fit a time budget, with costs given by hand; one measurement is real."""
+"""The epochs that fit a time budget, with given costs and with measured ones."""
 
 import multiprocessing
 
@@ -26,20 +26,20 @@ def request(*words):
     ("words", "seconds"),
     [("600", 600), ("90s", 90), ("10m", 600), ("2h", 7200), ("1h30m", 5400), ("1m2.5s", 62.5)],
 )
-def test_times(words, seconds):
+def test_time_budgets_are_parsed(words, seconds):
     config = request("--time-budget", words).config
     assert config.train.time_budget == seconds
     assert "time_budget: " + str(float(seconds)) in settings.dump(config)
 
 
 @pytest.mark.parametrize("words", ["soon", "-5", "10 m", "1m1h", "0", "", "inf"])
-def test_invalid_times_are_rejected(words):
+def test_invalid_time_budgets_are_rejected(words):
     with pytest.raises(UserError, match=r"^train\.time_budget: expected a "):
         request("--time-budget", words)
 
 
-def test_most_epochs_by_hand():
-    """1,280 images are 20 steps an epoch; 38 are validated 8 times, every 5 epochs."""
+def test_max_epochs_by_hand():
+    """1,280 images are 20 steps per epoch; 38 epochs have 8 validations, one every 5 epochs."""
     config = request("--train.eval-every", "70").config
     costs = Costs(fixed=8.0, step=0.1, validation=2.0)
     given = frozenset({"train.eval_every"})
@@ -51,7 +51,7 @@ def test_most_epochs_by_hand():
     assert max_epochs(request().config, NONE, costs, 1280, 1e4) > 70
 
 
-def test_more_epochs_always_take_longer_than_the_budget():
+def test_one_more_epoch_exceeds_the_budget():
     costs = Costs(fixed=3.0, step=0.02, validation=0.7)
     config = request().config
     for seconds in range(5, 300, 7):
@@ -62,16 +62,17 @@ def test_more_epochs_always_take_longer_than_the_budget():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Fixed costs in the place of a measurement, in proportion to the image's area."""
-    sides = []
+    """Replaces the measurement with costs in proportion to the area of the images."""
+    image_sizes = []
 
     def measure(config, processes, data):
-        side = config.model.image_size
-        sides.append(side)
-        return Costs(1.0, 0.05 * (side / 8) ** 2, 0.5 * (side / 8) ** 2), 1437
+        image_size = config.model.image_size
+        image_sizes.append(image_size)
+        scale = (image_size / 8) ** 2
+        return Costs(1.0, 0.05 * scale, 0.5 * scale), 1437
 
     monkeypatch.setattr(budget, "measure", measure)
-    return sides
+    return image_sizes
 
 
 def fit(tmp_path, *words):
@@ -93,7 +94,7 @@ def test_a_new_run_uses_the_epochs_that_fit(measured, tmp_path):
     assert measured == [8]
 
 
-def test_images_become_smaller_where_too_few_epochs_fit(measured, tmp_path):
+def test_images_become_smaller_if_too_few_epochs_fit(measured, tmp_path):
     found = fit(tmp_path, "--time-budget", "8s").config
     assert 4 <= found.model.image_size < 8
     assert found.train.epochs >= 5
@@ -150,7 +151,7 @@ def test_a_run_is_resumed_without_a_second_measurement(measured, tmp_path, capsy
 
 
 @pytest.mark.parametrize("path", ["digits", "folder"])
-def test_a_real_measurement(image_folder, path):
+def test_costs_are_measured_without_side_effects(image_folder, path):
     data = str(image_folder) if path == "folder" else path
     words = ["--data", data, "--time-budget", "1s", "--data.workers", "1", *TINY[:4]]
     state, threads = torch.get_rng_state(), torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Checkpoints: the newest intact one is found, and old ones go only after a new one is verified."""
+"""Checkpoints: the newest intact one is read; old ones are removed once a new one is verified."""
 
 import shutil
 
@@ -12,8 +12,8 @@ from vitral.training.checkpoint import Checkpoint
 from .processes import damage
 
 
-def made(step):
-    """A checkpoint whose content follows from its step."""
+def make_checkpoint(step):
+    """Returns a checkpoint whose content depends on its step."""
     draw = torch.Generator().manual_seed(step)
     tensors = {
         kind: {"a": torch.randn(40, 3, generator=draw), "b": torch.tensor(step)}
@@ -36,34 +36,34 @@ def assert_same(found, expected):
 def folder(tmp_path):
     """Checkpoints of steps 3, 6 and 9."""
     for step in (3, 6, 9):
-        checkpoint.save(tmp_path / "checkpoints", made(step), None)
+        checkpoint.save(tmp_path / "checkpoints", make_checkpoint(step), None)
     return tmp_path / "checkpoints"
 
 
-def test_the_newest_is_read_as_it_was_written(folder):
+def test_the_newest_checkpoint_is_read_as_written(folder):
     assert checkpoint.steps(folder.parent / "none") == []
     assert checkpoint.latest(folder.parent / "none", pytest.fail) is None
     assert sorted(checkpoint.steps(folder)) == [3, 6, 9]
-    assert_same(checkpoint.latest(folder, pytest.fail), made(9))
-    assert_same(checkpoint.read(folder, 6), made(6))
+    assert_same(checkpoint.latest(folder, pytest.fail), make_checkpoint(9))
+    assert_same(checkpoint.read(folder, 6), make_checkpoint(6))
     assert checkpoint.read_state(folder, 3)["fingerprint"] == "3"
 
 
 def test_steps_are_compared_as_numbers(tmp_path):
     for step in (10_000_000, 9_999_999, 2):
-        checkpoint.save(tmp_path, made(step), None)
+        checkpoint.save(tmp_path, make_checkpoint(step), None)
     (tmp_path / "step_99999999x").mkdir()
     (tmp_path / "notes").touch()
-    assert_same(checkpoint.latest(tmp_path, pytest.fail), made(10_000_000))
+    assert_same(checkpoint.latest(tmp_path, pytest.fail), make_checkpoint(10_000_000))
 
 
 @pytest.mark.parametrize(
     ("best", "kept"), [(None, [9, 12, 15]), (6, [6, 9, 12, 15]), (12, [9, 12, 15])]
 )
 def test_the_last_three_and_the_best_are_kept(folder, best, kept):
-    (folder / ".step_0000001.new").mkdir()  # of a write that was killed
+    (folder / ".step_0000001.new").mkdir()  # left by a killed write
     for step in (12, 15):
-        checkpoint.save(folder, made(step), best)
+        checkpoint.save(folder, make_checkpoint(step), best)
     assert sorted(path.name for path in folder.iterdir()) == [f"step_{k:07d}" for k in kept]
 
 
@@ -76,10 +76,10 @@ def test_nothing_is_removed_before_the_new_one_is_verified(folder, monkeypatch):
 
     monkeypatch.setattr(storage, "write", write_badly)
     with pytest.raises(storage.CorruptError, match="step_0000012"):
-        checkpoint.save(folder, made(12), None)
+        checkpoint.save(folder, make_checkpoint(12), None)
     assert sorted(checkpoint.steps(folder)) == [3, 6, 9, 12]
     warnings = []
-    assert_same(checkpoint.latest(folder, warnings.append), made(9))
+    assert_same(checkpoint.latest(folder, warnings.append), make_checkpoint(9))
     assert len(warnings) == 1
 
 
@@ -97,7 +97,7 @@ def test_nothing_is_removed_before_the_new_one_is_verified(folder, monkeypatch):
 def test_damaged_checkpoints_are_skipped(folder, name, kind):
     damage(folder / "step_0000009" / name, kind)
     warnings = []
-    assert_same(checkpoint.latest(folder, warnings.append), made(6))
+    assert_same(checkpoint.latest(folder, warnings.append), make_checkpoint(6))
     (warning,) = warnings
     assert "step_0000009" in warning
     if kind != "flipped" or name != "manifest.json":
@@ -107,18 +107,18 @@ def test_damaged_checkpoints_are_skipped(folder, name, kind):
 def test_checkpoints_of_another_version_are_skipped(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "SCHEMA", 1)
-        checkpoint.save(folder, made(12), None)
+        checkpoint.save(folder, make_checkpoint(12), None)
     warnings = []
-    assert_same(checkpoint.latest(folder, warnings.append), made(9))
+    assert_same(checkpoint.latest(folder, warnings.append), make_checkpoint(9))
     assert f"schema 1, not {checkpoint.SCHEMA}" in warnings[0]
 
 
 def test_a_checkpoint_between_two_renames_is_found(folder):
-    """A kill while a checkpoint of the same step is replaced."""
+    """The process was killed while it replaced a checkpoint of the same step."""
     newest = folder / "step_0000009"
     shutil.copytree(newest, folder / f".{newest.name}.new")
     newest.rename(folder / f".{newest.name}.old")
-    assert_same(checkpoint.latest(folder, pytest.fail), made(9))
+    assert_same(checkpoint.latest(folder, pytest.fail), make_checkpoint(9))
     checkpoint.save(folder, Checkpoint(10, {}, {}), None)
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
@@ -126,7 +126,7 @@ def test_a_checkpoint_between_two_renames_is_found(folder):
 def test_checkpoints_of_another_step_are_skipped(folder):
     shutil.copytree(folder / "step_0000006", folder / "step_0000018")
     warnings = []
-    assert_same(checkpoint.latest(folder, warnings.append), made(9))
+    assert_same(checkpoint.latest(folder, warnings.append), make_checkpoint(9))
     (warning,) = warnings
     assert "step_0000018: step 6, not 18" in warning
 
@@ -137,17 +137,17 @@ def test_other_files_are_left_untouched(folder):
     (folder / ".step_0000004.new").symlink_to("gone")
     assert sorted(checkpoint.steps(folder)) == [3, 6, 9]
     for step in (12, 15):
-        checkpoint.save(folder, made(step), None)
+        checkpoint.save(folder, make_checkpoint(step), None)
     assert sorted(checkpoint.steps(folder)) == [9, 12, 15]
-    assert_same(checkpoint.latest(folder, pytest.fail), made(15))
+    assert_same(checkpoint.latest(folder, pytest.fail), make_checkpoint(15))
 
 
 def test_a_link_to_a_checkpoint_is_read_and_pruned(folder):
     elsewhere = folder.parent / "elsewhere"
     (folder / "step_0000003").rename(elsewhere)
     (folder / "step_0000003").symlink_to(elsewhere)
-    assert_same(checkpoint.read(folder, 3), made(3))
-    checkpoint.save(folder, made(12), None)
+    assert_same(checkpoint.read(folder, 3), make_checkpoint(3))
+    checkpoint.save(folder, make_checkpoint(12), None)
     assert sorted(path.name for path in folder.iterdir()) == [
         f"step_{step:07d}" for step in (6, 9, 12)
     ]
@@ -156,5 +156,5 @@ def test_a_link_to_a_checkpoint_is_read_and_pruned(folder):
 
 def test_a_file_at_the_path_of_a_checkpoint_is_replaced(folder):
     (folder / "step_0000012").touch()
-    checkpoint.save(folder, made(12), None)
-    assert_same(checkpoint.latest(folder, pytest.fail), made(12))
+    checkpoint.save(folder, make_checkpoint(12), None)
+    assert_same(checkpoint.latest(folder, pytest.fail), make_checkpoint(12))

@@ -1,4 +1,4 @@
-"""Training in many processes: as one, whatever their number, and however they end."""
+"""Training in several processes equals training in one, and all processes stop together."""
 
 import dataclasses
 import fcntl
@@ -40,30 +40,30 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 STEPS = 16  # of a run
 
 
-def note_samples(file):
-    """A hook that writes down the step, place, size, epoch and index of all that is fetched."""
+def log_samples(file):
+    """Returns a hook that logs step, position, image size, epoch and index of fetched samples."""
     fetch = loader.fetch
 
-    def noting(requests):
+    def logged(requests):
         with file.open("a") as lines:
             for r in requests:
-                for place, sample in enumerate(zip(r.epochs, r.indices, strict=True), r.first):
-                    print(r.step, place, r.image_size, *sample, file=lines)
+                for position, sample in enumerate(zip(r.epochs, r.indices, strict=True), r.first):
+                    print(r.step, position, r.image_size, *sample, file=lines)
                 lines.flush()
                 yield r
 
     def hook(_):
-        def noted(records, config, requests, *rest):
+        def fetch_logged(records, config, requests, *rest):
             training = not isinstance(requests, list)
-            return fetch(records, config, noting(requests) if training else requests, *rest)
+            return fetch(records, config, logged(requests) if training else requests, *rest)
 
-        loader.fetch = noted
+        loader.fetch = fetch_logged
 
     return hook
 
 
 def samples(file, first=0, last=STEPS):
-    """The samples of the steps from `first` to before `last`, sorted: (step, place, ...)."""
+    """Returns the samples of steps `first` to `last` - 1, sorted: (step, position, ...)."""
     rows = [tuple(map(int, line.split())) for line in file.read_text().splitlines()]
     return sorted(row for row in rows if first <= row[0] < last)
 
@@ -75,13 +75,13 @@ def samples(file, first=0, last=STEPS):
         (3, 4, "ddp"),
         (4, 4, "ddp"),
         (4, 256, "ddp"),  # one batch
-        (3, 10, "fsdp"),  # a batch each
-        (2, 9, "fsdp"),  # one has a batch more
+        (3, 10, "fsdp"),  # one batch per process
+        (2, 9, "fsdp"),  # one process has an additional batch
         (4, 256, "fsdp"),
     ],
 )
 def test_every_image_is_validated_once(pictures, tmp_path, monkeypatch, size, batch, parallel):
-    """All figures equal those of one process, bit by bit."""
+    """All metrics are bit-identical to those of one process."""
     monkeypatch.setattr(validation, "EVAL_BATCH", batch)
     more = {"train__parallel": parallel, "train__epochs": 4, "train__micro_batch": 8}
     out = run(words(pictures, tmp_path / "run", **more), size)
@@ -103,28 +103,30 @@ PLAIN = {
     "model__rope": "mixed",
     "augment__repeats": 2,
     "optim__clip_norm": 0.5,
-    "optim__eps": 1e-3,  # else the smallest gradients make steps of any sign
+    "optim__eps": 1e-3,  # otherwise rounding decides the sign of steps with tiny gradients
 }
 
 
 @pytest.fixture(scope="module")
 def alone(pictures, tmp_path_factory):
-    """A run without dropout in one process, and its samples."""
+    """A run in one process without dropout, and its samples."""
     folder = tmp_path_factory.mktemp("alone")
     command = words(pictures, folder / "run", **PLAIN)
-    return run(command, 1, note_samples(folder / "samples")), samples(folder / "samples")
+    return run(command, 1, log_samples(folder / "samples")), samples(folder / "samples")
 
 
-def assert_close(out, whole):
-    """Both runs had the same losses and ended with the same weights, but for rounding."""
-    rows, expected = (read_rows(path / "metrics.jsonl") for path in (out, whole))
+def assert_close(out, reference):
+    """Asserts that two runs have the same losses and final weights up to rounding."""
+    rows, expected = (read_rows(path / "metrics.jsonl") for path in (out, reference))
     for name in ("loss", "grad_norm", "lr"):
         values = [row[name] for row in expected]
         assert [row[name] for row in rows] == pytest.approx(values, rel=2e-5), name
     for name in ("val_loss", "ema_loss"):
         assert rows[-1][name] == pytest.approx(expected[-1][name], rel=2e-5)
     for name in ("model", "ema", "optimizer"):
-        found, other = (load_file(newest(path) / f"{name}.safetensors") for path in (out, whole))
+        found, other = (
+            load_file(newest(path) / f"{name}.safetensors") for path in (out, reference)
+        )
         assert found.keys() == other.keys()
         for key, value in found.items():
             torch.testing.assert_close(value, other[key], rtol=2e-4, atol=2e-5)
@@ -144,14 +146,14 @@ def test_distributed_training_equals_one_process(
 ):
     cut = {"train__parallel": parallel, "train__micro_batch": micro_batch}
     command = words(pictures, tmp_path / "run", **PLAIN, **cut)
-    out = run(command, size, note_samples(tmp_path / "samples"))
-    whole, order = alone
+    out = run(command, size, log_samples(tmp_path / "samples"))
+    reference, order = alone
     assert samples(tmp_path / "samples") == order
-    assert_close(out, whole)
+    assert_close(out, reference)
 
 
-def test_every_place_of_a_batch_is_filled_once(alone):
-    """Repeats included: half of a batch, twice, each copy as of an epoch of its own."""
+def test_every_position_of_a_batch_is_filled_once(alone):
+    """With repeats, the second half of a batch has the images of the first, in the next epoch."""
     _, order = alone
     assert [row[:2] for row in order] == [(s, p) for s in range(STEPS) for p in range(48)]
     for step in range(STEPS):
@@ -165,26 +167,28 @@ def reproduced(pictures, tmp_path_factory):
     """The digests and samples of a reproducible run in one process."""
     folder = tmp_path_factory.mktemp("reproduced")
     command = words(pictures, folder / "run", **REPRODUCIBLE)
-    out = run(command, 1, note_samples(folder / "samples"))
+    out = run(command, 1, log_samples(folder / "samples"))
     return digests(out), samples(folder / "samples")
 
 
 @pytest.mark.parametrize("size", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_reproducible_bit_for_bit(pictures, tmp_path, reproduced, size):
+def test_reproducible_runs_are_bit_identical(pictures, tmp_path, reproduced, size):
     command = words(pictures, tmp_path / "run", **REPRODUCIBLE)
-    out = run(command, size, note_samples(tmp_path / "samples"))
+    out = run(command, size, log_samples(tmp_path / "samples"))
     assert (digests(out), samples(tmp_path / "samples")) == reproduced
 
 
 def test_sharded_tensors_are_gathered_only_on_the_main_process(tmp_path):
-    """The other processes keep no memory of it, which is scarce on a GPU."""
+    """The other processes keep no memory for them, which is scarce on a GPU."""
 
     def gather(rank):
         with process_world(gpu=False, timeout_minutes=5) as world:
-            spread = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)])
-            whole = gather_full({"weight": spread}, world)["weight"]
-        right = rank or whole.tolist() == [0, 1, 2, 3, 4, 5]
-        os._exit(not right or whole.untyped_storage().nbytes() != (24, 0)[rank])
+            sharded = distribute_tensor(
+                torch.arange(6.0), init_device_mesh("cpu", (2,)), [Shard(0)]
+            )
+            full = gather_full({"weight": sharded}, world)["weight"]
+        right = rank or full.tolist() == [0, 1, 2, 3, 4, 5]
+        os._exit(not right or full.untyped_storage().nbytes() != (24, 0)[rank])
 
     assert finish(start([["--out", str(tmp_path / "run")]] * 2, gather)) == [0, 0]
 
@@ -208,7 +212,7 @@ def test_an_unresponsive_process_causes_a_timeout(tmp_path):
 
 
 def stop_at(command, size, step, number, ranks, hook=None):
-    """Trains until the log has reached `step`, signals some processes; returns the exit codes."""
+    """Trains until the log reaches `step`, signals some processes and returns the exit codes."""
     children = start([command] * size, hook)
     wait_for(children, folder_of(command), step)
     for rank in ranks:
@@ -217,12 +221,12 @@ def stop_at(command, size, step, number, ranks, hook=None):
 
 
 @pytest.mark.parametrize("reproducible", [True, False])
-def test_resumed_on_other_numbers_of_processes(pictures, tmp_path, reproduced, reproducible):
-    """2 -> 4 -> 1: the samples of an undisturbed run, and with `reproducible` all of its bits."""
+def test_resuming_on_other_numbers_of_processes(pictures, tmp_path, reproduced, reproducible):
+    """2 -> 4 -> 1: the samples are those of one run; with `reproducible`, all bits are."""
     out, at = tmp_path / "run", random.randint(1, 5)
     print("stopped at", at)
     command = words(pictures, out, **(REPRODUCIBLE if reproducible else {}))
-    hooks = [note_samples(tmp_path / f"samples{k}") for k in range(3)]
+    hooks = [log_samples(tmp_path / f"samples{k}") for k in range(3)]
     assert stop_at(command, 2, at, signal.SIGTERM, [1], hooks[0]) == [143, 143]
     begun = [0, int(newest(out).name.removeprefix("step_"))]
     assert begun[1] >= at
@@ -236,13 +240,13 @@ def test_resumed_on_other_numbers_of_processes(pictures, tmp_path, reproduced, r
 
 
 @pytest.mark.slow
-def test_resumed_with_fsdp_and_in_one_process(pictures, tmp_path, alone):
-    """DDP -> FSDP -> one process: as an undisturbed run, to rounding."""
+def test_resuming_with_fsdp_and_in_one_process(pictures, tmp_path, alone):
+    """DDP -> FSDP -> one process: equals an uninterrupted run up to rounding."""
     out = tmp_path / "run"
     command = words(pictures, out, **PLAIN)
     assert stop_at(command, 2, 3, signal.SIGTERM, [0]) == [143, 143]
-    spread = words(pictures, out, **PLAIN, train__parallel="fsdp")
-    assert stop_at(spread, 4, 8, signal.SIGTERM, [3]) == [143] * 4
+    sharded = words(pictures, out, **PLAIN, train__parallel="fsdp")
+    assert stop_at(sharded, 4, 8, signal.SIGTERM, [3]) == [143] * 4
     assert_close(run(command, 1), alone[0])
 
 
@@ -251,7 +255,7 @@ def test_resumed_with_fsdp_and_in_one_process(pictures, tmp_path, alone):
     [(signal.SIGTERM, 1, "ddp"), (signal.SIGINT, 0, "ddp"), (signal.SIGUSR1, 1, "fsdp")],
 )
 def test_a_signal_to_one_process_stops_all(pictures, tmp_path, number, rank, parallel):
-    """With one checkpoint, which is there before any of them has gone."""
+    """One checkpoint is written before any process exits."""
 
     def hook(_):
         save = loop.checkpoints.save
@@ -288,17 +292,17 @@ def test_a_timed_checkpoint_is_written_once(pictures, tmp_path):
 
     more = {"train__checkpoint_minutes": 30, "train__checkpoint_steps": 1000}
     out = run(words(pictures, tmp_path / "run", **more), 2, hook)
-    assert len(list((out / "checkpoints").iterdir())) == 2  # that one, and the last
+    assert len(list((out / "checkpoints").iterdir())) == 2  # the timed one and the last
 
 
 def test_the_number_of_processes_affects_rounding(pair, reproduced):
-    """Else equal digests would prove nothing."""
+    """Otherwise equal digests would prove nothing."""
     assert not [name for name in pair if pair[name] == reproduced[0][name] and "csv" not in name]
 
 
 @pytest.mark.parametrize(("rank", "workers"), [(0, 0), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_a_killed_process_stops_the_others(pictures, tmp_path, pair, rank, workers):
-    """And the run goes on from its last checkpoint, to the end it would have had."""
+    """The resumed run then equals an uninterrupted one."""
     command = words(pictures, tmp_path / "run", data__workers=workers)
     codes = stop_at(command, 2, 5, signal.SIGKILL, [rank])
     assert codes[rank] == -signal.SIGKILL
@@ -307,22 +311,22 @@ def test_a_killed_process_stops_the_others(pictures, tmp_path, pair, rank, worke
 
 
 @pytest.mark.slow
-def test_size_of_images_changes_across_a_kill(pictures, tmp_path):
-    """Half of the steps with small images; killed just before the change, in one and in two."""
+def test_progressive_image_size_across_a_kill(pictures, tmp_path):
+    """The run is killed just before the image size changes, in one and in two processes."""
     progressive = {"train__progressive": "8 .5 16 .5", **REPRODUCIBLE}
-    command = words(pictures, tmp_path / "whole", **progressive)
-    whole = run(command, 1, note_samples(tmp_path / "samples"))
-    sides = [row[2] for row in samples(tmp_path / "samples")]
-    assert sides == [8] * 48 * 8 + [16] * 48 * 8
+    command = words(pictures, tmp_path / "uninterrupted", **progressive)
+    uninterrupted = run(command, 1, log_samples(tmp_path / "samples"))
+    image_sizes = [row[2] for row in samples(tmp_path / "samples")]
+    assert image_sizes == [8] * 48 * 8 + [16] * 48 * 8
     for size in (1, 2):
         command = words(pictures, tmp_path / f"{size}", **progressive, train__checkpoint_steps=1)
         assert stop_at(command, size, 6, signal.SIGKILL, range(size)) == [-9] * size
-        assert digests(run(command, size)) == digests(whole)
+        assert digests(run(command, size)) == digests(uninterrupted)
 
 
 @pytest.fixture
 def data_error():
-    """Runs commands that must fail in all processes, and one of them says why, in one line."""
+    """Runs commands that must fail in all processes, with one line of stderr from one of them."""
 
     def expect(commands, *fragments, hook=None):
         out = folder_of(commands[0])
@@ -339,14 +343,18 @@ def data_error():
 
 def contents(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
-    # Closing a file lets the lock on it go.
+    # Closing the lock file would release the lock.
     return {path: path.read_bytes() for path in files if path.name != ".lock"}
 
 
 @pytest.mark.parametrize(
     ("size", "more", "fragments"),
     [
-        (4, {"train__batch_size": 44}, ["twice the 4 processes, got 44", "nearest is 48"]),
+        (
+            4,
+            {"train__batch_size": 44},
+            ["multiple of 8, twice the 4 processes, got 44", "nearest is 48"],
+        ),
         (3, REPRODUCIBLE, ["train.reproducible: expected 1, 2, 4 or 8 processes, got 3"]),
         (1, {**REPRODUCIBLE, "train__batch_size": 40}, ["twice the 8 shards", "got 40"]),
         (2, {**REPRODUCIBLE, "train__batch_size": 40}, ["twice the 8 shards", "got 40"]),
@@ -354,47 +362,49 @@ def contents(folder):
         (2, {"data": "/no/such/folder"}, ["vitral: data: /no/such/folder"]),
     ],
 )
-def test_settings_that_processes_cannot_use(pictures, tmp_path, data_error, size, more, fragments):
+def test_invalid_settings_of_processes_are_rejected(
+    pictures, tmp_path, data_error, size, more, fragments
+):
     assert data_error([words(pictures, tmp_path / "run", **more)] * size, *fragments)
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_differs_between_processes(pictures, tmp_path, data_error):
+def test_data_that_differs_between_processes_is_rejected(pictures, tmp_path, data_error):
     out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(pictures, other)
     (other / "train" / "class0" / "00.jpg").unlink()
     for data, fragments in {
         "/no/such/folder": ["process 1: ", "/no/such/folder"],
-        other: ["not the same for all processes"],
+        other: ["not the same in all processes"],
     }.items():
         assert data_error([words(pictures, out), words(data, out)], *fragments)
         assert not out.exists()
 
 
 @pytest.fixture
-def begun(pictures, tmp_path):
-    """A command whose run has been stopped on the way."""
+def stopped(pictures, tmp_path):
+    """The command of a run that was stopped before its end."""
     command = words(pictures, tmp_path / "run")
     assert stop_at(command, 2, 4, signal.SIGTERM, [0, 1]) == [143, 143]
     return command
 
 
-def test_run_folders_that_processes_cannot_use(pictures, begun, data_error):
-    out = folder_of(begun)
+def test_unusable_run_directories_are_rejected(pictures, stopped, data_error):
+    out = folder_of(stopped)
     with (out / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        assert data_error([begun] * 2, "another process is training", str(out))
+        assert data_error([stopped] * 2, "another process is training", str(out))
     assert data_error(
         [words(pictures, out, optim__lr=0.5)] * 2, "optim.lr", "0.5", f"--out {out}-2"
     )
     for manifest in out.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    assert data_error([begun] * 2, "no checkpoint in", "can be used")
+    assert data_error([stopped] * 2, "no checkpoint in", "can be used")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("split", "who"), [("train", ""), ("val", "process 1: ")])
-def test_broken_image_that_one_process_meets(
+def test_a_broken_image_in_one_process_stops_all(
     pictures, tmp_path, monkeypatch, data_error, split, who, parallel
 ):
     monkeypatch.setattr(validation, "EVAL_BATCH", 4)
@@ -408,7 +418,7 @@ def test_broken_image_that_one_process_meets(
 
 
 def poison(steps):
-    """A hook that gives the last of two processes images that are not finite, at some steps."""
+    """Returns a hook that makes images of the second process non-finite at some steps."""
     train_batches, fit = loop.train_batches, loop.Trainer.fit
 
     def hook(rank):
@@ -420,8 +430,8 @@ def poison(steps):
 
         def keep_own_weights(self):
             fit(self)
-            mine = dataclasses.replace(self.world, rank=0)  # each process keeps its own
-            tensors = {"model": gather_full(self.optimizer.named, mine)}
+            as_main = dataclasses.replace(self.world, rank=0)  # so that each process keeps its own
+            tensors = {"model": gather_full(self.optimizer.named, as_main)}
             storage.write(self.run.path / f"weights_of_{rank}", tensors, {})
 
         loop.train_batches = poisoned
@@ -431,7 +441,7 @@ def poison(steps):
 
 
 @pytest.mark.parametrize("way", [{}, {"train__parallel": "fsdp"}, REPRODUCIBLE])
-def test_step_that_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_path, way):
+def test_a_non_finite_step_in_one_process_is_skipped_in_all(pictures, tmp_path, way):
     more = {"train__epochs": 6, "train__checkpoint_steps": 1, **way}
     out = run(words(pictures, tmp_path / "run", **more), 2, poison([3]))
     assert [row["skipped"] for row in read_rows(out / "metrics.jsonl")] == [0, 0, 0, 1, 1, 1]
@@ -440,7 +450,7 @@ def test_step_that_is_not_finite_in_one_process_is_skipped_in_all(pictures, tmp_
     assert after[0] != after[1] != after[2] == after[3] == after[4]
 
 
-def test_ten_steps_that_are_not_finite_in_one_process_stop_all(pictures, tmp_path, data_error):
+def test_ten_non_finite_steps_in_one_process_stop_all(pictures, tmp_path, data_error):
     data_error(
         [words(pictures, tmp_path / "run")] * 2,
         "10 consecutive updates before step",

@@ -1,4 +1,4 @@
-"""The energy meter, with a driver that counts as NVML does."""
+"""The energy meter, with a replacement for NVML."""
 
 import itertools
 
@@ -14,7 +14,7 @@ KWH = 3_600_000_000  # millijoules
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """A driver that counts a kWh between two calls, from a count above 32 bits."""
+    """Replaces NVML with a counter that starts above 32 bits and adds a kWh per call."""
     counts = itertools.count(5_000_000_000_000, KWH)
 
     def handle(uuid):
@@ -32,14 +32,14 @@ def test_energy_is_counted_from_the_start(nvml):
     assert [joules(), joules()] == [3.6e6, 7.2e6]
 
 
-def test_without_a_counter_there_is_none(nvml, monkeypatch):
+def test_without_a_counter_the_meter_returns_none(nvml, monkeypatch):
     assert energy.meter_of("GPU-other")() is None
     monkeypatch.undo()  # the real library, which finds no such GPU
     assert energy.meter_of("GPU-12-ab")() is None
     assert energy.energy_meter("cpu")() is None
 
 
-def test_a_log_row_has_the_energy_of_all_processes_and_of_what_came_before(nvml, monkeypatch):
+def test_a_log_row_has_the_energy_of_all_processes_since_the_start_of_the_run(nvml, monkeypatch):
     monkeypatch.setattr(
         "vitral.training.monitor.energy_meter", lambda _: energy.meter_of("GPU-12-ab")
     )

@@ -1,4 +1,4 @@
-"""The time of a training from one block: what is timed adds up to the work of the whole model."""
+"""Estimates of training time from one block: the timed parts add up to the full model."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ PLAIN = ["--model.kernels", "plain", "--train.threads", "1"]
 
 
 def flops_of(work, *_):
-    """Stands in for the clock: the FLOPs of the work, of kernels that the counter knows."""
+    """Replaces the clock: returns the FLOPs of the work, with kernels that the counter supports."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         work()
     return counter.get_total_flops()
@@ -59,7 +59,7 @@ def test_the_meta_model_equals_the_model(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_parts_add_up(shape, monkeypatch):
+def test_the_timed_parts_add_up_to_a_step(shape, monkeypatch):
     monkeypatch.setattr(estimate, "_seconds", flops_of)
     config = Config(model=shape, train=TrainConfig(batch_size=4, device="cpu"))
     found = estimate.estimate(config, 7).per_image
@@ -72,15 +72,15 @@ def test_skipped_work_and_smaller_images_take_less(monkeypatch):
     monkeypatch.setattr(estimate, "_seconds", flops_of)
     shape = {"size": "ti", "patch_size": 32, "kernels": "plain"}
     train = {"batch_size": 4, "device": "cpu"}
-    whole = Config(model=ViTConfig(**shape), train=TrainConfig(**train))
+    full = Config(model=ViTConfig(**shape), train=TrainConfig(**train))
     deep = Config(model=ViTConfig(**shape, stochastic_depth=0.5), train=TrainConfig(**train))
     sizes = ((64, 0.5), (224, 0.5))
     grown = Config(model=ViTConfig(**shape), train=TrainConfig(**train, progressive=sizes))
-    expected = count_flops(deep.model, 7, training=True) / count_flops(whole.model, 7)
-    per_image = [estimate.estimate(config, 7).per_image for config in (whole, deep, grown)]
-    # All but the embedding, whose images need no gradient, takes three times a forward pass.
+    expected = count_flops(deep.model, 7, training=True) / count_flops(full.model, 7)
+    per_image = [estimate.estimate(config, 7).per_image for config in (full, deep, grown)]
+    # All layers take three times a forward pass, except the embedding: images need no gradient.
     assert per_image[1] / per_image[0] == pytest.approx(expected, rel=0.02)
-    small = count_flops(whole.model, 7, 64) / count_flops(whole.model, 7)
+    small = count_flops(full.model, 7, 64) / count_flops(full.model, 7)
     assert per_image[2] / per_image[0] == pytest.approx((small + 1) / 2)
 
 
@@ -88,7 +88,7 @@ def test_skipped_work_and_smaller_images_take_less(monkeypatch):
     ("per_image", "counts", "seconds"), [(0.001, [2, 4, 8], 0.018 / 8), (0.2, [2], 0.41 / 2)]
 )
 def test_warmup_time_is_excluded(monkeypatch, per_image, counts, seconds):
-    """By a clock that each pass advances by 0.01 s and its images, and the very first by more."""
+    """Each pass advances the clock by 0.01 s plus a time per image; the first one by more."""
     now, seen = 0.0, []
 
     def run(count):
@@ -113,7 +113,7 @@ def test_an_estimate_preserves_random_state_and_threads():
 
 
 def test_a_long_run_from_scratch_is_compared_with_a_public_model(monkeypatch, saved):
-    """By a clock of one second a GFLOP: of 100,608 images three passes are 1,947 s."""
+    """With a clock of one second per GFLOP, three passes of 100,608 images take 1,947 s."""
     monkeypatch.setattr(estimate, "MIN_FLOP_RATE", 1.0)
     monkeypatch.setattr(estimate, "_seconds", lambda work, _: flops_of(work) / 1e9)
 
@@ -134,7 +134,7 @@ def test_a_long_run_from_scratch_is_compared_with_a_public_model(monkeypatch, sa
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Weights for the recipe that names no model."""
+    """Weights for the recipes that start from weights."""
     place = tmp_path_factory.mktemp("weights") / "tiny"
     config = Config(model=ViTConfig(dim=16, depth=1, num_heads=1, num_kv_heads=1, image_size=64))
     description = weights.describe(config, tuple("abc"), "", {})
@@ -154,8 +154,8 @@ def test_each_recipe_is_planned_without_its_model(name, saved, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_to_start_from_are_compared_by_their_shapes(saved):
-    """Damage among the numbers is found when they are read."""
+def test_initial_weights_are_compared_by_shape(saved):
+    """Damaged values are found only when they are read."""
     file = saved / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-4] + b"\xff\xff\xff\x7f")

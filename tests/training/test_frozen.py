@@ -1,4 +1,4 @@
-"""What is frozen, and the features of a frozen backbone."""
+"""Frozen parameters, and the features of a frozen backbone."""
 
 import dataclasses
 import shutil
@@ -55,7 +55,7 @@ def compute(found, dataset, views=1, shard=(0, 1), check=lambda _: None):
 
 
 def joined(parts):
-    return Features.concatenate(parts[place] for place in sorted(parts))
+    return Features.concatenate(parts[key] for key in sorted(parts))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_features_are_the_input_of_the_head(config, dataset, tmp_path, small_par
 
 
 def test_later_views_are_augmented_as_in_training(config, dataset, tmp_path):
-    """View 1 is what the second epoch of training sees."""
+    """View 1 equals the images of the second epoch of training."""
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=40))
     model = make_model().eval()
     parts = compute(make_pass(config, dataset, tmp_path, model), dataset, views=2)

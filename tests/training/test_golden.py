@@ -1,7 +1,6 @@
-"""The loss curve of a tiny run: a change of the mathematics, meant or not, shows here.
+"""The loss curve of a tiny run, which shows any change of the mathematics.
 
-After a change that is meant, print `curve` and put it in the place of GOLDEN, with a word of why in
-the commit.
+After an intended change, replace GOLDEN with the printed values and give the reason in the commit.
 """
 
 import pytest
@@ -22,13 +21,14 @@ SETTINGS = """
 """
 GOLDEN = [
     *(2.3036, 2.30495, 2.2857, 2.28349, 2.27719, 2.28238, 2.25066, 2.24932, 2.24555, 2.22396),
-    *(2.22337, 2.21868),  # the training loss; then the gradient norm, and the loss in validation
+    *(2.22337, 2.21868),  # the training loss; then the gradient norm and the validation losses
     *(0.88647, 2.20101, 2.20216),
 ]
 
 
 @pytest.mark.skipif(
-    TorchVersion(torch.__version__) < "2.14", reason="older ones draw truncated normals otherwise"
+    TorchVersion(torch.__version__) < "2.14",
+    reason="older versions draw truncated normals differently",
 )
 def test_loss_curve_of_a_tiny_run(tmp_path):
     run = train("digits", *SETTINGS.split(), "--out", str(tmp_path / "run"))

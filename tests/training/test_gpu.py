@@ -1,4 +1,4 @@
-"""What only a GPU can show: pytest -m gpu"""
+"""Tests that need a GPU: pytest -m gpu"""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from vitral.rundir import read_rows
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("default"),  # torch 2.11's compiler warns of its own code
+    pytest.mark.filterwarnings("default"),  # torch 2.11's compiler warns about its own code
 ]
 
 SETTINGS = """
@@ -23,21 +23,21 @@ SETTINGS = """
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_deterministic_run_resumes_exactly(tmp_path, optimizer):
-    """Two halves, by a checkpoint in the middle, equal the whole."""
+    """A run that resumes from a checkpoint in its middle equals an uninterrupted run."""
     words = [*SETTINGS.split(), "--train.deterministic", "--train.checkpoint-steps", "7"]
     words += ["--optim.name", optimizer]
-    whole = train("digits", *words, "--out", str(tmp_path / "whole"))
-    half = train("digits", *words, "--out", str(tmp_path / "half"))
-    for checkpoint in sorted((half / "checkpoints").iterdir())[1:]:
+    uninterrupted = train("digits", *words, "--out", str(tmp_path / "uninterrupted"))
+    resumed = train("digits", *words, "--out", str(tmp_path / "resumed"))
+    for checkpoint in sorted((resumed / "checkpoints").iterdir())[1:]:
         checkpoint.rename(tmp_path / checkpoint.name)
-    train("digits", *words, "--out", str(tmp_path / "half"))
+    train("digits", *words, "--out", str(tmp_path / "resumed"))
     for name in ("model", "ema"):
         file = f"weights/last/{name}.safetensors"
-        assert (whole / file).read_bytes() == (half / file).read_bytes()
+        assert (uninterrupted / file).read_bytes() == (resumed / file).read_bytes()
 
 
 def test_bf16_and_compile_follow_float32(tmp_path):
-    """The loss curves of the fast and the plain way lie close together."""
+    """The loss curves of bf16 with compilation and of plain float32 are close."""
     curves = []
     for kind, compiled in (("bf16", "always"), ("fp32", "never")):
         words = [*SETTINGS.split(), "--train.precision", kind, "--train.compile", compiled]

@@ -1,4 +1,4 @@
-"""Runs that fit a head to frozen features, alone or before they train more."""
+"""Runs that fit a head to frozen features, with or without fine-tuning after it."""
 
 import dataclasses
 import hashlib
@@ -67,41 +67,44 @@ def tensors(out):
 
 
 @pytest.fixture(scope="module")
-def whole(image_folder, pretrained, tmp_path_factory):
-    """A probe with two views that nothing disturbed."""
+def uninterrupted(image_folder, pretrained, tmp_path_factory):
+    """An uninterrupted probe with two views."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frozen, "PART", 16)
-        out = tmp_path_factory.mktemp("whole") / "run"
+        out = tmp_path_factory.mktemp("uninterrupted") / "run"
         assert finish_single(head_config(image_folder, out, pretrained, train__epochs=2)) == 0
     return out
 
 
-def test_a_probe_is_an_ordinary_run(whole, pretrained, capsys):
-    found, known = weights.load(whole), weights.load(pretrained)
+def test_a_probe_is_an_ordinary_run(uninterrupted, pretrained, capsys):
+    found, known = weights.load(uninterrupted), weights.load(pretrained)
     for name, tensor in found.model.state_dict().items():
         same = torch.equal(tensor, known.model.state_dict()[name])
         assert same != name.startswith("head."), name
-    (row,) = read_rows(RunDir(whole).metrics)
-    assert read_run(whole).finished
+    (row,) = read_rows(RunDir(uninterrupted).metrics)
+    assert read_run(uninterrupted).finished
     assert row["val_top1"] == found.description.metrics["val_top1"] > 0.5
-    assert RunDir(whole).report.is_file()
-    assert main(["predict", str(whole), str(next(RunDir(whole).path.glob("*.png")))]) == 0
-    before = tensors(whole)
-    assert finish_single(settings.load(str(RunDir(whole).config))) == 0  # it is finished
-    assert tensors(whole) == before
+    assert RunDir(uninterrupted).report.is_file()
+    assert (
+        main(["predict", str(uninterrupted), str(next(RunDir(uninterrupted).path.glob("*.png")))])
+        == 0
+    )
+    before = tensors(uninterrupted)
+    assert finish_single(settings.load(str(RunDir(uninterrupted).config))) == 0  # it is finished
+    assert tensors(uninterrupted) == before
 
 
-def test_the_head_is_the_fit_to_the_features(whole):
-    features = frozen.read_features(RunDir(whole).features)
+def test_the_head_is_the_fit_to_the_features(uninterrupted):
+    features = frozen.read_features(RunDir(uninterrupted).features)
     assert len(features.labels) == 80
     expected = probe.fit(features, 2, seed=0)
-    head = weights.load(whole).model.head
+    head = weights.load(uninterrupted).model.head
     torch.testing.assert_close(head.weight, expected.weight, rtol=0, atol=0)
     torch.testing.assert_close(head.bias, expected.bias, rtol=0, atol=0)
 
 
 def kill_at(config, moment):
-    """Trains until the moment, counted in written parts and evaluations of the loss, then dies."""
+    """Trains and is killed at a moment, counted in written parts and evaluations of the loss."""
 
     def die_at_moment(function):
         def counted(*args, **kwargs):
@@ -123,15 +126,17 @@ def kill_at(config, moment):
     return os.waitstatus_to_exitcode(os.waitpid(fork(action), 0)[1])
 
 
-def test_killed_in_the_feature_pass_and_the_fit(image_folder, pretrained, whole, tmp_path):
+def test_a_kill_in_the_feature_pass_or_the_fit_changes_nothing(
+    image_folder, pretrained, uninterrupted, tmp_path
+):
     config = head_config(image_folder, tmp_path / "run", pretrained, train__epochs=2)
     for moment in (1, 3, 5, 20, 100):  # of 6 parts; the later ones are in the fit
         assert kill_at(config, moment) == -signal.SIGKILL
     assert finish_single(config) == 0
-    assert tensors(tmp_path / "run") == tensors(whole)
+    assert tensors(tmp_path / "run") == tensors(uninterrupted)
 
 
-def test_a_signal_ends_the_feature_pass(image_folder, pretrained, tmp_path):
+def test_a_signal_stops_the_feature_pass(image_folder, pretrained, tmp_path):
     config = head_config(image_folder, tmp_path / "run", pretrained)
 
     def action():
@@ -169,7 +174,7 @@ def test_features_of_changed_weights_are_rejected(image_folder, pretrained, tmp_
     "changes",
     [{"train__reproducible": True}, {"train__parallel": "fsdp"}, {"train__parallel": "ddp"}],
 )
-def test_two_processes(image_folder, pretrained, tmp_path, recipe, changes):
+def test_two_processes_equal_one(image_folder, pretrained, tmp_path, recipe, changes):
     changes = changes | {"train__epochs": 2, "train__device": "cpu"}
     if recipe == "finetune":
         changes |= {"optim__warmup_epochs": 0, "model__stochastic_depth": 0}
@@ -187,7 +192,7 @@ def test_two_processes(image_folder, pretrained, tmp_path, recipe, changes):
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=5e-4)
 
 
-def test_finetuning_starts_from_the_fitted_head(image_folder, pretrained, whole, tmp_path):
+def test_finetuning_starts_from_the_fitted_head(image_folder, pretrained, uninterrupted, tmp_path):
     config = head_config(
         image_folder, tmp_path / "run", pretrained, "finetune", optim__lr=1e-12,
         optim__warmup_epochs=0, optim__weight_decay=0, train__epochs=1,
@@ -199,7 +204,7 @@ def test_finetuning_starts_from_the_fitted_head(image_folder, pretrained, whole,
     torch.testing.assert_close(head.weight, expected.weight, rtol=1e-4, atol=1e-6)
 
 
-def test_the_last_blocks_alone_are_trained(image_folder, pretrained, tmp_path):
+def test_only_the_last_blocks_are_trained(image_folder, pretrained, tmp_path):
     config = head_config(
         image_folder, tmp_path / "run", pretrained, "finetune", train__trainable=1,
         optim__warmup_epochs=0, train__epochs=1, train__probe_first=True, optim__lr=1e-2,
@@ -213,13 +218,13 @@ def test_the_last_blocks_alone_are_trained(image_folder, pretrained, tmp_path):
     assert {name.split(".")[1] for name in changed if name.startswith("blocks")} == {"1"}
 
 
-def test_cross_validation(whole):
-    text = cross_validate(whole, 4)
-    features = frozen.read_features(RunDir(whole).features)
+def test_cross_validation(uninterrupted):
+    text = cross_validate(uninterrupted, 4)
+    features = frozen.read_features(RunDir(uninterrupted).features)
     lines = text.splitlines()
     assert lines[0] == "4 folds of 40 training images"
     assert [line.split()[0] for line in lines[2:]] == ["all", "dark", "light"]
-    rows = (whole / "folds.csv").read_text().splitlines()
+    rows = (uninterrupted / "folds.csv").read_text().splitlines()
     values = [[float(v) for v in row.split(",")[1:]] for row in rows[1:]]
     assert len(values[0]) == 4
     # Folds are equal parts of each class, so the mean over classes is that over images.
@@ -228,9 +233,9 @@ def test_cross_validation(whole):
     assert len(features.labels) == 80
 
 
-def test_folds_need_images_of_each_class(whole):
+def test_folds_need_images_of_each_class(uninterrupted):
     with pytest.raises(UserError, match="folds: expected at least 21 training images of"):
-        cross_validate(whole, 21)
+        cross_validate(uninterrupted, 21)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,7 @@ def test_folds_need_images_of_each_class(whole):
         (["--folds", "5", "--train.trainable", "all"], "folds: expected train.trainable head"),
     ],
 )
-def test_settings_that_are_rejected(pretrained, tmp_path, capsys, words, expected):
+def test_invalid_settings_are_rejected(pretrained, tmp_path, capsys, words, expected):
     command = ["train", "probe", "--init", str(pretrained), "--out", str(tmp_path / "run")]
     assert main([*command, "--image-size", "16", *words]) == 2
     assert expected in capsys.readouterr().err
@@ -274,7 +279,7 @@ CACHED = {
 
 
 def test_cached_activations_train_like_images(image_folder, pretrained, tmp_path, monkeypatch):
-    """The inputs of the last block are computed once, and the weights are the same to rounding."""
+    """The inputs of the last block are computed once; the weights are equal up to rounding."""
     states = []
     for name, limit in (("cached", tokens.MAX_CACHE_BYTES), ("images", 0)):
         monkeypatch.setattr(tokens, "MAX_CACHE_BYTES", limit)
@@ -288,11 +293,11 @@ def test_cached_activations_train_like_images(image_folder, pretrained, tmp_path
 
 def test_cached_activations_resume_exactly(image_folder, pretrained, tmp_path):
     changes = CACHED | {"train__epochs": 8, "train__log_every": 1, "train__checkpoint_steps": 3}
-    whole, cut = (
+    uninterrupted, killed = (
         head_config(image_folder, tmp_path / name, pretrained, "finetune", **changes)
-        for name in ("whole", "cut")
+        for name in ("uninterrupted", "killed")
     )
-    assert finish_single(whole) == 0
-    assert signal_at(cut, 7, signal.SIGKILL) == -signal.SIGKILL
-    assert finish_single(cut) == 0
-    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert finish_single(uninterrupted) == 0
+    assert signal_at(killed, 7, signal.SIGKILL) == -signal.SIGKILL
+    assert finish_single(killed) == 0
+    assert digests(tmp_path / "killed") == digests(tmp_path / "uninterrupted")

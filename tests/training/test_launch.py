@@ -1,4 +1,4 @@
-"""Starting the processes of a training run, and the exit code of the command that does."""
+"""The launcher of the processes of a training run, and its exit code."""
 
 import logging
 import os
@@ -28,28 +28,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 @pytest.fixture
 def launched(monkeypatch, tmp_path):
-    """Replaces torchrun: what it is asked for, and `error` for it to raise."""
+    """Replaces torchrun: records its arguments, and raises `error` if it is set."""
     monkeypatch.chdir(tmp_path)  # where there is no earlier run in runs/digits
-    asked = {"error": None}
+    recorded = {"error": None}
 
     def elastic_launch(plan, program):
         def entry(*words):
-            asked.update(plan=plan, program=program, words=words, environment=dict(os.environ))
-            if asked["error"] is not None:
-                raise asked["error"]
+            recorded.update(plan=plan, program=program, words=words, environment=dict(os.environ))
+            if recorded["error"] is not None:
+                raise recorded["error"]
 
         return entry
 
     monkeypatch.setattr(launcher, "elastic_launch", elastic_launch)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    yield asked
+    yield recorded
     logging.disable(logging.NOTSET)
 
 
 CPU = ["--train.device", "cpu"]
 
 
-def test_processes_repeat_the_command(launched, monkeypatch):
+def test_processes_run_the_same_command(launched, monkeypatch):
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "3")
     config = settings.load("digits", CPU)
     assert launcher.launch(config, 2, ["digits", *CPU]) == 0
@@ -60,7 +60,7 @@ def test_processes_repeat_the_command(launched, monkeypatch):
     handled = {"SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT"}
     assert set(plan.signals_to_handle.split(",")) == handled
     assert launched["environment"][LAUNCHER] == str(os.getpid())
-    assert launched["environment"]["OMP_NUM_THREADS"] == "3"  # what the user set has priority
+    assert launched["environment"]["OMP_NUM_THREADS"] == "3"  # the user's value takes priority
     assert int(launched["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) > 30
 
 
@@ -75,8 +75,8 @@ def test_an_ignored_hangup_stays_ignored(launched):
 
 
 @pytest.mark.parametrize("killed", ["before", "after"])
-def test_processes_end_with_the_one_that_started_them(tmp_path, killed):
-    """It is killed before or after they ask for that."""
+def test_processes_end_with_the_launcher(tmp_path, killed):
+    """The launcher is killed before or after a process asks for the signal."""
     reader, writer = os.pipe()
 
     def rank():
@@ -108,7 +108,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path, killed):
 
 
 def failure(code):
-    """What torchrun raises after a process has ended with an exit code, or by a signal."""
+    """Returns what torchrun raises after a process exits with a code or is killed by a signal."""
     return ChildFailedError("vitral", {0: ProcessFailure(0, 1, code, "/no/file")})
 
 
@@ -128,7 +128,7 @@ def test_exit_code(launched, error, code):
 
 def test_more_processes_than_gpus_are_rejected(launched, monkeypatch):
     monkeypatch.setattr(launcher, "num_gpus", lambda: 2)
-    with pytest.raises(UserError, match=r"gpus: expected at most the 2 .*, got 4; .*device cpu"):
+    with pytest.raises(UserError, match=r"gpus: expected at most 2, .*, got 4; .*device cpu"):
         launcher.launch(settings.load("digits"), 4, [])
     assert launcher.launch(settings.load("digits"), 2, []) == 0
     assert launcher.launch(settings.load("digits", CPU), 4, []) == 0
@@ -144,7 +144,7 @@ def test_more_processes_than_gpus_are_rejected(launched, monkeypatch):
         ("two", {}, ["gpus: expected an integer", "two"]),
     ],
 )
-def test_the_launcher_checks_before_starting(pictures, tmp_path, capsys, gpus, more, fragments):
+def test_the_launcher_rejects_invalid_settings(pictures, tmp_path, capsys, gpus, more, fragments):
     assert main([*words(pictures, tmp_path / "run", **more), "--gpus", gpus]) == 2
     text = capsys.readouterr().err
     assert re.fullmatch(r"vitral: .+\n", text), text
@@ -154,7 +154,7 @@ def test_the_launcher_checks_before_starting(pictures, tmp_path, capsys, gpus, m
 
 
 def processes_of(out):
-    """The processes whose command names a run folder, with what they say of their rank."""
+    """Returns the rank of each process whose command contains a run directory, by process ID."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""The training loop against a plain one, and what it logs, saves and says."""
+"""The training loop against a plain loop, and its logs, weights and messages."""
 
 import math
 import os
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_equals_a_plain_loop(run):
-    """Whole batches without augmentation, torch's AdamW and clipping, and a moving average."""
+    """Full batches without augmentation, torch's AdamW and clipping, and a moving average."""
     config = settings.load(str(run.config))
     train_set = open_dataset(config.data, 8, config.train.seed).train
     model = build_model(config, 10)
@@ -107,7 +107,7 @@ def test_a_run_without_a_directory_is_rejected():
         train(Config())
 
 
-def test_a_finished_run_changes_nothing(run, capsys):
+def test_repeating_a_finished_run_changes_nothing(run, capsys):
     before = {path: path.read_bytes() for path in run.path.rglob("*.*") if path.is_file()}
     trained(run.path)
     assert "this run is finished: val top-1 " in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_finished_run_changes_nothing(run, capsys):
 
 
 def scored(*accuracies):
-    """Stands for validations with these top-1, of 100 images, in turn."""
+    """Replaces validation: returns scores of 100 images with these top-1 accuracies, in turn."""
     left = iter(accuracies)
 
     def measure(self, signals):
@@ -145,7 +145,7 @@ def test_the_best_weights_are_those_of_the_best_validation(
     monkeypatch.setattr(loop.Outputs, "write_report", lambda *_: None)
     words = "--train.epochs 3 --train.eval-every 1 --train.batch-size 480 --optim.warmup-epochs 0"
     run = trained(tmp_path / "run", *words.split())
-    ends = [3, 6, 9]  # 1,437 images are three batches of 480, less three
+    ends = [3, 6, 9]  # 1,437 images are three batches of 480, minus three
     rows = [row for row in read_rows(run.metrics) if "val_top1" in row]
     assert [(row["step"], row["val_top1"], row["ema_top1"]) for row in rows] == [
         (step, *pair) for step, pair in zip(ends, accuracies, strict=True)
@@ -161,7 +161,7 @@ def test_the_best_weights_are_those_of_the_best_validation(
     assert f"best {max(flat):.2%} at step {ends[best - 1]};" in lines
 
 
-def test_a_checkpoint_is_written_when_it_is_time(tmp_path, monkeypatch):
+def test_a_checkpoint_is_written_after_the_set_time(tmp_path, monkeypatch):
     update = loop.Trainer._step
 
     def an_hour_passes(self, batches):
@@ -174,7 +174,7 @@ def test_a_checkpoint_is_written_when_it_is_time(tmp_path, monkeypatch):
     assert sorted(checkpoint.steps(run.checkpoints)) == [4, STEPS]
 
 
-def test_a_signal_ends_the_run(tmp_path, monkeypatch):
+def test_a_signal_stops_the_run(tmp_path, monkeypatch):
     update = loop.Trainer._step
 
     def interrupted(self, batches):
@@ -191,5 +191,5 @@ def test_a_signal_ends_the_run(tmp_path, monkeypatch):
     assert checkpoint.steps(run.checkpoints) == [6]
     assert "SIGTERM: stopped at step 6; repeat the command to resume" in run.log.read_text()
     assert read_rows(run.metrics)[-1]["step"] == 6
-    run.lock()  # which the interrupted run has released
+    run.lock()  # the interrupted run has released it
     run.unlock()

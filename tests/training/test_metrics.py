@@ -1,4 +1,4 @@
-"""The metrics log, TensorBoard, and what a terminal shows."""
+"""The metrics log, TensorBoard events and console output."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def test_rows_are_read_as_they_were_written(run):
 
 @pytest.mark.parametrize("tail", ["", '{"step": 7, "ep', '{"step": 7}\n', "\x00\x00"])
 def test_rows_after_the_resumed_step_are_removed(run, tail):
-    """And so is a line that a kill cut short."""
+    """And so is a line that a kill truncated."""
     write(run, 0, [row(k, energy_kwh=k / 10) for k in range(1, 7)])
     with run.metrics.open("a") as file:
         file.write(tail)
@@ -74,7 +74,7 @@ def test_tensorboard_has_the_first_batch(run):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "tensorboard"])
 def test_a_file_that_cannot_grow_is_named(run, name, tmp_path):
-    """In one error, and by no other thread; the limit is that of a process here."""
+    """By one error, and not in another thread. The size limit applies to a forked process."""
     log, console = MetricsLog(run, 0), Console(run.log, 100, 0, quiet=False)
     run.metrics.write_text("x" * 990)
     child = os.fork()
@@ -100,21 +100,21 @@ def test_a_file_that_cannot_grow_is_named(run, name, tmp_path):
     console.close()
 
 
-SEEN = {"epoch": 1.25, "loss": 2.3456, "lr": 0.00123, "grad_norm": 0.876}
+VALUES = {"epoch": 1.25, "loss": 2.3456, "lr": 0.00123, "grad_norm": 0.876}
 PACE = {"images_per_second": 1234.5, "data_wait": 0.07, "memory_gb": 1.26}
-TEXT = "epoch 1.2  loss 2.346  lr 1.2e-03  norm 0.88  1,234 img/s  wait 7%  1.3 GB"
+TEXT = "epoch 1.2  loss 2.346  lr 1.2e-03  norm 0.88  1,234 img/s  data wait 7%  1.3 GB"
 
 
-def test_without_a_terminal_progress_is_a_line_that_is_kept(run, capsys):
+def test_without_a_terminal_progress_lines_are_printed_and_logged(run, capsys):
     console = Console(run.log, 100, 0, quiet=False)
     console.message("starts")
-    console.progress(40, SEEN, PACE, 75.0)
-    console.progress(41, SEEN, {**PACE, "mfu": 0.456}, 5.0)
+    console.progress(40, VALUES, PACE, 75.0)
+    console.progress(41, VALUES, {**PACE, "mfu": 0.456}, 5.0)
     console.close()
     shown = [
         "starts",
-        f"step 40/100  {TEXT}  left 1:15",
-        f"step 41/100  {TEXT}  MFU 46%  left 5 s",
+        f"step 40/100  {TEXT}  ETA 1:15",
+        f"step 41/100  {TEXT}  MFU 46%  ETA 5 s",
     ]
     assert capsys.readouterr().out.splitlines() == shown
     kept = run.log.read_text().splitlines()
@@ -126,7 +126,7 @@ def test_without_a_terminal_progress_is_a_line_that_is_kept(run, capsys):
 def test_a_quiet_console_prints_and_writes_nothing(run, capsys):
     console = Console(run.log, 100, 0, quiet=True)
     console.message("starts")
-    console.progress(40, SEEN, PACE, 75.0)
+    console.progress(40, VALUES, PACE, 75.0)
     console.close()
     assert capsys.readouterr() == ("", "")
     assert not run.log.exists()
@@ -140,7 +140,7 @@ class Terminal(io.StringIO):
 def test_a_terminal_gets_a_bar_and_messages_above_it(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     console = Console(run.log, 100, 20, quiet=False)
-    console.progress(40, SEEN, PACE, 75.0)
+    console.progress(40, VALUES, PACE, 75.0)
     console.message("validated")
     console.close()
     shown = sys.stdout.getvalue()
@@ -157,20 +157,20 @@ def test_a_notebook_gets_a_bar_too(run, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     console = Console(run.log, 100, 20, quiet=False)
     for step in (40, 60):
-        console.progress(step, SEEN, PACE, 75.0)
+        console.progress(step, VALUES, PACE, 75.0)
     console.close()
     text = sys.stdout.getvalue()
     assert "60/100" in text
     assert TEXT in text
     assert text.count("\n") == 1  # the end of the bar
     quiet = Console(run.log, 100, 20, quiet=True)
-    quiet.progress(40, SEEN, PACE, 75.0)
+    quiet.progress(40, VALUES, PACE, 75.0)
     quiet.close()
     assert run.log.read_text() == ""
 
 
 @pytest.mark.parametrize(("stream", "seconds"), [(io.StringIO, 5.0), (Terminal, 0.5)])
-def test_progress_is_due_now_and_then(run, monkeypatch, stream, seconds):
+def test_progress_is_due_at_intervals(run, monkeypatch, stream, seconds):
     now = [100.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sys, "stdout", stream())
@@ -181,7 +181,7 @@ def test_progress_is_due_now_and_then(run, monkeypatch, stream, seconds):
         assert not console.due()
         now[0] += 0.02
         assert console.due()
-        console.progress(40, SEEN, PACE, 75.0)
+        console.progress(40, VALUES, PACE, 75.0)
     console.close()
 
 

@@ -1,4 +1,4 @@
-"""Means since the last log row, and the clock, against values worked out by hand."""
+"""Means since the last log row, and the clock, against values computed by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ def count(counters, *steps):
         counters.add(*(torch.tensor(float(value)) for value in step))
 
 
-def test_means_are_of_the_steps_that_were_taken():
+def test_means_exclude_skipped_steps():
     counters = Counters(torch.device("cpu"))
     assert counters.read() == {"loss": 0, "grad_norm": 0, "skipped": 0, "worst": 0}
     count(counters, (1, 2, 0), (math.nan, math.inf, 1), (4, 6, 0))
@@ -54,19 +54,19 @@ def test_counters_stay_on_the_device():
 
 @pytest.fixture
 def now(monkeypatch):
-    """A clock that tests set, and memory of 1.25 GB."""
+    """Replaces the clock with a value that tests set, and the memory with 1.25 GB."""
     seconds = [1000.0]
     monkeypatch.setattr(monitor.time, "monotonic", lambda: seconds[0])
     monkeypatch.setattr(monitor, "memory_gb", lambda _: 1.25)
     return seconds
 
 
-def chosen(precision="fp32", processes=1):
+def make_resolved(precision="fp32", processes=1):
     return Resolved("cpu", precision, False, 1, 2, processes, "cpu", False)
 
 
-def test_a_row_is_about_the_time_since_the_last_one(now):
-    clock = Clock(50.0, 0.0, chosen())
+def test_a_row_covers_the_time_since_the_last_one(now):
+    clock = Clock(50.0, 0.0, make_resolved())
     clock.count(64, 1e9)
     now[0] += 8
     clock.start_row()
@@ -92,16 +92,16 @@ def test_a_row_is_about_the_time_since_the_last_one(now):
     ],
 )
 def test_mfu_is_relative_to_the_peak_of_all_gpus(now, monkeypatch, gpu, rate):
-    """A backward pass is twice the work of a forward pass. Nothing is said of an unknown GPU."""
+    """A backward pass is twice the work of a forward pass. An unknown GPU has no MFU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
-    clock = Clock(0.0, 0.0, chosen("bf16", processes=2))
+    clock = Clock(0.0, 0.0, make_resolved("bf16", processes=2))
     clock.count(1000, 4e11)
     clock.count(500, 2e11)
     now[0] += 4
     mfu = clock.read().get("mfu")
     assert mfu == (rate and round(3 * (1000 * 4e11 + 500 * 2e11) / 4 / (2 * rate), 4))
-    assert "mfu" not in Clock(0.0, 0.0, chosen("fp32")).read()  # the rate is that of bf16
+    assert "mfu" not in Clock(0.0, 0.0, make_resolved("fp32")).read()  # the rate is that of bf16
 
 
 def test_no_profile_by_default(tmp_path):

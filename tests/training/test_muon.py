@@ -1,4 +1,4 @@
-"""Muon against its formula, torch's own and singular vectors; beside AdamW, and over processes."""
+"""Muon against its formula, torch's Muon and singular vectors; with AdamW, and sharded."""
 
 import os
 
@@ -25,7 +25,7 @@ OPTIM = {"weight_decay": 0.1, "layer_decay": 0.5}
 
 
 def make_model(**optim):
-    """A model and its optimiser."""
+    """Returns a model and its optimizer."""
     torch.manual_seed(0)
     model = ViT(CONFIG, 3)
     return model, Optimizer(model, OptimConfig(**{**OPTIM, **optim}))
@@ -38,7 +38,7 @@ def fill_gradients(model, seed, scale=1.0):
 
 
 def matrices(model):
-    """The blocks' own: of queries, keys and values; of the projection; two of the network."""
+    """Returns the names of the matrices of the blocks: two of attention and two of the FFN each."""
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -56,7 +56,7 @@ def newton_schulz(matrix):
 
 
 def test_steps_equal_muon_by_formula():
-    """Each matrix for itself, in float32: momentum 0.95 as a mean, Nesterov, decoupled decay."""
+    """Each matrix separately, in float32: momentum 0.95 as a mean, Nesterov, decoupled decay."""
     model, optimizer = make_model(name="muon", clip_norm=0.0)
     parameters = dict(model.named_parameters())
     expected = {name: parameters[name].detach().clone() for name in matrices(model)}
@@ -79,7 +79,7 @@ def test_steps_equal_muon_by_formula():
 
 
 def test_steps_equal_torch_muon():
-    """To the rounding of bf16, in which torch orthogonalizes; vitral does so only on a GPU."""
+    """Up to bf16 rounding: torch always orthogonalizes in bf16, vitral only on a GPU."""
     model, optimizer = make_model(name="muon", clip_norm=0.0)
     torch.manual_seed(0)
     known = ViT(CONFIG, 3)
@@ -114,13 +114,13 @@ def test_orthogonal_against_singular_vectors(shape):
         for _ in range(5):
             expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
         torch.testing.assert_close(update, U * expected @ Vh, rtol=0, atol=1e-4)
-        assert (expected[values > values.max() / 20] > 0.65).all()  # and none is above
+        assert (expected[values > values.max() / 20] > 0.65).all()
         assert expected.max() < 1.25
     assert orthogonal(torch.zeros(1, *shape)).count_nonzero() == 0
 
 
 def test_other_parameters_use_adamw():
-    """Clipped by one norm over all gradients."""
+    """All gradients are clipped by one norm."""
     (model, optimizer), (own, other) = make_model(name="muon"), make_model()
     for m in (model, own):
         fill_gradients(m, 0)
@@ -135,14 +135,14 @@ def test_other_parameters_use_adamw():
         assert torch.equal(parameter, known[name]) != by_muon, name
         assert parameter.grad is None
         if by_muon:
-            # After one step both have a share of the clipped gradient: 5% and 10%.
+            # After one step, they are 5% and 10% of the clipped gradient.
             half = state.pop(f"{name}.exp_avg") / 2
             torch.testing.assert_close(parts.pop(f"{name}.momentum"), half)
     assert all(torch.equal(value, state[key]) for key, value in parts.items())
 
 
 def test_a_step_does_not_synchronize():
-    """On the meta device, where no value can be read, a whole step can be taken."""
+    """A step runs on the meta device, where no value can be read."""
     with torch.device("meta"):
         model = ViT(CONFIG, 3)
         optimizer = Optimizer(model, OptimConfig(name="muon"))
@@ -151,9 +151,9 @@ def test_a_step_does_not_synchronize():
         optimizer.muon.step(0.1, torch.zeros(()))
 
 
-@pytest.mark.parametrize("size", [2, 3])  # with three, shards of unequal height
+@pytest.mark.parametrize("size", [2, 3])  # with three, shards differ in their number of rows
 def test_steps_of_a_sharded_model(tmp_path, size):
-    """Bit-identical to Muon of the whole model: each process computes every update in full."""
+    """Bit-identical to Muon on the full model: each process computes every full update."""
     config = OptimConfig(name="muon", weight_decay=0.1)
     model_config = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=8)
 
@@ -172,14 +172,14 @@ def test_steps_of_a_sharded_model(tmp_path, size):
             optimizer.muon.step(0.1, torch.tensor(skipped))
         return model, optimizer
 
-    whole = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
+    full = {name: p.detach() for name, p in trained(None)[0].named_parameters()}
 
     def step(rank):
         with process_world(gpu=False, timeout_minutes=5) as world:
             model, optimizer = trained(world)
             state = gather_full(optimizer.state(), world)
             parts = gather_full(dict(model.named_parameters()), world)
-        right = rank or all(torch.equal(parts[name], whole[name]) for name in whole)
+        right = rank or all(torch.equal(parts[name], full[name]) for name in full)
         momentum = state["blocks.0.ffn.expand.weight.momentum"]
         os._exit(not right or momentum.numel() != (0 if rank else 64 * 16))
 

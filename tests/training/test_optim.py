@@ -1,4 +1,4 @@
-"""Groups, AdamW, losses and averages against values worked out by hand."""
+"""Groups, AdamW, losses and averages against values computed by hand."""
 
 import math
 
@@ -24,7 +24,7 @@ def tiny(**changes):
 
 
 def fill_gradients(model, step, scale=1.0):
-    """Gives every parameter a gradient that follows from `step`."""
+    """Gives every parameter a gradient that depends on `step`."""
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -32,7 +32,7 @@ def fill_gradients(model, step, scale=1.0):
 
 
 def bits(model, optimizer):
-    """A copy of all that a step changes."""
+    """Returns a copy of everything that a step changes."""
     named = {**dict(model.named_parameters()), **optimizer.state()}
     return {name: value.detach().clone() for name, value in named.items()}
 
@@ -108,11 +108,11 @@ def test_steps_equal_adamw_by_formula(clip_norm):
     ("gradient", "loss"),
     [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (1.0, NAN), (1.0, INF), (NAN, NAN)],
 )
-def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before, place, name):
+def test_a_non_finite_step_changes_nothing(gradient, loss, good_before, place, name):
     model, other = tiny(), tiny()
-    optimizer, preserve_torch_state = (Optimizer(m, OptimConfig(name=name)) for m in (model, other))
+    optimizer, other_optimizer = (Optimizer(m, OptimConfig(name=name)) for m in (model, other))
     for step in range(good_before):
-        for m, o in ((model, optimizer), (other, preserve_torch_state)):
+        for m, o in ((model, optimizer), (other, other_optimizer)):
             fill_gradients(m, step)
             o.step(1e-2, torch.tensor(1.0))
     before = bits(model, optimizer)
@@ -124,10 +124,10 @@ def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before, pl
     after = bits(model, optimizer)
     assert_equal({name: after[name] for name in before}, before)
     assert all(p.grad is None for p in model.parameters())
-    for m, o in ((model, optimizer), (other, preserve_torch_state)):
+    for m, o in ((model, optimizer), (other, other_optimizer)):
         fill_gradients(m, 7)
         assert o.step(2e-2, torch.tensor(1.0))[1].item() == 0
-    assert_equal(bits(model, optimizer), bits(other, preserve_torch_state))
+    assert_equal(bits(model, optimizer), bits(other, other_optimizer))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_step_that_is_not_finite_changes_nothing(gradient, loss, good_before, pl
         ("muon", {"step", "exp_avg", "exp_avg_sq", "momentum"}),
     ],
 )
-def test_state_continues_to_the_bit(name, kept):
+def test_restored_state_continues_bit_identically(name, kept):
     config = OptimConfig(name=name, layer_decay=0.7)
     model = tiny()
     optimizer = Optimizer(model, config)
@@ -212,7 +212,7 @@ def test_average_is_applied_temporarily(error):
     other.load_state(average)
     assert_equal(other.average, average)
     ema.update(5, TAKEN)
-    weight = 1 - 5 / 14  # of the model's own, which has lost none of its part in it
+    weight = 1 - 5 / 14  # of the model's own weights, which were restored
     moved = {name: torch.lerp(average[name], own[name], weight) for name in own}
     assert_equal(ema.average, moved)
 
@@ -247,7 +247,7 @@ def test_micro_batches_add_up_to_one_batch(kind, micro_batch):
     targets = torch.rand(12, 3, generator=torch.Generator().manual_seed(2)).softmax(1)
     close = {"rtol": 1e-10, "atol": 1e-12}
     if kind == "bce" and TorchVersion(torch.__version__) < "2.14":
-        # The loss is in float32, and rounded there by where in the batch an image stands.
+        # The loss is in float32; its rounding depends on the position of an image in the batch.
         close = {"rtol": 1e-5, "atol": 1e-6}
     results = []
     for size in (12, micro_batch):

@@ -1,4 +1,4 @@
-"""What a run writes for people: weights, tables, pictures, and how it starts."""
+"""Output files of a run: weights, tables, plots and the report; and its first messages."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ RESOLVED = Resolved("cpu", "fp32", False, 3, 16, 1, "cpu", False)
 
 
 class Recorder:
-    """A console and a log that keep what they are given."""
+    """A console and a log that record their input."""
 
     def __init__(self):
         self.lines, self.pictures = [], []
@@ -43,8 +43,8 @@ def recorder():
 
 
 @pytest.fixture
-def made(tmp_path, recorder):
-    """The outputs of a run that is about to start, with the given parts."""
+def make_outputs(tmp_path, recorder):
+    """Returns a function that makes the outputs of a new run with the given parts."""
     config = settings.load("digits", ["--model.dim", "16", "--model.depth", "1"])
     dataset = open_dataset(config.data, 8, 0)
 
@@ -58,41 +58,41 @@ def made(tmp_path, recorder):
 FACTS = {"step": 0, "workers": 2, "parameters": 1.5e6, "flops_per_image": 2.5e9}
 
 
-def test_start_is_announced_and_recorded(made, recorder):
-    made().announce(RESOLVED, FACTS, 1000, {"cpu": 1234.0, "gpu": 900.0})
+def test_start_is_announced_and_recorded(make_outputs, recorder):
+    make_outputs().announce(RESOLVED, FACTS, 1000, {"cpu": 1234.0, "gpu": 900.0})
     first, second, third = recorder.lines
     assert first.endswith(
         "starts: digits, 1,437 training images, 360 validation images, "
         "10 classes: 0, 1, 2 and 7 more"
     )
-    assert second == "decoder: cpu; images/s measured: cpu 1,234, gpu 900"
+    assert second == "decoder: cpu; measured img/s: cpu 1,234, gpu 900"
     assert third == (
         "1.50 M parameters, 2.500 GFLOPs per image; 1,000 steps of 64 images in micro-batches of "
         "16, on cpu in fp32, threads: 3, workers: 2"
     )
-    environment = json.loads(made().run.environment.read_text())
+    environment = json.loads(make_outputs().run.environment.read_text())
     assert environment["resolved"] == dataclasses.asdict(RESOLVED)
     assert environment["decode_rates"] == {"cpu": 1234.0, "gpu": 900.0}
     assert {name: environment[name] for name in FACTS} == FACTS
     assert "numpy" in environment["packages"]
 
 
-def test_resumed_compiled_and_fused_runs_say_so(made, recorder):
+def test_resumed_compiled_and_fused_runs_are_announced(make_outputs, recorder):
     resolved = dataclasses.replace(RESOLVED, compile=True, fused=True, processes=4)
-    made().announce(resolved, {**FACTS, "step": 7}, 1000, {})
+    make_outputs().announce(resolved, {**FACTS, "step": 7}, 1000, {})
     assert "resumes from step 7: digits" in recorder.lines[0]
     assert recorder.lines[1].endswith(
-        "in fp32, compiled, linear layers by oneDNN, threads: 3, workers: 2, in each of 4 processes"
+        "in fp32, compiled, oneDNN linear layers, threads: 3, workers: 2, in each of 4 processes"
     )
 
 
-def test_first_batch_is_shown_as_the_model_sees_it(made, recorder):
+def test_the_image_of_the_first_batch_shows_model_inputs(make_outputs, recorder):
     levels = torch.tensor([0, 0.25, 0.5, 1.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    made().save_batch((levels - 0.5) / 0.5)
-    picture = np.asarray(Image.open(made().run.train_batch)).astype(int)
+    make_outputs().save_batch((levels - 0.5) / 0.5)
+    picture = np.asarray(Image.open(make_outputs().run.train_batch)).astype(int)
     assert np.array_equal(recorder.pictures[0].shape, (3, *picture.shape[:2]))
     middle = picture[picture.shape[0] // 2]
-    columns = np.linspace(0, len(middle), 9).astype(int)[1::2]  # the middles of four tiles
+    columns = np.linspace(0, len(middle), 9).astype(int)[1::2]  # the centers of four tiles
     assert np.abs(middle[columns] - [[0], [64], [128], [255]]).max() <= 3
 
 
@@ -102,8 +102,8 @@ def scores(seed):
     return Scores(tuple("0123456789"), draw.integers(0, 10, 20), ranked, draw.random(20), ranked)
 
 
-def test_tables_are_of_the_last_validation_and_the_report_of_the_best(made):
-    work, progress = made(), Progress()
+def test_tables_are_of_the_last_validation_and_the_report_of_the_best(make_outputs):
+    work, progress = make_outputs(), Progress()
     assert work.reported is None
     for step, best, reported in ((5, 5, 5), (10, 5, 5), (15, 15, 15), (20, 15, 15)):
         progress.step, progress.best = step, {"step": best, "top1": 0.5}
@@ -115,19 +115,19 @@ def test_tables_are_of_the_last_validation_and_the_report_of_the_best(made):
         assert counts == dict(zip(map(str, labels), expected, strict=True))
 
 
-def test_after_a_resume_the_report_is_of_the_last_validation_until_there_is_a_better(made):
-    work, progress = made(), Progress(best={"step": 5, "top1": 0.9})
+def test_after_a_resume_the_report_is_of_the_last_validation_until_there_is_a_better(make_outputs):
+    work, progress = make_outputs(), Progress(best={"step": 5, "top1": 0.9})
     for step, best, reported in ((10, 5, 10), (15, 5, 15), (20, 20, 20), (25, 20, 20)):
         progress.step, progress.best["step"] = step, best
         work.record_scores(scores(step), progress)
         assert work.reported[0] == reported
 
 
-def test_curves_are_drawn_once_a_minute(made, monkeypatch):
+def test_curves_are_drawn_once_a_minute(make_outputs, monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(outputs.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(curves, "draw", lambda path, rows: calls.append((now[0], path)))
-    work = made()
+    work = make_outputs()
     for second in (10, 59, 61, 100, 121, 122):
         now[0] = second
         work.draw_curves()
@@ -139,24 +139,26 @@ def test_curves_are_drawn_once_a_minute(made, monkeypatch):
     ("parts", "reason"),
     [
         (None, "resumed after its last validation"),
-        (Parts(name="mine", model=torch.nn.Module), "the model is not vitral's: mine"),
+        (Parts(name="other", model=torch.nn.Module), "the model is not vitral's: other"),
     ],
 )
-def test_report_says_why_it_shows_no_predictions(made, monkeypatch, parts, reason):
+def test_the_report_gives_the_reason_for_missing_predictions(
+    make_outputs, monkeypatch, parts, reason
+):
     written = []
     monkeypatch.setattr(html, "write_report", lambda *args: written.append(args))
     monkeypatch.setattr(outputs, "read_run", lambda path: path)
-    work = made(parts)
+    work = make_outputs(parts)
     work.write_report(Progress())
     ((_, path, predictions, missing),) = written
     assert (path, predictions) == (work.run.report, None)
     assert reason in missing
 
 
-def test_only_the_weights_of_a_vit_are_written(made):
-    work = made()
+def test_only_the_weights_of_a_vit_are_written(make_outputs):
+    work = make_outputs()
     states = {"model": build_model(work.config, 10).state_dict()}
-    made(Parts(name="mine", model=torch.nn.Module)).save_weights(states, ["last"], {})
+    make_outputs(Parts(name="other", model=torch.nn.Module)).save_weights(states, ["last"], {})
     assert not work.run.weights.exists()
     work.save_weights(states, ["last", "best"], {"step": 3, "val_top1": 0.25})
     assert {path.name for path in work.run.weights.iterdir()} == {"best", "last"}
@@ -165,7 +167,7 @@ def test_only_the_weights_of_a_vit_are_written(made):
     assert all(states["model"][name].equal(v) for name, v in found.model.state_dict().items())
 
 
-def test_weights_are_written_again_from_their_checkpoints(image_folder, finished, tmp_path):
+def test_damaged_weights_are_restored_from_their_checkpoints(image_folder, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     config = make_config(image_folder, out)
@@ -185,7 +187,7 @@ def test_weights_are_written_again_from_their_checkpoints(image_folder, finished
     assert (out / "train.log").read_text().count(" restored from ") == 2
 
 
-def test_weights_of_a_step_without_a_checkpoint_are_a_message(image_folder, finished, tmp_path):
+def test_weights_that_cannot_be_restored_are_reported(image_folder, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     best = min((out / "checkpoints").iterdir())
@@ -196,7 +198,7 @@ def test_weights_of_a_step_without_a_checkpoint_are_a_message(image_folder, fini
     assert f"weights/best cannot be restored: {best}" in (out / "train.log").read_text()
 
 
-def test_weights_name_the_data_where_they_are_now(image_folder, finished, tmp_path):
+def test_weights_are_updated_with_the_path_of_moved_data(image_folder, finished, tmp_path):
     out, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(finished, out)
     shutil.copytree(image_folder, moved)
@@ -207,9 +209,9 @@ def test_weights_name_the_data_where_they_are_now(image_folder, finished, tmp_pa
         assert weights.load(out / "weights" / name).description.config.data.path == str(moved)
 
 
-def test_weights_newer_than_their_checkpoint_are_kept(made, monkeypatch):
-    """Those of a step that the resumed run reaches again."""
-    work = made()
+def test_weights_newer_than_their_checkpoint_are_kept(make_outputs, monkeypatch):
+    """The resumed run reaches their step again."""
+    work = make_outputs()
     states = {"model": build_model(work.config, 10).state_dict()}
     work.save_weights(states, ["last", "best"], {"step": 9})
     restored = []
@@ -219,6 +221,6 @@ def test_weights_newer_than_their_checkpoint_are_kept(made, monkeypatch):
     work.restore_weights(Progress(step=12, evaluated=12, best={"step": 9, "top1": 0.1}))
     assert restored == [("last", 12)]
     work.restore_weights(Progress(step=14, evaluated=12, best={"step": 12, "top1": 0.1}))
-    assert restored == [("last", 12), ("best", 12)]  # the next validation writes the last ones
+    assert restored == [("last", 12), ("best", 12)]  # the next validation writes weights/last
     work.restore_weights(Progress(step=2))
     assert len(restored) == 2

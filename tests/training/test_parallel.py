@@ -1,4 +1,4 @@
-"""Forward and backward passes of micro-batches, and how their gradients become one."""
+"""Forward and backward passes of micro-batches, and the reduction of their gradients."""
 
 import os
 from functools import reduce
@@ -49,7 +49,7 @@ def test_micro_batches_give_the_mean_over_the_batch(accumulator, micro_batch):
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_gradients_are_added_as_one_tree(tmp_path, size):
-    """In the same order for any number of processes, which is not that of a plain sum."""
+    """In the same order for any number of processes, which differs from a plain sum."""
     draw = torch.Generator().manual_seed(0)
     scales = 10.0 ** torch.arange(-3, 5)
     gradients = [torch.randn(5, 3, generator=draw) * scale for scale in scales]
@@ -83,7 +83,7 @@ def test_gradients_are_added_as_one_tree(tmp_path, size):
 
 
 class Crossings(TorchDispatchMode):
-    """Notes what goes from one device to another: a step would wait for a GPU there."""
+    """Records operations between devices, where a step would wait for a GPU."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""An experiment's model and optimiser in vitral's own loop."""
+"""An experiment's model and optimizer in vitral's own loop."""
 
 import json
 import os
@@ -51,8 +51,8 @@ def run(out, parts, *words):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of another model."""
+def uninterrupted(tmp_path_factory):
+    """An uninterrupted run of another model."""
     return run(tmp_path_factory.mktemp("parts") / "run", Parts(name="pixels", model=Pixels))
 
 
@@ -60,9 +60,9 @@ def newest(path):
     return checkpoint.latest(path / "checkpoints", pytest.fail)
 
 
-def test_another_model_learns(whole):
-    """Its last score is that of its weights in the checkpoint, applied to the images by hand."""
-    found, state = newest(whole), read_run(whole)
+def test_another_model_learns(uninterrupted):
+    """Its last score equals the one computed by hand with the weights in its checkpoint."""
+    found, state = newest(uninterrupted), read_run(uninterrupted)
     assert found.step == STEPS
     weights = found.tensors["model"]
     assert {*weights} == {"head.weight", "head.bias"}
@@ -75,36 +75,36 @@ def test_another_model_learns(whole):
     assert top1 > 0.5
 
 
-def test_its_flops_are_counted(whole):
-    environment = json.loads((whole / "env.json").read_text())
+def test_flops_of_another_model_are_counted(uninterrupted):
+    environment = json.loads((uninterrupted / "env.json").read_text())
     assert environment["flops_per_image"] == 2 * 3 * 64 * 10
     assert environment["parameters"] == 3 * 64 * 10 + 10
     assert environment["parts"] == "pixels"
 
 
-def test_no_vit_weights_are_written(whole):
-    assert not (whole / "weights").exists()
-    page = (whole / "report.html").read_text(encoding="utf-8")
+def test_no_vit_weights_are_written(uninterrupted):
+    assert not (uninterrupted / "weights").exists()
+    page = (uninterrupted / "report.html").read_text(encoding="utf-8")
     assert "not vitral&#39;s: pixels" in page or "not vitral's: pixels" in page
 
 
-def test_it_resumes_exactly(whole, tmp_path):
+def test_another_model_resumes_exactly(uninterrupted, tmp_path):
     parts = Parts(name="pixels", model=Pixels, optimizer=Interrupting)
     Interrupting.count = 0
     with pytest.raises(Interrupted):
         run(tmp_path / "run", parts)
     assert newest(tmp_path / "run").step == 5
     run(tmp_path / "run", parts)
-    there, here = newest(whole), newest(tmp_path / "run")
+    there, here = newest(uninterrupted), newest(tmp_path / "run")
     for kind, tensors in there.tensors.items():
         for name, value in tensors.items():
             assert torch.equal(value, here.tensors[kind][name]), (kind, name)
-    with pytest.raises(UserError, match="has pixels, not those of vitral") as caught:
+    with pytest.raises(UserError, match="uses pixels, not vitral's own") as caught:
         run(tmp_path / "run", Parts())
     assert "--out" in str(caught.value)
 
 
-def test_own_model_with_another_optimizer_keeps_its_weights(tmp_path):
+def test_vitral_weights_are_written_with_another_optimizer(tmp_path):
     class Halved(Optimizer):
         def step(self, lr, loss):
             return super().step(lr / 2, loss)
@@ -126,7 +126,7 @@ def test_running_statistics_are_rejected(tmp_path):
             super().__init__(config, num_classes)
             self.norm = nn.BatchNorm1d(3)
 
-    with pytest.raises(ValueError, match=r"got also norm\.num_batches_tracked"):
+    with pytest.raises(ValueError, match=r"got norm\.num_batches_tracked"):
         run(tmp_path / "run", Parts(name="statistics", model=Statistics))
     assert not (tmp_path / "run").exists()
 

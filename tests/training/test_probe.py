@@ -13,7 +13,7 @@ CLASSES, DIM = 4, 12
 
 
 def make_features(count, views=1, noise=1.0, labels=None):
-    """Gaussian clusters around a mean of each class, on scales from 0.01 to 100."""
+    """Returns Gaussian clusters around the center of each class, on scales from 0.01 to 100."""
     draw = torch.Generator().manual_seed(0)
     centers = torch.randn(CLASSES, DIM, generator=draw)
     images = torch.arange(count).repeat(views)
@@ -86,7 +86,7 @@ def test_the_views_of_an_image_are_held_out_together():
     assert fit(twice, CLASSES, seed=0).held_out < 0.6
 
 
-def test_a_constant_feature_and_a_class_with_one_image():
+def test_a_constant_feature_and_a_class_with_one_image_give_finite_weights():
     features = make_features(41, labels=torch.tensor([0, 1] * 20 + [2]))
     features.vectors[:, 3] = 7.0
     found = fit(features, 3, seed=0)
@@ -94,7 +94,7 @@ def test_a_constant_feature_and_a_class_with_one_image():
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_one_or_two_images_of_each_class(count):
+def test_one_or_two_images_per_class_are_fitted(count):
     features = make_features(count, labels=torch.tensor([0, 1, 0, 1][:count]))
     found = fit(features, 2, seed=0)
     assert found.predict(features.vectors).tolist() == features.labels.tolist()

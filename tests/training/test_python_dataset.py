@@ -1,4 +1,4 @@
-"""Training on Python datasets equals training on the folder of the same images, to the last bit."""
+"""Training on Python datasets is bit-identical to training on a folder of the same images."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def folder(image_folder, tmp_path_factory):
-    """The images of `image_folder` as PNGs, which Pillow and torchcodec decode to the same bits."""
+    """The images of `image_folder` as PNGs, which Pillow and torchcodec decode identically."""
     root = tmp_path_factory.mktemp("png")
     for path in image_folder.rglob("*.jpg"):
         place = root / path.relative_to(image_folder).with_suffix(".png")
@@ -33,7 +33,7 @@ def folder(image_folder, tmp_path_factory):
 
 
 def splits(folder):
-    """Datasets that cannot be pickled, as with a lambda that a notebook defines."""
+    """Returns datasets that cannot be pickled, due to a lambda, as in a notebook."""
     names = {"dataset": "train", "val_dataset": "val"}
     return {n: ImageFolder(folder / s, transform=lambda image: image) for n, s in names.items()}
 
@@ -51,7 +51,7 @@ def run(folder, tmp_path_factory):
     return train(make_config("digits", out, data__workers=2), **splits(folder))
 
 
-def test_the_weights_are_those_of_the_folder(run, expected):
+def test_training_on_datasets_equals_the_folder(run, expected):
     assert digests(run) == digests(expected)
     assert settings.load(str(run / "config.yaml")).data.path == "python:dataset"
     assert (run / "report.html").is_file()
@@ -67,7 +67,7 @@ def test_a_killed_run_resumes_exactly(folder, expected, tmp_path):
     assert digests(train(config, **splits(folder))) == digests(expected)
 
 
-def test_other_images_or_the_command_cannot_resume_it(run, folder, capsys):
+def test_other_images_and_the_command_cannot_resume_a_run(run, folder, capsys):
     config = make_config("digits", run)
     other = splits(folder)
     other["dataset"].transform = lambda image: Image.eval(image, lambda level: level ^ 1)
@@ -90,7 +90,7 @@ def test_evaluating_equals_the_folder(run, folder):
 
 
 class Flaky:
-    """Ten random images, of which item 3 has another label when it is read for the third time."""
+    """Ten random images. The label of item 3 changes when it is read for the third time."""
 
     classes = ("a", "b")
 
@@ -106,7 +106,7 @@ class Flaky:
         return level, (i + (i == 3 and self.reads > 2)) % 2
 
 
-def test_a_part_is_held_out_and_a_label_that_changes_is_an_error(tmp_path):
+def test_a_fraction_is_held_out_and_a_changing_label_is_an_error(tmp_path):
     config = make_config("digits", tmp_path / "run", data__workers=0, data__val_fraction=0.2)
     with pytest.raises(UserError, match=r"1 of 8 training images is broken.*item 3 \(the first"):
         train(config, dataset=Flaky())
@@ -122,8 +122,8 @@ def test_dataset_options_need_a_dataset(tmp_path):
 
 
 def test_a_subset_trains(folder, tmp_path):
-    whole = splits(folder)
-    every = {name: Subset(each, range(0, len(each), 2)) for name, each in whole.items()}
+    full = splits(folder)
+    every = {name: Subset(each, range(0, len(each), 2)) for name, each in full.items()}
     config = make_config("digits", tmp_path / "run", train__epochs=2)
     run = train(config, **every, fingerprint="every second")
     assert "20 training images, 6 validation images, 2 classes" in (run / "train.log").read_text()

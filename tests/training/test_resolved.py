@@ -1,4 +1,4 @@
-"""What is chosen by measuring, and what is not."""
+"""Choices that depend on the machine, and choices that do not."""
 
 import dataclasses
 from functools import partial
@@ -42,18 +42,18 @@ def test_a_reproducible_run_does_not_depend_on_timing(model, words, fused):
     assert resolve(settings.load("digits", words), model, CPU).fused is fused
 
 
-def test_reproducible_is_one_thread():
-    """torchrun gives each process one, where a plain run takes all cores."""
+def test_a_reproducible_run_uses_one_thread():
+    """torchrun gives each process one thread, while a plain run uses all cores."""
     config = settings.load("digits", ["--train.reproducible"])
     assert resolve(config, build_model(config, 10), CPU).threads == 1
 
 
 def test_custom_kernels_must_be_faster_for_every_process(model):
-    class Unlike(World):
+    class DifferingWorld(World):
         def gather(self, value):
             return [value, False] if value is True else [value]
 
-    assert not resolve(settings.load("digits"), model, CPU, Unlike()).fused
+    assert not resolve(settings.load("digits"), model, CPU, DifferingWorld()).fused
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
@@ -68,7 +68,7 @@ def test_an_accelerator_other_than_cuda_runs_plain_float32(model, kind, monkeypa
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_model_runs_what_was_chosen(model, fused, monkeypatch):
+def test_the_model_uses_the_chosen_kernels(model, fused, monkeypatch):
     monkeypatch.setattr(kernels, "has_feed_forward", lambda device: True)
     resolved = resolve(settings.load("digits"), model, CPU)
     compiled(model, dataclasses.replace(resolved, fused=fused))
@@ -76,9 +76,9 @@ def test_the_model_runs_what_was_chosen(model, fused, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11, of itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11 warns about itself
 def test_every_size_is_compiled(monkeypatch):
-    """Sides of images or sizes of micro-batches, eleven of them."""
+    """Eleven image sizes, more than torch's limit of recompilations."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     config = settings.load("digits", ["--model.depth", "1"])
     resolved = Resolved("cpu", "fp32", True, 1, 2, 1, "cpu", False)
@@ -86,14 +86,14 @@ def test_every_size_is_compiled(monkeypatch):
     counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):
         run = compiled(build_model(config, 10), resolved)
-        for side in range(2, 13):
-            run(torch.zeros(2, 3, 2 * side, 2 * side))
+        for image_size in range(4, 26, 2):
+            run(torch.zeros(2, 3, image_size, image_size))
     torch.compiler.reset()
     assert counters["stats"]["unique_graphs"] == 11
 
 
 def again(was, words, processes=1, run="runs/x"):
-    """The choices of a resumed run that started with `was`."""
+    """Returns the choices of a resumed run that started with `was`."""
     config = settings.load("digits", words)
     found = Checkpoint(5, {}, {"resolved": was})
     world = IdenticalWorld(0, processes, 0, processes)
@@ -101,7 +101,7 @@ def again(was, words, processes=1, run="runs/x"):
 
 
 class IdenticalWorld(World):
-    """One of some processes, which all have the same."""
+    """One of several processes that all have the same values."""
 
     def gather(self, value):
         return [value] * self.size
@@ -117,7 +117,7 @@ def _compiles(monkeypatch):
 
 @pytest.mark.usefixtures("_compiles")
 def test_a_resumed_run_keeps_its_choices():
-    """Whatever the settings and this machine would choose now."""
+    """Regardless of what the settings and this machine would choose now."""
     words = "--train.precision fp32 --train.compile never --train.threads 1".split()
     assert again(WAS, words, processes=2) == WAS
 
@@ -131,12 +131,12 @@ def test_another_number_of_processes_changes_the_micro_batch(fused):
 
 
 @pytest.mark.usefixtures("_compiles")
-def test_a_reproducible_run_changes_nothing_else_with_the_processes():
+def test_a_reproducible_run_keeps_its_choices_on_other_processes():
     now = again(WAS, ["--train.reproducible", "--train.batch-size", "16"], processes=4)
     assert now == dataclasses.replace(WAS, processes=4)
 
 
-def test_a_run_of_a_gpu_does_not_resume_on_a_cpu():
+def test_a_gpu_run_does_not_resume_on_a_cpu():
     with pytest.raises(
         UserError, match=r"train\.device: the run in runs/x started on cuda, not cpu"
     ):
@@ -159,7 +159,7 @@ def test_a_micro_batch_is_at_most_the_batch(model, words, micro_batch):
     assert resolve(settings.load("digits", words.split()), model, CPU).micro_batch == micro_batch
 
 
-def test_weights_follow_from_the_seed():
+def test_weights_depend_on_the_seed():
     first, same, other = (
         build_model(settings.load("digits", ["--seed", seed]), 10).state_dict() for seed in "112"
     )
@@ -169,7 +169,7 @@ def test_weights_follow_from_the_seed():
 
 
 class Allocations(TorchDispatchMode):
-    """Notes the shape and the bytes of what is made anew."""
+    """Records the shapes and the bytes of new tensors."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize(("words", "copies"), [([], 4), (["--train.reproducible"], 7)])
 def test_a_micro_batch_is_tried_at_the_largest_size_with_all_copies(model, words, copies):
-    """A reproducible run of one process holds gradients of 1, 2 and 4 shards and makes an 8th's."""
+    """A reproducible run stores gradients of 4, 2 and 1 shards while it computes the 8th."""
     sizes = "16 0.3 32 0.4 24 0.3"  # of the model: 8
     config = settings.load("digits", [*words, "--train.progressive", *sizes.split()])
     resolved = Resolved("cuda", "fp32", False, 1, 2, 1, "cpu", False)

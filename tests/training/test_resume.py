@@ -1,4 +1,4 @@
-"""A run that is killed and repeated ends like one that nothing disturbed."""
+"""A run that is killed and resumed equals an uninterrupted run."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ STEPS = 27  # of a run
 
 @pytest.fixture(scope="module")
 def whole(image_folder, tmp_path_factory):
-    """The digests of a run that nothing disturbed."""
+    """The digests of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert finish_single(make_config(image_folder, out, data__workers=0)) == 0
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
@@ -50,7 +50,7 @@ def whole(image_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [(0, 1, 0), (1, 3, 0), (3, 0, 1)])
-def test_killed_at_random_steps(image_folder, tmp_path, whole, workers):
+def test_a_run_killed_at_random_steps_resumes_exactly(image_folder, tmp_path, whole, workers):
     at = sorted(random.sample(range(1, STEPS - 5), 2))
     print("killed at", at)
     for step, count in zip(at, workers, strict=False):
@@ -100,13 +100,14 @@ def test_a_signal_drops_the_unfinished_step(
 
 
 def test_muon_resumes_exactly(image_folder, tmp_path, whole):
-    whole_run, cut = (
-        make_config(image_folder, tmp_path / name, optim__name="muon") for name in ("whole", "cut")
+    uninterrupted, killed = (
+        make_config(image_folder, tmp_path / name, optim__name="muon")
+        for name in ("uninterrupted", "killed")
     )
-    assert finish_single(whole_run) == 0
-    assert signal_at(cut, 11, signal.SIGKILL) == -signal.SIGKILL
-    assert finish_single(cut) == 0
-    assert digests(tmp_path / "cut") == digests(tmp_path / "whole") != whole
+    assert finish_single(uninterrupted) == 0
+    assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
+    assert finish_single(killed) == 0
+    assert digests(tmp_path / "killed") == digests(tmp_path / "uninterrupted") != whole
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +130,12 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     assert str(last) in log
 
 
-def test_validation_that_a_signal_cut_short_is_logged_once(image_folder, tmp_path):
+def test_an_interrupted_validation_is_logged_once(image_folder, tmp_path):
     """Stopped before its validation was saved, then killed after its row was written."""
     out = tmp_path / "run"
     config = make_config(image_folder, out, train__eval_every=100)
     assert finish_single(config) == 0
-    preserve_torch_state = digests(out)
+    expected = digests(out)
     last = newest(out)
     state = storage.read_json(last, "state.json")
     names = [path.stem for path in last.glob("*.safetensors")]
@@ -144,7 +145,7 @@ def test_validation_that_a_signal_cut_short_is_logged_once(image_folder, tmp_pat
     undone["counters"] = [row["loss"], row["grad_norm"], 1, 0, 0, 0]
     storage.write(last, tensors, {"state": undone})
     assert finish_single(config) == 0
-    assert digests(out) == preserve_torch_state
+    assert digests(out) == expected
 
 
 def test_a_run_without_a_usable_checkpoint_is_left_untouched(image_folder, half_done, tmp_path):
@@ -162,7 +163,7 @@ def test_a_run_without_a_usable_checkpoint_is_left_untouched(image_folder, half_
 def test_a_run_whose_checkpoints_were_removed_is_left_untouched(
     image_folder, finished, tmp_path, kept
 ):
-    """Either tells it from one that was killed before its first checkpoint, which has rows, too."""
+    """Either distinguishes it from a run killed before its first checkpoint, which has rows too."""
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     shutil.rmtree(out / "checkpoints")
@@ -177,7 +178,7 @@ def test_a_run_whose_checkpoints_were_removed_is_left_untouched(
 
 
 def killed_before(monkeypatch, module, name, config):
-    """Trains until a function is called, and is killed then."""
+    """Trains until a function is called, which kills the process."""
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         assert finish_single(config) == -signal.SIGKILL
@@ -196,7 +197,7 @@ def test_a_run_killed_at_its_first_validation_starts_over(
 
 
 def test_init_applies_until_there_is_a_checkpoint(image_folder, finished, tmp_path, whole):
-    """A kill in the first write leaves an empty directory of checkpoints."""
+    """A kill during the first write leaves an empty directory of checkpoints."""
     digests_of = []
     for name in ("fresh", "begun"):
         config = make_config(image_folder, tmp_path / name, train__init=finished)
@@ -207,7 +208,7 @@ def test_init_applies_until_there_is_a_checkpoint(image_folder, finished, tmp_pa
     assert digests_of[0] == digests_of[1] != whole
 
 
-def test_training_outlives_its_listener(image_folder, tmp_path, whole, capfd):
+def test_training_continues_after_its_reader_ends(image_folder, tmp_path, whole, capfd):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -221,7 +222,7 @@ def test_training_outlives_its_listener(image_folder, tmp_path, whole, capfd):
     assert digests(tmp_path / "run") == whole
 
 
-def test_results_in_words():
+def test_summary_of_results():
     progress = Progress(best={"step": 12, "top1": 0.5}, metrics={"val_top1": 0.25})
     assert progress.summary() == "val top-1 25.00%; best 50.00% at step 12"
     progress.metrics["ema_top1"] = 1 / 3
@@ -229,7 +230,7 @@ def test_results_in_words():
 
 
 def state_of(seed, **train):
-    """The state of a run after five steps, and its model; `seed` draws both."""
+    """Returns the state of a run after five steps, and its model; both depend on `seed`."""
     config = settings.load("digits", ["--model.dim", "16", "--model.depth", "1"])
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
     dataset = open_dataset(config.data, 8, 0)
@@ -252,7 +253,7 @@ def state_of(seed, **train):
 
 
 def test_a_checkpoint_is_restored_bit_for_bit(tmp_path):
-    """Through the file, into a state that differs in everything."""
+    """Through a file, into a state in which everything differs."""
     (was, _), (now, model) = state_of(1), state_of(2)
     checkpoint.save(tmp_path, was.checkpoint(World(), {3: "empty"}), None)
     found = checkpoint.latest(tmp_path, pytest.fail)
@@ -306,7 +307,7 @@ def test_settings_that_change_the_results_are_rejected(tmp_path, name):
 def test_the_settings_in_a_checkpoint_are_checked(
     image_folder, half_done, tmp_path, name, config_file
 ):
-    """Not only those in config.yaml, which can be edited or removed."""
+    """In addition to those in config.yaml, which can be edited or removed."""
     run = RunDir(tmp_path / "run")
     shutil.copytree(half_done, run.path)
     changed = make_config(image_folder, run.path, **{name.replace(".", "__"): 7})
@@ -319,7 +320,7 @@ def test_the_settings_in_a_checkpoint_are_checked(
 
 
 def rewritten(half_done, out, **changes):
-    """A copy of a run whose newest checkpoint has another state, signed like any other."""
+    """Copies a run and changes the state in its newest checkpoint, with a valid manifest."""
     shutil.copytree(half_done, out)
     folder = RunDir(out).checkpoints
     found = checkpoint.latest(folder, pytest.fail)
@@ -345,7 +346,7 @@ def test_settings_of_another_version_are_rejected(image_folder, half_done, tmp_p
         train(make_config(image_folder, out))
 
 
-def test_a_run_is_repeated_from_another_directory(image_folder, tmp_path, monkeypatch):
+def test_a_run_can_be_repeated_from_another_directory(image_folder, tmp_path, monkeypatch):
     """Its config.yaml has absolute paths, and a relative path is still the same."""
     monkeypatch.chdir(image_folder.parent)
     config = make_config(image_folder.name, tmp_path / "run", train__epochs=2)
@@ -392,8 +393,8 @@ def test_other_data_and_parts_are_rejected(tmp_path):
     resume.check_data(config, run, dataset, dataset.fingerprint)
     with pytest.raises(UserError, match="data: digits is not the data set that the run"):
         resume.check_data(config, run, dataset, "f" * 64)
-    resume.check_parts(run, "mine", "mine")
-    for was, now, message in (("mine", "", "has mine, not those of vitral"), ("", "x", "not x;")):
+    resume.check_parts(run, "other", "other")
+    for was, now, message in (("other", "", "uses other, not vitral's own"), ("", "x", "not x;")):
         with pytest.raises(UserError, match=message):
             resume.check_parts(run, was, now)
 

@@ -1,4 +1,4 @@
-"""Signals are recorded, the second one ends a lone process, and handlers are restored."""
+"""Signals are recorded, the second one ends a single process, and handlers are restored."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_handlers_are_restored():
 
 
 def exit_code_after(numbers, world):
-    """Of a forked process that gets signals, or 0 if it survives them."""
+    """Returns the exit code of a forked process that receives signals, or 0 if it survives them."""
     child = os.fork()
     if not child:
         with Signals(world):
@@ -57,7 +57,7 @@ def test_a_second_signal_ends_a_single_process_at_once(monkeypatch):
     assert exit_code_after(both[:1], World()) == 0
     assert exit_code_after(both, World()) == 128 + signal.SIGINT
     assert exit_code_after(both[::-1], World()) == 128 + signal.SIGTERM
-    hangup = signal.SIGHUP  # which the kernel, the shell and systemd repeat
+    hangup = signal.SIGHUP  # the kernel, the shell and systemd repeat it
     assert exit_code_after([hangup] * 3, World()) == 0
     assert exit_code_after([hangup, signal.SIGTERM, hangup], World()) == 0
     assert exit_code_after([hangup, *both], World()) == 128 + signal.SIGINT
@@ -115,7 +115,7 @@ def test_a_signal_is_recorded_without_stderr(what, tmp_path):
             os.close(reader)
             os.close(writer)
         elif what == "another file's":
-            sys.__stderr__ = None  # as in a process that was started without
+            sys.__stderr__ = None  # as in a process that was started without stderr
             os.dup2(os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT), 2)
         with Signals(World()) as recorded:
             signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What is found by trying: whether torch.compile works, and whose kernels are faster."""
+"""Trials on this machine: whether torch.compile works, and which kernels are faster."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_autocast_applies_only_to_products(precision, dtype):
     assert (x @ x).dtype == torch.float32
 
 
-def test_what_compiles_is_tried_once(monkeypatch):
+def test_compilation_is_tried_once(monkeypatch):
     calls = []
     monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or f)
     trial.can_compile.cache_clear()
@@ -41,7 +41,7 @@ def test_what_compiles_is_tried_once(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "reason"), [("\nno compiler\n  in line 3", "no compiler"), ("", "RuntimeError")]
 )
-def test_a_compiler_that_fails_is_a_warning(monkeypatch, error, reason):
+def test_a_failing_compiler_causes_a_warning(monkeypatch, error, reason):
     def fail(_):
         raise RuntimeError(error)
 
@@ -51,7 +51,7 @@ def test_a_compiler_that_fails_is_a_warning(monkeypatch, error, reason):
     assert f"torch.compile fails: {reason}; " in str(caught[0].message)
 
 
-# In a process of its own: the compiler leaves threads behind, beside which no test could fork.
+# In a separate process: the compiler leaves threads behind, which make forking unsafe.
 TRY = """
 import sys
 import torch
@@ -70,7 +70,7 @@ def test_without_a_compiler_nothing_is_compiled(compiler, tmp_path):
     words = [sys.executable, "-c", TRY, compiler]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.stdout == f"{compiler == 'g++'}\n", done.stderr
-    warning = re.search("training is not compiled, and slower, .*C compiler", done.stderr)
+    warning = re.search("training is not compiled and runs slower, .*C compiler", done.stderr)
     assert bool(warning) is (compiler != "g++")
 
 
@@ -78,10 +78,10 @@ def test_without_a_compiler_nothing_is_compiled(compiler, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_cpu_kernels_are_chosen_without_timing(monkeypatch, onednn, precision):
     """Except where the model is compiled, or the settings ask for plain kernels."""
-    asked = []
+    calls = []
 
     def can_train_by_onednn(x):
-        asked.append((torch.is_autocast_enabled("cpu"), x.device.type))
+        calls.append((torch.is_autocast_enabled("cpu"), x.device.type))
         return onednn
 
     monkeypatch.setattr(kernels, "can_train_by_onednn", can_train_by_onednn)
@@ -89,15 +89,15 @@ def test_cpu_kernels_are_chosen_without_timing(monkeypatch, onednn, precision):
     faster = trial.fused_is_faster.__wrapped__
     plain = ViTConfig(size="ti", kernels="plain")
     assert faster(CONFIG, "cpu", precision, False, 8) is onednn
-    assert asked == [(precision == "bf16", "cpu")]
+    assert calls == [(precision == "bf16", "cpu")]
     assert not faster(CONFIG, "cpu", precision, True, 8)
     assert not faster(plain, "cpu", precision, False, 8)
 
 
 def timed(monkeypatch, fused, plain):
-    """Whether vitral's kernels count as faster, on a device with them, if passes take so long.
+    """Returns whether vitral's kernels count as faster, given the times of the passes.
 
-    The device is torch's meta device. A time that is an exception is raised.
+    The device is torch's meta device. An exception among the times is raised.
     """
     times = {True: iter(fused), False: iter(plain)}
     sizes = []
@@ -135,9 +135,9 @@ def test_medians_decide_which_gpu_kernels_run(monkeypatch, fused, plain, faster)
     assert timed(monkeypatch, fused, plain) is faster
 
 
-def test_kernels_that_fail_are_not_used(monkeypatch):
+def test_failing_kernels_are_not_used(monkeypatch):
     error = RuntimeError("out of registers\nmore")
-    with pytest.warns(UserWarning, match="as vitral's fail: out of registers$"):
+    with pytest.warns(UserWarning, match="because vitral's fail: out of registers$"):
         assert not timed(monkeypatch, [1, error], [2] * 5)
 
 

@@ -1,4 +1,4 @@
-"""Validation during training: every image once, of a model as it is, until a signal arrives."""
+"""Validation during training: every image is scored once, unless a signal arrives."""
 
 import signal
 from types import SimpleNamespace
@@ -25,15 +25,15 @@ TINY = "--model.dim 16 --model.depth 1 --model.dropout 0.5".split()
 RESOLVED = Resolved("cpu", "fp32", False, 1, 2, 1, "cpu", False)
 
 
-class RepeatedWorld(World):
-    """One of several processes, which sees the others' scores as its own."""
+class PartialWorld(World):
+    """One of several processes, which gathers only its own scores."""
 
     def gather(self, value):
         return [value]
 
 
 def validated(data, *words, world=None, resolved=RESOLVED):
-    """A validation whose model is partly drawn at random."""
+    """Returns a validation of a model with a random head."""
     config = settings.load("digits", [*TINY, *words, "--data", str(data)])
     dataset = open_dataset(config.data, config.model.image_size, 0)
     model = build_model(config, len(dataset.classes))
@@ -66,7 +66,7 @@ def test_scores_by_hand(monkeypatch, batch):
     assert 0.02 < found.top1 < 0.4
 
 
-def test_precision_is_the_resolved_one():
+def test_validation_uses_the_resolved_precision():
     precise = validated("digits").measure(QUIET).losses
     resolved = Resolved("cpu", "bf16", False, 1, 2, 1, "cpu", False)
     rounded = validated("digits", resolved=resolved).measure(QUIET).losses
@@ -75,16 +75,16 @@ def test_precision_is_the_resolved_one():
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_processes_share_the_images(monkeypatch, image_folder, size):
-    """Contiguous parts, of which some may be empty, that add up to the whole."""
+    """Their parts are contiguous, can be empty, and add up to all images."""
     monkeypatch.setattr(validation, "EVAL_BATCH", 4)  # three batches
-    whole = validated(image_folder).measure(QUIET)
+    expected = validated(image_folder).measure(QUIET)
     parts = [
-        validated(image_folder, world=RepeatedWorld(k, size)).measure(QUIET) for k in range(size)
+        validated(image_folder, world=PartialWorld(k, size)).measure(QUIET) for k in range(size)
     ]
-    assert sum(len(part.labels) for part in parts) == len(whole.labels) == 12
+    assert sum(len(part.labels) for part in parts) == len(expected.labels) == 12
     joined = merge(parts)
     for name in ("labels", "ranked", "losses", "confidence"):
-        assert np.array_equal(getattr(joined, name), getattr(whole, name))
+        assert np.array_equal(getattr(joined, name), getattr(expected, name))
 
 
 def test_a_signal_stops_a_single_process(image_folder, monkeypatch):
@@ -95,12 +95,12 @@ def test_a_signal_stops_a_single_process(image_folder, monkeypatch):
         with pytest.raises(Interrupted) as error:
             work(signals)
         assert error.value.exit_code == 143
-    one = validated(image_folder, world=RepeatedWorld(0, 2))
+    one = validated(image_folder, world=PartialWorld(0, 2))
     signals.world = one.world
-    assert len(one.measure(signals).labels) == 4  # the others would wait for it
+    assert len(one.measure(signals).labels) == 4  # other processes would wait for it
 
 
-def test_images_are_checked_where_they_are_decoded(image_folder, tmp_path):
+def test_images_that_need_decoding_are_checked(image_folder, tmp_path):
     assert not validated("digits").needs_decoding
     work = validated(image_folder)
     assert work.needs_decoding
