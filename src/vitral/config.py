@@ -1,8 +1,9 @@
-"""Every setting: frozen, keyword-only dataclasses, validated when they are constructed.
+"""All settings, as frozen, keyword-only dataclasses that are validated when constructed.
 
-Five sections (model, data, augment, optim, train) make a `Config`. A recipe is a YAML file of the
-same names; on the command line they are `--section.key value`. The settings are in one file because
-each page of it is a table that users read together. Nothing heavy is imported, so `--help` is fast.
+A `Config` has five sections: model, data, augment, optim and train. Recipes are YAML files with the
+same names, and the command-line options are `--section.key value`. The docstring under a field is
+its help text. All sections are in one file because users read them together. The module imports
+nothing heavy, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vitral.errors import UserError
 
 
 class Shape(NamedTuple):
-    """Width and depth of an encoder: what a size preset fixes."""
+    """Dimensions of an encoder, as defined by a size preset."""
 
     dim: int
     depth: int
@@ -45,10 +46,10 @@ Policy = Literal[
 
 
 class Seconds(float):
-    """A time in seconds, written as 600, 90s, 10m, 2h or 1h30m."""
+    """A duration in seconds, parsed from 600, 90s, 10m, 2h or 1h30m."""
 
     def __new__(cls, value: float | str) -> Seconds:
-        """Raises ValueError for text of another form."""
+        """Raises ValueError if the text has another format."""
         found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d*)?)s?)?", str(value))
         if found is None:
             raise ValueError(value)
@@ -77,75 +78,81 @@ def _check_not_negative(**values: float) -> None:
 
 
 def _check_at_most(limit: int, **values: float) -> None:
-    """Refuses what is surely a mistake, before a model of that size is built."""
+    """Rejects values that can only be mistakes, before a model of that size is built."""
     for name, value in values.items():
         _check(value <= limit, f"{name}: expected at most {limit:,}, got {value:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """The architecture. A field left at None takes the size preset's value."""
+    """The architecture. Dimensions that are None use the value of the size preset."""
 
     size: Literal["ti", "s", "b", "l", "h"] = "s"
-    """Preset of dim, depth, num_heads and num_kv_heads."""
+    """Preset for dim, depth, num_heads and num_kv_heads."""
     dim: int | None = None
-    """Width of a token."""
+    """Width of the tokens."""
     depth: int | None = None
     """Number of encoder blocks."""
     num_heads: int | None = None
-    """Query heads; dim / num_heads is the head size, a multiple of four."""
+    """Number of query heads. The head size, dim / num_heads, must be a multiple of four."""
     num_kv_heads: int | None = None
-    """Key/value heads, each shared by a group of query heads; num_heads makes plain attention."""
+    """Number of key/value heads, each shared by a group of query heads; equal to num_heads for
+    standard multi-head attention."""
     mlp_ratio: float = 4.0
-    """Hidden width of the feed-forward network over dim."""
+    """Hidden width of the feed-forward network, divided by dim."""
     patch_size: int = 16
-    """Side of a square patch, in pixels."""
+    """Side of the square patches, in pixels."""
     image_size: int = 224
-    """Side of the images trained on, in pixels; later any multiple of patch_size will do."""
+    """Side of the training images, in pixels. The trained model accepts any multiple of
+    patch_size."""
     num_registers: int = 0
-    """Register tokens beside the CLS token (Darcet et al. 2023)."""
+    """Number of register tokens, in addition to the CLS token (Darcet et al. 2023)."""
     cls_token: bool = True
-    """Whether there is a CLS token."""
+    """Use a CLS token."""
     pooling: Literal["cls", "mean", "mean-norm"] = "cls"
-    """What the head reads: the CLS token, the mean of the normed patch tokens, or the norm of their
-    mean."""
+    """Input of the head: the CLS token, the mean of the normalized patch tokens, or the normalized
+    mean of the patch tokens."""
     activation: Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"] = "gelu-tanh"
-    """Of the feed-forward network: GELU in its tanh or exact form, x sigmoid(1.702 x), or SwiGLU
-    (Shazeer 2020); vitral's own kernels are for gelu-tanh."""
+    """Activation of the feed-forward network: GELU in its tanh or exact form, x sigmoid(1.702 x),
+    or SwiGLU (Shazeer 2020). vitral's own kernels support only gelu-tanh."""
     positions: Literal["none", "learned"] = "none"
-    """Learned absolute positions, a vector per patch, resampled to other image sizes."""
+    """Learned absolute position embeddings, one vector per patch, resampled for other image
+    sizes."""
     embed_norm: Literal["none", "patches", "tokens"] = "none"
-    """RMSNorm of the embedded patches, or of all tokens with a bias and centering, as in CLIP."""
+    """RMSNorm of the patch embeddings, or of all tokens with a bias and centering, as in CLIP."""
     norm_bias: bool = False
-    """Bias of the last norm, as many public models have it."""
+    """Use a bias in the last norm, as many public models do."""
     rope: Literal["axial", "mixed", "none"] = "axial"
-    """Rotary frequencies: fixed along x and y, learned in mixed directions (Heo et al. 2024), or
-    none."""
+    """Rotary position embedding: fixed frequencies along x and y, learned frequencies in mixed
+    directions (Heo et al. 2024), or none."""
     rope_theta: float = 100.0
-    """Base of the rotary frequencies, positions counted in the patches of rope_grid."""
+    """Base of the rotary frequencies, for positions in units of the patches of rope_grid."""
     rope_grid: float | None = None
-    """Patches a side that an image's positions are spread over, whatever its size; None takes those
-    of image_size. Weights tuned at another size keep the grid that they began with."""
+    """Number of patches per side over which rotary positions are distributed, at every image size.
+    None uses that of image_size. Weights fine-tuned at another image size keep their original
+    grid."""
     rope_origin: float = 0.5
-    """Rotary position i of n patches is (i + 0.5) rope_grid / n - rope_origin."""
+    """Origin of the rotary positions: patch i of n is at (i + 0.5) rope_grid / n - rope_origin."""
     qk_norm: bool = False
-    """RMSNorm on every query and key head (Dehghani et al. 2023)."""
+    """Apply RMSNorm to every query and key head (Dehghani et al. 2023)."""
     layer_scale: float = 0.0
-    """Initial LayerScale of each branch (Touvron et al. 2021); 0 turns it off."""
+    """Initial value of LayerScale in each branch (Touvron et al. 2021); 0 disables it."""
     qkv_bias: bool = True
-    """Bias in the projection to queries, keys and values."""
+    """Use a bias in the projection to queries, keys and values."""
     ffn_bias: bool = True
-    """Biases in the feed-forward network."""
+    """Use biases in the feed-forward network."""
     dropout: float = 0.0
-    """Dropout after attention and after the feed-forward network."""
+    """Dropout probability after attention and after the feed-forward network."""
     stochastic_depth: float = 0.0
-    """Share of the images that skip the last block's branches, rising from 0 at the first (Huang
-    et al. 2016); where a tenth or more skip, theirs are not computed (Oquab et al. 2023)."""
+    """Fraction of the images that skip the branches of the last block, increasing linearly from 0
+    at the first block (Huang et al. 2016). Where a tenth or more of the images skip a branch, it is
+    not computed for them (Oquab et al. 2023)."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, a third more work."""
+    """Recompute each block in the backward pass, for less memory and a third more computation."""
     kernels: Literal["auto", "plain"] = "auto"
-    """auto: on a GPU that has them, kernels of vitral's own, where training finds them faster, and
-    oneDNN on AMD processors; plain: torch's alone. Weights have the same names and shapes."""
+    """auto: vitral's own kernels on GPUs that support them, if training measures them to be faster,
+    and oneDNN on AMD processors. plain: only torch's kernels. Weights have the same names and
+    shapes in both cases."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape
@@ -164,7 +171,7 @@ class ViTConfig:
         _check(
             num_heads % num_kv_heads == 0,
             f"num_heads: expected a multiple of num_kv_heads {num_kv_heads}, got {num_heads}; "
-            "set one of the two so that the groups come out even",
+            "change one of the two",
         )
         _check(
             dim % num_heads == 0 and dim // num_heads % 4 == 0,
@@ -179,7 +186,10 @@ class ViTConfig:
         )
         if self.rope_grid is not None:
             _check_positive(rope_grid=self.rope_grid)
-        _check(math.isfinite(self.rope_origin), "rope_origin: expected a number")
+        _check(
+            math.isfinite(self.rope_origin),
+            f"rope_origin: expected a number, got {self.rope_origin}",
+        )
         _check(
             self.cls_token or self.pooling != "cls",
             "pooling: expected mean or mean-norm without a CLS token, got cls",
@@ -187,17 +197,17 @@ class ViTConfig:
 
     @property
     def grid(self) -> float:
-        """Patches a side that positions are spread over: rope_grid, or those of image_size."""
+        """Patches per side for rotary positions: rope_grid, or else those of image_size."""
         return self.rope_grid or self.image_size // self.patch_size
 
     @property
     def num_prefix(self) -> int:
-        """Tokens in front of the patches: CLS and registers."""
+        """Number of tokens before the patches: CLS and registers."""
         return self.cls_token + self.num_registers
 
     @property
     def shape(self) -> Shape:
-        """dim, depth, num_heads and num_kv_heads: each the field, or else the preset's value."""
+        """dim, depth, num_heads and num_kv_heads, with the preset's value for fields of None."""
         own = (self.dim, self.depth, self.num_heads, self.num_kv_heads)
         preset = PRESETS[self.size]
         return Shape(*(p if o is None else o for o, p in zip(own, preset, strict=True)))
@@ -205,36 +215,42 @@ class ViTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from and how they are read."""
+    """The data set and how its images are read."""
 
     path: str = "digits"
-    """A folder of images, archives, Parquet or a pack, or a known set: digits, synthetic,
-    cifar10, cifar100, imagenette."""
+    """A folder of images, archives or Parquet files, a pack, or a known data set: digits,
+    synthetic, cifar10, cifar100, imagenette."""
     val_fraction: float = 0.1
-    """Share of the images held out, by seed, where a folder has no validation split."""
+    """Fraction of each class to hold out for validation, chosen by seed, if the data set has no
+    validation split."""
     hold_out: bool = False
-    """Hold that share of the training images out also where there is a validation split, which is
-    then left alone: for choosing settings, so that it is looked at once, when they are chosen."""
+    """Hold out val_fraction of the training images even if there is a validation split, which is
+    then not used. This is for choosing settings, so that the validation split is evaluated only
+    once, after they are chosen."""
     workers: int | None = None
-    """Fetching processes; None: the cores but one, 16 at most; 0: fetch in the main process."""
+    """Number of data loading processes. None uses all cores but one, at most 16; 0 loads in the
+    main process."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
-    """Who decodes JPEGs; auto measures at the start of a run and takes the faster."""
+    """Where to decode JPEGs; auto measures both at the start of a run and uses the faster one."""
     fit: Literal["crop", "squash"] = "crop"
-    """What evaluation sees: the central square, or the whole image squashed to a square."""
+    """Input of evaluation: the central square, or the entire image squashed to a square."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Resampling of crops, always antialiased."""
+    """Interpolation when crops are resized, always with antialiasing."""
     eval_crop: float = 0.875
-    """Share of the short side that the central square taken for evaluation spans."""
+    """Side of the central square for evaluation, as a fraction of the image's shorter side."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue that images are normalised with, on a scale of 0 to 1."""
+    """Mean of the red, green and blue channels for normalization, on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green and blue, likewise."""
+    """Standard deviation of the red, green and blue channels for normalization, on a scale of 0 to
+    1."""
 
     def __post_init__(self) -> None:
-        _check(self.path != "", "path: expected a folder or the name of a known set, got nothing")
+        _check(
+            self.path != "", "path: expected a folder or the name of a known data set, got nothing"
+        )
         _check(
             0 < self.val_fraction < 1,
-            f"val_fraction: expected a share between 0 and 1, got {self.val_fraction}",
+            f"val_fraction: expected a fraction between 0 and 1, got {self.val_fraction}",
         )
         _check_not_negative(workers=self.workers or 0)
         _check(
@@ -247,69 +263,73 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What is drawn for each sample, as a pure function of (seed, epoch, index)."""
+    """Random augmentation of each sample, as a pure function of (seed, epoch, index)."""
 
     crop: Literal["none", "resized", "padded"] = "resized"
-    """Random resized crop; or the evaluation crop, as it is or shifted by up to crop_padding."""
+    """resized: random resized crop. none: the crop of evaluation. padded: the crop of evaluation,
+    shifted by up to crop_padding."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Least and greatest share of the area that a random resized crop takes."""
+    """Minimum and maximum area of a random resized crop, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and greatest aspect ratio (width over height) of a random resized crop."""
+    """Minimum and maximum aspect ratio (width over height) of a random resized crop."""
     crop_padding: int = 4
-    """Greatest shift of a padded crop, in pixels of the model's image."""
+    """Maximum shift of a padded crop, in pixels of the model's input."""
     flip: float = 0.5
-    """Chance of a left-right flip."""
+    """Probability of a horizontal flip."""
     rotation: float = 0.0
-    """Random affine: greatest angle either way, in degrees."""
+    """Random affine: maximum rotation in either direction, in degrees."""
     zoom: float = 0.0
-    """Random affine: greatest change of scale either way, as a share."""
+    """Random affine: maximum change of scale in either direction, as a fraction."""
     shear: float = 0.0
-    """Random affine: greatest shear along x either way, in degrees."""
+    """Random affine: maximum shear along x in either direction, in degrees."""
     shift: float = 0.0
-    """Random affine: greatest shift in x and in y either way, in pixels of the model's image."""
+    """Random affine: maximum translation along x and y in either direction, in pixels of the
+    model's input."""
     policy: Policy = "none"
     """AutoAugment (its ImageNet or CIFAR-10 policy), RandAugment, TrivialAugment or 3-Augment."""
     randaugment_ops: int = 2
-    """Operations that RandAugment applies in a row."""
+    """Number of operations that RandAugment applies to an image."""
     randaugment_magnitude: int = 9
-    """Their strength, from 0 to 30."""
+    """Magnitude of RandAugment's operations, from 0 to 30."""
     brightness: float = 0.0
-    """Color jitter: greatest change either way, as a share."""
+    """Color jitter: maximum change of brightness in either direction, as a fraction."""
     contrast: float = 0.0
-    """Color jitter: greatest change either way, as a share."""
+    """Color jitter: maximum change of contrast in either direction, as a fraction."""
     saturation: float = 0.0
-    """Color jitter: greatest change either way, as a share."""
+    """Color jitter: maximum change of saturation in either direction, as a fraction."""
     hue: float = 0.0
-    """Color jitter: greatest turn either way, as a share of the colour circle, at most 0.5."""
+    """Color jitter: maximum change of hue in either direction, as a fraction of the color wheel, at
+    most 0.5."""
     erasing: float = 0.0
-    """Chance of Random Erasing (Zhong et al. 2017)."""
+    """Probability of Random Erasing (Zhong et al. 2017)."""
     mixup: float = 0.0
-    """Alpha of Mixup's Beta distribution (Zhang et al. 2017); 0 turns it off."""
+    """Alpha of Mixup's Beta distribution (Zhang et al. 2017); 0 disables Mixup."""
     cutmix: float = 0.0
-    """Alpha of CutMix's Beta distribution (Yun et al. 2019); beside Mixup, half of the batches."""
+    """Alpha of CutMix's Beta distribution (Yun et al. 2019); 0 disables CutMix. If Mixup is also
+    enabled, each batch uses one of the two with equal probability."""
     mix_until: float = 1.0
-    """Share of the training after which Mixup and CutMix stop."""
+    """Fraction of the steps after which Mixup and CutMix stop."""
     repeats: int = 1
-    """Differently augmented copies of an image in a batch (Hoffer et al. 2020)."""
+    """Number of differently augmented copies of each image in a batch (Hoffer et al. 2020)."""
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             _check(
                 0 < low <= high < math.inf,
-                f"{name}: expected two rising numbers above 0, got {low} {high}",
+                f"{name}: expected two increasing numbers above 0, got {low} {high}",
             )
         _check(self.crop_scale[1] <= 1, f"crop_scale: expected at most 1, got {self.crop_scale[1]}")
         for name in ("flip", "erasing", "mix_until"):
             value = getattr(self, name)
-            _check(0 <= value <= 1, f"{name}: expected a share from 0 to 1, got {value}")
+            _check(0 <= value <= 1, f"{name}: expected a fraction from 0 to 1, got {value}")
         for name in ("crop_padding", "rotation", "shift", "randaugment_ops", "mixup", "cutmix"):
             _check_not_negative(**{name: getattr(self, name)})
         for name in ("brightness", "contrast", "saturation"):
             _check_not_negative(**{name: getattr(self, name)})
         _check_fraction(zoom=self.zoom)
         _check(0 <= self.shear < 90, f"shear: expected 0 to below 90 degrees, got {self.shear}")
-        _check(0 <= self.hue <= 0.5, f"hue: expected a share from 0 to 0.5, got {self.hue}")
+        _check(0 <= self.hue <= 0.5, f"hue: expected a fraction from 0 to 0.5, got {self.hue}")
         _check(
             0 <= self.randaugment_magnitude <= 30,
             f"randaugment_magnitude: expected 0 to 30, got {self.randaugment_magnitude}",
@@ -318,12 +338,12 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether Mixup or CutMix is on."""
+        """Whether Mixup or CutMix is enabled."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
     def off(self) -> bool:
-        """Whether training sees each image as evaluation does."""
+        """Whether training images are identical to evaluation images."""
         strengths = (
             self.flip, self.rotation, self.zoom, self.shear, self.shift, self.brightness,
             self.contrast, self.saturation, self.hue, self.erasing, self.mixup, self.cutmix,
@@ -333,24 +353,25 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon (Jordan et al. 2024) for the matrices of the blocks and AdamW for the rest."""
+    """AdamW, or Muon (Jordan et al. 2024) for the matrices of the blocks and AdamW for all other
+    parameters."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's running mean and running square of the gradient."""
+    """Decay rates of AdamW's moving averages of the gradient and of its square."""
     eps: float = 1e-8
     """Term added to AdamW's denominator."""
     weight_decay: float = 0.05
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, applied only to matrices."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warmup before the cosine."""
+    """Number of epochs of linear warmup before the cosine schedule."""
     final_lr: float = 0.0
-    """Learning rate that the cosine ends at, as a share of the peak."""
+    """Learning rate at the end of the cosine schedule, as a fraction of the peak."""
     clip_norm: float = 1.0
-    """Greatest global gradient norm; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
     layer_decay: float = 1.0
     """Factor on the learning rate per block below the head, for fine-tuning (Clark et al. 2020)."""
     head_lr_factor: float = 1.0
@@ -362,9 +383,12 @@ class OptimConfig:
         _check_not_negative(clip_norm=self.clip_norm)
         _check(
             all(0 <= beta < 1 for beta in self.betas),
-            f"betas: expected two shares, got {self.betas}",
+            f"betas: expected two numbers from 0 to below 1, got {self.betas}",
         )
-        _check(0 <= self.final_lr <= 1, f"final_lr: expected a share of lr, got {self.final_lr}")
+        _check(
+            0 <= self.final_lr <= 1,
+            f"final_lr: expected a fraction from 0 to 1, got {self.final_lr}",
+        )
         _check(
             0 < self.layer_decay <= 1,
             f"layer_decay: expected above 0, at most 1, got {self.layer_decay}",
@@ -373,71 +397,76 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run."""
+    """The training run."""
 
     out: str | None = None
-    """Run folder; None takes runs/<recipe>."""
+    """Run directory; None uses runs/<recipe>."""
     seed: int = 0
-    """All that is random follows from it."""
+    """Seed of all random numbers."""
     time_budget: Seconds | None = None
-    """Time that the run may take, such as 600, 90s, 10m or 1h30m: at its start the rate is measured
-    and the epochs are chosen. None takes epochs, of which only one of the two may be given."""
+    """Time limit of the run, such as 600, 90s, 10m or 1h30m. The run measures its speed at the
+    start and chooses the number of epochs. None uses epochs; only one of the two may be given."""
     epochs: int = 90
-    """Passes over the training images; with augment.repeats R a pass holds one in R, R times."""
+    """Number of passes over the training images. With augment.repeats R, each pass contains one in
+    R images, R times each."""
     batch_size: int = 1024
-    """Images of one optimiser step, however they are cut into processes and micro-batches."""
+    """Number of images per optimizer step, over all processes and micro-batches."""
     micro_batch: int | None = None
-    """Images of one forward pass; None takes the largest cut of the batch that fits a CUDA GPU, and
-    elsewhere 64."""
+    """Number of images per forward pass. None uses the largest part of the batch that fits in the
+    memory of a CUDA GPU, and 64 on other devices."""
     progressive: tuple[tuple[int, float], ...] = ()
-    """Image sizes in a row, each with its share of the steps; none: model.image_size throughout."""
+    """Successive image sizes, each with its fraction of the steps; none uses model.image_size
+    throughout."""
     loss: Literal["ce", "bce"] = "ce"
     """Soft-target cross-entropy, or binary cross-entropy over every class."""
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over the classes."""
+    """Fraction of the target that is distributed uniformly over the classes."""
     ema_decay: float = 0.0
-    """Decay of the moving average of weights; 0 turns it off."""
+    """Decay of the exponential moving average of the weights; 0 disables it."""
     init: str | None = None
-    """Weights to start from: a path, hf-hub:owner/name or timm:name. A recipe that names no model
-    uses theirs, and a different number of classes gets a new head."""
+    """Weights to start from: a path, hf-hub:owner/name or timm:name. A recipe without a model uses
+    the model of the weights. For a different number of classes, the head is newly initialized."""
     trainable: int | Literal["all", "head"] = "all"
-    """What is trained. all: every parameter. head: the head alone, fitted to features that are
-    computed once per image and epoch (the first epoch without augmentation). N: the head, the last
-    norm and the last N blocks."""
+    """Parameters to train. all: every parameter. head: only the head, fitted to features that are
+    computed once per image and epoch (in the first epoch without augmentation). N: the head, the
+    last norm and the last N blocks."""
     probe_first: bool = False
     """Fit the head to frozen features before the first step (Kumar et al. 2022)."""
     device: Device = "auto"
-    """Where to train; auto uses a GPU if there is one. mps (Apple) and xpu (Intel) train in
+    """Device to train on; auto uses a GPU if there is one. mps (Apple) and xpu (Intel) train in
     float32 with torch's own kernels, in one process, and are untested on hardware."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 autocast or float32; auto takes bf16 on a CUDA GPU that has it."""
+    """bf16 autocast or float32; auto uses bf16 on CUDA GPUs that support it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """torch.compile the model; auto does so on a CUDA GPU, where there is a C compiler."""
+    """Compile the model with torch.compile; auto does so on a CUDA GPU if there is a C compiler."""
     deterministic: bool = False
-    """Bit-identical resume on a GPU as well, at a cost in speed; a CPU is always so."""
+    """Make resuming bit-identical on a GPU too, at a cost in speed; on a CPU it always is."""
     reproducible: bool = False
-    """Bit-identical weights whatever the number of processes: a power of two, at most 8; slower."""
+    """Produce bit-identical weights for any number of processes (a power of two, at most 8);
+    slower."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Over processes: a whole model in each, or its parameters spread over them (FSDP2)."""
+    """Parallelism over processes: a copy of the model in each (ddp), or parameters sharded over
+    them (fsdp, FSDP2)."""
     threads: int | None = None
-    """CPU threads of a training process; None takes one a core, 16 at most; reproducible: one."""
+    """Number of CPU threads per training process. None uses one per core, at most 16; with
+    reproducible it uses one."""
     eval_every: int = 1
     """Epochs between validations."""
     log_every: int = 50
-    """Steps between lines of the metrics log."""
+    """Steps between rows of the metrics log."""
     checkpoint_steps: int | None = None
-    """Steps between checkpoints; None leaves it to checkpoint_minutes."""
+    """Steps between checkpoints; None uses only checkpoint_minutes."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints."""
     timeout_minutes: float = 30.0
-    """Minutes that a process waits for the others of the run before it fails."""
+    """Minutes that a process waits for the other processes of the run before it fails."""
     profile: bool = False
     """Write a torch.profiler trace of ten steps."""
 
     def __post_init__(self) -> None:
         _check_not_negative(seed=self.seed)
         for name in ("out", "init"):
-            _check(getattr(self, name) != "", f"{name}: expected a folder, got nothing")
+            _check(getattr(self, name) != "", f"{name}: expected a path, got nothing")
         if self.time_budget is not None:
             _check_positive(time_budget=self.time_budget)
         _check_positive(epochs=self.epochs, batch_size=self.batch_size, eval_every=self.eval_every)
@@ -451,16 +480,16 @@ class TrainConfig:
         total = sum(fraction for _, fraction in self.progressive)
         _check(
             not self.progressive or math.isclose(total, 1, abs_tol=1e-3),
-            f"progressive: expected shares of the steps that add up to 1, got {total:g}",
+            f"progressive: expected fractions of the steps that add up to 1, got {total:g}",
         )
         for image_size, fraction in self.progressive:
             _check(
                 image_size > 0 and fraction > 0,
-                f"progressive: expected image sizes and shares above 0, got {image_size} and "
+                f"progressive: expected image sizes and fractions above 0, got {image_size} and "
                 f"{fraction:g}",
             )
         size, micro = self.batch_size, self.micro_batch
-        _check(size % 2 == 0, f"batch_size: expected an even number, got {size}; take {size + 1}")
+        _check(size % 2 == 0, f"batch_size: expected an even number, got {size}; use {size + 1}")
         _check(
             micro is None or micro % 2 == 0, f"micro_batch: expected an even number, got {micro}"
         )
@@ -488,7 +517,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: what a recipe holds and `config.yaml` keeps."""
+    """All settings of a run, as in a recipe and in `config.yaml`."""
 
     model: ViTConfig = ViTConfig()
     data: DataConfig = DataConfig()
@@ -505,7 +534,7 @@ class Config:
         _check(
             self.optim.warmup_epochs < self.train.epochs or self.optim.warmup_epochs == 0,
             f"optim.warmup_epochs: expected fewer than train.epochs {self.train.epochs}, "
-            f"got {self.optim.warmup_epochs:g}; give both, or --optim.warmup-epochs 0",
+            f"got {self.optim.warmup_epochs:g}; change either, or use --optim.warmup-epochs 0",
         )
         depth, trainable = self.model.shape.depth, self.train.trainable
         _check(
@@ -515,7 +544,7 @@ class Config:
         _check(
             trainable != "head" or not self.augment.mixes,
             "augment.mixup, augment.cutmix: expected 0 with train.trainable head; "
-            "the recipe probe has settings for it",
+            "the recipe probe has suitable settings",
         )
         patch = self.model.patch_size
         for image_size, _ in self.train.progressive:
@@ -526,7 +555,7 @@ class Config:
             )
 
     def image_size_at(self, progress: float) -> int:
-        """Side of the images trained on, in pixels, at a share `progress` of the steps."""
+        """Side of the training images, in pixels, after a fraction `progress` of the steps."""
         elapsed = 0.0
         for image_size, fraction in self.train.progressive:
             elapsed += fraction
@@ -535,8 +564,8 @@ class Config:
         return self.train.progressive[-1][0] if self.train.progressive else self.model.image_size
 
 
-# What may change between a run and its resumption, as it leaves the mathematics as they were. The
-# data may move: its fingerprint is compared instead of its path.
+# Settings that may change when a run resumes, because they do not affect the mathematics. The data
+# may move: its fingerprint is compared instead of its path.
 CHANGEABLE = frozenset(
     {
         "model.activation_checkpointing",
@@ -555,7 +584,7 @@ CHANGEABLE = frozenset(
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """The settings of a dataclass as {"key": value}; those of a section as "section.key"."""
+    """Returns a dataclass's settings as {"key": value}, those of sections as "section.key"."""
     flat = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
