@@ -127,7 +127,7 @@ def test_what_a_stream_cannot_encode_is_escaped_and_not_the_end_of_it():
     [
         (OSError(errno.EFBIG, "File too large", "a\nb"), "a\\nb: File too large; raise the limit"),
         (OSError(errno.EMFILE, "Too many open files", "a"), "a: Too many open files; raise the"),
-        (OSError(errno.ENOSPC, "No space left"), "No space left; make room"),
+        (OSError(errno.ENOSPC, "No space left"), "No space left; free some space"),
         (OSError(errno.EACCES, "Permission denied", "a"), "a: Permission denied"),
         (OSError(errno.ENOENT, "No usable temporary directory"), "No usable temporary directory; "),
     ],

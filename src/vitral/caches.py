@@ -1,4 +1,4 @@
-"""Where caches and downloads are, also for a user without a home directory."""
+"""Locations of caches and downloads, also for users without a home directory."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """The per-user cache directory: VITRAL_CACHE, or `vitral` in XDG_CACHE_HOME or ~/.cache.
+    """Returns the user's cache directory: VITRAL_CACHE, or `vitral` in XDG_CACHE_HOME or ~/.cache.
 
-    Without a home directory it is in the temporary directory.
+    Without a home directory, it is in the temporary directory.
     """
     own, shared = os.environ.get("VITRAL_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return _expanded(own or (shared and f"{shared}/vitral")) or _at_home("vitral")
 
 
 def downloads_dir() -> Path:
-    """The directory that known data sets are downloaded to: VITRAL_DATA, or in ~/.cache."""
+    """Returns the directory for downloads of known data sets: VITRAL_DATA, or one in ~/.cache."""
     return _expanded(os.environ.get("VITRAL_DATA")) or _at_home("vitral") / "data"
 
 
 def quiet_matplotlib() -> None:
-    """Gives Matplotlib a cache where the home directory is of no use, which it would warn of."""
+    """Sets a cache directory for Matplotlib, which warns if the home directory is not writable."""
     named = {"MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"} & os.environ.keys()
     if not named and not _is_writable(Path(os.path.expanduser("~"))):  # noqa: PTH111
         os.environ["MPLCONFIGDIR"] = str(_temporary_cache() / "matplotlib")
@@ -34,7 +34,7 @@ def _expanded(path: str | None) -> Path | None:
 
 
 def _at_home(name: str) -> Path:
-    """A directory in ~/.cache if it exists or can be created, or else in the temporary one."""
+    """Returns a directory in ~/.cache if it exists or can be created, or else a temporary one."""
     home = Path(os.path.expanduser("~"))  # noqa: PTH111
     cache = home / ".cache"
     there = (cache / name).is_dir() or _is_writable(cache if cache.exists() else home)
@@ -47,12 +47,12 @@ def _is_writable(directory: Path) -> bool:
 
 @functools.cache
 def _temporary_cache() -> Path:
-    """A directory of this user in the temporary one; nobody else may write to it."""
+    """Returns this user's directory in the temporary directory; no other user can write to it."""
     place = Path(tempfile.gettempdir(), f"vitral-{os.getuid()}")
     try:
         place.mkdir(mode=0o700, exist_ok=True)
         status = place.lstat()
-    except OSError:  # a file or a link to nothing
+    except OSError:  # it is a file or a dangling link
         return Path(tempfile.mkdtemp(prefix="vitral-"))
     own = place.is_dir() and not place.is_symlink() and status.st_uid == os.getuid()
     return place if own and not status.st_mode & 0o022 else Path(tempfile.mkdtemp(prefix="vitral-"))

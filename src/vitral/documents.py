@@ -1,4 +1,4 @@
-"""JSON that anyone may have written: parsed, and converted to types or refused in one line."""
+"""Parsing of untrusted JSON, and conversion to typed values with one-line errors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from typing import Any, Literal, NotRequired, TypeVar, Union
 from vitral.errors import UserError, short
 
 T = TypeVar("T")
-LARGEST = 1 << 63  # integers are below it, and above its negative
+LARGEST = 1 << 63  # exclusive bound on the absolute value of integers
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 NAMES[type(None)] = "null"
 
 
 class UnknownFieldError(UserError):
-    """A field that this version of vitral does not know, such as one that a later version added."""
+    """A field that this version of vitral does not have, such as one added by a later version."""
 
 
 def parse_json(content: bytes | str) -> Any:
-    """The value of a JSON document.
+    """Returns the value of a JSON document.
 
     Raises:
-        ValueError: it is not JSON, has deep nesting, or a key twice, of which json takes the last.
+        ValueError: if it is not JSON, is deeply nested, or repeats a key. (The json module would
+            take the last value of a repeated key.)
     """
     try:
         return json.loads(content, object_pairs_hook=_unique)
@@ -36,15 +37,16 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def convert_json(kind: type[T], value: Any) -> T:
-    """A JSON value as a dataclass or a TypedDict with fields of any of these types.
+    """Converts a JSON value to a dataclass or a TypedDict.
 
-    int, float, bool, str, a Literal, a union, a tuple, a mapping from text, a dataclass, or a
-    TypedDict. A number without a fraction is an integer as well, because JSON has one kind.
+    Fields may be int, float, bool, str, a Literal, a union, a tuple, a mapping from str, a
+    dataclass, or a TypedDict. A number without a fractional part is also accepted as an integer,
+    because JSON has a single number type.
 
     Raises:
-        UnknownFieldError: that names the field.
-        UserError: that names the field, for a value of another type or one that the dataclass
-            refuses, and for a field that is missing.
+        UnknownFieldError: if there is no such field; the message names it.
+        UserError: if a value has the wrong type, the dataclass rejects it, or a field is missing;
+            the message names the field.
     """
     return _convert(kind, value, "")
 
@@ -101,7 +103,7 @@ def _convert_fields(kind: Any, value: dict[str, Any], name: str) -> Any:
 
 @functools.cache
 def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The types of the fields of a dataclass or TypedDict, and those without a default."""
+    """Returns the fields of a dataclass or TypedDict with their types, and the required fields."""
     kinds = typing.get_type_hints(kind)
     if not dataclasses.is_dataclass(kind):
         # __required_keys__ is wrong where annotations are not evaluated.
@@ -117,19 +119,19 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def _is_simple(kind: type, value: Any) -> bool:
-    """Whether a value is a number, text, truth value or null, as a type asks for."""
+    """Whether a JSON value matches a number type, str, bool or None."""
     if issubclass(kind, float):
         return type(value) in (int, float)
     if kind is int:
-        whole = type(value) is int or (type(value) is float and value.is_integer())
-        return whole and abs(value) < LARGEST
+        integral = type(value) is int or (type(value) is float and value.is_integer())
+        return integral and abs(value) < LARGEST
     if kind is str:
         return type(value) is str and _is_text(value)
     return type(value) is kind
 
 
 def _is_text(value: str) -> bool:
-    """Whether the system takes the text as a path: no NUL, no half of a surrogate pair."""
+    """Whether the text can be a path: it contains no NUL and no unencodable surrogate."""
     try:
         return "\0" not in value and os.fsencode(value) is not None
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""User errors, how messages are worded, safe printing of names, and output that may be lost."""
+"""User errors, wording of messages, safe printing of names, and output that may be lost."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 FIXES = {
-    errno.ENOSPC: "make room and repeat the command",
-    errno.EDQUOT: "make room and repeat the command",
+    errno.ENOSPC: "free some space and repeat the command",
+    errno.EDQUOT: "free some space and repeat the command",
     errno.EIO: "check the disk and repeat the command",
-    errno.EFBIG: "raise the limit on the size of files, as by `ulimit -f unlimited`",
-    errno.EMFILE: "raise the limit on open files, as by `ulimit -n 4096`",
-    errno.ENFILE: "close other programs, which have too many files open",
+    errno.EFBIG: "raise the limit on the size of files, for example with `ulimit -f unlimited`",
+    errno.EMFILE: "raise the limit on open files, for example with `ulimit -n 4096`",
+    errno.ENFILE: "close other programs, which have too many open files",
     errno.ENAMETOOLONG: "give a shorter name",
     errno.EROFS: "give another directory",
 }
-"""What to do about an error of the system."""
+"""How to fix system errors."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of a disk, which are no mistakes of the user."""
+"""Disk errors, which are not user errors."""
 
 
 class UserError(Exception):
     """An error that the user can fix.
 
-    The message is one line: where, what was expected, what was found, and how to fix it.
+    The message is one line: the place, what was expected, what was found, and how to fix it.
     """
 
     shared = False
-    """Whether every process of a training run raises it; then only rank 0 prints it."""
+    """Whether every process of a training run raises the error; then only rank 0 prints it."""
 
 
 class Messages:
-    """A stream for messages, which are lost without an error where it cannot take them.
+    """A stream for messages that discards them without an error if it cannot be written.
 
-    The stream may be None, closed, or without its reader or terminal. After a failure its
-    descriptor leads to the null device, because the interpreter flushes it again at exit.
+    The underlying stream may be None or closed, or its reader or terminal may be gone. After a
+    failure its descriptor refers to the null device, because the interpreter flushes it again at
+    exit.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -50,11 +51,11 @@ class Messages:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> None:
-        """Writes text, or loses it."""
+        """Writes text, or discards it."""
         self._attempt("write", text)
 
     def flush(self) -> None:
-        """Writes what is buffered, or loses it."""
+        """Flushes the buffer, or discards it."""
         self._attempt("flush")
 
     def _attempt(self, name: str, *arguments: str) -> None:
@@ -72,14 +73,14 @@ class Messages:
                 os.close(null)
 
 
-# Control characters, which terminals act on, separators of lines, marks that reverse the order of
-# letters, and halves of surrogate pairs, which stand for bytes that are not UTF-8.
+# Control characters, line separators, marks that change the direction of text, and lone surrogates,
+# which represent bytes that are not UTF-8.
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-BYTES = 0xDC00  # plus the byte is what Python has in the place of one that is not UTF-8
+BYTES = 0xDC00  # Python decodes a byte that is not UTF-8 to this code point plus the byte
 
 
 def printable(name: str | bytes | os.PathLike[str]) -> str:
-    """A name or message on one line, without what a terminal acts on: that is escaped."""
+    """Returns a name or message as one line, with characters that affect a terminal escaped."""
 
     def escape(found: re.Match[str]) -> str:
         code = ord(found[0])
@@ -89,7 +90,7 @@ def printable(name: str | bytes | os.PathLike[str]) -> str:
 
 
 def short(value: Any) -> str:
-    """A value of any size in a message, as repr but cut."""
+    """Returns the repr of a value, truncated to fit in a message."""
     return SHORT.repr(value)
 
 
@@ -99,18 +100,18 @@ SHORT.maxlevel = 2
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, without number and name of the file."""
+    """Returns the message of an error, without the error number and the file name."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def system_error(error: OSError) -> str | None:
-    """An error of the system in one line: the file, the reason, and how to fix it if known.
+    """Describes a system error in one line: the file, the reason, and the fix if known.
 
-    None for one that neither names a file nor has a known fix.
+    Returns None for an error without a file name and a known fix.
     """
     fix = FIXES.get(error.errno or 0)
-    if not error.filename and error.errno == errno.ENOENT:  # as tempfile raises it on a full disk
-        fix = "make room, or set TMPDIR to a directory with room"
+    if not error.filename and error.errno == errno.ENOENT:  # raised by tempfile on a full disk
+        fix = "free some space, or set TMPDIR to a directory with free space"
     if not error.filename and not fix:
         return None
     place = f"{printable(error.filename)}: " if error.filename else ""
@@ -118,36 +119,36 @@ def system_error(error: OSError) -> str | None:
 
 
 def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:
-    """The error for a data set that cannot be used."""
+    """Returns the error for a data set that cannot be used."""
     return UserError(printable(f"data: {place}: expected {expected}, got {found}; {fix}"))
 
 
 def unreadable(place: os.PathLike[str] | str, error: OSError) -> UserError:
-    """The error for a data set of which a file or directory cannot be read."""
+    """Returns the error for a data set with a file or directory that cannot be read."""
     fix = how_to_fix(error, "fix or remove it")
     return data_error(error.filename or place, "to read it", str(error.strerror), fix)
 
 
 def how_to_fix(error: OSError, otherwise: str) -> str:
-    """What to do about an error of the system, or about any other one."""
+    """Returns the fix for a system error, or `otherwise` if none is known."""
     return FIXES.get(error.errno or 0, otherwise)
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first three of `names`, and how many more there are."""
+    """Lists the first three names and the number of further ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"
 
 
 def counted(n: int, noun: str) -> str:
-    """A number of things, such as `1 image` or `1,234 classes`."""
+    """Formats a number with a noun, such as `1 image` or `1,234 classes`."""
     plural = f"{noun}es" if noun.endswith(("s", "x", "tch", "sh")) else f"{noun}s"
     return f"{n:,} {noun if n == 1 else plural}"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """A suffix for an error message that suggests the closest of `words`, or nothing.
+    """Returns a suffix for an error message that suggests the closest of `words`, if any is close.
 
-    The last part of a dotted name, such as `lr` of `optim.lr`, and the beginning of a name are
+    The last part of a dotted name, such as `lr` in `optim.lr`, and a prefix of a name count as
     close to it.
     """
     words = list(words)

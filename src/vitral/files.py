@@ -1,6 +1,6 @@
-"""Paths, and files that anyone may have put there: only regular ones, up to a limit.
+"""Paths, and safe reading of untrusted files: only regular files, up to a size limit.
 
-Also checks that files can be written, before a result could be lost.
+Also checks that output can be written, before a result could be lost.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from typing import BinaryIO
 
 from vitral.errors import UserError, how_to_fix, printable, system_error
 
-MAX_PATH = 4095  # bytes, in Linux
+MAX_PATH = 4095  # bytes, on Linux
 MAX_INSIDE = 255  # bytes of a path inside a run directory or a pack
-MAX_IMAGE = 1 << 30  # bytes; 64 million pixels of 16-bit RGBA are half of it
+MAX_IMAGE = 1 << 30  # bytes; 64 million pixels of 16-bit RGBA are half of this
 
 
 def expand(path: str | Path) -> Path:
-    """A path with the home directory in the place of ~, or as it is where there is none."""
+    """Replaces ~ in a path with the home directory, if there is one."""
     return Path(os.path.expanduser(path))  # noqa: PTH111, which raises without one
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """A regular file, open for reading.
+    """Opens a regular file for reading.
 
-    A FIFO or a device is refused and never waited for. Links are followed.
+    FIFOs and devices are rejected without blocking. Links are followed.
 
     Raises:
-        OSError, UserError: as `descriptor_of`.
+        OSError, UserError: as for `descriptor_of`.
     """
     return open(descriptor_of(path), "rb")
 
 
 def descriptor_of(path: str | os.PathLike[str]) -> int:
-    """The descriptor of a regular file, open for reading.
+    """Opens a regular file for reading and returns its descriptor.
 
     Raises:
-        OSError: it cannot be opened, or is not a regular file.
-        UserError: too many files are open, or memory is exhausted, which is no fault of the file.
+        OSError: if it cannot be opened or is not a regular file.
+        UserError: if too many files are open or memory is exhausted, which the file does not cause.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -57,14 +57,14 @@ def descriptor_of(path: str | os.PathLike[str]) -> int:
 
 
 def read_regular(path: str | os.PathLike[str], limit: int = MAX_IMAGE) -> bytes:
-    """The content of a regular file.
+    """Returns the content of a regular file.
 
     Raises:
-        OSError: it cannot be read, is not a regular file, or has more than `limit` bytes.
+        OSError: if it cannot be read, is not a regular file, or has more than `limit` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # Some files of /proc are larger than they say.
+        # Some files in /proc are larger than their reported size.
         content = b"" if size > limit else file.read(size + 1)
     if max(size, len(content)) > limit or len(content) > size:
         raise OSError(errno.EFBIG, f"more than {min(size, limit):,} bytes", os.fspath(path))
@@ -72,7 +72,7 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_IMAGE) -> bytes:
 
 
 def require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> os.stat_result:
-    """The status of a regular file. Raises OSError for another."""
+    """Returns `status` if it is that of a regular file; otherwise raises OSError."""
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(status.st_mode):
@@ -84,7 +84,7 @@ def check_writable(directory: str | Path) -> None:
     """Creates a directory for output. Raises UserError if it cannot be written."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=directory):  # os.access does not know all that file systems permit
+        with TemporaryFile(dir=directory):  # os.access misses some restrictions of file systems
             pass
     except OSError as error:
         fix = how_to_fix(error, "give another directory")
@@ -94,7 +94,7 @@ def check_writable(directory: str | Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Creates the directory of a file to write. Raises UserError if the file cannot be written."""
+    """Creates the directory for an output file. Raises UserError if it cannot be written."""
     check_writable(path.parent)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -106,7 +106,7 @@ def check_output(path: Path) -> None:
 
 
 def check_room(directory: Path) -> None:
-    """Raises UserError if a directory leaves no room for the names of the files to write in it."""
+    """Raises UserError if the path of a directory is too long for the files to write in it."""
     length, most = len(os.fsencode(directory.absolute())), MAX_PATH - MAX_INSIDE
     if length > most:
         raise UserError(

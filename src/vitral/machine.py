@@ -1,4 +1,4 @@
-"""The machine: devices, cores, memory, and CPU features."""
+"""Hardware of the machine: devices, cores, memory, and CPU features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from vitral.errors import UserError
 
-# Dense bf16 rates in FLOP/s, from the vendors' data sheets.
+# Peak dense bf16 rates in FLOP/s, from the vendors' data sheets.
 PEAK_FLOPS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
@@ -34,12 +34,12 @@ def has_gpu() -> bool:
 
 
 def num_gpus() -> int:
-    """The number of GPUs that torch can use."""
+    """Returns the number of GPUs that torch can use."""
     return torch.cuda.device_count()
 
 
 def accelerators() -> set[str]:
-    """The types of accelerators that torch can use: "cuda", "mps" or "xpu"."""
+    """Returns the types of accelerators that torch can use: "cuda", "mps" or "xpu"."""
     if has_gpu():
         return {"cuda"}
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -47,33 +47,33 @@ def accelerators() -> set[str]:
 
 
 def gpu_name() -> str | None:
-    """The name of the current GPU, "mps" or "xpu" for such an accelerator, or None without one."""
+    """Returns the name of the current GPU, "mps" or "xpu" for these types, or None without one."""
     return torch.cuda.get_device_name() if has_gpu() else next(iter(accelerators()), None)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called "cpu", "cuda", "mps" or "xpu"; "auto" is an accelerator if there is one.
+    """Returns the device "cpu", "cuda", "mps" or "xpu"; "auto" selects an accelerator if any.
 
     Raises:
-        UserError: if an accelerator is requested that torch cannot use.
+        UserError: if torch cannot use the requested accelerator.
     """
     return torch.device(select_device(name, accelerators()))
 
 
 def select_device(name: str, available: Collection[str]) -> str:
-    """The type of device for a name, where these accelerators are available."""
+    """Returns the device type for a name, given the types of the available accelerators."""
     if name == "auto":
         return next((kind for kind in ("cuda", "xpu", "mps") if kind in available), "cpu")
     if name != "cpu" and name not in available:
         what = "a GPU" if name == "cuda" else f"an {name} device"
-        raise UserError(f"device: expected {what} that torch can use, got none; give --device cpu")
+        raise UserError(f"device: expected {what} that torch can use, got none; use --device cpu")
     return name
 
 
 def input_device(device: torch.device) -> torch.device:
-    """Where images are prepared for a model: on its device, or for mps and xpu on the CPU.
+    """Returns where to preprocess images for a model: on its device, or on the CPU for mps and xpu.
 
-    The preparation sums in float64, which mps does not have, and is tested on CPUs and GPUs only.
+    Preprocessing sums in float64, which mps does not support, and is tested only on CPUs and GPUs.
     """
     return torch.device("cpu") if device.type in ("mps", "xpu") else device
 
@@ -85,7 +85,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_flops() -> float | None:
-    """The dense bf16 rate of the current GPU in FLOP/s; None if unknown, and for MIG slices."""
+    """Returns the GPU's peak dense bf16 rate in FLOP/s; None if unknown, and for MIG slices."""
     words = f" {(gpu_name() or '').replace('-', ' ')} "
     if " MIG " in words:
         return None
@@ -93,20 +93,20 @@ def peak_flops() -> float | None:
 
 
 def available_cores() -> int:
-    """The number of processor cores that this process may use."""
+    """Returns the number of processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def num_cores() -> int | None:
-    """The number of processor cores of the machine."""
+    """Returns the number of processor cores of the machine."""
     return os.cpu_count()
 
 
 @functools.cache
 def is_amd() -> bool:
-    """Whether the processor is made by AMD; False where that cannot be read."""
+    """Whether the processor is made by AMD; False if that cannot be determined."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:  # not Linux
@@ -114,12 +114,12 @@ def is_amd() -> bool:
 
 
 def max_open_files() -> int:
-    """The number of files that this process may have open."""
+    """Returns the number of files that this process may have open."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def memory_gb(device: str) -> float:
-    """Peak memory so far, in 10^9 bytes: of the GPU for "cuda", else of this process."""
+    """Returns the peak memory so far in 10^9 bytes: of the GPU for "cuda", else of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -127,6 +127,6 @@ def memory_gb(device: str) -> float:
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel, by the class of IPython's shell."""
+    """Whether this process is a notebook kernel, according to the class of IPython's shell."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     return any(base.__name__ == "ZMQInteractiveShell" for base in type(get_shell()).__mro__)

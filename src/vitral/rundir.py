@@ -1,4 +1,4 @@
-"""The run directory: every file name in it, its lock, and reading its logs."""
+"""The run directory: its file names, its lock, and reading of its logs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG, CURVES, REPORT = "config.yaml", "curves.png", "report.html"
 
 
 class RunPath(PosixPath):
-    """The path of a run directory. A notebook displays it with the curves of the run."""
+    """The path of a run directory. Notebooks display it as the curves of the run."""
 
     def _repr_png_(self) -> bytes | None:
         curves = RunDir(self).curves
@@ -35,7 +35,7 @@ class RunPath(PosixPath):
 
 
 class RunDir:
-    """The paths in a run directory, and the lock that one process at a time holds."""
+    """The paths in a run directory, and the lock that one process at a time can hold."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -57,7 +57,7 @@ class RunDir:
 
     @classmethod
     def of_weights(cls, directory: Path) -> RunDir | None:
-        """The run directory that a weight directory belongs to, or None."""
+        """Returns the run directory that contains a weight directory, or None."""
         parent = directory.resolve().parent
         return cls(parent.parent) if parent.name == WEIGHTS else None
 
@@ -65,13 +65,13 @@ class RunDir:
         """Creates the directory and takes its lock.
 
         Raises:
-            UserError: it cannot be written, or another process is training in it.
+            UserError: if it cannot be written, or another process is training in it.
         """
         try:
             make_directory(self.path)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             self._lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "w")
-            # flock would survive a SIGKILL in forked workers; this lock ends with its process.
+            # Forked workers would keep a flock after a SIGKILL; this lock ends with its process.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
@@ -94,14 +94,14 @@ class RunDir:
         self.unlock()
 
     def unused_name(self) -> Path:
-        """A path like this one where nothing exists yet."""
+        """Returns a similar path that does not exist yet."""
         number = 2
         while (other := self.path.with_name(f"{self.path.name}-{number}")).exists():
             number += 1
         return other
 
     def write_config(self, config: Config) -> None:
-        """Writes config.yaml, a recipe that repeats the run."""
+        """Writes config.yaml, a recipe that reproduces the run."""
         with replacing(self.config) as file:
             file.write_text(settings.dump(config), encoding="utf-8")
 
@@ -124,7 +124,7 @@ class RunDir:
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run directory, as a report shows it."""
+    """The content of a run directory, for a report."""
 
     path: Path
     config: Config
@@ -133,7 +133,7 @@ class Run:
     rows: list[Row]
     """The rows of the metrics log."""
     notes: list[str]
-    """What could not be read."""
+    """Messages about content that could not be read."""
 
     @property
     def validations(self) -> list[Row]:
@@ -142,23 +142,23 @@ class Run:
 
     @property
     def best(self) -> tuple[str, Row] | None:
-        """ "val" or "ema", and the row with the highest top-1, the first of equals."""
+        """ "val" or "ema", and the row with the highest top-1; the first of equal ones."""
         found = [(kind, row) for row in self.validations for kind in ("val", "ema")]
         found = [(kind, row) for kind, row in found if f"{kind}_top1" in row]
         return max(found, key=lambda item: item[1][f"{item[0]}_top1"], default=None)
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been taken and validated."""
+        """Whether the last step has been trained and validated."""
         last = self.rows[-1] if self.rows else {"epoch": 0.0}
         return "val_top1" in last and last["epoch"] > self.config.train.epochs - 1e-6
 
 
 def read_run(path: Path) -> Run:
-    """Reads a run directory, finished or not.
+    """Reads the directory of a finished or unfinished run.
 
     Raises:
-        UserError: it is not a run directory, or its settings cannot be read.
+        UserError: if it is not a run directory, or its settings cannot be read.
     """
     run = RunDir(path.parent if path.name == CONFIG and path.is_file() else path)
     if not run.config.is_file():
@@ -180,7 +180,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics log, up to the first line that is not one, such as one cut short."""
+    """Returns the rows of a metrics log up to the first invalid line, such as a truncated one."""
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
@@ -197,7 +197,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def duration(seconds: float) -> str:
-    """A time in seconds as 42 s, 3:05 or 12:03:05."""
+    """Formats a time in seconds as 42 s, 3:05 or 12:03:05."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, seconds = divmod(round(seconds), 60)

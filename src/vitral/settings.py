@@ -1,8 +1,8 @@
-"""Settings: recipes in YAML and options on the command line become a Config, and back.
+"""Settings: conversion of YAML recipes and command-line options to a Config, and back.
 
-A value in a YAML file and one on the command line go through the same conversion, so that the same
-error gets the same message. The options of commands are dataclasses as well and use the same code.
-Both ways are in one file because they share the conversion of words to values.
+Values in a YAML file and values on the command line go through the same conversion, so that the
+same error gets the same message. The options of commands are dataclasses too and use the same code.
+Both are in one file because they share the conversion of words to values.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vitral.files import read_regular
 
 T = TypeVar("T")
 OptionValues = Mapping[str, Sequence[str]]
-"""Values that were given, as words, by the path of the setting, such as `optim.lr`."""
+"""The words given for each setting, by its path such as `optim.lr`."""
 SHORTCUTS = {
     "data.path": "data",
     "train.init": "init",
@@ -45,20 +45,20 @@ SHORTCUTS = {
     "train.seed": "seed",
 }
 YAML_SUFFIXES = (".yaml", ".yml")
-MAX_YAML = 1 << 16  # bytes; a file with all settings has a tenth of that
+MAX_YAML = 1 << 16  # bytes; a file with all settings is a tenth of this size
 
 
 def recipes() -> list[str]:
-    """The names of the recipes that come with vitral."""
+    """Returns the names of the recipes that come with vitral."""
     files = (resources.files("vitral") / "recipes").iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a recipe.
+    """Returns the YAML of a recipe.
 
     Raises:
-        UserError: if there is no recipe of that name.
+        UserError: if there is no recipe with that name.
     """
     if name not in recipes():
         own = Path(name, "config.yaml")  # of a run directory
@@ -71,7 +71,7 @@ def recipe_text(name: str) -> str:
 
 
 def read(source: str) -> dict[str, list[str]]:
-    """The values that a recipe gives.
+    """Reads the values in a recipe.
 
     Args:
         source: the name of a recipe, or the path of a YAML file.
@@ -88,35 +88,34 @@ def read(source: str) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of a run, and which of them nothing else may change."""
+    """The settings of a run, and which of them must not be changed automatically."""
 
     config: Config
     given: frozenset[str] = frozenset()
-    """Paths of the settings that options gave."""
+    """Paths of the settings that were given as options."""
     notes: tuple[str, ...] = ()
-    """What the run prints when it starts."""
+    """Messages to print when the run starts."""
     started: float = dataclasses.field(default_factory=time.monotonic)
-    """When it was made, from which `train.time_budget` counts."""
+    """Time of the request, from which `train.time_budget` counts."""
 
 
 def load(
     source: str, given: OptionValues | Sequence[str] = (), *, default: Config | None = None
 ) -> Config:
-    """The settings of a recipe, changed by options, as `request` finds them."""
+    """Returns the settings of a recipe, changed by options, like `request`."""
     return request(source, given, default=default).config
 
 
 def request(
     source: str, given: OptionValues | Sequence[str] = (), *, default: Config | None = None
 ) -> Request:
-    """The settings of a recipe, changed by options and, for fewer epochs, by `adjust_to_epochs`.
-
-    Values that neither gives come from `default`, or else from `Config()`. Without `train.out` the
-    run goes to runs/<recipe>.
+    """Returns a recipe's settings, changed by options and by `adjust_to_epochs` for fewer epochs.
 
     Args:
         source: the name of a recipe, or the path of a YAML file.
         given: values by path, or options as on the command line.
+        default: settings that neither the recipe nor the options give; `Config()` if None. A
+            `train.out` of None becomes runs/<recipe>.
 
     Raises:
         UserError: for an unknown recipe, key or value.
@@ -133,7 +132,7 @@ def request(
         try:
             build(base, recipe)
         except UserError as recipe_error:
-            if str(recipe_error) == str(error):  # the options have no part in it
+            if str(recipe_error) == str(error):  # not caused by the options
                 raise UserError(f"{source}: {error}") from None
         raise
     if config.train.out is None:
@@ -142,33 +141,33 @@ def request(
     epochs = config.train.epochs
     note = f"adjusted to {counted(epochs, 'epoch')}: {', '.join(changes)}"
     names = {*given}
-    if "train.epochs" not in {*recipe, *given}:  # beside epochs it is the record of a choice
+    if "train.epochs" not in {*recipe, *given}:  # with epochs, it records how they were chosen
         names |= {"train.time_budget"} & {*recipe}
     return Request(config, frozenset(names), (note,) if changes else ())
 
 
 def _clear_time_budget(given: Mapping[str, Any]) -> dict[str, None]:
-    """The recipe's time budget where options give the epochs: none. Raises UserError for both."""
+    """Clears the recipe's time budget if options give the epochs. Raises UserError for both."""
     if "train.epochs" not in given:
         return {}
     if given.get("train.time_budget") is not None:
         raise UserError(
-            "train.time_budget: expected no train.epochs beside it, got "
+            "train.time_budget: expected no train.epochs with it, got "
             f"{given['train.epochs']}; give one of the two"
         )
     return {"train.time_budget": None}
 
 
 def adjust_to_epochs(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a run of fewer epochs than its recipe's adjusts, unless they are given.
+    """Adjusts settings to fewer epochs than the recipe has, unless options give these settings.
 
-    With r the share of the recipe's epochs: warmup_epochs becomes r times as many. ema_decay d
-    becomes 1 - (1 - d) / r, at least 0, so that its span of 1 / (1 - d) steps is r times as long.
-    eval_every is lowered until there are four validations, or one an epoch.
+    With r the fraction of the recipe's epochs, warmup_epochs is multiplied by r. ema_decay d
+    becomes 1 - (1 - d) / r, at least 0, which multiplies its span of 1 / (1 - d) steps by r.
+    eval_every is lowered until there are four validations, or one per epoch.
 
     Args:
         recipe: all values of the recipe, by path.
-        given: those that the options give, by path.
+        given: the values given as options, by path.
 
     Returns:
         The values that change, by path.
@@ -187,7 +186,7 @@ def adjust_to_epochs(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dic
 
 
 def default_recipe(given: OptionValues, gpu: bool) -> str:
-    """The recipe to use where none is named: by the weights to start from, the data, the device."""
+    """Returns the default recipe for the weights to start from, the data, and the device."""
     (weights,) = given.get("train.init", ["None"])
     if weights != "None":
         return "finetune" if gpu else "probe"
@@ -196,26 +195,26 @@ def default_recipe(given: OptionValues, gpu: bool) -> str:
 
 
 def parse_options(words: Sequence[str]) -> OptionValues:
-    """The values in options such as `--optim.lr 1e-3`. Raises UserError."""
+    """Parses options such as `--optim.lr 1e-3`. Raises UserError."""
     parser = Parser("vitral train")
     parser.add_settings(Config())
     return given_settings(parser.parse(words))
 
 
 def options(args: argparse.Namespace, default: T) -> T:
-    """A dataclass of options, changed by parsed arguments."""
+    """Returns a dataclass of options, changed by parsed arguments."""
     names = {field.path for field in fields(default)}
     return build(default, {name: value for name, value in vars(args).items() if name in names})
 
 
 def given_settings(args: argparse.Namespace) -> OptionValues:
-    """The values of settings among parsed arguments."""
+    """Returns the settings among parsed arguments."""
     paths = flatten(Config())
     return {name: value for name, value in vars(args).items() if name in paths}
 
 
 def dump(config: Config) -> str:
-    """`config` as YAML, which `load` reads back to the same settings."""
+    """Returns `config` as YAML, which `load` converts back to the same settings."""
     sections: dict[str, dict[str, object]] = {}
     for path, value in flatten(config).items():
         section, key = path.split(".")
@@ -226,16 +225,16 @@ def dump(config: Config) -> str:
 
 
 def build(default: T, given: OptionValues) -> T:
-    """A dataclass, possibly of sections, with some fields replaced.
+    """Returns a dataclass, possibly of sections, with some fields replaced.
 
     Raises:
-        UserError: for a value of the wrong type, or one that the dataclass refuses.
+        UserError: for a value of the wrong type, or one that the dataclass rejects.
     """
     return replaced(default, converted(default, given))
 
 
 def converted(default: Any, given: OptionValues) -> dict[str, Any]:
-    """The values, by path, that words give to fields of a dataclass.
+    """Converts words to values for the fields of a dataclass, by path.
 
     Raises:
         UserError: for a value of the wrong type.
@@ -251,10 +250,10 @@ def converted(default: Any, given: OptionValues) -> dict[str, Any]:
 
 
 def replaced(default: T, values: Mapping[str, Any]) -> T:
-    """A dataclass, possibly of sections, with the fields at some paths replaced.
+    """Returns a dataclass, possibly of sections, with the fields at the given paths replaced.
 
     Raises:
-        UserError: for a value that the dataclass refuses.
+        UserError: for a value that the dataclass rejects.
     """
     changed: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
@@ -270,7 +269,7 @@ def replaced(default: T, values: Mapping[str, Any]) -> T:
 
 
 class Field(NamedTuple):
-    """A setting: its dotted path, type, value, and the docstring under it."""
+    """A setting: its dotted path, type, value, and docstring."""
 
     path: str
     kind: Any
@@ -279,7 +278,7 @@ class Field(NamedTuple):
 
 
 def fields(settings: Any, prefix: str = "") -> Iterator[Field]:
-    """The fields of a dataclass instance, those of its sections included."""
+    """Iterates over the fields of a dataclass instance, including those of its sections."""
     kinds, docs = typing.get_type_hints(type(settings)), field_docs(type(settings))
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -291,18 +290,19 @@ def fields(settings: Any, prefix: str = "") -> Iterator[Field]:
 
 
 def field_docs(settings: type) -> Mapping[str, str]:
-    """The docstring under each field of a dataclass."""
+    """Returns the docstring under each field of a dataclass."""
     return _module_docs(settings.__module__).get(settings.__name__, {})
 
 
 def convert(kind: Any, words: Sequence[str]) -> Any:
-    """The value of a type that words spell.
+    """Converts words to a value of a type.
 
     Args:
-        kind: int, float, bool, str, a Literal, an optional one of these, or a tuple of them.
+        kind: int, float, bool, str, a Literal, a union of these and None, or a tuple of them.
+        words: the words given for the value.
 
     Raises:
-        ValueError: that says what was expected and what was found.
+        ValueError: if they do not match; the message states what was expected and found.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, UnionType):
@@ -325,7 +325,7 @@ def convert(kind: Any, words: Sequence[str]) -> Any:
 
 
 def _convert_union(kinds: tuple[Any, ...], words: Sequence[str]) -> Any:
-    """The value of the first of some types that the words spell, or None if that is one of them."""
+    """Converts words to the first of some types that matches."""
     optional = type(None) in kinds
     if optional and [*words] == ["None"]:
         return None
@@ -360,7 +360,7 @@ def _convert_tuple(args: tuple[Any, ...], words: Sequence[str]) -> tuple[Any, ..
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors and whose options come from dataclasses."""
+    """An argument parser that raises UserError and takes its options from dataclasses."""
 
     def __init__(self, program: str, description: str = "", *, epilog: str = "") -> None:
         super().__init__(
@@ -376,16 +376,16 @@ class Parser(argparse.ArgumentParser):
             ),
         )
         self.names: list[str] = []
-        self.open: list[str] = []  # options of any number of values
+        self.open: list[str] = []  # options that take any number of values
         self.groups: dict[str, Any] = {}
 
     def add_options(self, options: Any, group: str = "") -> None:
-        """Adds an option for each field of a dataclass instance, whose values are the defaults."""
+        """Adds an option for each field of a dataclass instance, with its value as the default."""
         for field in fields(options):
             self._add(self.groups.get(group, self), field)
 
     def add_settings(self, config: Config) -> None:
-        """Adds every setting: those with a shortcut first, then a group for each section."""
+        """Adds all settings: first those with a shortcut, then one group per section."""
         settings = {field.path: field for field in fields(config)}
         order = [*SHORTCUTS, *(path for path in settings if path not in SHORTCUTS)]
         for path in order:
@@ -395,7 +395,7 @@ class Parser(argparse.ArgumentParser):
             self._add(self.groups[title], settings[path])
 
     def add_positional(self, name: str, metavar: str) -> None:
-        """Adds a positional argument; a metavar that ends in ? is optional, in + one or more."""
+        """Adds a positional argument; ? after the metavar means optional, + one or more."""
         shown = metavar.rstrip("?+")
         usage = {"?": f" [{shown}]", "+": f" {shown} [{shown} ...]"}
         self.usage = f"{self.usage}{usage.get(metavar[-1], f' {shown}')}"
@@ -405,10 +405,10 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(name, metavar=shown, nargs=metavar[-1], default=None)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """The arguments in `words`, positional ones and options in any order.
+        """Parses positional arguments and options in any order.
 
         Raises:
-            UserError: one line, with the closest option for an unknown one.
+            UserError: for invalid arguments; for an unknown option it suggests the closest one.
         """
         hyphenated = self._open_options_last([*map(_hyphenated, words)])
         args, rest = self.parse_known_intermixed_args(hyphenated)
@@ -423,9 +423,9 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _open_options_last(self, words: list[str]) -> list[str]:
-        """The words with options of any number of values at the end.
+        """Moves options that take any number of values to the end.
 
-        Otherwise they take a path that follows their values, which are numbers, for another value.
+        Otherwise a path after their values, which are numbers, would be parsed as another value.
         """
         others, last = [], []
         while words and words[0] != "--":
@@ -469,11 +469,11 @@ class Parser(argparse.ArgumentParser):
             *flags, dest=field.path, nargs=count, metavar=metavar, help=text
         )
         if choices := _choices(field.kind):
-            action.completer = lambda **_: choices  # read by argcomplete
+            action.completer = lambda **_: choices  # for argcomplete
 
 
 def shown(value: Any) -> str:
-    """A value as help and the documentation show it."""
+    """Formats a value for --help and the documentation."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
@@ -482,14 +482,14 @@ def shown(value: Any) -> str:
 
 
 def _choices(kind: Any) -> list[str]:
-    """The words that an option takes, if they are few."""
+    """Returns the words that an option accepts, if it has a fixed set of them."""
     if typing.get_origin(kind) in (Union, UnionType):
         return [choice for arg in typing.get_args(kind) for choice in _choices(arg)]
     return [*map(str, typing.get_args(kind))] if typing.get_origin(kind) is Literal else []
 
 
 def _arity(kind: Any) -> tuple[int | str, Any]:
-    """How many words an option takes, and what help calls them."""
+    """Returns the number of words that an option takes, and its metavar."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, UnionType):
         some = [_arity(arg) for arg in args if arg is not type(None)]
@@ -511,13 +511,13 @@ def _is_number(word: str) -> bool:
 
 
 def _hyphenated(word: str) -> str:
-    """`--a_b=c_d` as `--a-b=c_d`."""
+    """Converts `--a_b=c_d` to `--a-b=c_d`."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses double keys, and aliases: a few can stand for gigabytes."""
+    """A SafeLoader that rejects duplicate keys, and aliases, which can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -526,9 +526,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        mapping = super().construct_mapping(node, deep)  # refuses unhashable keys
+        mapping = super().construct_mapping(node, deep)  # rejects unhashable keys
         for key, count in Counter(keys).items():
-            if count > 1:  # YAML's keeps the last
+            if count > 1:  # SafeLoader keeps the last one
                 raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice")
         return mapping
 
@@ -544,7 +544,7 @@ def _read_file(path: str) -> str:
 
 
 def _values(content: str) -> Iterator[tuple[str, list[str]]]:
-    """Paths and values of a YAML document."""
+    """Iterates over the paths and values in a YAML document."""
     try:
         document = yaml.load(content, _StrictLoader) or {}
     except yaml.YAMLError as error:
@@ -568,7 +568,7 @@ def _values(content: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _words(value: Any) -> list[str]:
-    """A YAML value as the words of a command line; nested lists are flattened."""
+    """Converts a YAML value to command-line words; nested lists are flattened."""
     if isinstance(value, list):
         return [word for inner in value for word in _words(inner)]
     return [str(value).lower() if isinstance(value, bool) else str(value)]
@@ -576,7 +576,7 @@ def _words(value: Any) -> list[str]:
 
 @functools.cache
 def _module_docs(module: str) -> Mapping[str, Mapping[str, str]]:
-    """The docstrings under the fields of each class in a module."""
+    """Returns the docstrings under the fields of each class in a module."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     found: dict[str, dict[str, str]] = {}
     for node in tree.body:

@@ -1,12 +1,13 @@
-"""Directories of safetensors and JSON: atomic, verified, streamed, and partially readable.
+"""Directories of safetensors and JSON files: atomic, verified, streamed, and partially readable.
 
-A directory holds NAME.safetensors, NAME.json and, written last, manifest.json with the size and
-SHA-256 of every other file. safetensors loads a flipped bit without an error; the manifest detects
-it. Each file is read and written once, a tensor at a time, and hashed on the way. No pickles.
+A directory contains NAME.safetensors and NAME.json files and, written last, manifest.json with the
+size and SHA-256 of every other file. safetensors loads a flipped bit without an error; the manifest
+detects it. Each file is read and written once, one tensor at a time, and hashed on the way. There
+are no pickles.
 
-What is read may be hostile: names in a manifest are plain, files are regular, and nothing is read
-or allocated beyond the sizes that were checked.
-Reading and writing are in one file because they share the layout and what is verified.
+The input may be hostile: names in a manifest must be plain and files must be regular, and nothing
+is read or allocated beyond the sizes that were checked.
+Reading and writing are in one file because they share the layout and the checks.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from vitral.files import open_regular, require_regular
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
-MAX_NAME = 255  # bytes, in most file systems
+MAX_NAME = 255  # bytes, on most file systems
 TENSORS = ".safetensors"
 NAME = re.compile(r"\w[\w.-]*\.(json|safetensors)", re.ASCII)
 CHUNK = 1 << 22
 MAX_JSON = 1 << 25  # bytes
-MAX_HEADER = 100_000_000  # bytes, of a safetensors file, as in its own library
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
-# In the order in which safetensors lays tensors out, the last first.
+# In the reverse of the order in which safetensors stores tensors.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -56,17 +57,17 @@ ORDER = {dtype: i for i, dtype in enumerate(NAMES)}
 
 
 class CorruptError(Exception):
-    """A directory does not hold what was written; the message names the file and the reason."""
+    """A directory differs from what was written; the message names the file and the reason."""
 
 
 def write(
     directory: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any]
 ) -> None:
-    """Writes or replaces `directory`: built next to it, flushed to disk, renamed.
+    """Writes or replaces `directory`: builds it under another name, flushes it, and renames it.
 
-    A kill at any time leaves the old content or the new. Readers find either, too, if the system
-    can exchange two directories; otherwise the old one is at the second of `places` for a moment,
-    and after a kill there until `recover` renames it.
+    If the process is killed, either the old or the new content remains. Readers also find one of
+    the two if the system can exchange two directories. Otherwise the old directory is briefly at
+    the second of `places`, and after a kill it stays there until `recover` renames it.
 
     Args:
         directory: where to write; its parent must exist.
@@ -74,7 +75,7 @@ def write(
         documents: the content of each NAME.json.
 
     Raises:
-        OSError: nothing is left behind, and the previous content is still there.
+        OSError: if writing fails; the previous content is kept and no other files remain.
     """
     building, retired = _prepare_ahead(directory, "new"), _prepare_ahead(directory, "old")
     recover(directory)
@@ -107,10 +108,10 @@ def write(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file next to `path`, flushed and renamed to it unless an exception is raised.
+    """Yields an empty file next to `path`; flushes and renames it unless an exception is raised.
 
     Raises:
-        OSError: with the name of the file, also on a full disk.
+        OSError: if writing fails; it has the name of the file, also on a full disk.
     """
     building = _prepare_ahead(path, "new")
     with naming(path):
@@ -127,7 +128,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to errors that lack one, as those of a full disk do."""
+    """Adds a file name to errors that lack one, such as those of a full disk."""
     try:
         yield
     except OSError as error:
@@ -136,7 +137,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Creates a directory and its parents, so that their entries survive a power failure."""
+    """Creates a directory and its parents, so that they survive a power failure."""
     if path.is_dir():
         return
     if not path.parent.exists():
@@ -146,7 +147,7 @@ def make_directory(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a directory, or a file or link in its place, but nothing that a link leads to."""
+    """Removes a directory, a file, or a link, but not the target of a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -157,7 +158,7 @@ def sync(path: Path) -> None:
     """Flushes a file, or the entries of a directory, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # a directory may be written but not read
+    except PermissionError:  # the directory is writable but not readable
         return
     try:
         os.fsync(descriptor)
@@ -166,7 +167,7 @@ def sync(path: Path) -> None:
 
 
 def places(directory: Path) -> tuple[Path, ...]:
-    """Where to look for a directory, in this order, while `write` may be replacing it."""
+    """Returns the paths to search, in order, for a directory that `write` may be replacing."""
     return directory, _prepare_ahead(directory, "old"), directory
 
 
@@ -180,7 +181,7 @@ def recover(directory: Path) -> None:
 
 
 def _prepare_ahead(path: Path, ending: str) -> Path:
-    """Where something is built, or kept for a moment, while `path` is replaced."""
+    """Returns the temporary path for the new or old content while `path` is replaced."""
     name = f".{path.name}.{ending}"
     if len(os.fsencode(name)) > MAX_NAME:
         name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()}.{ending}"
@@ -188,7 +189,7 @@ def _prepare_ahead(path: Path, ending: str) -> Path:
 
 
 def consistent(directory: Path, read: Callable[[], T]) -> T:
-    """What `read` reads of a directory: all of one version, even if it is replaced meanwhile."""
+    """Calls `read` until everything it reads is of one version, even if the directory changes."""
     while True:
         version = _version(directory)
         try:
@@ -205,7 +206,7 @@ def check_files(directory: Path) -> dict[str, Any]:
     """Compares names and sizes of the files with the manifest, and returns the manifest.
 
     Raises:
-        CorruptError: for a missing file, one of another size, or one that is not listed.
+        CorruptError: if a file is missing, has another size, or is not listed.
     """
     manifest = _manifest(directory)
     for path in [*directory.glob(f"*{TENSORS}"), *directory.glob("*.json")]:
@@ -232,7 +233,7 @@ def verify(directory: Path) -> None:
 
 
 def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of `directory`, verified. Raises CorruptError."""
+    """Returns the JSON object in a file of `directory`, verified. Raises CorruptError."""
     expected = _listed(directory, name)
     content = _read_bytes(directory / name, expected)
     _compare(directory / name, hashlib.sha256(content).hexdigest(), expected)
@@ -240,10 +241,10 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors, on the CPU, verified while they are read.
+    """Returns the tensors of NAME.safetensors on the CPU, verified while they are read.
 
     Raises:
-        CorruptError: the file is missing, or is not what was written.
+        CorruptError: if the file is missing or differs from what was written.
     """
     path = directory / f"{name}{TENSORS}"
     expected, digest = _listed(directory, path.name), hashlib.sha256()
@@ -254,17 +255,17 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_shapes(directory: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of NAME.safetensors on the meta device, from its header alone, not verified.
+    """Reads only the header of NAME.safetensors, unverified, to tensors on the meta device.
 
     Raises:
-        CorruptError: the file is missing, or has no such header.
+        CorruptError: if the file is missing or has no valid header.
     """
     with _opened_tensors(directory / f"{name}{TENSORS}") as file:
         return _read_header(file)[0]
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, as `safetensors.torch.save` lays them out."""
+    """Yields the bytes of a safetensors file, in the layout of `safetensors.torch.save`."""
     names = sorted(tensors, key=lambda name: (-ORDER[tensors[name].dtype], name))
     header, end = {}, 0
     for name in names:
@@ -283,7 +284,7 @@ def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file, which is hashed while it is read."""
+    """Yields the tensors of a safetensors file and hashes the file."""
     shapes, content = _read_header(file)
     digest.update(content)
     for name, shape in shapes.items():
@@ -296,7 +297,7 @@ def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _read_header(file: IO[bytes]) -> tuple[dict[str, Tensor], bytes]:
-    """The tensors of a safetensors file, in order and on the meta device, and its first bytes."""
+    """Returns the tensors of a safetensors file, in order, on the meta device, and its header."""
     size, start = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(start, "little")
     if length > min(MAX_HEADER, size):
@@ -317,7 +318,7 @@ def _read_header(file: IO[bytes]) -> tuple[dict[str, Tensor], bytes]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Returns the memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
@@ -344,7 +345,7 @@ def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _version(directory: Path) -> bytes | None:
-    """The manifest, which differs between any two contents; None without one."""
+    """Returns the manifest, which is different for different contents, or None without one."""
     try:
         return _read_bytes(directory / MANIFEST)
     except CorruptError:
@@ -352,7 +353,7 @@ def _version(directory: Path) -> bytes | None:
 
 
 def _listed(directory: Path, name: str) -> dict[str, Any]:
-    """The manifest's entry of a file."""
+    """Returns a file's entry in the manifest."""
     manifest = _manifest(directory)
     if name not in manifest:
         raise CorruptError(f"{directory / name}: not in the manifest")
@@ -366,10 +367,10 @@ def _compare(path: Path, sha256: str, expected: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _opened(path: Path, expected: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
-    """Opens a regular file of the size in its manifest entry, or raises CorruptError at once.
+    """Opens a regular file with the size in its manifest entry, or raises CorruptError immediately.
 
-    Devices and pipes could block or have no end. A link is followed, since the cache of the Hugging
-    Face Hub consists of links; what it leads to must be such a file.
+    Devices and pipes could block or be endless. Links are followed, since the cache of the Hugging
+    Face Hub consists of links; their targets must be regular files.
     """
     try:
         with open_regular(path) as file:
@@ -381,7 +382,7 @@ def _opened(path: Path, expected: Mapping[str, Any] | None = None) -> Iterator[I
 
 @contextmanager
 def _opened_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> Iterator[IO[bytes]]:
-    """An open safetensors file. Raises CorruptError if it is missing, or is not one."""
+    """Opens a safetensors file. Raises CorruptError if it is missing or invalid."""
     with _opened(path, expected) as file:
         try:
             yield file
@@ -417,7 +418,7 @@ def _to_json(document: Any) -> bytes:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchanges two paths at once; False if the system or the file system cannot."""
+    """Exchanges two paths atomically; returns False if the system or file system cannot."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     if rename is None:
         return False

@@ -253,7 +253,7 @@ def test_full_shared_memory_is_an_error(image_folder, tmp_path, size):
     done = subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True, timeout=90)
     if done.returncode == 77 or b"unshare" in done.stderr:
         pytest.skip("may not mount a disk")
-    expected = "vitral: /dev/shm: No space left on device; make room and repeat the command\n"
+    expected = "vitral: /dev/shm: No space left on device; free some space and repeat the command\n"
     assert done.stderr.decode() == expected
     assert done.returncode == 1
 

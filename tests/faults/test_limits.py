@@ -221,8 +221,9 @@ def test_the_limit_on_the_size_of_files(directory, image_folder, tmp_path, words
     words = [word.replace("OUT", out) if isinstance(word, str) else word for word in words]
     code, said = run(words, tmp_path / "said", [(resource.RLIMIT_FSIZE, 1000)])
     assert code == 2, said
-    fix = "File too large; raise the limit on the size of files, as by `ulimit -f unlimited`"
-    assert said.splitlines()[-1] == f"vitral: {place.replace('OUT', out)}: {fix}"
+    fix = "raise the limit on the size of files, for example with `ulimit -f unlimited`"
+    error = f"vitral: {place.replace('OUT', out)}: File too large; {fix}"
+    assert said.splitlines()[-1] == error
     assert "Traceback" not in said
 
 
@@ -236,7 +237,7 @@ def test_without_a_temporary_directory(tmp_path, monkeypatch, capsys):
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == (
         "vitral: No usable temporary directory found in ['/tmp']; "
-        "make room, or set TMPDIR to a directory with room\n"
+        "free some space, or set TMPDIR to a directory with free space\n"
     )
 
 

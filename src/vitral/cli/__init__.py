@@ -1,9 +1,10 @@
-"""The `vitral` command: dispatch, exit codes, and what happens at Ctrl-C.
+"""The `vitral` command: dispatch, exit codes, and handling of Ctrl-C.
 
-A command is a module. Its docstring is the help, ARGUMENTS the positional arguments: the name in
-the namespace, and the one in help (? means optional, + one or more). The dataclass Options has its
-options, and HINTS answers options of other tools. `run(args, options)` imports what it needs and
-returns the exit code. A command with a RECIPE takes all settings as options.
+Each command is a module. Its docstring is the help text. ARGUMENTS maps the name of each positional
+argument in the namespace to its name in the help (? means optional, + one or more). The dataclass
+Options defines the options, and HINTS has messages for options of other tools. `run(args, options)`
+imports what it needs and returns the exit code. A command with a RECIPE takes all settings as
+options.
 """
 
 from __future__ import annotations
@@ -45,18 +46,18 @@ COMMANDS = {
 }
 HELP = ("-h", "--help")
 NOTES = """
-WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, a public model,
-timm:NAME, or weights on the Hugging Face Hub, hf-hub:owner/name or hf-hub:owner/name@revision.
+WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, a public model
+(timm:NAME), or weights on the Hugging Face Hub (hf-hub:owner/name or hf-hub:owner/name@revision).
 `vitral COMMAND --help` lists the options of a command; `vitral train RECIPE --help` lists every
-setting with the recipe's value.
+setting with its value in the recipe.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    That is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal. Messages
-    on standard error are lost without an error if it cannot take them.
+    The exit code is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal.
+    Messages are discarded without an error if standard error cannot be written.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     _open_streams()
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        # For an error that only some processes have, the first process of each machine prints it.
+        # If only some processes raise the error, the first process of each machine prints it.
         rank = "RANK" if error.shared else "LOCAL_RANK"
         if os.environ.get(rank, "0") == "0":
             print(f"vitral: {printable(str(error))}", file=Messages(sys.stderr))
@@ -86,14 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if error.errno in DISK else 2
     finally:
         sys.stderr = stderr
-        for stream in (sys.stdout, sys.stderr):  # the interpreter would fail to flush them
+        for stream in (sys.stdout, sys.stderr):  # the interpreter could fail to flush them at exit
             Messages(stream).flush()
         if signal.getsignal(signal.SIGINT) is _interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parser_for(name: str, config: Config | None = None) -> Parser:
-    """The parser of a command, such as "data pack", with the values of `config` in its help."""
+    """Returns the parser of a command such as "data pack", whose help shows `config`'s values."""
     module = _module(name)
     parser = Parser(f"vitral {name}", (module.__doc__ or "").strip())
     arguments: dict[str, str] = getattr(module, "ARGUMENTS", {})
@@ -107,7 +108,7 @@ def parser_for(name: str, config: Config | None = None) -> Parser:
 
 
 def overview() -> str:
-    """What `vitral --help` prints."""
+    """Returns the text of `vitral --help`."""
     lines = ["Train, fine-tune, evaluate, explain and export Vision Transformers.", ""]
     for name in COMMANDS:
         parser = parser_for(name)
@@ -119,7 +120,7 @@ def overview() -> str:
 def _open_streams() -> None:
     """Opens the null device for standard streams that are closed.
 
-    Otherwise another file would get the number of one, and what is printed.
+    Otherwise another file could get the descriptor of such a stream, and the output written to it.
     """
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:
@@ -132,7 +133,7 @@ def _open_streams() -> None:
 
 
 def _run(words: list[str]) -> int:
-    for stream in (sys.stdout, sys.stderr):  # file names may not fit the terminal's encoding
+    for stream in (sys.stdout, sys.stderr):  # the terminal may be unable to encode a file name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.stderr = Messages(sys.stderr)
@@ -165,7 +166,7 @@ def _run(words: list[str]) -> int:
 
 
 def _config_for_help(parser: Parser, words: list[str]) -> Config:
-    """The settings of the recipe that a command would use."""
+    """Returns the settings of the recipe that a command would use."""
     try:
         args = parser.parse(words)
         return load(args.recipe or default_recipe(given_settings(args), gpu=False))
@@ -174,7 +175,7 @@ def _config_for_help(parser: Parser, words: list[str]) -> Config:
 
 
 def _choose(words: list[str]) -> tuple[str | None, list[str]]:
-    """The command and its arguments; None for a group whose help was printed."""
+    """Returns the command and its arguments, or None after printing the help of a group."""
     first, groups = words[0], {name.split()[0] for name in COMMANDS if " " in name}
     if first in COMMANDS:
         return first, words[1:]
@@ -203,7 +204,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Ctrl-C: exits at once during an import, because torch's turn the exception into others."""
+    """Handles Ctrl-C; exits immediately during imports, where torch would convert the exception."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os._exit(130)

@@ -1,4 +1,4 @@
-"""Measure every input path in images per second, next to torchvision's transforms."""
+"""Measure the speed of all input pipelines, compared with torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ARGUMENTS = {"path": "PATH", "recipe": "RECIPE?"}
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Measures; returns the exit code."""
+    """Prints the measurements and returns the exit code."""
     config = load_config(args)
     from vitral.bench.data import bench_data
 

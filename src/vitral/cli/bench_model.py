@@ -1,4 +1,4 @@
-"""Measure the training step on synthetic images, or with --peers next to timm's models."""
+"""Measure the training step on synthetic images; with --peers, compare with timm's models."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Options:
     """Options of `vitral bench model` besides the settings."""
 
     peers: bool = False
-    """Measure timm's models as well."""
+    """Also measure timm's models."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Measures; returns the exit code."""
+    """Prints the measurements and returns the exit code."""
     config = load_config(args)
     from vitral.bench.model import bench_model
 

@@ -1,4 +1,4 @@
-"""Measure training, next to its step on synthetic images."""
+"""Measure training, compared with the training step on synthetic images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ARGUMENTS = {"recipe": "RECIPE?"}
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Measures; returns the exit code."""
+    """Prints the measurements and returns the exit code."""
     config = load_config(args)
     from vitral.bench.train import bench_train
 

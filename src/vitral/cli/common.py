@@ -1,4 +1,4 @@
-"""What several commands share: the settings of a run."""
+"""Shared by several commands: the settings of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitral.config import Config
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
-    """The settings among parsed arguments; a PATH is that of the data."""
+    """Returns the settings among parsed arguments; PATH is the path of the data."""
     given = dict(settings.given_settings(args))
     if "path" in args:
         given["data.path"] = [args.path]
@@ -20,12 +20,12 @@ def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The settings that parsed arguments ask for: by RECIPE, options, and PATH of the data."""
+    """Returns the settings given by the parsed arguments: RECIPE, options, and PATH of the data."""
     return load_request(args).config
 
 
 def load_request(args: argparse.Namespace) -> settings.Request:
-    """`load_config`, with what the options give."""
+    """Like `load_config`, but also returns which settings were given as options."""
     from vitral.machine import num_gpus  # imports torch
     from vitral.weights import request
 

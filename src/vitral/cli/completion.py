@@ -1,6 +1,6 @@
 """Print a shell script that completes vitral's commands and options.
 
-For example in ~/.bashrc: eval "$(vitral completion bash)"
+For bash, add to ~/.bashrc: eval "$(vitral completion bash)"
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ARGUMENTS = {"shell": "SHELL"}
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Prints; returns the exit code."""
+    """Prints the script and returns the exit code."""
     if args.shell not in SHELLS:
         raise UserError(f"completion: expected one of {', '.join(SHELLS)}, got {args.shell}")
     import argcomplete
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, _: None) -> int:
 
 
 def complete() -> None:
-    """Answers a shell that asks for completions, and exits."""
+    """Prints the completions that a shell requests, and exits."""
     import argcomplete
 
     from vitral.cli import COMMANDS, parser_for

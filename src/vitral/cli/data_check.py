@@ -1,4 +1,4 @@
-"""Check a data set: counts, classes, broken files, decoding rate."""
+"""Check a data set: counts, classes, broken files and decoding rate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Options:
     """Options of `vitral data check`."""
 
     workers: int | None = None
-    """Decoding processes; None uses one per core."""
+    """Number of decoding processes; None uses one per core."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Checks; returns 2 if there are broken files."""
+    """Prints the report and returns the exit code, 2 if there are broken files."""
     from vitral.data.tools.check import check, format_report
     from vitral.machine import available_cores
 

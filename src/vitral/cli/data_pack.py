@@ -1,4 +1,4 @@
-"""Pack a data set: squares in one file, which need almost no CPU to train on; or small JPEGs."""
+"""Pack a data set as decoded squares in one file, which need almost no CPU, or as small JPEGs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Options:
     """Options of `vitral data pack`."""
 
     size: int = 256
-    """Side of the squares, or with --jpeg the short side, in pixels."""
+    """Side of the squares, or with --jpeg the shorter side of the images, in pixels."""
     jpeg: bool = False
-    """Write JPEGs of quality 90 instead of pixels: a seventh of the size, but to be decoded."""
+    """Write JPEGs of quality 90 instead of pixels: a seventh of the size, but training must decode
+    them."""
     workers: int | None = None
-    """Decoding processes; None uses one per core."""
+    """Number of decoding processes; None uses one per core."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -30,7 +31,7 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Packs; returns the exit code."""
+    """Packs the data set and returns the exit code."""
     from vitral.data.tools.packing import pack
     from vitral.machine import available_cores
 

@@ -1,6 +1,6 @@
-"""Write a picture of a training batch, before and after augmentation.
+"""Write a picture of a training batch before and after augmentation.
 
---out is the picture: preview.jpg by default.
+--out is the file of the picture, by default preview.jpg.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ARGUMENTS = {"path": "PATH", "recipe": "RECIPE?"}
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Writes the picture; returns the exit code."""
+    """Writes the picture and returns the exit code."""
     (out,) = vars(args).pop("train.out", ["preview.jpg"])
     config = load_config(args)
     if Path(out).suffix.lower() not in (".jpg", ".png"):
@@ -25,5 +25,5 @@ def run(args: argparse.Namespace, _: None) -> int:
 
     check_output(Path(out))
     preview(config, Path(out))
-    print(f"{printable(out)}: each image as validation uses it, and below it as training does")
+    print(f"{printable(out)}: each image as used in validation, and below it as used in training")
     return 0

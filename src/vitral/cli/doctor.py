@@ -1,4 +1,4 @@
-"""Show what this machine offers: devices, kernels, decoders, disk."""
+"""Show what this machine supports: devices, kernels, decoders and disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Prints; returns the exit code."""
+    """Prints the report and returns the exit code."""
     from vitral.doctor import examine
 
     print(examine())

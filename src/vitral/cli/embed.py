@@ -27,11 +27,11 @@ class Options:
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     batch_size: int = 64
-    """Images per forward pass."""
+    """Number of images per forward pass."""
     workers: int | None = None
-    """Decoding processes; None uses all cores but one."""
+    """Number of decoding processes; None uses all cores but one."""
     device: Device = "auto"
-    """Where to run; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if there is one."""
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".npz", ".parquet"):
@@ -39,7 +39,7 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Embeds; returns 1 if an image cannot be read."""
+    """Writes the features and returns the exit code, 1 if an image cannot be read."""
     from vitral.inference.embed import embed, write
     from vitral.inference.predict import find_images, load
     from vitral.machine import pick_device

@@ -1,4 +1,4 @@
-"""Show what the model attends to, and test whether the prediction depends on it."""
+"""Show what a model attends to, and test whether its prediction depends on it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Options:
     """Options of `vitral explain`."""
 
     layer: int | None = None
-    """Layer whose heads are shown, counted from 0; None uses the last."""
+    """Layer whose heads are shown, counted from 0; None uses the last layer."""
     patch: tuple[int, int] | None = None
-    """Row and column of a patch to look at, counted from 0; None uses the most attended one."""
+    """Row and column of the patch to explain, from 0; None uses the most attended one."""
     image_size: int | None = None
     """Side of the model's input, a multiple of its patch size; None uses that of training."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     device: Device = "auto"
-    """Where to run; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if there is one."""
     out: str = "explain"
-    """Directory to write pictures to."""
+    """Directory to write the pictures to."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Explains; returns the exit code."""
+    """Writes the pictures and returns the exit code."""
     from vitral.inference.explain import explanations, save
     from vitral.inference.predict import find_images
     from vitral.machine import pick_device

@@ -17,17 +17,17 @@ class Options:
     """Options of `vitral export`."""
 
     format: Literal["onnx", "pt2"] = "onnx"
-    """onnx for onnxruntime and others, pt2 for torch.export.load."""
+    """onnx for onnxruntime and other runtimes, pt2 for torch.export.load."""
     out: str | None = None
     """File to write or replace; None uses the run's name, in the current directory."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     opset: Literal[20, 23] = 20
-    """ONNX opset; 23 has attention and RMSNorm as operators, which older runtimes lack."""
+    """ONNX opset; 23 has operators for attention and RMSNorm, which older runtimes lack."""
     data: str | None = None
     """Data set to compare on; None uses the one that the weights were trained on, if it exists."""
     images: int = 256
-    """Number of its validation images to compare on; 0 compares on random images only."""
+    """Number of validation images to compare on; 0 compares only on random images."""
 
     def __post_init__(self) -> None:
         if self.images < 0:
@@ -35,17 +35,17 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Exports; returns the exit code."""
+    """Exports the model and returns the exit code."""
     from vitral.inference.export import ExportError, export
 
     try:
         exported = export(args.weights, **vars(options))
     except ExportError as error:
-        print(f"vitral: {printable(str(error))}; the file is not kept", file=sys.stderr)
+        print(f"vitral: {printable(str(error))}; the file was discarded", file=sys.stderr)
         return 1
     for file in exported.files:
         print(f"{printable(file)}: {file.stat().st_size / 1e6:.1f} MB")
     print(*exported.agreements, sep="\n")
     if options.images and len(exported.agreements) == 1:
-        print("the training data set is not here: --data PATH compares on its validation images")
+        print("training data not found: give --data PATH to compare on its validation images")
     return 0

@@ -1,4 +1,4 @@
-"""Convert a public Vision Transformer of timm to a weight directory, and compare the two."""
+"""Convert a public Vision Transformer from timm to a weight directory, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ class Options:
     """Options of `vitral import`."""
 
     file: str | None = None
-    """Weights to convert instead of downloading them, with timm's or the original keys."""
+    """File of weights to convert instead of downloading them, with timm's or the original keys."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Converts; returns the exit code."""
+    """Converts the model and returns the exit code."""
     from vitral.weights import public
 
     if not args.name.startswith(public.PREFIX):
         raise UserError(f"name: expected {public.PREFIX}NAME, got {args.name}")
     if options.file is not None and not Path(options.file).is_file():
-        raise UserError(f"file: expected a file of weights, got {options.file}, which is not there")
+        raise UserError(
+            f"file: expected a file of weights, got {options.file}, which is not a file"
+        )
     place = Path(args.directory)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place}: expected a new or empty directory, got one with files")
@@ -43,8 +45,8 @@ def run(args: argparse.Namespace, options: Options) -> int:
     )
     if imported.folded:
         channels = counted(imported.folded, "channel")
-        print(f"LayerScale is folded into the weights in {channels}, where it is about 0")
+        print(f"LayerScale is folded into the weights in {channels}, where it is close to 0")
     license = description.license or "unknown"
-    caution = "" if license.lower() in PERMISSIVE else "; read it before you use the weights"
+    caution = "" if license.lower() in PERMISSIVE else "; read it before using the weights"
     print(f"license: {license}{caution}")
     return 0

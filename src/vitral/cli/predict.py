@@ -25,15 +25,15 @@ class Options:
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     batch_size: int = 64
-    """Images per forward pass."""
+    """Number of images per forward pass."""
     workers: int | None = None
-    """Decoding processes; None uses all cores but one."""
+    """Number of decoding processes; None uses all cores but one."""
     device: Device = "auto"
-    """Where to run; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if there is one."""
     json: bool = False
-    """Print one JSON object per image and line."""
+    """Print one JSON object per line for each image."""
     csv: bool = False
-    """Print CSV, one line per image and class."""
+    """Print CSV, with one line per image and class."""
     out: str | None = None
     """File to write to instead of standard output."""
 
@@ -43,7 +43,7 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Predicts; returns the exit code."""
+    """Writes the predictions and returns the exit code."""
     from vitral.inference.predict import find_images, predictions, write
     from vitral.machine import pick_device
     from vitral.weights import load

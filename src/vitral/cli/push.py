@@ -13,7 +13,7 @@ class Options:
     """Options of `vitral push`."""
 
     license: str | None = None
-    """License of the weights, by its SPDX name such as Apache-2.0; None states none."""
+    """License of the weights, as an SPDX identifier such as Apache-2.0; None states no license."""
     private: bool = False
     """Make the repository private; a repository that is already public is refused."""
     dry_run: bool = False
@@ -21,7 +21,7 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Uploads; returns the exit code."""
+    """Uploads the weights and returns the exit code."""
     from vitral import hub
 
     hub.check_name(args.name)

@@ -10,7 +10,7 @@ ARGUMENTS = {"name": "NAME?"}
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Prints; returns the exit code."""
+    """Prints the recipe or the list and returns the exit code."""
     if args.name is not None:
         print(settings.recipe_text(args.name), end="")
         return 0

@@ -18,13 +18,14 @@ class Options:
     """Options of `vitral report`."""
 
     data: str | None = None
-    """Where the run's data set is now; None uses the path in its settings."""
+    """Current path of the run's data set; None uses the path in its settings."""
     out: str | None = None
-    """File to write; None uses report.html in the run directory, or here for several runs."""
+    """File to write; None uses report.html in the run directory, or in the current directory for
+    several runs."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Writes the report; returns the exit code."""
+    """Writes the report and returns the exit code."""
     several = len(args.runs) > 1
     if several and options.data is not None:
         raise UserError("data: expected none with several runs, which are compared by their logs")
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
             predictions = evaluate_best(runs[0], options.data)
         except UserError as error:
             missing = str(error)
-            print(f"vitral: without predictions: {printable(str(error))}", file=sys.stderr)
+            print(f"vitral: no predictions: {printable(str(error))}", file=sys.stderr)
         write_report(runs[0], out, predictions, missing)
     print(printable(out))
     return 0

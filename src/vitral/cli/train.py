@@ -1,7 +1,7 @@
 """Train a model, or resume the run in --out.
 
-Without a recipe: handwritten digits, about a minute on two CPU cores. The same command resumes a
-run that was interrupted.
+Without a recipe, it trains on handwritten digits, in about a minute on two CPU cores. Repeat the
+command to resume an interrupted run.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Options:
     """Options of `vitral train` besides the settings."""
 
     gpus: int | None = None
-    """Train in that many processes on this machine, one GPU each."""
+    """Number of processes to train with on this machine, each on one GPU."""
     dry_run: bool = False
-    """Print the settings, model size, number of steps and estimated time, and stop."""
+    """Print the settings, model size, number of steps and estimated time, and exit."""
 
     folds: int | None = None
-    """Cross-validate on the training images in that many folds after training; needs
-    `train.trainable` head."""
+    """Number of folds for cross-validation on the training images after training; requires
+    train.trainable head."""
 
     def __post_init__(self) -> None:
         if self.folds is not None and self.folds < 2:
@@ -38,13 +38,13 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Trains; returns the exit code."""
+    """Trains the model and returns the exit code."""
     request = load_request(args)
     config = request.config
     if options.folds is not None and config.train.trainable != "head":
         raise UserError(
             f"folds: expected train.trainable head, got {config.train.trainable}; "
-            "the recipe probe has it"
+            "the recipe probe uses it"
         )
     if options.dry_run:
         from vitral.bench.train import plan

@@ -1,7 +1,7 @@
 """Evaluate weights: accuracy, per-class accuracy and calibration on a labeled data set.
 
-With --image-sizes, accuracy at several image sizes. With --suite, accuracy on the ImageNet test
-sets: validation, ReaL, -V2, -A, -R, -Sketch.
+--image-sizes reports the accuracy at several image sizes. --suite reports the accuracy on the
+ImageNet test sets: validation, ReaL, -V2, -A, -R, -Sketch.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Options:
     image_sizes: tuple[int, ...] | None = None
     """Image sizes to evaluate at, multiples of the patch size, with the same relative crop."""
     suite: str | None = None
-    """Folder that contains the ImageNet test sets, each in a folder of its own."""
+    """Folder that contains the ImageNet test sets, each in its own folder."""
     classes: Literal["subset", "all"] | None = None
-    """What predictions compete with if the set has only some of the classes: these, or all that the
-    weights know; None is subset, but all for a set of one class."""
+    """Classes that predictions compete with if the data set has only a subset of the weights'
+    classes: this subset, or all. None uses subset, or all for a data set with one class."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     batch_size: int = 256
-    """Images per forward pass."""
+    """Number of images per forward pass."""
     workers: int | None = None
-    """Decoding processes; None uses all cores but one."""
+    """Number of decoding processes; None uses all cores but one."""
     device: Device = "auto"
-    """Where to run; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if there is one."""
     out: str | None = None
     """Directory for per_class.csv and confused_pairs.csv, or image_sizes.csv, or suite.csv."""
 
@@ -61,13 +61,13 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Evaluates; returns the exit code."""
+    """Prints the results and returns the exit code."""
     from vitral.evaluation import at_sizes, evaluate, open_set, summarize
     from vitral.weights import load, require_head
 
     weights = require_head(load(args.weights, which=options.which))
     known = weights.description
-    at_sizes(known, options.image_sizes or ())  # before the data are opened
+    at_sizes(known, options.image_sizes or ())  # checks the sizes before the data set is opened
     dataset = None if options.suite else open_set(known, options.data)
     heading = _heading(weights, dataset, options)
     if dataset is None or options.image_sizes:
