@@ -1,4 +1,4 @@
-"""Where caches are, with and without a home directory."""
+"""Locations of caches, with and without a home directory."""
 
 import os
 import pwd
@@ -50,7 +50,7 @@ def _homeless(request, monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_unset")
-def test_where_the_cache_and_the_downloads_are(monkeypatch, tmp_path):
+def test_locations_of_the_cache_and_the_downloads(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert caches.cache_dir() == tmp_path / ".cache/vitral"
     assert caches.downloads_dir() == tmp_path / ".cache/vitral/data"
@@ -94,7 +94,7 @@ def test_a_home_that_cannot_be_written_is_used_if_it_has_a_cache(open_place, fil
     if not child:
         code = 1
         try:
-            if os.getuid() == 0:  # who may write everywhere
+            if os.getuid() == 0:  # root can write everywhere
                 os.setresuid(65534, 65534, 65534)
             elsewhere = open_place / f"vitral-{os.getuid()}"
             expected = home / ".cache/vitral" if filled else elsewhere
@@ -106,7 +106,7 @@ def test_a_home_that_cannot_be_written_is_used_if_it_has_a_cache(open_place, fil
 
 @pytest.mark.usefixtures("_homeless")
 @pytest.mark.parametrize("what", ["file", "link to nothing", "link", "directory of others"])
-def test_nobody_else_can_take_the_place_of_the_temporary_cache(temporary, what):
+def test_other_users_cannot_replace_the_temporary_cache(temporary, what):
     place = temporary / f"vitral-{os.getuid()}"
     (temporary / "other").mkdir()
     if what == "file":

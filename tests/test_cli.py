@@ -40,7 +40,7 @@ def folder_settings(folder, out, *more):
 
 @pytest.fixture(scope="module")
 def run(image_folder, tmp_path_factory):
-    """A finished run on the small image folder, with as many workers as are chosen by default."""
+    """A finished run on the small image folder, with the default number of workers."""
     out = tmp_path_factory.mktemp("runs") / "run"
     assert main(folder_settings(image_folder, out, "--data.workers", "None")) == 0
     return out
@@ -48,7 +48,7 @@ def run(image_folder, tmp_path_factory):
 
 @pytest.fixture
 def user_error(capsys, tmp_path):
-    """Runs a command that must fail: one line on stderr, exit code 2, nothing left behind."""
+    """Runs a command that must fail with one line on stderr, exit code 2, and no output files."""
 
     def expect(words, *fragments, out=tmp_path / "out"):
         capsys.readouterr()
@@ -112,7 +112,7 @@ def test_user_errors_are_one_line(words, fragments, user_error, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["frob", "evaluate", "vitral"])
-def test_a_command_that_is_not_close_is_not_suggested(word, user_error):
+def test_a_word_that_is_close_to_no_command_gets_no_suggestion(word, user_error):
     assert user_error([word], "expected one of train, val").endswith(f"got {word}\n")
 
 
@@ -157,16 +157,16 @@ def test_user_errors_in_folders(image_folder, user_error, tmp_path):
     user_error(broken(lambda f: [p.unlink() for p in f.glob("*/*/*")]), "images")
 
 
-def test_folder_that_cannot_be_written(image_folder, user_error, tmp_path):
+def test_an_unwritable_output_directory_is_a_user_error(image_folder, user_error, tmp_path):
     (tmp_path / "file").write_text("")
     user_error(folder_settings(image_folder, tmp_path / "file" / "run"), "cannot write")
 
 
-def test_a_run_folder_is_not_a_recipe_but_contains_one(run, user_error):
+def test_a_run_directory_as_recipe_suggests_its_config(run, user_error):
     user_error(["train", run], f"did you mean {run / 'config.yaml'}?")
 
 
-def test_two_runs_in_one_folder(image_folder, run, user_error, tmp_path):
+def test_a_second_run_in_the_same_directory_is_rejected(image_folder, run, user_error, tmp_path):
     child = os.fork()
     if not child:
         lock = (run / ".lock").open("w")
@@ -182,12 +182,12 @@ def test_two_runs_in_one_folder(image_folder, run, user_error, tmp_path):
         os.waitpid(child, 0)
 
 
-def test_other_settings_are_rejected_by_name(image_folder, run, user_error):
+def test_changed_settings_are_rejected_by_name(image_folder, run, user_error):
     words = folder_settings(image_folder, run, "--optim.lr", "0.5")
     user_error(words, "optim.lr", "0.003", "0.5", f"--out {run}-2")
 
 
-def test_how_to_train_longer_is_said(image_folder, run, user_error):
+def test_the_error_explains_how_to_train_longer(image_folder, run, user_error):
     words = folder_settings(image_folder, run, "--train.epochs", "5", "--optim.warmup-epochs", "1")
     error = user_error(words, f"train.epochs: the run in {run} has 2, not 5; to train longer")
     assert error.endswith(f"--init {run} --out {run}-2\n")
@@ -204,17 +204,17 @@ def test_how_to_train_longer_is_said(image_folder, run, user_error):
         "val --workers 0 --image-sizes 16 8 -- RUN",
     ],
 )
-def test_a_path_may_follow_an_option_of_several_values(run, capsys, words):
+def test_a_path_may_follow_an_option_with_several_values(run, capsys, words):
     assert main([str(run) if word == "RUN" else word for word in words.split()]) == 0
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert rows[-2:] == ["16", "8"]
 
 
-def test_a_wrong_value_of_such_an_option_is_not_taken_for_a_path(run, user_error):
+def test_an_invalid_value_of_such_an_option_is_not_parsed_as_a_path(run, user_error):
     user_error(["val", "--image-sizes", "8,16", run], "image-sizes", "'8,16'")
 
 
-def test_settings_without_mathematics_may_change(image_folder, run, capsys):
+def test_settings_that_do_not_affect_results_may_change(image_folder, run, capsys):
     assert main(folder_settings(image_folder, run, "--data.workers", "1")) == 0
     out = capsys.readouterr().out
     assert "data.workers: None becomes 1" in out
@@ -253,7 +253,7 @@ def test_contents_of_a_run_directory(run):
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [5, 10]
 
 
-def test_config_repeats_the_run(run, tmp_path):
+def test_config_reproduces_the_run(run, tmp_path):
     assert main(["train", str(run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
     name = "weights/last/model.safetensors"
     assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
@@ -284,8 +284,10 @@ def test_val_at_several_sizes(run, capsys, tmp_path):
     assert [line.split(",")[0] for line in table[1:]] == ["8", "16", "24"]
 
 
-def test_val_counts_only_what_training_held_out(image_folder, user_error, tmp_path, capsys):
-    """By whatever path: what it is tells that it is the set trained on."""
+def test_val_uses_only_held_out_images_of_the_training_data(
+    image_folder, user_error, tmp_path, capsys
+):
+    """The data set is recognized by its content, not by its path."""
     folder, out = tmp_path / "images", tmp_path / "run"
     shutil.copytree(image_folder / "train", folder)
     assert main(folder_settings(folder, out)) == 0
@@ -335,7 +337,7 @@ def test_val_reports_a_subset_of_the_classes(three_classes, tmp_path, capsys):
         assert counts.startswith(line)
     assert main(["val", str(out)]) == 0
     assert "scored on" not in capsys.readouterr().out
-    scores, whole = (evaluate(out, str(place)) for place in (some, three_classes))
+    scores, full_scores = (evaluate(out, str(place)) for place in (some, three_classes))
     assert scores.classes == ("dark", "white")
     found = weights.load(out)
     data = dataclasses.replace(found.description.config.data, path=str(some))
@@ -347,7 +349,7 @@ def test_val_reports_a_subset_of_the_classes(three_classes, tmp_path, capsys):
     assert scores.loss == pytest.approx(
         -probabilities.log()[range(12), scores.labels].mean().item()
     )
-    assert scores.loss < whole.loss
+    assert scores.loss < full_scores.loss
 
 
 def test_val_selects_the_competing_classes(three_classes, user_error, tmp_path, capsys):
@@ -377,7 +379,7 @@ def test_val_selects_the_competing_classes(three_classes, user_error, tmp_path, 
     assert scores.classes == ("light", "white", "dark")
     assert scores.loss == pytest.approx(-probabilities.log().mean().item())
     assert [row[:2] for row in scores.per_class()] == [("light", 6), ("white", 6)]
-    (some / "dark").mkdir()  # a class of the set without images
+    (some / "dark").mkdir()  # a class without images
     assert evaluate(out, str(some)).loss == pytest.approx(scores.loss)
     shutil.copytree(some / "white", some / "grey")
     user_error(["val", out, "--data", some], "got 4: grey, which they do not know", out=one / "x")
@@ -416,7 +418,7 @@ def test_val_reports_held_out_images(image_folder, tmp_path, capsys, monkeypatch
 
 @pytest.fixture(scope="module")
 def three_classes(image_folder, tmp_path_factory):
-    """The small image folder with one class more."""
+    """The small image folder with an additional class."""
     folder = tmp_path_factory.mktemp("three") / "images"
     shutil.copytree(image_folder, folder)
     for split in ("train", "val"):
@@ -426,7 +428,7 @@ def three_classes(image_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def odd_run(image_folder, tmp_path_factory):
-    """A run of one step whose model no recipe has."""
+    """A run of one step with a model that is in no recipe."""
     out = tmp_path_factory.mktemp("runs") / "odd"
     more = (
         "--model.dim 24 --model.num-heads 2 --model.num-kv-heads 1 --model.qk-norm --model.depth 2"
@@ -441,7 +443,7 @@ def odd_run(image_folder, tmp_path_factory):
 FINETUNE = "--train.batch-size 4 --train.threads 1 --train.epochs 1 --optim.warmup-epochs 0".split()
 
 
-def test_init_takes_weights_with_other_classes(three_classes, run, tmp_path, capsys):
+def test_init_accepts_weights_with_other_classes(three_classes, run, tmp_path, capsys):
     out = tmp_path / "tuned"
     more = ["--init", str(run), "--model.image-size", "20", "--optim.layer-decay", "0.7"]
     more += ["--model.rope-grid", "4"]
@@ -451,12 +453,12 @@ def test_init_takes_weights_with_other_classes(three_classes, run, tmp_path, cap
     assert output in (out / "train.log").read_text()
 
 
-def test_all_but_the_head_is_copied_exactly(three_classes, odd_run, tmp_path):
-    """At a rate at which no float32 moves, what a run ends with is what it began with."""
+def test_all_parameters_except_the_head_are_copied_exactly(three_classes, odd_run, tmp_path):
+    """The learning rate is too small to change any float32 parameter."""
     out = tmp_path / "tuned"
-    still = ["--optim.lr", "1e-30", "--model.image-size", "32"]
+    more = ["--optim.lr", "1e-30", "--model.image-size", "32"]
     words = ["train", "imagenet-finetune", "--data", str(three_classes), "--out", str(out)]
-    assert main([*words, "--init", str(odd_run), *FINETUNE, *still]) == 0
+    assert main([*words, "--init", str(odd_run), *FINETUNE, *more]) == 0
     source = weights.load(odd_run).model.state_dict()
     tuned = storage.read_tensors(out / "weights" / "last", "model")
     assert tuned.keys() == source.keys()
@@ -471,14 +473,14 @@ def test_a_recipe_without_a_model_uses_that_of_the_weights(odd_run, image_folder
     words += ["--init", str(odd_run), *FINETUNE, "--model.image-size", "32"]
     assert main(words) == 0
     assert "newly initialized parameters: none" in (out / "train.log").read_text()
-    was = weights.load(odd_run).description.config.model
+    source = weights.load(odd_run).description.config.model
     config = settings.load(str(out / "config.yaml"))
     recipe = settings.load("imagenet-finetune").model
     assert config.model == dataclasses.replace(
-        was, image_size=32, rope_grid=4, stochastic_depth=recipe.stochastic_depth
+        source, image_size=32, rope_grid=4, stochastic_depth=recipe.stochastic_depth
     )
     assert (config.data.mean, config.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    # What the run wrote stands by itself: the weights may go, and the settings are a recipe still.
+    # The run does not depend on the source weights: its settings are a recipe without them.
     shutil.move(odd_run, tmp_path / "away")
     try:
         again = ["train", str(out / "config.yaml"), "--out", str(out), "--train.eval-every", "2"]
@@ -488,7 +490,7 @@ def test_a_recipe_without_a_model_uses_that_of_the_weights(odd_run, image_folder
 
 
 def test_weights_with_the_shape_of_a_preset_keep_its_size(run, tmp_path):
-    """Otherwise `--model.size` would be heard and not followed."""
+    """Otherwise `--model.size` would be accepted without effect."""
     (tmp_path / "tune.yaml").write_text("train: {epochs: 20}")
     trained = weights.load(run).description
     config = dataclasses.replace(trained.config, model=ViTConfig(size="ti"))
@@ -511,7 +513,7 @@ def test_a_fine_tuning_recipe_requires_weights(image_folder, user_error, tmp_pat
 def test_settings_valid_only_with_the_weights_are_accepted(
     run, image_folder, user_error, tmp_path, capsys
 ):
-    """A size that is whole patches of the weights, though not of a model that has the defaults."""
+    """The image size is a multiple of the weights' patch size, but not of the default one."""
     words = ["train", "imagenet-finetune", "--data", str(image_folder), "--init", str(run)]
     words += ["--dry-run", "--model.image-size"]
     assert main([*words, "20"]) == 0
@@ -528,7 +530,7 @@ def test_settings_valid_only_with_the_weights_are_accepted(
         load()
 
 
-def test_init_with_another_architecture(image_folder, run, user_error, tmp_path):
+def test_init_with_another_architecture_is_a_user_error(image_folder, run, user_error, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
     message = f"give the settings of that run, `vitral train {run}/config.yaml --init {run}`"
     user_error([*words, "--model.dim", "32"], "another shape", message, "imagenet-finetune")
@@ -562,7 +564,7 @@ def test_broken_image_is_replaced_and_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_too_many_broken_images_stop_the_run(image_folder, tmp_path, capsys, split):
-    """One of 40 to train on is more than a run puts up with; in validation none is."""
+    """One broken training image of 40 exceeds the limit, and so does any validation image."""
     folder, out = tmp_path / "images", tmp_path / "out"
     shutil.copytree(image_folder, folder)
     bad = folder / split / "dark" / "03.jpg"
@@ -570,7 +572,7 @@ def test_too_many_broken_images_stop_the_run(image_folder, tmp_path, capsys, spl
     words = folder_settings(folder, out, "--train.log-every", "1")
     assert main(words) == 2
     assert str(bad) in capsys.readouterr().err
-    if split == "val":  # before the first step, so that the run is of the set as it is mended
+    if split == "val":  # before the first step, so that the data set may change before the rerun
         assert not read_rows(out / "metrics.jsonl")
         bad.unlink()
         assert main(words) == 0
@@ -578,7 +580,7 @@ def test_too_many_broken_images_stop_the_run(image_folder, tmp_path, capsys, spl
 
 def test_divergence_stops_with_the_last_good_checkpoint(image_folder, tmp_path, capsys):
     more = "--optim.lr 1e30 --optim.clip-norm 0 --train.epochs 8 --train.checkpoint-steps 1"
-    more += " --train.eval-every 5"  # after the end
+    more += " --train.eval-every 5"  # later than the run stops
     assert main(folder_settings(image_folder, tmp_path / "out", *more.split())) == 2
     error = capsys.readouterr().err
     assert re.search(r"10 consecutive updates before step \d+ were not finite", error), error
@@ -617,8 +619,8 @@ def test_dry_run_rejects_what_the_run_would(
     user_error(words, "checkpoints are gone")
 
 
-def test_init_by_the_settings_of_its_run(three_classes, run, tmp_path):
-    """As the refusal of another model says."""
+def test_init_with_the_settings_of_its_run(three_classes, run, tmp_path):
+    """As the error for another architecture suggests."""
     out = tmp_path / "out"
     words = ["train", str(run / "config.yaml"), "--init", str(run)]
     assert main([*words, "--data", str(three_classes), "--out", str(out)]) == 0
@@ -627,7 +629,7 @@ def test_init_by_the_settings_of_its_run(three_classes, run, tmp_path):
 
 @pytest.mark.parametrize("data", ["--data {}", "--data={}", "--data.path {}"])
 def test_the_default_recipe_depends_on_the_options(image_folder, tmp_path, capsys, data):
-    """Also where what else they say does not fit the other: digits are eight pixels wide."""
+    """Also if the options are invalid for the other recipe: digits has images of eight pixels."""
     words = ["train", *data.format(image_folder).split(), "--out", str(tmp_path / "out")]
     narrow = "--model.dim 16 --model.depth 1 --model.num-heads 1 --model.num-kv-heads 1"
     narrow += " --model.patch-size 16 --train.threads 1 --dry-run"
@@ -692,7 +694,7 @@ def test_doctor_and_recipes(capsys):
     assert capsys.readouterr().out.startswith("# ")
 
 
-def test_the_model_is_measured(monkeypatch, capsys):
+def test_bench_model_prints_a_rate(monkeypatch, capsys):
     monkeypatch.setattr(rounds, "SECONDS", 0.01)
     assert main(["bench", "model", "digits", *TINY, "--train.batch-size", "4"]) == 0
     assert " images/s" in capsys.readouterr().out
@@ -710,14 +712,14 @@ except BaseException:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_ctrl_c_during_an_import_exits_at_once(tmp_path, monkeypatch):
-    """Where what is imported makes another exception of it."""
+    """Even if the imported module raises another exception instead."""
     (tmp_path / "half_imported.py").write_text(HALF_IMPORTED)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "run", lambda *_: importlib.import_module("half_imported"))
     child = os.fork()
     if not child:
         try:
-            # What runs in the background is born deaf to it.
+            # Background processes start with SIGINT ignored.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             main(["doctor"])
         finally:
@@ -751,7 +753,7 @@ main(sys.argv[1:])
         "-h",
     ],
 )
-def test_help_needs_no_torch(words):
+def test_help_does_not_import_torch(words):
     command = [sys.executable, "-u", "-c", HELP, *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 40, done.stderr
@@ -776,7 +778,7 @@ def test_completion_is_a_script_for_the_shell(shell, capsys):
     ],
 )
 def test_completions_of_a_line(tmp_path, line, expected):
-    """As a shell asks for them, where argcomplete would otherwise write to descriptor 8."""
+    """Requested as by a shell, but written to a file instead of descriptor 8."""
     environment = {
         **os.environ,
         "_ARGCOMPLETE": "1",
@@ -791,7 +793,7 @@ def test_completions_of_a_line(tmp_path, line, expected):
 
 @pytest.mark.parametrize("words", [["--image-sizes"], ["--data", ""], ["--suite", ""]])
 def test_an_empty_option_of_val_is_an_error(words, capsys):
-    """As an empty variable of a shell leaves it."""
+    """As with an empty shell variable."""
     assert main(["val", "runs/none", *words]) == 2
     error = capsys.readouterr().err
     name = words[0].lstrip("-")

@@ -1,4 +1,4 @@
-"""Every constraint of the settings, and what a mistake is told."""
+"""Every constraint on the settings, and the error messages."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ from vitral.errors import UserError
 SECTIONS = [ViTConfig, DataConfig, AugmentConfig, OptimConfig, TrainConfig]
 NAN = float("nan")
 
-# Section, field, values that are refused.
-REFUSED = [
+# Section, field, rejected values.
+REJECTED = [
     *[(ViTConfig, name, (0, -1)) for name in ("dim", "depth", "num_heads", "num_kv_heads")],
     *[(ViTConfig, name, (0, -16)) for name in ("patch_size", "image_size")],
     *[(ViTConfig, name, (0.0, -1.0, NAN)) for name in ("mlp_ratio", "rope_theta")],
@@ -59,8 +59,8 @@ REFUSED = [
     *[(TrainConfig, name, (3, 7)) for name in ("batch_size", "micro_batch")],
 ]
 
-# Values at the edge of what is allowed.
-ALLOWED = [
+# Values at the limits of the accepted ranges.
+ACCEPTED = [
     (
         ViTConfig,
         {"num_registers": 0, "layer_scale": 1e-6, "dropout": 0.0, "stochastic_depth": 0.99},
@@ -79,7 +79,7 @@ ALLOWED = [
 
 
 def check_error(make, *parts):
-    """Checks that `make` fails with one line that holds `parts`, and gives it."""
+    """Checks that `make` fails with a one-line message that contains `parts`, and returns it."""
     with pytest.raises(UserError) as error:
         make()
     message = str(error.value)
@@ -91,17 +91,17 @@ def check_error(make, *parts):
 
 @pytest.mark.parametrize(
     ("section", "name", "value"),
-    [(section, name, value) for section, name, values in REFUSED for value in values],
+    [(section, name, value) for section, name, values in REJECTED for value in values],
 )
-def test_refused(section, name, value):
-    # a pair is reported whole or by its bound at fault
+def test_invalid_values_are_rejected(section, name, value):
+    # the message has either the pair or its invalid bound
     got = next((part for part in value if part > 1), "") if isinstance(value, tuple) else value
     message = check_error(lambda: section(**{name: value}), str(got) if got else "")
     assert message.startswith(f"{name}: ")
 
 
-@pytest.mark.parametrize(("section", "fields"), ALLOWED)
-def test_allowed_at_the_edge(section, fields):
+@pytest.mark.parametrize(("section", "fields"), ACCEPTED)
+def test_values_at_the_limits_are_accepted(section, fields):
     section(**fields)
 
 
@@ -118,7 +118,7 @@ def test_allowed_at_the_edge(section, fields):
         ({"image_size": 5, "patch_size": 14}, ("image_size: ", "nearest is 14")),
     ],
 )
-def test_shapes_that_do_not_fit(fields, parts):
+def test_inconsistent_shapes_are_rejected(fields, parts):
     message = check_error(lambda: ViTConfig(**fields), *parts)
     assert message.startswith(parts[0])
 
@@ -141,11 +141,11 @@ def test_explicit_shape_overrides_the_preset():
 
 
 @pytest.mark.parametrize(("mixup", "cutmix", "mixes"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)])
-def test_mixes(mixup, cutmix, mixes):
+def test_mixes_if_mixup_or_cutmix_is_enabled(mixup, cutmix, mixes):
     assert AugmentConfig(mixup=mixup, cutmix=cutmix).mixes == bool(mixes)
 
 
-def test_batch_holds_pairs_of_every_repeat():
+def test_batch_size_is_a_multiple_of_twice_the_repeats():
     repeats = AugmentConfig(repeats=2)
     Config(augment=repeats, train=TrainConfig(batch_size=8))
     train = TrainConfig(batch_size=6)
@@ -153,7 +153,7 @@ def test_batch_holds_pairs_of_every_repeat():
     assert message.startswith("train.batch_size: ")
 
 
-def test_warmup_ends_before_the_training():
+def test_warmup_is_shorter_than_training():
     optim = OptimConfig(warmup_epochs=3)
     Config(optim=optim, train=TrainConfig(epochs=4))
     for epochs in (3, 2):
@@ -165,7 +165,7 @@ def test_warmup_ends_before_the_training():
         Config(optim=OptimConfig(warmup_epochs=0), train=train)
 
 
-def test_flatten():
+def test_flat_settings():
     config = Config(
         model=ViTConfig(size="l", qk_norm=True),
         optim=OptimConfig(betas=(0.8, 0.95)),

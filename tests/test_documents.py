@@ -1,4 +1,4 @@
-"""JSON as values of types, or one line that names the field."""
+"""Conversion of JSON to typed values, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Part:
 class Thing(TypedDict):
     parts: tuple[Part, ...]
     pair: tuple[int, float]
-    shares: Mapping[str, float]
+    fractions: Mapping[str, float]
     limit: NotRequired[Seconds | None]
     mode: NotRequired[int | Literal["all"]]
     on: NotRequired[bool]
     name: NotRequired[str]
 
 
-SMALL = {"parts": [], "pair": [1, 2.5], "shares": {}}
+SMALL = {"parts": [], "pair": [1, 2.5], "fractions": {}}
 LARGE = {
     "parts": [{"kind": "round", "size": 3.0}, {"kind": "square"}],
     "pair": [-3, 4],
-    "shares": {"a": 1, "b": 0.5},
+    "fractions": {"a": 1, "b": 0.5},
     "limit": 90,
     "mode": "all",
     "on": True,
@@ -45,11 +45,11 @@ LARGE = {
 }
 
 
-def test_values_get_their_types():
-    assert convert_json(Thing, SMALL) == {"parts": (), "pair": (1, 2.5), "shares": {}}
+def test_values_are_converted_to_their_types():
+    assert convert_json(Thing, SMALL) == {"parts": (), "pair": (1, 2.5), "fractions": {}}
     found = convert_json(Thing, LARGE)
     assert found["parts"] == (Part("round", 3), Part("square"))
-    assert [type(found["pair"][1]), type(found["shares"]["a"])] == [float, float]
+    assert [type(found["pair"][1]), type(found["fractions"]["a"])] == [float, float]
     assert type(found["parts"][0].size) is int
     assert type(found["limit"]) is Seconds
     assert convert_json(Thing, {**SMALL, "limit": None, "mode": 5})["mode"] == 5
@@ -70,8 +70,8 @@ def test_values_get_their_types():
         ({"pair": [float("nan"), 1]}, "pair: expected an integer, got nan"),
         ({"pair": [2**63, 1]}, "pair: expected an integer, got 9223372036854775808"),
         ({"pair": [1, 10**400]}, "pair: expected a number, got 1000"),
-        ({"shares": {"a": "1"}}, "shares.'a': expected a number, got '1'"),
-        ({"shares": []}, "shares: expected an object, got \\[\\]"),
+        ({"fractions": {"a": "1"}}, "fractions.'a': expected a number, got '1'"),
+        ({"fractions": []}, "fractions: expected an object, got \\[\\]"),
         ({"limit": -1}, "limit: expected a number or null, got -1"),
         ({"mode": "some"}, "mode: expected an integer or one of all, got 'some'"),
         ({"on": 1}, "on: expected true or false, got 1"),
@@ -81,13 +81,13 @@ def test_values_get_their_types():
         ({"name": ["x" * 10_000] * 10_000}, "name: expected text, got \\['xx.{1,600}$"),
     ],
 )
-def test_others_are_refused_by_name(change, message):
+def test_invalid_values_are_rejected_by_name(change, message):
     with pytest.raises(UserError, match=f"^{message}") as error:
         convert_json(Thing, {**SMALL, **change})
     assert str(error.value).isprintable()
 
 
-def test_a_document_is_an_object():
+def test_a_document_must_be_an_object():
     for value in (None, [], "text", 3):
         with pytest.raises(UserError, match=r"^document: expected an object, got"):
             convert_json(Thing, value)
@@ -98,7 +98,7 @@ def test_a_document_is_an_object():
 @pytest.mark.parametrize(
     "text", ["[" * 10**6, '{"a":' * 10**6, '{"a": 1, "a": 1}', '[{"b": {"a": 1, "a": 2}}]', "{", ""]
 )
-def test_what_is_no_json_is_a_value_error(text):
+def test_invalid_json_is_a_value_error(text):
     with pytest.raises(ValueError, match=r"deep nesting|given twice|Expecting"):
         parse_json(text)
     assert parse_json('{"a": {"a": [1, null]}}') == {"a": {"a": [1, None]}}

@@ -1,4 +1,4 @@
-"""How errors are worded, and that no name can break the line they are on."""
+"""Wording of errors, which take one line for any name."""
 
 import errno
 import io
@@ -56,7 +56,7 @@ def test_a_data_error_names_the_place_the_problem_and_the_fix():
         (["a", "b", "c", "d", "e"], "a, b, c and 2 more"),
     ],
 )
-def test_the_first_few_of_many(names, text):
+def test_first_few_names_and_the_number_of_others(names, text):
     assert first_few(names) == text
 
 
@@ -72,7 +72,7 @@ OPTIONS = ["--optim.lr", "--train.epochs", "--data.workers", "--which", "--image
         ("--data.worker", "--data.workers"),
         ("--wich", "--which"),
         ("--image", "--image-size"),
-        ("--i", None),  # the beginning of too many words
+        ("--i", None),  # a prefix that is too short
         ("--size", None),
         ("--momentum", None),
     ],
@@ -86,7 +86,7 @@ def test_the_last_part_of_a_name_comes_before_a_similar_name():
 
 
 def closed_terminal():
-    """A stream to a terminal that has gone."""
+    """A stream to a closed terminal."""
     own, other = pty.openpty()
     os.close(own)
     return os.fdopen(other, "w")
@@ -105,7 +105,7 @@ def full():
 
 
 @pytest.mark.parametrize("stream", [unread, closed_terminal, full, Path(os.devnull).open])
-def test_messages_are_lost_without_an_error(stream):
+def test_messages_are_discarded_without_an_error(stream):
     with stream() as real:
         print("first\nsecond", file=Messages(real), flush=True)
         print("third", file=Messages(real), flush=True)
@@ -113,7 +113,7 @@ def test_messages_are_lost_without_an_error(stream):
     print("fifth", file=Messages(None), flush=True)
 
 
-def test_what_a_stream_cannot_encode_is_escaped_and_not_the_end_of_it():
+def test_unencodable_characters_are_escaped_and_the_stream_stays_usable():
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, "ascii")
     for text in ("a\u00e9\n", "b\udcff\n", "c\n"):
@@ -132,11 +132,11 @@ def test_what_a_stream_cannot_encode_is_escaped_and_not_the_end_of_it():
         (OSError(errno.ENOENT, "No usable temporary directory"), "No usable temporary directory; "),
     ],
 )
-def test_an_error_of_a_file_names_it(error, line):
+def test_system_errors_state_file_reason_and_fix(error, line):
     assert system_error(error).startswith(line)
 
 
-def test_other_errors_of_the_system_keep_their_traceback():
+def test_other_system_errors_keep_their_traceback():
     assert system_error(OSError(errno.EINVAL, "Invalid argument")) is None
     assert system_error(OSError("of a library")) is None
 
@@ -151,10 +151,10 @@ def test_other_errors_of_the_system_keep_their_traceback():
         (2, "epoch", "2 epochs"),
     ],
 )
-def test_nouns_agree_with_their_number(count, noun, text):
+def test_nouns_agree_with_the_number(count, noun, text):
     assert counted(count, noun) == text
 
 
-def test_messages_reach_a_stream_that_takes_them(capsys):
+def test_messages_are_written_to_a_working_stream(capsys):
     print("one", file=Messages(sys.stderr))
     assert capsys.readouterr() == ("", "one\n")

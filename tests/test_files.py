@@ -1,4 +1,4 @@
-"""Files that are opened: regular ones, of bounded size."""
+"""Only regular files of bounded size are opened, and output paths are checked."""
 
 import os
 import resource
@@ -13,7 +13,7 @@ from vitral.files import check_output, open_regular, read_regular
 
 @pytest.fixture
 def special(tmp_path):
-    """A path of each kind that is no regular file."""
+    """Paths of every kind that is not a regular file."""
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "link").symlink_to("fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
@@ -30,7 +30,7 @@ def test_only_regular_files_are_opened(special, name, opening):
     os.close(free)
     with pytest.raises(OSError):  # noqa: PT011
         opening(special / name)
-    again = os.dup(0)  # the same number, as nothing was left open
+    again = os.dup(0)  # the same number if nothing was left open
     os.close(again)
     assert again == free
 
@@ -58,7 +58,7 @@ def test_a_file_larger_than_its_reported_size_is_rejected():
         read_regular("/proc/self/status")
 
 
-def test_too_many_open_files_are_no_fault_of_a_file(tmp_path):
+def test_too_many_open_files_is_a_user_error(tmp_path):
     (tmp_path / "a").write_text("a")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
@@ -70,7 +70,7 @@ def test_too_many_open_files_are_no_fault_of_a_file(tmp_path):
     assert read_regular(tmp_path / "a") == b"a"
 
 
-def test_places_to_write_to(tmp_path):
+def test_output_paths_are_checked(tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     for name in ("file", "new", "deep/er/new", "n" * 255):

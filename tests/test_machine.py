@@ -1,4 +1,4 @@
-"""What the machine has, on machines that have something else."""
+"""Detection of hardware, most of it simulated."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def test_without_a_gpu_only_requesting_one_is_an_error(gpu):
         ({"xpu", "mps", "cuda"}, "cuda"),
     ],
 )
-def test_auto_takes_an_accelerator_and_a_name_takes_that_one(available, auto):
+def test_auto_selects_an_accelerator_and_a_name_selects_that_one(available, auto):
     assert machine.select_device("auto", available) == auto
     assert machine.select_device("cpu", available) == "cpu"
     for name, what in (("cuda", "a GPU"), ("mps", "an mps device"), ("xpu", "an xpu device")):
@@ -65,7 +65,7 @@ def test_auto_takes_an_accelerator_and_a_name_takes_that_one(available, auto):
     ("kind", "expected"), [("mps", "mps"), ("xpu", "xpu"), ("hpu", None), (None, None)]
 )
 def test_other_accelerators_are_those_of_torch(gpu, monkeypatch, kind, expected):
-    """A device type without tests, such as hpu, is not picked by itself."""
+    """auto does not select an untested device type such as hpu."""
     gpu(None)
     found = torch.device(kind) if kind else None
     monkeypatch.setattr(
@@ -79,7 +79,7 @@ def test_other_accelerators_are_those_of_torch(gpu, monkeypatch, kind, expected)
 @pytest.mark.parametrize(
     ("kind", "place"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("mps", "cpu"), ("xpu", "cpu")]
 )
-def test_where_images_are_prepared(kind, place):
+def test_device_for_preprocessing(kind, place):
     assert machine.input_device(torch.device(kind)) == torch.device(place)
 
 
@@ -99,7 +99,7 @@ def test_where_images_are_prepared(kind, place):
         (None, None),
     ],
 )
-def test_peak_rates_are_known_by_name(gpu, name, peak):
+def test_peak_rates_by_gpu_name(gpu, name, peak):
     gpu(name)
     assert machine.gpu_name() == name
     assert machine.peak_flops() == peak
@@ -150,7 +150,7 @@ def test_memory_is_the_peak_of_the_process(monkeypatch):
         (type("Shell", (type("ZMQInteractiveShell", (), {}),), {})(), True),  # Colab's
     ],
 )
-def test_a_notebook_is_known_by_its_shell(monkeypatch, shell, expected):
+def test_a_notebook_is_recognized_by_its_shell(monkeypatch, shell, expected):
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert machine.in_notebook() is expected
     monkeypatch.delitem(sys.modules, "IPython")

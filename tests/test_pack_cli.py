@@ -1,4 +1,4 @@
-"""`vitral data pack`: what it says, and its exit codes."""
+"""`vitral data pack`: output and exit codes."""
 
 import errno
 import re
@@ -60,7 +60,7 @@ def test_user_errors_are_one_line(image_folder, tmp_path, capsys, words, message
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 48 kB, and a function that gives it more."""
+    """A disk of 48 kB, and a function that enlarges it."""
     place = tmp_path / "disk"
     place.mkdir()
 
@@ -94,7 +94,7 @@ def test_a_full_disk_while_packing(image_folder, small_disk, capsys, monkeypatch
     assert verify(place / "pack") == []
 
 
-def test_another_failure_of_the_disk_is_one_line(image_folder, tmp_path, monkeypatch, capsys):
+def test_other_disk_errors_are_one_line(image_folder, tmp_path, monkeypatch, capsys):
     def fail(_):
         raise OSError(errno.EIO, "Input/output error")
 

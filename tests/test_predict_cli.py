@@ -1,4 +1,4 @@
-"""`vitral predict`: what it prints, where, and its exit codes."""
+"""`vitral predict`: output and exit codes."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ from vitral.inference import load
 from vitral.model import ViT
 from vitral.weights.description import SCHEMA
 
-CLASSES = ("n01440764", "n02123045", "dark")  # two of ImageNet's, and one that is none
+CLASSES = ("n01440764", "n02123045", "dark")  # two ImageNet classes and another one
 NAMES = {"n01440764": "n01440764 tench", "n02123045": "n02123045 tabby", "dark": "dark"}
 
 
@@ -37,7 +37,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture
 def photos(image_folder, tmp_path):
-    """A folder of three images, the second of them broken, and what is in the two others."""
+    """A folder of three images; the second one is broken."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ("a.jpg", "c.jpg"):
@@ -58,7 +58,7 @@ def predict(*words):
     return main(["predict", *map(str, words), "--workers", "0"])
 
 
-def test_text(directory, photos, expected, capsys):
+def test_text_output(directory, photos, expected, capsys):
     assert predict(directory, photos, "--top", "2") == 0
     out, err = capsys.readouterr()
     lines = [
@@ -77,7 +77,7 @@ def test_text(directory, photos, expected, capsys):
     ]
 
 
-def test_json(directory, photos, expected, tmp_path, capsys):
+def test_json_output(directory, photos, expected, tmp_path, capsys):
     out = tmp_path / "new" / "found.jsonl"
     assert predict(directory, photos, "--json", "--out", out) == 0
     assert capsys.readouterr().out == ""
@@ -95,7 +95,7 @@ def test_json(directory, photos, expected, tmp_path, capsys):
     assert broken["path"] == str(photos / "b.jpg")
 
 
-def test_csv(directory, photos, expected, tmp_path):
+def test_csv_output(directory, photos, expected, tmp_path):
     out = tmp_path / "found.csv"
     out.write_text("something older and longer " * 100)
     assert predict(directory, photos, "--csv", "--out", out) == 0
@@ -111,7 +111,7 @@ def test_csv(directory, photos, expected, tmp_path):
     assert {rows[3][key] for key in ("rank", "class", "name", "probability")} == {""}
 
 
-def test_all_broken(directory, photos, tmp_path, capsys):
+def test_exit_code_if_all_images_are_broken(directory, photos, tmp_path, capsys):
     assert predict(directory, photos / "b.jpg", tmp_path / "none.jpg") == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -132,7 +132,7 @@ def test_arguments_and_options_in_any_order(directory, photos, capsys):
         assert [len(row["predictions"]) for row in rows] == [1, 1]
 
 
-def test_resolution_changes_the_grid(directory, photos, expected, tmp_path):
+def test_image_size_changes_the_prediction(directory, photos, expected, tmp_path):
     probabilities = []
     for side in ("16", "20"):
         words = (photos / "a.jpg", "--json", "--image-size", side, "--out", tmp_path / side)
@@ -208,8 +208,8 @@ def test_user_errors_are_one_line(directory, photos, tmp_path, capsys, words, me
         ),
     ],
 )
-def test_inconsistent_weights(directory, photos, tmp_path, capsys, change, message):
-    """As whoever offers them on the Hub can make them: the manifest is right."""
+def test_inconsistent_weights_are_rejected(directory, photos, tmp_path, capsys, change, message):
+    """The manifest is correct, as anyone can make it who uploads such weights to the Hub."""
     document = storage.read_json(directory, "config.json")
     tensors = storage.read_tensors(directory, "model")
     change(document, tensors)
@@ -220,19 +220,19 @@ def test_inconsistent_weights(directory, photos, tmp_path, capsys, change, messa
     assert message in err
 
 
-def test_a_list_on_standard_input(directory, photos, tmp_path, monkeypatch, capsys):
+def test_paths_are_read_from_standard_input(directory, photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "list").write_text("".join(f"{photos / name}.jpg\n" for name in "cba"))
     with (tmp_path / "list").open() as lines:
         monkeypatch.setattr(sys, "stdin", lines)
         assert predict(directory, photos / "a.jpg", "-", "--csv", "--top", "1") == 0
     out, err = capsys.readouterr()
     assert re.findall(r"(\w)\.jpg,", out) == [*"acba"]
-    assert len(err.splitlines()) == 2  # no bar where nobody looks
+    assert len(err.splitlines()) == 2  # no progress bar without a terminal
 
 
 @pytest.fixture
 def endless(directory, photos):
-    """A prediction that goes on and on, of one broken image in three."""
+    """Starts a prediction of 60,000 images, one in three of them broken."""
     command = [sys.executable, "-m", "vitral", "predict", str(directory), "-"]
     pipe = subprocess.PIPE
 
@@ -243,7 +243,7 @@ def endless(directory, photos):
             stdout=pipe,
             stderr=pipe,
             text=True,
-            # A shell starts what it puts into the background without Ctrl-C, tests as well.
+            # Shells start background processes, possibly these tests, with SIGINT ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         process.stdin.write(f"{photos}\n" * 20_000)
@@ -253,7 +253,7 @@ def endless(directory, photos):
     return start
 
 
-def test_a_closed_pipe(endless, photos):
+def test_a_closed_pipe_ends_the_command(endless, photos):
     with endless("--top", "1", "--workers", "2") as process:
         assert process.stdout.readline().startswith(str(photos))
         process.stdout.close()
@@ -262,7 +262,7 @@ def test_a_closed_pipe(endless, photos):
     assert all(line.startswith(f"vitral: {photos}/b.jpg: ") for line in lines)
 
 
-def test_ctrl_c(endless, photos, tmp_path):
+def test_ctrl_c_leaves_no_output_file(endless, photos, tmp_path):
     with endless("--workers", "0", "--csv", "--out", tmp_path / "found.csv") as process:
         line = process.stderr.readline()
         process.send_signal(signal.SIGINT)
@@ -273,7 +273,7 @@ def test_ctrl_c(endless, photos, tmp_path):
 
 
 def test_unwritable_output_is_a_one_line_error(directory, image_folder, capsys):
-    """/proc is said to be writable for root, and is not."""
+    """The permissions of /proc allow root to write, but the file system does not."""
     assert main(["predict", str(directory), str(image_folder), "--out", "/proc/found.csv"]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"vitral: out: cannot write /proc: .+; give another directory\n", error)

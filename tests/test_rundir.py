@@ -1,4 +1,4 @@
-"""Run directories: the lock, the log up to where it is damaged, and what a report reads."""
+"""Run directories: the lock, damaged logs, and the content for a report."""
 
 import json
 import multiprocessing
@@ -19,21 +19,21 @@ ROW = {"step": 10, "epoch": 0.5, "images": 320, "seconds": 1.25, "loss": 2.5}
 
 
 def lock_elsewhere(path):
-    """Takes the lock in another process, which ends then; what it said if it could not."""
-    ours, theirs = FORK.Pipe()
+    """Takes the lock in another process, which then exits; returns its error message, or None."""
+    receiver, sender = FORK.Pipe()
 
     def child():
         try:
             with RunDir(path) as run:
                 run.lock()
-            theirs.send(None)
+            sender.send(None)
         except UserError as error:
-            theirs.send(str(error))
+            sender.send(str(error))
 
     process = FORK.Process(target=child)
     process.start()
     process.join()
-    return ours.recv()
+    return receiver.recv()
 
 
 def test_the_lock_excludes_another_process(tmp_path):
@@ -45,11 +45,11 @@ def test_the_lock_excludes_another_process(tmp_path):
         assert lock_elsewhere(tmp_path / "runs/b") is None
     assert lock_elsewhere(path) is None
     with RunDir(path) as run:
-        run.lock()  # the process that had it has ended
+        run.lock()  # the process that held it has exited
 
 
-def test_the_lock_ends_with_a_killed_process_whose_workers_live_on(tmp_path):
-    ours, theirs = FORK.Pipe()
+def test_a_killed_process_releases_the_lock_even_if_its_workers_survive(tmp_path):
+    receiver, sender = FORK.Pipe()
 
     def holder():
         run = RunDir(tmp_path)
@@ -57,18 +57,18 @@ def test_the_lock_ends_with_a_killed_process_whose_workers_live_on(tmp_path):
         worker = os.fork()
         if worker == 0:
             signal.pause()
-        theirs.send(worker)
+        sender.send(worker)
         signal.pause()
 
     process = FORK.Process(target=holder, daemon=True)
     process.start()
-    worker = ours.recv()
+    worker = receiver.recv()
     try:
         with RunDir(tmp_path) as run, pytest.raises(UserError, match="another process"):
             run.lock()
         process.kill()
         process.join()
-        os.kill(worker, 0)  # is still there
+        os.kill(worker, 0)  # still exists
         with RunDir(tmp_path) as run:
             run.lock()
     finally:
@@ -77,7 +77,7 @@ def test_the_lock_ends_with_a_killed_process_whose_workers_live_on(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["precious", "gone"])
-def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path, target):
+def test_a_link_at_the_path_of_the_lock_is_not_followed(tmp_path, target):
     (tmp_path / "precious").write_text("kept")
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
@@ -94,7 +94,7 @@ def test_a_directory_that_cannot_be_created_is_a_user_error(tmp_path):
         RunDir(tmp_path / "file/run").lock()
 
 
-def test_unused_names_are_counted(tmp_path):
+def test_unused_name_has_the_first_free_number(tmp_path):
     run = RunDir(tmp_path / "digits")
     assert run.unused_name() == tmp_path / "digits-2"
     (tmp_path / "digits-2").mkdir()
@@ -143,17 +143,17 @@ def dumped(row):
         dumped({**ROW, "loss": [1.0]}),
     ],
 )
-def test_rows_are_read_up_to_the_first_line_that_is_not_one(tmp_path, line):
+def test_rows_are_read_up_to_the_first_invalid_line(tmp_path, line):
     later = {**ROW, "step": 30}
     path = write(tmp_path / "metrics.jsonl", ROW, later, line, later)
     assert read_rows(path) == [ROW, later]
 
 
-def test_rows_of_a_whole_log_and_of_none(tmp_path):
+def test_rows_of_a_complete_and_a_missing_log(tmp_path):
     path = write(tmp_path / "metrics.jsonl", *({**ROW, "step": k} for k in range(5)))
     assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3, 4]
     assert read_rows(tmp_path / "none.jsonl") == []
-    # Divergence is written as it is.
+    # The loss of a diverged run is NaN.
     (row,) = read_rows(write(path, {**ROW, "loss": float("nan")}))
     assert row["loss"] != row["loss"]
 
@@ -176,7 +176,7 @@ def test_a_run_is_read_from_its_directory(directory):
     assert (found.config.train.epochs, found.config.optim.lr) == (1, 0.125)
     assert len(found.rows) == len(found.validations) == 2
     assert found.notes == ["metrics.jsonl: line 3 of 4 is not a row; the rest is ignored"]
-    assert found.best == ("ema", found.rows[0])  # the first of equals
+    assert found.best == ("ema", found.rows[0])  # the first of equal ones
     assert found.finished
 
 

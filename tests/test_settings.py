@@ -1,4 +1,4 @@
-"""Recipes and the parser behind them: what is read, what is refused, and in which words."""
+"""Recipes and the parser behind them: accepted values, rejected values, and error messages."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ UNUSUAL = Config(
 
 @pytest.fixture
 def load(tmp_path):
-    """Reads YAML beside command-line arguments."""
+    """Reads YAML together with command-line arguments."""
 
     def read(content="", *arguments):
         (tmp_path / "own.yaml").write_text(content, encoding="utf-8")
@@ -51,9 +51,9 @@ def load(tmp_path):
 
 @pytest.fixture
 def user_error(load):
-    """Reads what must be refused, in one line without a frame that holds all `parts`."""
+    """Checks that reading fails with one line, without a frame, that contains all `parts`."""
 
-    def refuse(content, arguments, parts, read=load):
+    def check(content, arguments, parts, read=load):
         with pytest.raises(UserError) as error:
             read(content, *arguments)
         message = str(error.value)
@@ -62,7 +62,7 @@ def user_error(load):
         for part in parts:
             assert part in message, message
 
-    return refuse
+    return check
 
 
 @pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=["default", "unusual"])
@@ -73,7 +73,7 @@ def test_written_values_are_read_back(load, config):
 
 
 @pytest.mark.parametrize("name", settings.recipes())
-def test_shipped_recipes(load, name):
+def test_recipes_load_and_have_a_header(load, name):
     config = settings.load(name)
     assert config.train.out == f"runs/{name}"
     assert load(settings.dump(config)) == config
@@ -90,7 +90,7 @@ def test_shipped_recipes(load, name):
     ]
 
 
-def test_names():
+def test_names_of_recipes():
     assert set(settings.recipes()) >= {
         "digits",
         "cifar10",
@@ -151,7 +151,7 @@ def test_only_fine_tuning_recipes_omit_the_model(name):
         ("data: {mean: [-1, 0, 1.5]}", (), {"data.mean": (-1.0, 0.0, 1.5)}),
     ],
 )
-def test_read(load, content, arguments, expected):
+def test_values_of_recipes_and_options(load, content, arguments, expected):
     config, plain = flatten(load(content, *arguments)), flatten(Config())
     if isinstance(expected, list):
         expected = {key: not plain[key] for key in expected}
@@ -210,7 +210,7 @@ def test_unknown_settings_are_rejected_with_a_suggestion(user_error, content, ar
     ],
 )
 def test_wrong_values_are_rejected(user_error, monkeypatch, content, arguments, parts):
-    monkeypatch.setenv("COLUMNS", "40")  # frames are drawn and lines are broken by these
+    monkeypatch.setenv("COLUMNS", "40")  # these can cause frames and line breaks
     monkeypatch.setenv("FORCE_COLOR", "1")
     user_error(content, arguments, parts)
 
@@ -239,8 +239,8 @@ def test_files_that_are_not_recipes_are_rejected(user_error, content, parts):
     user_error(content, (), ["own.yaml", *parts])
 
 
-def test_an_error_of_the_options_is_not_blamed_on_the_recipe(tmp_path):
-    """Whose own value the options replace."""
+def test_errors_in_options_do_not_name_the_recipe(tmp_path):
+    """Even if the options replace an invalid value of the recipe."""
     (tmp_path / "own.yaml").write_text("model: {image_size: 30}")
     own = str(tmp_path / "own.yaml")
     with pytest.raises(UserError, match=r"own.yaml: model.image_size: .+ got 30"):
@@ -293,8 +293,8 @@ def test_settings_import_nothing_heavy():
     assert done.stdout == "[]\n"
 
 
-def test_fewer_epochs_by_hand():
-    """A fifth of digits' 70 epochs: 14, of which 1 warms up, and 20 of the average's 100 steps."""
+def test_fewer_epochs_of_digits():
+    """14 of 70 epochs: a fifth of the 5 epochs of warmup, and of the 100 steps of the average."""
     config = settings.load("digits", ["--epochs", "14"])
     assert config.optim.warmup_epochs == 1
     assert config.train.eval_every == 3
@@ -323,7 +323,7 @@ def test_fewer_epochs_of_each_recipe(name, epochs):
 
 
 @pytest.mark.parametrize("epochs", ["70", "71", "700"])
-def test_as_many_epochs_as_the_recipe_has_adjust_nothing(epochs):
+def test_only_fewer_epochs_adjust_settings(epochs):
     request = settings.request("digits", ["--epochs", epochs])
     train = dataclasses.replace(settings.load("digits").train, epochs=int(epochs))
     assert request.config == dataclasses.replace(settings.load("digits"), train=train)
@@ -342,7 +342,7 @@ def test_explicit_settings_are_not_adjusted():
 
 
 def test_adjusted_settings_are_adjusted_once(load):
-    """By the same command, and by the config.yaml of the run, with the same option and without."""
+    """The config.yaml of a run is not adjusted again, with or without an option for the epochs."""
     config = settings.load("cifar10", ["--epochs", "3", "--out", "x"])
     for words in ((), ("--epochs", "3"), ("--epochs", "4")):
         again = load(settings.dump(config), *words)

@@ -1,4 +1,4 @@
-"""Directories written whole or not at all, and every kind of damage found."""
+"""Atomic writing of directories, and detection of every kind of damage."""
 
 import hashlib
 import itertools
@@ -69,7 +69,7 @@ def exchange(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("old", ["replaced", "none", "half of a write", "half of a replacement"])
+@pytest.mark.parametrize("old", ["complete", "none", "killed write", "killed replacement"])
 def test_write_replaces_what_is_there(tmp_path, old, exchange):
     folder = tmp_path / "made"
     storage.write(folder, {"more": {"x": torch.zeros(5)}}, {})
@@ -77,8 +77,8 @@ def test_write_replaces_what_is_there(tmp_path, old, exchange):
         (folder / "more.safetensors").unlink()
         (folder / "manifest.json").unlink()
         folder.rmdir()
-    elif old != "replaced":
-        left = ".made.new" if old == "half of a write" else ".made.old"
+    elif old != "complete":
+        left = ".made.new" if old == "killed write" else ".made.old"
         (tmp_path / left).mkdir()
         (tmp_path / left / "rest").touch()
     storage.write(folder, TENSORS, DOCUMENTS)
@@ -90,17 +90,17 @@ def test_write_replaces_what_is_there(tmp_path, old, exchange):
 def test_everything_is_flushed_to_disk(tmp_path, monkeypatch):
     flushed, fsync = set(), os.fsync
 
-    def note(descriptor):
+    def record(descriptor):
         flushed.add(os.fstat(descriptor).st_ino)
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fsync", record)
     storage.write(tmp_path / "made", TENSORS, DOCUMENTS)
     assert flushed == {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
 
 
 class Raises(dict):
-    """A group whose last tensor cannot be had, as when memory ends."""
+    """A group whose last tensor raises MemoryError."""
 
     def __getitem__(self, name):
         if name == "second":
@@ -122,13 +122,13 @@ def test_a_failing_write_keeps_the_old_content(tmp_path, monkeypatch, failure, t
     before = contents(tmp_path)
 
     def fail_at(module, name, count):
-        calls, true = [], getattr(module, name)
+        calls, original = [], getattr(module, name)
 
         def stand_in(*arguments):
             calls.append(arguments)
             if len(calls) == count:
                 raise OSError(28, "No space left on device")
-            return true(*arguments)
+            return original(*arguments)
 
         monkeypatch.setattr(module, name, stand_in)
 
@@ -156,7 +156,7 @@ def test_missing_parent_is_an_error(tmp_path):
 
 
 def flip(data):
-    """One bit in the middle."""
+    """Flips a bit in the middle."""
     changed = bytearray(data)
     changed[len(data) // 2] ^= 1
     return bytes(changed)
@@ -173,7 +173,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_found(written, name, damage):
+def test_damage_is_detected(written, name, damage):
     path = written / name
     if DAMAGE[damage] is None:
         path.unlink()
@@ -183,13 +183,13 @@ def test_damage_is_found(written, name, damage):
         storage.verify(written)
     message = str(error.value)
     assert message.isprintable()
-    if name == "manifest.json":  # what it says of others may be what was changed
+    if name == "manifest.json":  # the change may be in the entry of another file
         assert str(written) in message
     else:
         assert message.startswith(f"{path}: ")
 
 
-def test_no_flipped_bit_of_the_manifest_is_harmful(written):
+def test_a_flipped_bit_in_the_manifest_is_detected(written):
     path = written / "manifest.json"
     data = path.read_bytes()
     for place in range(0, len(data), 7):
@@ -206,9 +206,9 @@ def test_no_flipped_bit_of_the_manifest_is_harmful(written):
         ({"gone.json": {"bytes": 1, "sha256": ""}}, "gone.json"),
         ({"model.safetensors": ...}, "model.safetensors"),
     ],
-    ids=["nothing", "incomplete", "too much", "too little"],
+    ids=["no entry", "incomplete entry", "extra file", "missing file"],
 )
-def test_tampered_manifest_is_found(written, changes, name):
+def test_a_changed_manifest_is_detected(written, changes, name):
     manifest = json.loads((written / "manifest.json").read_text()) | changes
     listed = {key: value for key, value in manifest.items() if value is not ...}
     (written / "manifest.json").write_text(json.dumps(listed))
@@ -217,7 +217,7 @@ def test_tampered_manifest_is_found(written, changes, name):
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{", b'"text"', b"\xff\xfe"])
-def test_unreadable_files(written, data):
+def test_invalid_files_are_corrupt(written, data):
     (written / "config.json").write_bytes(data)
     (written / "model.safetensors").write_bytes(data)
     with pytest.raises(CorruptError, match=r"config\.json: "):
@@ -229,7 +229,7 @@ def test_unreadable_files(written, data):
 
 
 def random_tensor(dtype, *shape):
-    """A tensor of random bits, or of random truth values."""
+    """A tensor of random bits, or of random booleans."""
     if dtype == torch.bool:
         return torch.randint(0, 2, shape).bool()
     bits = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8)
@@ -247,8 +247,8 @@ def random_tensor(dtype, *shape):
     ],
     ids=["nothing", "odd shapes", "every dtype", "order", "odd names"],
 )
-def test_files_are_those_of_safetensors(tmp_path, group):
-    """To the byte, so that a hash of weights does not depend on who wrote them; and read alike."""
+def test_files_are_identical_to_those_of_safetensors(tmp_path, group):
+    """So that a hash of weights does not depend on the program that wrote them."""
     expected = safetensors.torch.save(group)
     storage.write(tmp_path / "made", {"model": group}, {})
     assert (tmp_path / "made" / "model.safetensors").read_bytes() == expected
@@ -260,7 +260,7 @@ def test_files_are_those_of_safetensors(tmp_path, group):
 
 
 def put_listed(directory, name, data):
-    """Writes a file that the manifest lists as it is."""
+    """Writes a file and its entry in the manifest."""
     (directory / name).write_bytes(data)
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -325,7 +325,7 @@ def test_invalid_safetensors_are_corrupt_despite_a_valid_manifest(written, data)
         storage.read_tensors(written, "model")
 
 
-def test_a_flipped_bit_in_any_byte_is_found_while_a_file_is_read(written):
+def test_a_flipped_bit_in_any_byte_of_tensors_is_detected_on_reading(written):
     path = written / "model.safetensors"
     data = path.read_bytes()
     for place in range(len(data)):
@@ -337,7 +337,7 @@ def test_a_flipped_bit_in_any_byte_is_found_while_a_file_is_read(written):
 
 
 @pytest.mark.parametrize("place", [0, 20, 41, 60])
-def test_every_flipped_bit_of_a_document_is_found_while_it_is_read(written, place):
+def test_a_flipped_bit_in_a_document_is_detected_on_reading(written, place):
     path = written / "config.json"
     data = path.read_bytes()
     for bit in range(8):
@@ -347,7 +347,7 @@ def test_every_flipped_bit_of_a_document_is_found_while_it_is_read(written, plac
 
 
 def test_other_files_are_not_needed_to_read_one(written):
-    """Nor is their damage found: `verify` does that."""
+    """Their damage is not detected, which is the task of `verify`."""
     for name in ("ema.safetensors", "other.json"):
         (written / name).write_bytes(b"")
     assert storage.read_tensors(written, "model").keys() == {"a", "b"}
@@ -373,11 +373,11 @@ def test_sizes_are_checked_without_reading_a_file(written, monkeypatch):
 
 
 def peak_growth(action):
-    """Memory in MB that the process needs for `action` at its most, and the result."""
+    """Returns the peak increase of memory during `action`, in MB, and the result."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
-        pytest.skip("the system does not reset the peak of memory")
+        pytest.skip("the system cannot reset the peak memory")
 
     def read(name):
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -388,8 +388,8 @@ def peak_growth(action):
     return read("VmHWM") - before, result
 
 
-def test_files_are_written_and_read_a_tensor_at_a_time(tmp_path):
-    """64 MB of 2 MB tensors, each to be made contiguous."""
+def test_files_are_written_and_read_one_tensor_at_a_time(tmp_path):
+    """64 MB of 2 MB tensors that are not contiguous."""
     folder, group = tmp_path / "made", {f"{i}": torch.ones(512, 1024).T for i in range(32)}
     write, verify, read = (
         lambda: storage.write(folder, {"model": group}, {}),
@@ -417,7 +417,7 @@ HOSTILE = ["../made/config.json", "/dev/zero", "..", ".", "", "a/b.json", "confi
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_in_a_manifest_are_plain(written, name):
+def test_hostile_names_in_a_manifest_are_rejected(written, name):
     manifest = json.loads((written / "manifest.json").read_text())
     entry = manifest.pop("config.json")
     (written / "manifest.json").write_text(json.dumps({**manifest, name: entry}))
@@ -431,7 +431,7 @@ def test_names_in_a_manifest_are_plain(written, name):
 @pytest.mark.parametrize(
     "entry", [{"bytes": True}, {"bytes": 1.0}, {"bytes": "1"}, {"sha256": 5}, {"sha256": None}]
 )
-def test_entries_in_a_manifest_have_their_types(written, entry):
+def test_manifest_entries_of_a_wrong_type_are_rejected(written, entry):
     manifest = json.loads((written / "manifest.json").read_text())
     manifest["config.json"] |= entry
     (written / "manifest.json").write_text(json.dumps(manifest))
@@ -452,8 +452,8 @@ SPECIAL = {
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", FILES)
-def test_special_files_are_rejected_at_once(written, name, kind):
-    """Reading them would wait forever, or have no end."""
+def test_special_files_are_rejected_immediately(written, name, kind):
+    """Reading them could block or never end."""
     path = written / name
     path.unlink()
     SPECIAL[kind](path)
@@ -466,7 +466,7 @@ def test_special_files_are_rejected_at_once(written, name, kind):
             read()
 
 
-def test_a_link_to_the_file_itself_is_followed(written):
+def test_links_to_regular_files_are_followed(written):
     """The cache of the Hugging Face Hub consists of links."""
     for name in FILES:
         (written / name).rename(written.parent / name)
@@ -477,7 +477,7 @@ def test_a_link_to_the_file_itself_is_followed(written):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "config.json"])
-def test_documents_are_read_up_to_a_size(written, name):
+def test_documents_above_a_size_limit_are_corrupt(written, name):
     with (written / name).open("r+b") as file:
         file.truncate(1 << 40)  # sparse
     if name == "config.json":
@@ -575,12 +575,12 @@ def test_readers_find_the_old_or_the_new_version(tmp_path, exchange):
 
 
 @pytest.mark.parametrize("what", ["file", "link"])
-def test_an_existing_link_is_not_followed(tmp_path, what):
+def test_a_link_at_the_temporary_path_is_not_followed(tmp_path, what):
     (tmp_path / "precious").write_text("kept")
     if what == "link":
         (tmp_path / ".made.txt.new").symlink_to("precious")
     else:
-        (tmp_path / ".made.txt.new").write_text("of a kill")
+        (tmp_path / ".made.txt.new").write_text("left by a kill")
     with storage.replacing(tmp_path / "made.txt") as building:
         assert not building.is_symlink()
         building.write_text("new")
@@ -590,12 +590,12 @@ def test_an_existing_link_is_not_followed(tmp_path, what):
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
-def test_a_file_is_replaced_as_a_whole(tmp_path, error):
+def test_a_file_is_replaced_only_on_success(tmp_path, error):
     path = tmp_path / "made.txt"
     path.write_text("old")
     try:
         with storage.replacing(path) as building:
-            building.write_text("half of")
+            building.write_text("incomplete")
             assert path.read_text() == "old"
             if error:
                 raise error
@@ -606,7 +606,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path, error):
     assert names(tmp_path) == ["made.txt"]
 
 
-def test_a_kill_between_two_renames_is_repaired(written):
+def test_recovery_after_a_kill_between_two_renames(written):
     before = contents(written)
     written.rename(written.with_name(".made.old"))
     storage.recover(written)
