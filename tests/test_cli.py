@@ -147,12 +147,12 @@ def test_user_errors_in_folders(image_folder, user_error, tmp_path):
                 path.rmdir()
 
     def empty(folder):
-        (folder / "train" / "grey").mkdir()
-        (folder / "val" / "grey").mkdir()
+        (folder / "train" / "gray").mkdir()
+        (folder / "val" / "gray").mkdir()
 
     user_error(broken(lambda f: (f / "val" / "dark").rename(f / "val" / "dusk")), "dark", "dusk")
     user_error(broken(flatten), "val", "class")
-    user_error(broken(empty), "grey")
+    user_error(broken(empty), "gray")
     user_error(broken(lambda f: shutil.rmtree(f / "train" / "light")), "train")
     user_error(broken(lambda f: [p.unlink() for p in f.glob("*/*/*")]), "images")
 
@@ -381,8 +381,8 @@ def test_val_selects_the_competing_classes(three_classes, user_error, tmp_path, 
     assert [row[:2] for row in scores.per_class()] == [("light", 6), ("white", 6)]
     (some / "dark").mkdir()  # a class without images
     assert evaluate(out, str(some)).loss == pytest.approx(scores.loss)
-    shutil.copytree(some / "white", some / "grey")
-    user_error(["val", out, "--data", some], "got 4: grey, which they do not know", out=one / "x")
+    shutil.copytree(some / "white", some / "gray")
+    user_error(["val", out, "--data", some], "got 4: gray, which they do not know", out=one / "x")
     words = ["val", out, "--suite", some, "--classes", "all"]
     user_error(words, "suite, classes: expected one of the two, got both", out=one / "x")
 
