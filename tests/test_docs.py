@@ -160,7 +160,7 @@ def test_tables_contain_defaults_choices_and_how_to_turn_off_an_option(tables):
     title, facts = tables.header("digits")
     assert title == "Handwritten digits of 8x8 pixels, learned from scratch in about a minute"
     assert facts["hardware"] == "two CPU cores"
-    assert tables.header("imagenet-s16-300ep")[1]["hours"].endswith("if the input keeps up")
+    assert tables.header("imagenet-s16-300ep")[1]["hours"].endswith("if data loading keeps up")
 
 
 def test_settings_that_may_change_on_resuming_are_documented():
