@@ -1,11 +1,11 @@
-"""Measures how well a linear classifier tells classes apart by what a trained model sees:
+"""Fits a linear classifier to the features of a trained model, and prints its accuracy:
 
     python examples/linear_probe.py WEIGHTS FOLDER
 
-WEIGHTS is a run or weight folder, or a public model, such as timm:vit_small_patch14_dinov2. FOLDER
-has train/ and val/, and in each a folder for every class, which need not be those that the model
-was trained on. The model is not changed: scikit-learn fits a logistic regression to the vectors of
-train/, and its accuracy is that on val/.
+WEIGHTS is a run directory, a weight directory or a public model, such as
+timm:vit_small_patch14_dinov2. FOLDER has train/ and val/, each with one folder per class. The
+classes may differ from those of the model, which is not changed. scikit-learn fits a logistic
+regression to the features of train/ and evaluates it on val/.
 """
 
 import sys
@@ -24,15 +24,13 @@ from vitral.inference.embed import embed
 
 
 def embedded(classifier: Classifier, split: Path) -> tuple[NDArray[np.float32], list[str]]:
-    """The vectors of the images in the folders of `split`, and the names of those folders."""
+    """Returns the feature vectors of the images in a split, and the names of their folders."""
     paths = sorted(str(path) for path in split.glob("*/*") if path.is_file())
     found = embed(classifier, paths)
     print(f"{split}: {len(paths):,} files, {len(found.paths):,} of them images")
     classes = [Path(path).parent.name for path in found.paths]
     if len(set(classes)) < 2:
-        raise SystemExit(
-            f"{split}: expected images in two folders or more, a folder for each class"
-        )
+        raise SystemExit(f"{split}: expected images in two or more folders, one folder per class")
     return found.vectors, classes
 
 

@@ -1,10 +1,10 @@
-"""Trains on a folder of your own, measures the result and predicts a photo:
+"""Trains on an image folder, evaluates the result and classifies a photo:
 
     python examples/own_folder.py FOLDER --epochs 100
 
-FOLDER has train/ and val/, and in each a folder for every class; without val/ a part of train/ is
-held out. The options are those of `vitral train`. The run is in runs/own; the same command resumes
-one that stopped.
+FOLDER has train/ and val/, each with one folder per class; without val/, a part of train/ is held
+out. The options are those of `vitral train`. The run directory is runs/own; the same command
+resumes an interrupted run.
 """
 
 import sys
@@ -15,7 +15,7 @@ from vitral.inference import find_images
 
 
 def main(folder: str, *settings: str) -> None:
-    photo = find_images([folder])[-1]  # in order of name val/ comes after train/
+    photo = find_images([folder])[-1]  # sorted by name, so val/ comes after train/
     run = vitral.train("imagenette128", "--data", folder, "--out", "runs/own", *settings)
     scores = vitral.evaluate(run)
     print(f"top-1 {scores.top1:.1%} of {len(scores.labels):,} images")

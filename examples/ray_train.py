@@ -1,8 +1,8 @@
-"""Trains on a Ray cluster, with as many workers as the first argument says, a GPU each:
+"""Trains on a Ray cluster. The first argument is the number of workers, each with one GPU:
 
     python examples/ray_train.py 16 imagenet-b16-300ep --data /shared/pack --out /shared/runs/b16
 
-Needs `pip install 'ray[train]'`. --data must be the same on all nodes; --out is written on one.
+Needs `pip install 'ray[train]'`. --data must be the same on all nodes; only one node writes --out.
 """
 
 import os
@@ -17,26 +17,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 
 def work(settings: dict[str, tuple[str, ...]]) -> None:
-    """Runs `vitral train` as the process that Ray's RANK and WORLD_SIZE tell it to be.
+    """Runs `vitral train` with the RANK and WORLD_SIZE that Ray sets.
 
-    As a process of its own: Ray calls this in a thread, where no signal can be handled.
+    It runs in a subprocess, because Ray calls this function in a thread, which cannot handle
+    signals.
     """
     with socket.create_server(("", 0)) as server:
         free = server.getsockname()[1]
-    # Ray's own process group has taken the port that MASTER_PORT names.
+    # Ray's own process group uses MASTER_PORT.
     environment = {**os.environ, "MASTER_PORT": str(broadcast_from_rank_zero(free))}
     command = [sys.executable, "-m", "vitral", "train", *settings["words"]]
     subprocess.run(command, env=environment, check=True)
 
 
 def main(workers: str, *words: str) -> None:
-    """Trains in `workers` processes; begins them again, three times at most, if one fails."""
+    """Trains in `workers` processes, and restarts them up to three times if one fails."""
     ray.init()
     gpus = "GPU" in ray.cluster_resources()
     trainer = TorchTrainer(
         work,
         train_loop_config={"words": words},
-        torch_config=TorchConfig(backend="gloo"),  # vitral makes a process group of its own
+        torch_config=TorchConfig(backend="gloo"),  # vitral creates its own process group
         scaling_config=ScalingConfig(num_workers=int(workers), use_gpu=gpus),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
     )

@@ -1,11 +1,11 @@
-"""Finds the photos of a folder that look most like a given one:
+"""Finds the photos in a folder that are most similar to a query:
 
     python examples/search.py WEIGHTS FOLDER QUERY.jpg
 
-WEIGHTS is a run or weight folder. Prints the nearest photos in FOLDER and its folders with their
-cosine similarity, and draws them, the query first, in nearest.jpg. What the model sees in each
-photo of FOLDER is kept in search.npz: the next query costs only photos that are new or changed.
-Both files lie in the current folder.
+WEIGHTS is a run directory or a weight directory. The program searches FOLDER recursively, prints
+the most similar photos with their cosine similarity, and draws them after the query in nearest.jpg.
+The feature vectors of the photos are cached in search.npz, so the next query computes only those of
+new and changed photos. Both files are in the current directory.
 """
 
 import hashlib
@@ -25,29 +25,32 @@ NUM_SHOWN, COLUMNS, SIDE = 11, 4, 200
 
 
 def indexed(classifier: Classifier, paths: list[str]) -> NDArray[np.float32]:
-    """The vectors of photos, (n, D): kept ones where weights, path, size and time are the same."""
+    """Returns the feature vectors of photos, (n, D).
+
+    Cached vectors are used if the weights and the path, size and modification time are the same.
+    """
     model = hashlib.sha256((classifier.path / "manifest.json").read_bytes()).hexdigest()
     stats = [Path(path).stat() for path in paths]
     stamps = [
         f"{model} {s.st_size} {s.st_mtime_ns} {Path(path).resolve()}"
         for path, s in zip(paths, stats, strict=True)
     ]
-    known: dict[str, NDArray[np.float32]] = {}
+    cached: dict[str, NDArray[np.float32]] = {}
     if INDEX.exists():
-        with np.load(INDEX) as kept:
-            known = dict(zip(kept["stamps"].tolist(), kept["vectors"], strict=True))
-    new = {stamp: path for stamp, path in zip(stamps, paths, strict=True) if stamp not in known}
+        with np.load(INDEX) as index:
+            cached = dict(zip(index["stamps"].tolist(), index["vectors"], strict=True))
+    new = {stamp: path for stamp, path in zip(stamps, paths, strict=True) if stamp not in cached}
     print(f"{len(paths):,} photos, {len(new):,} of them new")
-    known.update(zip(new, classifier.embed(list(new.values())), strict=True))
-    vectors = np.stack([known[stamp] for stamp in stamps])
-    building = INDEX.with_suffix(".new.npz")
-    np.savez(building, stamps=np.array(stamps), vectors=vectors)
-    building.replace(INDEX)
+    cached.update(zip(new, classifier.embed(list(new.values())), strict=True))
+    vectors = np.stack([cached[stamp] for stamp in stamps])
+    temporary = INDEX.with_suffix(".new.npz")
+    np.savez(temporary, stamps=np.array(stamps), vectors=vectors)
+    temporary.replace(INDEX)
     return vectors
 
 
 def draw(photos: list[tuple[str, str]]) -> None:
-    """Draws photos, each with its caption, row by row."""
+    """Draws photos with captions in a grid."""
     rows = -(-len(photos) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * SIDE, rows * (SIDE + 20)), "white")
     for i, (path, caption) in enumerate(photos):
@@ -67,10 +70,10 @@ def main(weights: str, folder: str, query: str) -> None:
     found = find_images([folder])
     paths = [path for path in found if Path(path).exists() and not Path(path).samefile(query)]
     if not paths:
-        raise SystemExit(f"{folder}: expected a folder with photos beside the query, got none")
+        raise SystemExit(f"{folder}: expected photos other than the query, got none")
     vectors = indexed(classifier, paths)
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(target)
-    cosines = vectors @ target / lengths  # NaN, and sorted last, for what cannot be read
+    cosines = vectors @ target / lengths  # NaN for files that cannot be read; sorted last
     order = [i for i in np.argsort(-cosines)[:NUM_SHOWN] if not np.isnan(cosines[i])]
     nearest = [(paths[i], f"{cosines[i]:.3f}") for i in order]
     for path, cosine in nearest:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on a Slurm cluster, one process per GPU, and resumes by itself when the time is up:
+# Trains on a Slurm cluster with one process per GPU, and requeues itself at the time limit:
 #
 #   sbatch --nodes 2 examples/slurm.sh imagenet-b16-300ep --data /shared/pack --out /shared/runs/b16
 #
-# --data must be the same on all nodes; --out is written on the first. scancel ends it for good.
+# --data must be the same on all nodes; only the first node writes --out. scancel ends the job.
 
 #SBATCH --job-name=vitral
 #SBATCH --nodes=1
@@ -17,9 +17,9 @@
 
 set -euo pipefail
 
-export OMP_NUM_THREADS=1                    # train.threads is set later on
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else a restart may find the address of before
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240   # seconds for the checkpoint, of the 300 above
+export OMP_NUM_THREADS=1                    # train.threads is set later
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise a restart may use the previous address
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240   # seconds for the checkpoint, less than the 300 above
 
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="$SLURM_NNODES" \
@@ -32,8 +32,8 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     -m vitral train "$@" &
 step=$!
 
-# Near the end of the time Slurm signals this script alone. srun hands SIGUSR1 on to all processes,
-# which write a checkpoint; at SIGTERM it would kill them.
+# Before the time limit, Slurm signals only this script. srun forwards SIGUSR1 to all processes,
+# which write a checkpoint; on SIGTERM it would kill them.
 time_is_up=false
 trap 'time_is_up=true; kill -USR1 "$step" || true' USR1
 
