@@ -70,7 +70,7 @@ def main(weights: str, folder: str, query: str) -> None:
     found = find_images([folder])
     paths = [path for path in found if Path(path).exists() and not Path(path).samefile(query)]
     if not paths:
-        raise SystemExit(f"{folder}: expected photos other than the query, got none")
+        raise SystemExit(f"{folder}: expected a folder with photos other than the query, got none")
     vectors = indexed(classifier, paths)
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(target)
     cosines = vectors @ target / lengths  # NaN for files that cannot be read; sorted last
