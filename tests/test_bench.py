@@ -62,7 +62,7 @@ def test_requesting_a_missing_gpu_is_an_error(image_folder):
     with pytest.raises(UserError, match=r"^data\.decode: gpu: .* got a cpu device; give --data"):
         choose_decoder(records, config, 0, CPU)
     for device in (CPU, torch.device("cuda")):
-        with pytest.raises(UserError, match="got images that are decoded already"):
+        with pytest.raises(UserError, match="got images that are already decoded"):
             choose_decoder(packed(), config, 0, device)
 
 
@@ -100,10 +100,11 @@ def test_the_first_batches_are_not_measured():
 
 def test_input_speed_messages():
     assert (
-        input_speed_message(0.03, packed=False) == "input feeds the model (it waits 3% of the time)"
+        input_speed_message(0.03, packed=False)
+        == "input keeps up with the model, which waits 3% of the time"
     )
     starved = input_speed_message(11 / 21, packed=False)
-    assert starved.startswith("input starves the model by 2.1x: it waits 52% of the time; ")
+    assert starved.startswith("input slows the model down 2.1x: the model waits 52% of the time; ")
     assert "--data.workers" in starved
     assert "data pack" in starved
     assert "data pack" not in input_speed_message(11 / 21, packed=True)

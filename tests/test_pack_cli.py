@@ -23,10 +23,10 @@ def test_output_of_packing(image_folder, tmp_path, capsys, form):
     dst = tmp_path / "pack"
     assert pack(image_folder, dst, "--size", "20", *form) == 0
     before, after = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(rf"{dst}: 52 images take about 0\.000 GB; the disk has .* GB", before)
+    assert re.fullmatch(rf"{dst}: 52 images take about 0\.000 GB; the disk has .* GB free", before)
     assert after == f"{dst}: 52 images, packed and read back"
     assert pack(image_folder, dst, "--size", "20", *form) == 0
-    assert capsys.readouterr().out == f"{dst}: 52 images, packed before\n"
+    assert capsys.readouterr().out == f"{dst}: 52 images, already packed\n"
     assert main(["data", "check", str(dst)]) == 0
 
 
@@ -43,7 +43,7 @@ def test_held_out_images_are_reported(image_folder, tmp_path, capsys):
         ("SRC DST --size 0", "size: expected 1 or more, got 0"),
         ("SRC DST --sise 3", "--sise: no such option; did you mean --size"),
         ("SRC SRC", "an empty folder, or none, got something else"),
-        ("SRC FILE/pack", "expected to write there, got Not a directory"),
+        ("SRC FILE/pack", "expected a writable folder, got Not a directory"),
         ("/no/such DST", "/no/such"),
     ],
 )

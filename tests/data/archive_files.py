@@ -1,4 +1,4 @@
-"""One set of images as a folder, as tar shards and as the archives of ILSVRC2012."""
+"""The same images as a folder, as tar shards, and as the archives of ILSVRC2012."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from vitral.data.loader import train_batches
 from vitral.errors import UserError
 
 WNIDS = ("n01440764", "n02012849", "n03126707", "n07753592")
-NUMBER = {"n01440764": 7, "n02012849": 2, "n03126707": 9, "n07753592": 0}  # as shards have them
+NUMBER = {"n01440764": 7, "n02012849": 2, "n03126707": 9, "n07753592": 0}  # labels in the shards
 AUGMENT = AugmentConfig(policy="trivialaugment", erasing=0.5, mixup=0.8)
 
 
@@ -32,7 +32,7 @@ TRAIN = {f"{w}/{w}_{i}.JPEG": draw(100 * n + i) for n, w in enumerate(WNIDS) for
 
 
 def val_images(numbered_on):
-    """Three of each class, called as in the release, or with their numbers from 1 on."""
+    """Three images per class, named as in the release, or with numbers from 1."""
     true = [w for _ in range(3) for w in WNIDS]
     if numbered_on:
         numbers = range(1, 13)
@@ -74,7 +74,7 @@ def base(name):
 
 
 def inner_tars():
-    """The tars of the classes, out of order, and so their images."""
+    """Tars of the classes in reverse order, each with its images in reverse order."""
     return {
         w: tarred([(base(n), data) for n, data in reversed(TRAIN.items()) if n.startswith(w)])
         for w in reversed(WNIDS)
@@ -101,7 +101,7 @@ def js(name):
     return {"json": json.dumps({"label": NUMBER[name[:9]], "width": 20}).encode()}
 
 
-def both(name):  # as timm has them; there may be another set's label in KEY.json
+def both(name):  # as in timm's shards; KEY.json may contain the label of another dataset
     return cls(name) | {"json": json.dumps({"label": 3, "filename": base(name)}).encode()}
 
 
@@ -110,7 +110,7 @@ def text(name):
 
 
 def shard(images, about=cls):
-    members = [("about.json", b'{"made by": "nobody"}')]
+    members = [("about.json", b'{"made by": "no one"}')]
     for name, data in images:
         fields = about(name)
         key = base(name).removesuffix(".JPEG")
@@ -130,16 +130,16 @@ def put_shards(root, val, pattern="test-{}-{:04d}.tar", about=cls):
 
 
 def endless(content):
-    """An archive cut exactly behind its last member."""
+    """An archive that ends exactly after its last member."""
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         last = tar.getmembers()[-1]
     return content[: last.offset_data + -(-last.size // 512) * 512]
 
 
 def two(*members):
-    """A shard of two labelled images, and these."""
-    whole = [("a.jpg", b"?"), ("a.cls", b"1"), ("b.jpg", b"?"), ("b.cls", b"2")]
-    return tarred([*whole, *members])
+    """A shard of two labeled images and the given members."""
+    labeled = [("a.jpg", b"?"), ("a.cls", b"1"), ("b.jpg", b"?"), ("b.cls", b"2")]
+    return tarred([*labeled, *members])
 
 
 def opened(root, train=True, **options):
@@ -172,21 +172,21 @@ def batches(root, workers=0):
 
 
 def assert_same(root, folder, workers=0):
-    ours, theirs = opened(root), opened(folder)
-    assert ours.classes == theirs.classes == WNIDS
+    ours, expected = opened(root), opened(folder)
+    assert ours.classes == expected.classes == WNIDS
     for split in ("train", "val"):
-        mine, reference = getattr(ours, split), getattr(theirs, split)
-        assert mine.labels.tolist() == reference.labels.tolist()
-        assert contents(mine) == contents(reference)
+        records, reference = getattr(ours, split), getattr(expected, split)
+        assert records.labels.tolist() == reference.labels.tolist()
+        assert contents(records) == contents(reference)
     pairs = zip(batches(root, workers), batches(folder), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    alone = opened(root, train=False)
-    assert (alone.train, alone.classes) == (None, WNIDS)
-    assert contents(alone.val) == contents(theirs.val)
-    assert alone.val.labels.tolist() == theirs.val.labels.tolist()
+    validation = opened(root, train=False)
+    assert (validation.train, validation.classes) == (None, WNIDS)
+    assert contents(validation.val) == contents(expected.val)
+    assert validation.val.labels.tolist() == expected.val.labels.tolist()
 
 
-def refusal(root, train=True):
+def error_message(root, train=True):
     with pytest.raises(UserError) as caught:
         opened(root, train)
     message = str(caught.value)

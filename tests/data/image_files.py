@@ -1,4 +1,4 @@
-"""Small image folders, opened or refused."""
+"""Small image folders, opened successfully or with an error."""
 
 import os
 
@@ -11,7 +11,7 @@ from vitral.errors import UserError
 
 
 def put(root, *paths):
-    """Writes a small image of its own color at each path."""
+    """Writes a small image at each path, each with its own color."""
     for path in paths:
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def paths(records):
     return [os.fsdecode(path) for path in records.names]
 
 
-def refusal(root, **options):
+def error_message(root, **options):
     with pytest.raises(UserError) as caught:
         opened(root, **options)
     message = str(caught.value)

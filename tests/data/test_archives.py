@@ -1,4 +1,4 @@
-"""Walking tar archives, and refusing damaged ones."""
+"""Iterating over tar archives, and rejecting damaged ones."""
 
 import gzip
 import io
@@ -12,8 +12,8 @@ from vitral.errors import UserError
 from .archive_files import (
     TRAIN,
     endless,
+    error_message,
     header,
-    refusal,
     shard,
     tarred,
     two,
@@ -31,7 +31,7 @@ def sparse():
 
 
 def looping():
-    """A size that leads back to the header it is in."""
+    """An archive with a size that leads back to its own header."""
     found = tarfile.TarInfo("a.jpg")
     found.size = -512
     return endless(tarred([("b.jpg", b"?")])) + found.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
@@ -40,10 +40,10 @@ def looping():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "a tar archive"),
+        (b"", "an uncompressed tar archive"),
         (looping(), "cut off or damaged at a.jpg"),
-        (b"not a tar archive at all, " * 99, "a tar archive"),
-        (gzip.compress(SHARD), "a tar archive, uncompressed"),
+        (b"not a tar archive at all, " * 99, "an uncompressed tar archive"),
+        (gzip.compress(SHARD), "an uncompressed tar archive"),
         (SHARD[: len(SHARD) // 3], "cut off or damaged at n"),
         (SHARD[:FIRST_END], "cut off or damaged at n01440764_6.cls"),
         (SHARD[: FIRST_END + 100], "cut off or damaged at n01440764_6.cls"),
@@ -52,21 +52,21 @@ def looping():
         (two(("../c.jpg", b"?")), "inside the archive, got ../c.jpg"),
         (two(("c/../../c.txt", b"?")), "inside the archive, got c/../../c.txt"),
         (two(("/etc/c.jpg", b"?")), "inside the archive, got /etc/c.jpg"),
-        (two((header("c.jpg", tarfile.SYMTYPE), b"")), "c.jpg: expected a plain file"),
-        (two((header("c.jpg", tarfile.LNKTYPE), b"")), "c.jpg: expected a plain file"),
-        (two((header("c.cls", tarfile.CHRTYPE), b"")), "c.cls: expected a plain file"),
-        (sparse(), "a.jpg: expected a plain file"),
+        (two((header("c.jpg", tarfile.SYMTYPE), b"")), "c.jpg: expected a regular file"),
+        (two((header("c.jpg", tarfile.LNKTYPE), b"")), "c.jpg: expected a regular file"),
+        (two((header("c.cls", tarfile.CHRTYPE), b"")), "c.cls: expected a regular file"),
+        (sparse(), "a.jpg: expected a regular file"),
         (two(("d/" * 3000 + "c.jpg", b"?")), "names of at most 4,096 characters, got 6,005"),
     ],
 )
 def test_a_damaged_or_unsafe_archive_is_rejected(tmp_path, content, words, cache):
     (tmp_path / "train-0.tar").write_bytes(content)
-    assert words in refusal(tmp_path)
+    assert words in error_message(tmp_path)
     assert not cache.exists()
 
 
 def listed(content, suffixes=(".jpg", ".cls"), **part):
-    """Names and contents of the members of an archive, read while it is walked."""
+    """Names and contents of the members of an archive, read during the iteration."""
     found, file = [], io.BytesIO(content)
     for name, member in members(file, "place", suffixes, **part):
         file.seek(member.offset_data)

@@ -13,10 +13,10 @@ from vitral.errors import UserError
 from .archive_files import (
     base,
     contents,
+    error_message,
     opened,
     put_ilsvrc,
     put_shards,
-    refusal,
     tarred,
     two,
     val_images,
@@ -24,7 +24,7 @@ from .archive_files import (
 
 
 def overwrite(path, content):
-    """Other bytes, but the same size and times."""
+    """Replaces the content of a file, but keeps its size and times."""
     times = path.stat()
     assert len(content) == times.st_size
     path.write_bytes(content)
@@ -42,7 +42,7 @@ def test_the_index_is_read_instead_of_the_archives(tmp_path, cache, put):
     root = put(tmp_path, val_images(numbered_on=False))
     first = opened(root)
     assert sorted(path.suffix for path in cache.iterdir()) == [".npz", ".npz"]
-    if put is put_shards:  # of the train tar the outer headers are read for the classes alone
+    if put is put_shards:
         spoil_headers(root)
     else:
         overwrite(root / "ILSVRC2012_img_train.tar", b"?" * first.train.stamps[0][0])
@@ -114,7 +114,9 @@ def test_an_index_belongs_to_one_location_and_reader(tmp_path):
         os.utime(path, ns=(1, 1))
     assert opened(tmp_path / "a").classes == ("1", "2")
     assert opened(tmp_path / "b", train=False).classes == ("1", "2", "3")
-    assert "a tar for each of two classes" in refusal(tmp_path / "b/all.tar")
+    assert "a tar inside it for each of two or more classes" in error_message(
+        tmp_path / "b/all.tar"
+    )
 
 
 def open_and_remove(root, cache, wanted, barrier):

@@ -1,4 +1,4 @@
-"""Records: what is held out of them, and what identifies them."""
+"""Held-out images and fingerprints of records."""
 
 import shutil
 from pathlib import Path
@@ -12,18 +12,18 @@ from vitral.data import records
 from vitral.data.formats import open_dataset
 from vitral.data.records import Dataset, Pixels, Spans
 
-from .image_files import opened, paths, put, put_split, refusal
+from .image_files import error_message, opened, paths, put, put_split
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
 
 
 def test_digits_hold_out_training_images():
-    whole = open_dataset(DataConfig(), 8, 0)
+    full = open_dataset(DataConfig(), 8, 0)
     first, other = (open_dataset(DataConfig(hold_out=True), 8, seed) for seed in (0, 1))
-    tenth = np.rint(np.bincount(whole.train.labels) / 10)
+    tenth = np.rint(np.bincount(full.train.labels) / 10)
     assert np.bincount(first.val.labels).tolist() == tenth.tolist()
     assert len(first.train) + len(first.val) == 1437
-    known = {image.numpy().tobytes() for image in whole.train.images}
+    known = {image.numpy().tobytes() for image in full.train.images}
     held = [image.numpy().tobytes() for image in first.val.images]
     assert known.issuperset(held)
     assert not {image.numpy().tobytes() for image in first.train.images} & {*held}
@@ -43,7 +43,7 @@ def test_the_held_out_part_depends_only_on_seed_and_relative_paths(tmp_path):
     assert paths(one.val) == paths(two.val)
     assert one.fingerprint == two.fingerprint
     assert paths(one.val) != paths(opened(tmp_path / "one", seed=1).val)
-    # Nor does whether an image is held out hang on how many come before it.
+    # It does not depend on the number of preceding images, either.
     (tmp_path / "two" / paths(two.train)[0]).unlink()
     assert paths(opened(tmp_path / "two").val) == paths(one.val)
 
@@ -51,16 +51,16 @@ def test_the_held_out_part_depends_only_on_seed_and_relative_paths(tmp_path):
 def test_classes_that_differ(tmp_path):
     put_split(tmp_path, "train", 1, [f"c{i}" for i in range(9)])
     put_split(tmp_path, "val", 1, ["c0", "c1", "c2", "c3", "x"])
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert "only in the training split: c4, c5, c6 and 2 more, only in validation: x;" in message
 
 
 def test_nothing_to_hold_out(tmp_path):
     put_split(tmp_path, "train", 1)
-    assert "no class has two images" in refusal(tmp_path)
+    assert "no class has two images" in error_message(tmp_path)
 
 
-def test_the_fingerprint_tells_sets_apart(tmp_path):
+def test_the_fingerprint_distinguishes_datasets(tmp_path):
     put_split(tmp_path, "train")
     put_split(tmp_path, "val")
     seen = {opened(tmp_path).fingerprint}
@@ -78,7 +78,7 @@ def test_the_fingerprint_tells_sets_apart(tmp_path):
         assert len(seen) == before + 1
 
 
-def test_the_fingerprint_tells_pixel_sets_apart():
+def test_the_fingerprint_distinguishes_pixel_datasets():
     images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), np.array([0, 1])
     changed = images.clone()
     changed[1, 2, 3, 3] = 1
@@ -100,7 +100,7 @@ def test_the_fingerprint_is_computed_once(monkeypatch):
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1024, 64), (64, 8), (7, 1)])
-def test_few_archives_are_kept_open(tmp_path, monkeypatch, limit, kept):
+def test_the_number_of_open_archives_is_limited(tmp_path, monkeypatch, limit, kept):
     monkeypatch.setattr(records, "max_open_files", lambda: limit)
     paths = [tmp_path / f"{k}.tar" for k in range(kept + 9)]
     for k, path in enumerate(paths):

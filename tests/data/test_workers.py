@@ -1,4 +1,4 @@
-"""Worker processes: results in order, whatever happens to them."""
+"""Worker processes: results in order, despite failures."""
 
 import errno
 import gc
@@ -25,9 +25,9 @@ class Doubled(Dataset):
         return 2 * index
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="older ones do not warn")
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="older versions do not warn")
 def test_workers_start_in_a_process_with_threads():
-    """CUDA has some in every process; from Python 3.12 on a fork warns of them."""
+    """CUDA starts threads in every process; from Python 3.12, a fork warns about them."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()
@@ -59,23 +59,23 @@ def test_errors_of_workers_are_those_of_the_data_set(index, kind, workers):
 
 class Unsendable(Dataset):
     def __getitem__(self, index):
-        return lambda: index  # which no pickle takes
+        return lambda: index  # cannot be pickled
 
 
 def test_other_send_errors_are_not_reported_as_a_full_disk(monkeypatch):
-    # Seconds that torch waits for a worker that ignores its signal, twice.
+    # Seconds that torch waits, twice, for a worker that ignores its signal.
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
         list(in_workers(Unsendable(), range(3), workers=1))
-    gc.collect()  # the traceback, in a cycle, holds the reader
-    for worker in multiprocessing.active_children():  # as the command does when it ends
+    gc.collect()  # the traceback keeps the reader alive in a reference cycle
+    for worker in multiprocessing.active_children():  # as the command does at exit
         worker.kill()
         worker.join()
 
 
 @pytest.mark.parametrize("spare", [5, 10, 14])
-def test_too_few_file_descriptors_end_in_fewer_workers_or_a_message(spare, capfd):
-    """At every place where a start can fail; it always ends, with no process left."""
+def test_too_few_file_descriptors_cause_fewer_workers_or_an_error(spare, capfd):
+    """Starting workers can fail at several places; no process is left in any case."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)
@@ -113,9 +113,9 @@ class Tensors(Dataset):
         return torch.full((3,), index)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="sockets are files")
+@pytest.mark.skipif(sys.platform != "linux", reason="sockets are files elsewhere")
 def test_workers_need_no_temporary_files(tmp_path, monkeypatch):
-    """None is left where they are killed, and a long TMPDIR does not matter."""
+    """Killed workers leave none behind, and a long TMPDIR does not matter."""
     place = tmp_path / ("x" * 120)
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -137,16 +137,16 @@ class Stopping(Dataset):
 def test_slow_samples_are_reported_and_work_continues(monkeypatch):
     lines = []
 
-    def say(line):
+    def record(line):
         lines.append(line)
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGCONT)
 
-    monkeypatch.setattr(module, "_print_warning", say)
+    monkeypatch.setattr(module, "_print_warning", record)
     monkeypatch.setattr(module, "POLL", 1)
     monkeypatch.setattr(module, "REPORT_AFTER", 1)
     assert list(in_workers(Stopping(), range(4), workers=2)) == [0, 1, 2, 3]
-    assert lines == ["waiting for /mnt/0.jpg, for 1 seconds so far"]
+    assert lines == ["waiting for /mnt/0.jpg (1 s so far)"]
 
 
 def test_a_closed_stderr_only_loses_the_message(monkeypatch):

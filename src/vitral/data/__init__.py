@@ -1,1 +1,1 @@
-"""Where images come from, and how they become batches on the device."""
+"""Reads images from datasets and turns them into batches on the device."""

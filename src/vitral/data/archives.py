@@ -1,4 +1,4 @@
-"""Walks tar archives without extracting them."""
+"""Iterates over the members of tar archives without extracting them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitral.machine import in_notebook
 
 T = TypeVar("T")
 REDOWNLOAD = "download or pack it again"
-MAX_NAME = 4096  # of a member, as of a path in Linux
+MAX_NAME = 4096  # characters of a member's name, as for a path in Linux
 
 
 def members(
@@ -28,17 +28,19 @@ def members(
     end: int | None = None,
     skipped: Counter[str] | None = None,
 ) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """Name and header of each file with one of `suffixes` in a tar archive, but for system files.
+    """Yields the files with one of `suffixes` in a tar archive, as name and header.
 
-    `offset_data` of a header counts from the beginning of `file`, which may be read in between.
+    System files are left out. `offset_data` of a header counts from the beginning of `file`. The
+    caller may read from `file` between two members.
 
     Args:
-        place: what to call the archive in messages.
-        start: first byte of the archive in `file`; `end` is the byte behind it.
+        place: name of the archive in messages.
+        start: first byte of the archive in `file`; `end` is the byte after its last one.
         skipped: counts the other files, by kind.
 
     Raises:
-        UserError: it is no tar archive, is cut off, or holds what is no plain file inside it.
+        UserError: if it is not a tar archive, is cut off, or a member is not a regular file or has
+            an unsafe name.
     """
     end = file.seek(0, 2) if end is None else end
     file.seek(start)
@@ -48,36 +50,36 @@ def members(
         while (member := tar.next()) is not None:
             if member.offset < end:
                 last = _check_name(member.name, place)
-            # Damaged sizes can be negative, and would lead back to where the walk has been.
+            # Damaged sizes can be negative, and would lead back to an earlier member.
             if not 0 <= member.size <= end - member.offset_data:
                 raise tarfile.ReadError
-            # Else it keeps all of them, at a kilobyte each.
+            # Otherwise it keeps all headers, at a kilobyte each.
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
             kind = system_part(last)
             if kind is None and last.lower().endswith(suffixes):
                 if not member.isreg() or member.issparse():
                     got = "a folder, link, device or sparse file"
                     raise data_error(
-                        f"{place}: {last}", "a plain file", got, "pack the file itself"
+                        f"{place}: {last}", "a regular file", got, "pack the file itself"
                     )
                 yield last, member
             elif skipped is not None and member.isreg():
                 skipped[kind or file_kind(last)] += 1
         file.seek(tar.offset)
-        # Where archives end too early between two members, only this block is missing.
+        # If an archive ends too early between two members, only this block is missing.
         if tar.offset + tarfile.BLOCKSIZE > end or any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         if not last:
             got = "something else, or a damaged one"
-            raise data_error(place, "a tar archive, uncompressed", got, REDOWNLOAD) from error
-        got = f"one that is cut off or damaged at {last} or behind it"
-        raise data_error(place, "a whole tar archive", got, REDOWNLOAD) from error
+            raise data_error(place, "an uncompressed tar archive", got, REDOWNLOAD) from error
+        got = f"one that is cut off or damaged at {last} or after it"
+        raise data_error(place, "a complete tar archive", got, REDOWNLOAD) from error
 
 
 def _check_name(name: str, place: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
-        fix = "do not trust this archive, or pack it again"
+        fix = "the archive may be malicious; pack it again if you trust it"
         raise data_error(place, "names that stay inside the archive", name, fix)
     if len(name) > MAX_NAME:
         got = f"{len(name):,}, {name[:40]}..."
@@ -86,20 +88,20 @@ def _check_name(name: str, place: str) -> str:
 
 
 def check_unique(place: Path | str, names: Iterable[str]) -> None:
-    """Raises UserError if a name comes twice."""
-    doubles = [name for name, count in Counter(names).items() if count > 1]
-    if doubles:
+    """Raises UserError if a name occurs more than once."""
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
         raise data_error(
-            place, "each name once", f"{first_few(doubles)} more than once", REDOWNLOAD
+            place, "each name once", f"{first_few(duplicates)} more than once", REDOWNLOAD
         )
 
 
 def progress(
     items: Iterable[T], what: str = "indexing", unit: str = "tar", total: int | None = None
 ) -> Iterator[T]:
-    """Goes over parts, with a bar if that takes over two seconds.
+    """Iterates over items, with a progress bar if that takes more than two seconds.
 
-    The bar is on stderr, of a terminal or a notebook.
+    The bar appears on stderr, in a terminal or a notebook.
     """
     hidden = False if in_notebook() else None
     bar = Messages(sys.stderr)

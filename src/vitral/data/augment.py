@@ -1,7 +1,7 @@
-"""What is done to a batch after its crops: drawn on the host, applied wherever the images lie.
+"""Augmentation after cropping: drawn on the host, applied on the device of the images.
 
-An `AugmentPlan` holds every random parameter of a batch, each row a pure function of (seed, epoch,
-index). The policies and their ranges are torchvision's.
+An `AugmentPlan` contains all random parameters of a batch, each row a pure function of (seed,
+epoch, index). The policies and their ranges are torchvision's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vitral.data.crops import NUM_TRIES, Floats, rectangles
 from vitral.data.ops import Op, Ops, affine_matrices, apply_slot, apply_to_rows, to_device, warp
 from vitral.data.sampling import Integers, derive_seed, uniforms
 
-# Sub-policies of two operations, each with its probability and its level of 0 to 9.
+# Sub-policies of two operations, each with its probability and its level from 0 to 9.
 _IMAGENET = """
 posterize .4 8 rotate .6 9 | solarize .6 5 autocontrast .6 0 | equalize .8 0 equalize .6 0
 posterize .6 7 posterize .6 6 | equalize .4 0 solarize .2 4 | equalize .4 0 rotate .8 8
@@ -46,7 +46,7 @@ translate_y .7 9 autocontrast .9 0
 
 
 def _parse(policy: str) -> Floats:
-    """Operation, probability and level of each slot, shape (25, 2, 3)."""
+    """Returns operation, probability and level of each slot, shape (25, 2, 3)."""
     words = policy.replace("|", " ").split()
     names = [float(Op[name.upper()]) for name in words[::3]]
     numbers = [[float(p), float(level)] for p, level in zip(words[1::3], words[2::3], strict=True)]
@@ -58,7 +58,7 @@ _AUTOAUGMENT = {
     "autoaugment-cifar10": _parse(_CIFAR10),
 }
 CPU_CHUNK = 1 << 20  # values that a CPU augments together, so that they stay in its caches
-CPU_LARGE = 1 << 16  # values from which on an image is faster alone: nothing is gathered for it
+CPU_LARGE = 1 << 16  # values above which one image at a time is faster: it needs no gather
 _RANDAUGMENT_OPS = 14
 _BINS = 31
 _SIGNED = np.isin(np.arange(len(Op)), np.arange(Op.SHEAR_X, Op.SHARPNESS + 1))
@@ -68,21 +68,21 @@ _INTEGER_VALUED = np.isin(np.arange(len(Op)), [Op.TRANSLATE_X, Op.TRANSLATE_Y])
 
 @dataclass(frozen=True)
 class AugmentPlan:
-    """The parameters of a batch of B samples, on the host."""
+    """Augmentation parameters of a batch of B samples, on the host."""
 
     flip: NDArray[np.bool_]
     """Whether to flip left to right, shape (B,)."""
     affine: Floats | None
-    """Degrees, scale, degrees of shear along x, shift in x and y in pixels, shape (B, 5)."""
+    """Angle in degrees, scale, x shear in degrees, x and y shift in pixels, shape (B, 5)."""
     ops: Ops
     """Operations (`Op`) of the policy and of Color Jitter, slot by slot, shape (B, slots)."""
     values: Floats
-    """The operations' values, shape (B, slots)."""
+    """Values of the operations, shape (B, slots)."""
     erase: Integers
-    """Top, left, height and width of what is erased, zeros for nothing, shape (B, 4)."""
+    """Top, left, height and width of the erased box, zeros for none, shape (B, 4)."""
 
     def rows(self, chunk: slice) -> AugmentPlan:
-        """The plan of a part of the batch."""
+        """Returns the plan of a part of the batch."""
         affine = None if self.affine is None else self.affine[chunk]
         ops, values = self.ops[chunk], self.values[chunk]
         return AugmentPlan(self.flip[chunk], affine, ops, values, self.erase[chunk])
@@ -91,12 +91,12 @@ class AugmentPlan:
 def draw_plan(
     config: AugmentConfig, image_size: int, seed: int, epochs: int | Integers, indices: Integers
 ) -> AugmentPlan:
-    """The plan of a batch, each row a pure function of (seed, epoch, index).
+    """Draws the plan of a batch, each row a pure function of (seed, epoch, index).
 
     Args:
         image_size: side of the images, in pixels.
-        epochs: of all samples, or of each, shape (B,).
-        indices: of the samples in the data set, shape (B,).
+        epochs: epoch of all samples, or of each sample, shape (B,).
+        indices: positions of the samples in the dataset, shape (B,).
     """
 
     def draw(count: int, purpose: str) -> Floats:
@@ -120,12 +120,12 @@ def draw_plan(
 
 
 def magnitudes(num_bins: int, image_size: int, *, wide: bool = False) -> Floats:
-    """Strengths of each operation, from the least to the greatest, before their sign.
+    """Returns the strengths of each operation in ascending order, without sign.
 
     Args:
-        num_bins: how many levels there are.
-        image_size: in pixels; without `wide`, translations grow with it.
-        wide: TrivialAugment's ranges instead of those of AutoAugment and RandAugment.
+        num_bins: number of levels.
+        image_size: in pixels; without `wide`, translations are proportional to it.
+        wide: use TrivialAugment's ranges instead of those of AutoAugment and RandAugment.
 
     Returns:
         Shape (number of operations, num_bins).
@@ -135,7 +135,7 @@ def magnitudes(num_bins: int, image_size: int, *, wide: bool = False) -> Floats:
     table = np.zeros((len(Op), num_bins))
 
     def rise(stop: float) -> Floats:
-        # torch's float32 steps: a threshold must fall on the same side of a grey level.
+        # torch's float32 steps: a threshold must be on the same side of a gray level.
         return torch.linspace(0.0, stop, num_bins).double().numpy()
 
     table[[Op.SHEAR_X, Op.SHEAR_Y]] = rise(shear)
@@ -148,7 +148,7 @@ def magnitudes(num_bins: int, image_size: int, *, wide: bool = False) -> Floats:
 
 
 def _draw_policy(config: AugmentConfig, image_size: int, uniform: Floats) -> tuple[Ops, Floats]:
-    """Operations and values, both of shape (B, slots), from at least 6 numbers a sample."""
+    """Draws operations and values, both of shape (B, slots), from at least 6 numbers per sample."""
     B = len(uniform)
     if config.policy == "none":
         return np.zeros((B, 0), np.int8), np.zeros((B, 0))
@@ -175,7 +175,7 @@ def _draw_policy(config: AugmentConfig, image_size: int, uniform: Floats) -> tup
 
 
 def _draw_three_augment(uniform: Floats) -> tuple[Ops, Floats]:
-    """One of three, equally likely (Touvron et al. 2022, "DeiT III")."""
+    """Draws one of three operations with equal probability (Touvron et al. 2022, "DeiT III")."""
     choice = (uniform[:, :1] * 3).astype(int)
     ops = np.array([Op.GRAYSCALE, Op.SOLARIZE, Op.BLUR], np.int8)[choice]
     sigma = 0.1 + 1.9 * uniform[:, 1:2]
@@ -183,7 +183,7 @@ def _draw_three_augment(uniform: Floats) -> tuple[Ops, Floats]:
 
 
 def _draw_jitter(config: AugmentConfig, uniform: Floats) -> tuple[Ops, Floats]:
-    """Those of the four that are on, in random order, both of shape (B, number on)."""
+    """Draws the enabled operations and their values in random order, both (B, number enabled)."""
     ops = np.array([Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE], np.int8)
     limits = np.array([config.brightness, config.contrast, config.saturation, config.hue])
     low = np.append(np.maximum(1 - limits[:3], 0), -limits[3])
@@ -194,7 +194,7 @@ def _draw_jitter(config: AugmentConfig, uniform: Floats) -> tuple[Ops, Floats]:
 
 
 def _draw_erase(chance: float, image_size: int, uniform: Floats) -> Integers:
-    """Boxes of Random Erasing (Zhong et al. 2017), shape (B, 4)."""
+    """Draws the boxes of Random Erasing (Zhong et al. 2017), shape (B, 4)."""
     ratio, scale = (0.3, 3.3), (0.02, 0.33)
     h, w = rectangles(uniform[:, : 2 * NUM_TRIES], image_size**2, scale, ratio)
     fits = (h < image_size) & (w < image_size)
@@ -206,10 +206,10 @@ def _draw_erase(chance: float, image_size: int, uniform: Floats) -> Integers:
 
 
 def augment(images: Tensor, plan: AugmentPlan) -> Tensor:
-    """Flip, random affine, the policy's slots and Color Jitter's, in this order.
+    """Applies flips, affine transforms, the slots of the policy, and Color Jitter, in this order.
 
     Args:
-        images: uint8, shape (B, 3, S, S), on any device; left as they are.
+        images: uint8, shape (B, 3, S, S), on any device; not modified.
 
     Returns:
         uint8, shape (B, 3, S, S).
@@ -231,7 +231,7 @@ def _augment(images: Tensor, plan: AugmentPlan) -> None:
 def finish(
     images: Tensor, plan: AugmentPlan | None, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Scale to [0, 1], normalise, and erase what the plan says with zeros.
+    """Scales to [0, 1], normalizes, and erases the boxes of the plan with zeros.
 
     Args:
         images: uint8, shape (B, 3, S, S).
@@ -260,7 +260,7 @@ def _erase(pixels: Tensor, box: Integers) -> Tensor:
 
 
 def _chunks(images: Tensor) -> Iterator[slice]:
-    """All of a batch on a GPU; on a CPU a few images at a time, which is up to twice as fast."""
+    """Yields one slice on a GPU; on a CPU slices of a few images, which is up to twice as fast."""
     size = len(images)
     if images.device.type == "cpu":
         values = images[0].numel()
@@ -271,18 +271,18 @@ def _chunks(images: Tensor) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Mix:
-    """How the images of a batch are mixed with their partners."""
+    """How to mix the images of a batch with their partners."""
 
     fraction: float
-    """Share that an image keeps of itself: the weight of its own target."""
+    """Fraction that an image keeps of itself: the weight of its own target."""
     box: tuple[int, int, int, int] | None
-    """CutMix: top, left, bottom and right of what comes from the partner. Mixup: None."""
+    """For CutMix, top, left, bottom and right of the region from the partner. For Mixup, None."""
 
 
 def draw_mix(config: AugmentConfig, image_size: int, seed: int, step: int) -> Mix | None:
-    """Mixup (Zhang et al. 2017) or CutMix (Yun et al. 2019) of global batch `step`.
+    """Draws Mixup (Zhang et al. 2017) or CutMix (Yun et al. 2019) for global batch `step`.
 
-    A pure function of (seed, step); None if both are off.
+    A pure function of (seed, step). Returns None if both are off.
     """
     if not config.mixes:
         return None
@@ -300,11 +300,11 @@ def draw_mix(config: AugmentConfig, image_size: int, seed: int, step: int) -> Mi
 
 
 def mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Mix position i of a batch, or of an even slice of one, with position i xor 1.
+    """Mixes position i of a batch, or of an even slice of one, with position i xor 1.
 
     Args:
         images: float, shape (B, 3, S, S).
-        targets: shares of the classes, shape (B, num_classes).
+        targets: probabilities of the classes, shape (B, num_classes).
 
     Returns:
         Mixed images and targets, of the same shapes.

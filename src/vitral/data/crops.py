@@ -1,8 +1,8 @@
-"""Where an image is cropped, and how the crop is resampled.
+"""Crop boxes, and how crops are resampled.
 
 Boxes are int64 arrays of shape (B, 4): top, left, height and width in pixels of the source. A box
-may leave its image; what lies outside is black. Scaled to a squashed image a box is no longer whole
-pixels, and of type float64.
+may extend beyond its image, where pixels are black. Boxes that are scaled to squashed images are
+fractional, of type float64.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ NUM_TRIES = 10
 
 
 def eval_boxes(sizes: Integers, fraction: float, fit: Fit = "crop") -> Integers:
-    """The central squares whose side is `fraction` of the short side.
+    """Returns the central squares with a side of `fraction` times the short side.
 
-    With `fit` "squash" the central boxes whose sides are `fraction` of the image's, to be squashed.
+    With `fit` "squash", returns the central boxes with sides of `fraction` times the image's sides,
+    to be squashed.
 
     Args:
         sizes: height and width of each image, shape (B, 2).
@@ -53,14 +54,14 @@ def random_boxes(
     indices: Integers,
     fit: Fit = "crop",
 ) -> Integers:
-    """The crop of each sample, a pure function of (seed, epoch, index) and the image's size.
+    """Draws the crop of each sample, a pure function of (seed, epoch, index) and the image's size.
 
     Args:
-        share: of the short side that evaluation takes.
+        fraction: fraction of the short side that evaluation crops.
         image_size: side of the model's image, in pixels.
         sizes: height and width of each image, shape (B, 2).
-        epochs: of all samples, or of each, shape (B,).
-        indices: of the samples in the data set, shape (B,).
+        epochs: epoch of all samples, or of each sample, shape (B,).
+        indices: positions of the samples in the dataset, shape (B,).
 
     Returns:
         Boxes, shape (B, 4).
@@ -80,16 +81,16 @@ def random_boxes(
 def rectangles(
     uniform: Floats, area: Floats | float, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Floats, Floats]:
-    """Sides a and b of the rectangles that Inception-style crops and Random Erasing try in turn.
+    """Returns the candidate rectangles of Inception-style crops and Random Erasing, sides a and b.
 
     Args:
         uniform: numbers in [0, 1), shape (B, 2 * NUM_TRIES).
-        area: of the image, in pixels, a number or shape (B, 1).
-        scale: range of the rectangle's share of `area`, uniform.
+        area: area of the image, in pixels, a number or shape (B, 1).
+        scale: range of the rectangle's fraction of `area`, uniform.
         ratio: range of a / b, log-uniform.
 
     Returns:
-        Whole numbers a and b, both of shape (B, NUM_TRIES).
+        Sides a and b as integers, both of shape (B, NUM_TRIES).
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     target = area * (scale[0] + (scale[1] - scale[0]) * uniform[:, :NUM_TRIES])
@@ -100,7 +101,7 @@ def rectangles(
 def _resized_boxes(
     scale: tuple[float, float], ratio: tuple[float, float], sizes: Integers, uniform: Floats
 ) -> Integers:
-    """Random resized crops (Szegedy et al. 2014), in the distribution of torchvision's."""
+    """Draws random resized crops (Szegedy et al. 2014), with torchvision's distribution."""
     height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
     w, h = rectangles(uniform[:, : 2 * NUM_TRIES], height * width, scale, ratio)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
@@ -120,16 +121,16 @@ def _resized_boxes(
 def eval_crop(
     image: Tensor, fraction: float, size: int, interpolation: str, fit: Fit = "crop"
 ) -> Tensor:
-    """What evaluation sees of one image: `crop_resize` of the box of `eval_boxes`."""
+    """Returns the evaluation crop of one image: `crop_resize` with the box from `eval_boxes`."""
     box = eval_boxes(np.array([image.shape[1:]]), fraction, fit)[0]
     return crop_resize(image, box, size, interpolation)
 
 
 def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> Tensor:
-    """One crop, resized with antialiasing on the CPU.
+    """Crops an image and resizes the crop with antialiasing, on the CPU.
 
     Args:
-        image: uint8, shape (3, H, W), of any strides.
+        image: uint8, shape (3, H, W), with any strides.
         box: top, left, height and width, shape (4,).
         size: side of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
@@ -146,20 +147,20 @@ def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> 
         padded[:, y : y + crop.shape[1], x : x + crop.shape[2]] = crop
         crop = padded
     if (height, width) != (size, size):
-        # The strides of a decoder (channels last) take torch's fastest way as they are.
+        # The strides of a decoded image (channels last) select torch's fastest kernel.
         crop = F.interpolate(crop[None], (size, size), mode=interpolation, antialias=True)[0]
     return crop.contiguous()
 
 
 def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation: str) -> Tensor:
-    """Crops of a batch, resized with antialiasing on any device: two batched matrix products.
+    """Crops and resizes a batch with antialiasing on any device, as two batched matrix products.
 
-    Equals `crop_resize` within one grey level (two in a few pixels of a bicubic enlargement), and
-    exactly where nothing is resized.
+    Matches `crop_resize` within one gray level (two in a few pixels of a bicubic enlargement), and
+    exactly if nothing is resized.
 
     Args:
         images: uint8, shape (B, 3, H, W).
-        boxes: on the host, of whole or fractional pixels, shape (B, 4).
+        boxes: on the host, in whole or fractional pixels, shape (B, 4).
         size: side of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
 
@@ -183,25 +184,25 @@ def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation:
 
 
 def _margin(starts: Integers | Floats, lengths: Integers | Floats, source: int) -> int:
-    """How many pixels the boxes leave an axis of `source` pixels by, at most."""
+    """Returns the largest number of pixels by which a box exceeds an axis of `source` pixels."""
     return math.ceil(max(0, -starts.min(), (starts + lengths).max() - source))
 
 
 def _filter_weights(
     start: Tensor, length: Tensor, source: int, margin: int, size: int, interpolation: str
 ) -> Tensor:
-    """Antialiasing weights of one axis: `length` pixels from `start` on become `size` pixels.
+    """Computes antialiasing weights of one axis, from `length` pixels at `start` to `size` pixels.
 
-    The filter is widened by the factor of reduction, and normalised over the pixels of the box,
-    those outside the image included, so that they count as black. A pixel that an edge of the box
-    divides belongs to it where its centre does: each pixel is then in or out, as in a crop of whole
-    pixels, and no pixel that is mostly outside leaks in. A box counts as one pixel long at least,
-    so that it always holds a centre.
+    The filter is widened by the downscaling factor and normalized over the pixels of the box. These
+    include pixels outside the image, which count as black. A pixel on an edge of the box belongs to
+    the box if its center does. Each pixel is thus either in or out, as in a crop of whole pixels,
+    and no pixel that is mostly outside contributes. A box counts as at least one pixel long, so
+    that it always contains a center.
 
     Args:
         start, length: in source pixels, both of shape (B,).
         source: pixels of the image along the axis.
-        margin: how many pixels a box may leave the image by.
+        margin: how many pixels a box may extend beyond the image.
 
     Returns:
         Shape (B, size, source).
@@ -217,8 +218,8 @@ def _filter_weights(
         far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
         weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
     half = length[:, None, None] / 2
-    # The last term, as float32 may round the only centre of a box out of it.
+    # The last term keeps a box's only center inside despite float32 rounding.
     weights = weights * ((pixel + 0.5 - half).abs() <= half.clamp(min=0.5) + 1e-4)
-    # Summed in float64, as the margin sets the order of the sum and depends on the batch.
+    # Summed in float64, because the order of the sum depends on the margin and so on the batch.
     weights = weights / weights.sum(2, keepdim=True, dtype=torch.float64).float()
     return weights[:, :, margin : margin + source]

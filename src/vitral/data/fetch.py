@@ -1,7 +1,7 @@
-"""Records become cropped uint8 images on the device, by the way that suits what holds them.
+"""Fetches records as cropped uint8 images.
 
-Encoded images are decoded and cropped by worker processes, or read by them and decoded by the GPU;
-packed squares are gathered by workers, and pixel sets lie on the device: both are cropped there.
+Worker processes decode and crop encoded images, or read them for the GPU to decode. Workers gather
+the squares of packs, and pixel datasets are kept on the device; both are cropped on the device.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ GPU_CHUNK = 32  # images that the GPU decodes and crops together
 
 
 def resolve_workers(config: DataConfig, records: Records, processes: int = 1) -> int:
-    """The number of fetching processes: none for pixel sets, which lie on the device.
+    """Returns the number of fetching processes: none for pixel datasets, which are on the device.
 
     Args:
-        processes: that train on this machine and share its cores.
+        processes: training processes on this machine, which share its cores.
     """
     if isinstance(records, Pixels):
         return 0
@@ -45,29 +45,29 @@ def resolve_workers(config: DataConfig, records: Records, processes: int = 1) ->
 
 @dataclass(frozen=True)
 class Request:
-    """Samples to fetch together: the epoch to draw each for and its index, both (B,)."""
+    """Samples to fetch together: the epoch to draw each sample for, and its index, both (B,)."""
 
     step: int
     first: int
-    """Place of the first sample in the global batch."""
+    """Position of the first sample in the global batch."""
     image_size: int
-    """Of the images wanted, in pixels."""
+    """Side of the requested images, in pixels."""
     epochs: Integers
     indices: Integers
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """The samples of a request: uint8 images (B, C, S, S), labels (B,), and what was broken."""
+    """Samples of a request: uint8 images (B, C, S, S), labels (B,), and the broken records."""
 
     request: Request
     images: Tensor
     labels: Tensor
     broken: list[tuple[int, str]]
-    """Records that could not be decoded, with the reason; others took their place."""
+    """Index and reason of each record that could not be decoded; other records replaced them."""
 
     def pin_memory(self) -> Fetched:
-        """Called by DataLoader, so that the copy to the device need not be waited for."""
+        """Pins the images; called by DataLoader, so that the copy to the device is asynchronous."""
         return replace(self, images=self.images.pin_memory())
 
 
@@ -79,7 +79,10 @@ def fetch(
     device: torch.device,
     decoder: Decoder = "cpu",
 ) -> Iterator[Fetched]:
-    """The samples of each request, in order, cropped; those of Pixels and a GPU's on `device`."""
+    """Yields the cropped samples of each request, in order.
+
+    They are on `device` if they are cropped there, and otherwise on the CPU.
+    """
     gpu = device.type == "cuda"
     if isinstance(records, Pixels):
         return _crop_pixels(records, config, requests, device)
@@ -93,7 +96,7 @@ def fetch(
 
 
 def describe(records: Records, index: int) -> str:
-    """What to call a record in a message: its place, or its number."""
+    """Returns the name of a record in messages: its place, or its number."""
     if isinstance(records, Packed | Pixels):
         return f"image {index}"
     return records.where(index)
@@ -113,13 +116,13 @@ def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> In
 
 
 class _FetchDataset(Dataset[T]):
-    """What worker processes run."""
+    """Base class of the datasets that run in worker processes."""
 
     def __init__(self, records: Records) -> None:
         self.records = records
 
     def locations(self, request: Request) -> list[str]:
-        """What the samples of a request are called in messages."""
+        """Returns the names of a request's samples in messages."""
         return [describe(self.records, int(i)) for i in request.indices]
 
 
@@ -148,9 +151,10 @@ class _DecodingDataset(_FetchDataset[Fetched]):
 
 
 def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tuple[Tensor, int]:
-    """Image and label of a record, or of the next one that can be decoded.
+    """Returns image and label of a record, or of the next one that can be decoded.
 
-    Where more in a row cannot than a run puts up with, it is black: the run will stop.
+    If more records in a row fail than a run tolerates, the image is black, because the run will
+    stop.
     """
     for _ in range(CHUNK + len(records) // 1000):
         try:
@@ -164,7 +168,7 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
 
 
 class _PackedDataset(_FetchDataset[Fetched]):
-    """Copies the packed squares of a request together, and crops them if no GPU does."""
+    """Gathers the packed squares of a request, and crops them unless a GPU does."""
 
     def __init__(self, records: Packed, config: Config, crop: bool) -> None:
         super().__init__(records)
@@ -180,7 +184,7 @@ class _PackedDataset(_FetchDataset[Fetched]):
 
 
 def _crop(records: Packed, config: Config, squares: Fetched) -> Fetched:
-    """Crops drawn in the originals' pixels, and taken from the squares that those became."""
+    """Draws crops in pixels of the original images, and cuts them out of the squashed squares."""
     request = squares.request
     sides = records.sides[request.indices]
     boxes = _boxes(config, sides, request, slice(None))
@@ -213,13 +217,13 @@ def _crop_pixels(
 
 @dataclass(frozen=True)
 class _EncodedBatch:
-    """The encoded bytes of a request's samples, one after the other."""
+    """Encoded bytes of a request's samples, one after another."""
 
     request: Request
     content: Tensor
     lengths: list[int]
     gpu_readable: NDArray[np.bool_]
-    """Which of them the GPU's decoder can read. Shape (B,)."""
+    """Whether the GPU's decoder can read each of them. Shape (B,)."""
 
 
 class _EncodedDataset(_FetchDataset[_EncodedBatch]):
@@ -241,7 +245,7 @@ class _EncodedDataset(_FetchDataset[_EncodedBatch]):
         try:
             return self.encoded.read(index)
         except (DecodeError, OSError):
-            return b""  # decoding it fails once more, and puts another in its place
+            return b""  # fails again when decoded, and is then replaced
 
 
 def _decode_on_gpu(
@@ -268,7 +272,7 @@ def _decode_on_gpu(
 
 
 def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, interpolation: str) -> Tensor:
-    """Crops of images of different sizes, resized in one go. (B, 3, size, size), uint8."""
+    """Crops images of different sizes, and resizes them together. (B, 3, size, size), uint8."""
     height, width = (max(int(n), 1) for n in boxes[:, 2:].max(0))
     stacked = images[0].new_zeros(len(images), 3, height, width)
     for place, image, (top, left, h, w) in zip(stacked, images, boxes.tolist(), strict=True):

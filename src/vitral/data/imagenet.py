@@ -1,4 +1,4 @@
-"""Facts of ImageNet-1K (ILSVRC2012) that its archives lack or bury in a MATLAB file."""
+"""Facts about ImageNet-1K (ILSVRC2012) that are missing from its archives or in a MATLAB file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @lru_cache
 def _lemmas() -> dict[str, str]:
-    """Names by wnid, in order of wnid."""
+    """Returns class names by wnid, sorted by wnid."""
     text = (files("vitral.data") / "imagenet_classes.txt").read_bytes()
     assert hashlib.sha256(text).hexdigest().startswith("acf75ef0abe89694")
     return dict(line.split(" ", 1) for line in text.decode().splitlines())
@@ -21,36 +21,36 @@ def _lemmas() -> dict[str, str]:
 
 @lru_cache
 def wnids() -> tuple[str, ...]:
-    """The WordNet ids of the 1,000 classes, sorted: `n01440764` is the first."""
+    """Returns the WordNet IDs of the 1,000 classes, sorted: `n01440764` is the first."""
     return tuple(_lemmas())
 
 
 def human_name(wnid: str) -> str | None:
-    """All names of a class, such as `tench, Tinca tinca`; None for anything but a wnid of the set.
+    """Returns all names of a class, such as `tench, Tinca tinca`; None if `wnid` is unknown.
 
-    Twice it is `crane`: n02012849 is the bird, n03126707 the machine.
+    `crane` occurs twice: n02012849 is the bird, n03126707 the machine.
     """
     return _lemmas().get(wnid)
 
 
 def display(name: str) -> str:
-    """A class for people to read: `n01440764 tench` for a wnid, anything else as it is."""
+    """Returns a class name for display: `n01440764 tench` for a wnid, other names unchanged."""
     short = short_name(name)
     return name if short == name else f"{name} {short}"
 
 
 def short_name(name: str) -> str:
-    """The first human name of a wnid, such as `tench`; anything else as it is."""
+    """Returns the first human-readable name of a wnid, such as `tench`; other names unchanged."""
     known = human_name(name)
     return known.split(", ")[0] if known else name
 
 
 @lru_cache
 def validation_labels() -> NDArray[np.int64]:
-    """Positions in `wnids()` of the validation images, in order of file name. Shape (50000,).
+    """Returns the validation labels as positions in `wnids()`, in file name order. Shape (50000,).
 
-    The first is of ILSVRC2012_val_00000001.JPEG. They are the ground truth of the development kit,
-    whose own numbers are in another order.
+    The first label is that of ILSVRC2012_val_00000001.JPEG. The labels are the ground truth of the
+    development kit, which numbers the classes in a different order.
     """
     packed = (files("vitral.data") / "imagenet_val.xz").read_bytes()
     raw = lzma.decompress(packed)

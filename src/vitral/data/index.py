@@ -1,4 +1,4 @@
-"""What lies where in archives: found once, then kept in the user's cache folder."""
+"""Indexes of archives: built once, then kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from vitral.caches import cache_dir
 from vitral.data.records import Names, Spans, stamp
 from vitral.data.sampling import Integers
 
-SCHEMA = 2  # to be raised with any change of what is stored, or of how it is found
+SCHEMA = 3  # increase with every change to what is stored or how it is found
 COLUMNS = ("archive", "offsets", "sizes", "names")
 KEYS = ("values", "wnids", "skipped")
 Row = tuple[bytes, bytes, int, int, int]
-"""An image: what labels it, its name, position of its archive, first byte, bytes."""
+"""An image: label value, name, position of its archive, first byte, size in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class ArchiveIndex:
-    """Images in archives, in order of (what labels them, name)."""
+    """Images in archives, sorted by (label value, name)."""
 
     values: Names
-    """What labels the images, each value once, sorted. Shape (L,)."""
+    """Label values of the images, each value once, sorted. Shape (L,)."""
     wnids: Names
-    """The WordNet id that all images of a value are named after; else empty. Shape (L,)."""
+    """WordNet ID in the names of all images with a value, or empty. Shape (L,)."""
     spans: Spans
     """The images; their labels are positions in `values`."""
     skipped: Mapping[str, int]
-    """Number of files in the archives that are not used, by kind."""
+    """Number of unused files in the archives, by kind."""
 
     def relabeled(self, labels: Integers) -> Spans:
-        """The images under these labels, shape (N,), in order of (label, name)."""
+        """Returns the images with these labels, shape (N,), sorted by (label, name)."""
         order = np.argsort(labels, kind="stable")
         columns = {name: getattr(self.spans, name)[order] for name in COLUMNS}
         return replace(self.spans, labels=labels[order], **columns)
 
 
 Reader = Callable[[Sequence[Path]], tuple[list[Row], dict[bytes, bytes], Counter[str]]]
-"""Reads archives: an image a row, wnids by value, and the kinds of files that are not used."""
+"""Reads archives: one row per image, wnids by value, and counts of unused files by kind."""
 
 
 def index_archives(archives: Sequence[Path], read: Reader) -> ArchiveIndex:
-    """The images in `archives` as `read` finds them, or found them before.
+    """Returns the images in `archives` as found by `read`, or from the cache.
 
-    Any number of processes may do so at once. A cache that is damaged or cannot be written costs
-    time alone.
+    Several processes may call this at the same time. A cache that is damaged or cannot be written
+    only costs time.
 
     Raises:
-        UserError: by `read`.
-        OSError: an archive cannot be read.
+        UserError: from `read`.
+        OSError: if an archive cannot be read.
     """
     archives = tuple(path.absolute() for path in archives)
     stamps = tuple(stamp(path) for path in archives)
@@ -66,7 +66,7 @@ def index_archives(archives: Sequence[Path], read: Reader) -> ArchiveIndex:
     columns = _load(place)
     if columns is None:
         columns = _arrange(*read(archives))
-        # Without the cache the next run only starts later.
+        # Without the cache, the next run only takes longer to start.
         with contextlib.suppress(OSError):
             _save(place, columns)
     values, wnids, skipped = (columns.pop(name) for name in KEYS)
@@ -92,7 +92,7 @@ def _load(place: Path) -> dict[str, np.ndarray] | None:
         with place.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return {name: stored[name] for name in (*KEYS, "labels", *COLUMNS)}
     except Exception:
-        # Nearly anything is raised for a damaged zip, whose checksums tell; it is written again.
+        # A damaged zip, which checksums detect, raises nearly any exception; it is rewritten.
         return None
 
 

@@ -1,7 +1,7 @@
-"""Requests become batches on the device: fetched, copied, augmented, one ahead of the step.
+"""Turns requests into batches on the device: fetched, copied and augmented one step ahead.
 
-What is fetched are crops in uint8; all the rest, from flip to normalisation, is one batched code on
-the device.
+Fetched images are uint8 crops. All further processing, from flips to normalization, is batched and
+runs on the device.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from vitral.data.sampling import Integers, Order
 from vitral.errors import UserError
 from vitral.machine import input_device
 
-EVAL_BATCH = 256  # images of a forward pass in evaluation
+EVAL_BATCH = 256  # images per forward pass in evaluation
 NO_AUGMENTATION = AugmentConfig(crop="none", flip=0.0)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, or a batch for evaluation, on the device."""
+    """A micro-batch for training, or a batch for evaluation, on the device."""
 
     step: int
-    """The global batch that it is a slice of; in evaluation its number."""
+    """Global batch that it is part of; in evaluation, its own number."""
     first: int
-    """Place of its first image in the global batch; in evaluation in the set."""
+    """Position of its first image in the global batch; in evaluation, in the dataset."""
     images: Tensor
-    """(B, C, S, S), float32, normalised."""
+    """(B, C, S, S), float32, normalized."""
     targets: Tensor
-    """(B, classes), float32, rows that sum to one; in evaluation the labels, int64."""
+    """(B, classes), float32, rows that sum to one; in evaluation, the labels, int64."""
     broken: list[tuple[int, str]]
-    """Records that could not be decoded, with the reason; others took their place."""
+    """Index and reason of each record that could not be decoded; other records replaced them."""
     waited: float = 0.0
-    """Seconds that the device had nothing to do, as the images were still to be fetched."""
+    """Seconds that the device was idle because the images were not fetched yet."""
 
 
 def train_batches(
@@ -60,15 +60,17 @@ def train_batches(
     num_slices: int = 1,
     decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
-    """The micro-batches of the global batches `steps`, in order, augmented and mixed.
+    """Yields the micro-batches of the global batches `steps`, in order, augmented and mixed.
 
-    What a sample looks like depends on the seed, its epoch and its index alone; how it is mixed on
-    the global batch and its place in it. So neither workers nor micro-batches nor the number of
-    processes change anything.
+    An image depends only on the seed, its epoch and its index; mixing also depends on the global
+    batch and the position in it. The results therefore do not depend on the number of workers,
+    micro-batches or processes.
 
     Args:
-        share: which part of every global batch, of how many equal ones, all of even size.
-        parts: how many equal parts of that share no micro-batch goes across, of even size too.
+        shard: index of this process's shard of every global batch, and number of shards. Shards are
+            equal, of even size.
+        num_slices: number of equal parts of a shard, of even size, whose boundaries no micro-batch
+            crosses.
     """
     data_device = input_device(device)
     seed, smoothing = config.train.seed, config.train.label_smoothing
@@ -102,7 +104,7 @@ def train_batches(
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Targets (B, classes) for labels (B,), with a fraction spread evenly over the classes."""
+    """Converts labels (B,) to targets (B, classes); spreads a fraction evenly over the classes."""
     return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
@@ -115,16 +117,17 @@ def eval_batches(
     shard: tuple[int, int] = (0, 1),
     decoder: Decoder = "cpu",
 ) -> Iterator[Batch]:
-    """Every record once, in order.
+    """Yields every record once, in order.
 
-    The last batch is filled up with copies of an image, so that all batches have one shape; as many
-    images count as there are labels.
+    The last batch is padded with copies of an image, so that all batches have the same shape; there
+    are no labels for these copies.
 
     Args:
-        share: which part of the batches, of how many contiguous ones.
+        shard: index of this process's shard of the batches, and number of shards. Shards are
+            contiguous.
 
     Raises:
-        UserError: for an image that cannot be decoded.
+        UserError: if an image cannot be decoded.
     """
     data_device = input_device(device)
     everything = np.arange(len(records))
@@ -138,12 +141,12 @@ def eval_batches(
         for index, reason in fetched.broken:
             raise UserError(
                 f"data: {describe(records, index)}: {reason}; "
-                "fix or remove it and start again; `vitral data check` finds all"
+                "fix or remove it and start again; `vitral data check` lists all broken images"
             )
         images = fetched.images.to(data_device, non_blocking=True)
         if len(images) < batch_size:
-            filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
-            images = torch.cat([images, filling])
+            padding = images[-1:].expand(batch_size - len(images), -1, -1, -1)
+            images = torch.cat([images, padding])
         images = augment.finish(images, None, config.data.mean, config.data.std)
         first = int(fetched.request.indices[0])
         labels = fetched.labels.to(data_device, non_blocking=True)
@@ -164,19 +167,19 @@ def fetch_eval_crops(
     device: torch.device,
     decoder: Decoder = "cpu",
 ) -> Iterator[Fetched]:
-    """Chosen records as evaluation sees them, unnormalized: a batch for each of `index_batches`."""
-    still = dataclasses.replace(config, augment=NO_AUGMENTATION)
+    """Yields evaluation crops of records, not normalized: one batch for each of `index_batches`."""
+    config = dataclasses.replace(config, augment=NO_AUGMENTATION)
     image_size = config.model.image_size
     requests = [
         Request(0, 0, image_size, np.zeros_like(indices), indices) for indices in index_batches
     ]
-    return fetch(records, still, requests, workers, device, decoder)
+    return fetch(records, config, requests, workers, device, decoder)
 
 
 def _prepare_ahead(
     fetched: Iterator[Fetched], prepare: Callable[[Fetched], Batch], device: torch.device
 ) -> Iterator[Batch]:
-    """Prepares each batch; on a side stream of a GPU, while the step before it still runs there."""
+    """Prepares each batch; on a GPU, on a side stream while the previous step still runs."""
     if device.type != "cuda":
         started = time.perf_counter()
         for item in fetched:
@@ -193,7 +196,7 @@ def _prepare_ahead(
         done = torch.cuda.Event(enable_timing=True)
         done.record(main)
         if before is not None:
-            # Else a quick host would prepare several batches, whose memory nobody reckoned with.
+            # Otherwise a fast host would prepare several batches and use more memory than planned.
             before.synchronize()
         with torch.cuda.stream(side_stream):
             item = next(fetched, None)
@@ -203,14 +206,14 @@ def _prepare_ahead(
             batch = dataclasses.replace(prepare(item), waited=waited)
         before = done
         main.wait_stream(side_stream)
-        # Else the allocator would hand the memory out again while the step still reads it.
+        # Otherwise the allocator would reuse the memory while the step still reads it.
         batch.images.record_stream(main)
         batch.targets.record_stream(main)
         yield batch
 
 
 def _idle_seconds(done: torch.cuda.Event, stream: torch.cuda.Stream) -> float:
-    """Seconds that a stream has had nothing to do for; `done` was the last that it was given."""
+    """Returns the seconds that a stream has been idle; `done` is the last event recorded on it."""
     if not done.query():
         return 0.0
     now = torch.cuda.Event(enable_timing=True)

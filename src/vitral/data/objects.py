@@ -1,4 +1,4 @@
-"""Items of a Python dataset as records: torchvision's, torch's subsets, Hugging Face's, or any."""
+"""Items of a Python dataset as records: of torchvision, torch, Hugging Face, or any other."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """Items of a Python dataset, which implement `Encoded`."""
+    """Items of a Python dataset; implements `Encoded`."""
 
     source: Source
     rows: Integers
     """Positions of the items in `source`. Shape (N,)."""
     labels: Integers
-    """What each item is labeled. Shape (N,)."""
+    """Label of each item. Shape (N,)."""
     digest: str
     """Identifies the images of `source`."""
 
@@ -51,45 +51,45 @@ class Objects:
 
     @property
     def names(self) -> NDArray[np.bytes_]:
-        """The positions in decimal. Shape (N,)."""
+        """Positions of the items in decimal. Shape (N,)."""
         return self.rows.astype(np.bytes_)
 
     def image(self, i: int) -> Tensor:
-        """Image `i`, as `decode` gives it: uint8, (3, H, W), channels innermost in memory.
+        """Returns image `i` as `decode` does: uint8, (3, H, W), channels innermost in memory.
 
         Raises:
-            DecodeError: it cannot be read, or its label is not the one that it had at first.
+            DecodeError: if it cannot be read, or its label has changed since it was first read.
         """
         image, label = read_item(self.source, int(self.rows[i]))
         if label != self.labels[i]:
-            raise DecodeError(f"label {label}, which was {self.labels[i]} at first")
+            raise DecodeError(f"label changed from {self.labels[i]} to {label}")
         return image
 
     def read(self, i: int) -> bytes:
-        """Image `i` as a PNG."""
+        """Returns image `i` as a PNG."""
         content = io.BytesIO()
         Image.fromarray(self.image(i).permute(1, 2, 0).numpy()).save(content, "PNG")
         return content.getvalue()
 
     def where(self, i: int) -> str:
-        """The position of image `i`, for messages."""
+        """Returns the position of image `i`, for messages."""
         return f"item {self.rows[i]}"
 
     def take(self, chosen: NDArray[np.bool_]) -> Objects:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
 
     def identity(self) -> Iterator[bytes]:
-        """The digest, and the positions of the items."""
+        """Yields the digest, and the positions of the items."""
         yield self.digest.encode()
         yield np.ascontiguousarray(self.rows, "<i8").tobytes()
 
 
 def read_item(source: Source, index: int) -> tuple[Tensor, int]:
-    """Image, as `decode` gives it, and label of an item.
+    """Returns the image of an item, as `decode` does, and its label.
 
     Raises:
-        DecodeError: it is not an image with a label.
+        DecodeError: if it is not an image with a label.
     """
     try:
         item = source[index]

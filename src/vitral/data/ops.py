@@ -1,9 +1,9 @@
-"""The operations of AutoAugment, Color Jitter and their kin, on batches with values per image.
+"""Operations of AutoAugment, Color Jitter and similar policies, on batches with a value per image.
 
-Each equals torchvision's functional of one image on uint8. Whatever maps grey levels to grey
-levels becomes one table of 256 entries per image and channel, and what moves pixels becomes one
-matrix per image, so that a slot of any mixture of operations costs a lookup and a gather. Which
-image takes which operation is known on the host: nothing here waits for the device.
+Each operation equals torchvision's functional for a single uint8 image. Operations that map gray
+levels to gray levels become one table of 256 entries per image and channel. Operations that move
+pixels become one matrix per image. A slot with any mixture of operations thus costs a lookup and a
+gather. The host knows the operation of each image, so nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ Ops = NDArray[np.int8]
 
 
 class Op(IntEnum):
-    """An operation; its value is what the comment says. The first 14 are RandAugment's."""
+    """An operation; the comments describe its value. The first 14 are RandAugment's."""
 
     IDENTITY = 0
     SHEAR_X = 1  # tangent of the angle
     SHEAR_Y = 2
     TRANSLATE_X = 3  # whole pixels
     TRANSLATE_Y = 4
-    ROTATE = 5  # degrees, anticlockwise
+    ROTATE = 5  # degrees, counterclockwise
     BRIGHTNESS = 6  # factor
     SATURATION = 7  # factor
     CONTRAST = 8  # factor
     SHARPNESS = 9  # factor
-    POSTERIZE = 10  # bits that are kept
-    SOLARIZE = 11  # grey level from which on to invert
+    POSTERIZE = 10  # bits to keep
+    SOLARIZE = 11  # lowest gray level to invert
     AUTOCONTRAST = 12
     EQUALIZE = 13
     INVERT = 14
-    HUE = 15  # share of the colour circle
+    HUE = 15  # fraction of the color circle
     GRAYSCALE = 16
     BLUR = 17  # standard deviation in pixels
 
 
 def apply_slot(images: Tensor, ops: Ops, values: Floats) -> None:
-    """One operation for each image of a batch, in place.
+    """Applies one operation to each image of a batch, in place.
 
     Args:
         images: uint8, shape (B, 3, S, S).
         ops: of type `Op`, on the host, shape (B,).
-        values: the operations' values, shape (B,).
+        values: values of the operations, shape (B,).
     """
     kinds = _KIND[ops]
     for kind, function in enumerate(_FUNCTIONS, start=1):
@@ -61,7 +61,7 @@ def apply_slot(images: Tensor, ops: Ops, values: Floats) -> None:
 
 
 def apply_to_rows(tensor: Tensor, rows: NDArray, function: Callable[[Tensor], Tensor]) -> None:
-    """Puts `function` of the given rows in their place."""
+    """Replaces the given rows of a tensor with `function` applied to them."""
     if len(rows) == len(tensor):
         tensor.copy_(function(tensor))
     elif rows.size:
@@ -70,12 +70,12 @@ def apply_to_rows(tensor: Tensor, rows: NDArray, function: Callable[[Tensor], Te
 
 
 def to_device(array: NDArray, device: torch.device) -> Tensor:
-    """A small array as a tensor; the copy does not wait for work under way on the device."""
+    """Returns a small array as a tensor; the copy does not wait for pending work on the device."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _column(values: Floats, device: torch.device) -> Tensor:
-    """Values as float32 of shape (B, 1, 1, 1)."""
+    """Returns values as float32 of shape (B, 1, 1, 1)."""
     return to_device(values.astype(np.float32), device).view(-1, 1, 1, 1)
 
 
@@ -87,17 +87,17 @@ def _to_uint8(x: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, matrices: Floats, mode: str) -> Tensor:
-    """Sample every image on its own affine grid, black outside.
+    """Samples every image on its own affine grid; pixels outside an image are black.
 
     Args:
         images: uint8, shape (B, 3, S, S).
         matrices: from positions in the result to positions in the source, both in pixels from the
-            image's centre, shape (B, 2, 3).
+            image's center, shape (B, 2, 3).
         mode: "nearest" or "bilinear".
     """
     S = images.shape[-1]
-    # Elementwise rather than by a matrix product, which may run in TF32 on a GPU. Rounded where
-    # torchvision's product rounds, so that positions halfway between pixels fall on the same side.
+    # Elementwise, because a matrix product may run in TF32 on a GPU. Rounds where torchvision's
+    # product rounds, so that positions halfway between pixels go to the same side.
     theta = to_device(matrices.astype(np.float32), images.device)[..., None, None] / (0.5 * S)
     x = torch.arange(S, device=images.device) - 0.5 * (S - 1)
     grid = torch.addcmul(theta[:, :, 0] * x, theta[:, :, 1], x[:, None]) + theta[:, :, 2]
@@ -106,7 +106,7 @@ def warp(images: Tensor, matrices: Floats, mode: str) -> Tensor:
 
 
 def affine_matrices(parameters: Floats) -> Floats:
-    """Inverse matrices of random affine transforms, as torchvision composes them.
+    """Returns inverse matrices of random affine transforms, composed as in torchvision.
 
     Args:
         parameters: angle in degrees, scale, shear along x in degrees, and shift in x and y in
@@ -126,7 +126,7 @@ def affine_matrices(parameters: Floats) -> Floats:
 
 def _geometric(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     matrices = np.tile(np.eye(2, 3), (len(ops), 1, 1))
-    # A shear starts from the top left corner, a rotation from the centre.
+    # A shear starts at the top left corner, a rotation at the center.
     corner = images.shape[-1] / 2
     for op, axis in ((Op.SHEAR_X, 0), (Op.SHEAR_Y, 1)):
         rows = ops == op
@@ -142,12 +142,12 @@ def _geometric(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     return warp(images, matrices, "nearest")
 
 
-# ---- Grey levels: one table per image and channel. Each function takes images (B, 3, S, S), grey
-# ---- levels 0 to 255 as float32 and values (B, 1, 1), and returns what expands to (B, 3, 256).
+# ---- Gray levels: one table per image and channel. Each function takes images (B, 3, S, S), gray
+# ---- levels 0 to 255 as float32 and values (B, 1, 1); its result can expand to (B, 3, 256).
 
 
 def _gray(images: Tensor) -> Tensor:
-    """Luma with ITU-R 601-2's weights, not rounded, shape (B, S, S)."""
+    """Returns the luma with the weights of ITU-R 601-2, not rounded, shape (B, S, S)."""
     r, g, b = images.unbind(1)
     return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
@@ -158,7 +158,7 @@ def _posterize(images: Tensor, levels: Tensor, values: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, levels: Tensor, values: Tensor) -> Tensor:
-    # In float64 the sum of whole numbers is exact, whatever its order.
+    # In float64, the sum of integers is exact in any order.
     mean = _gray(images).floor_().mean((1, 2), dtype=torch.float64).float()
     return levels * values + mean[:, None, None] * (1 - values)
 
@@ -175,7 +175,7 @@ def _equalize(images: Tensor, levels: Tensor, values: Tensor) -> Tensor:
     one = torch.ones(1, dtype=torch.int32, device=images.device)
     histogram.scatter_add_(2, pixels, one.expand_as(pixels))
     below = histogram.cumsum(2, dtype=torch.int32) - histogram
-    # Pillow's step: the pixels below the brightest level that occurs, shared among 255 levels.
+    # Pillow's step: the number of pixels below the brightest level in the image, divided by 255.
     brightest = images.flatten(2).amax(2, keepdim=True).long()
     step = below.gather(2, brightest) // 255
     equalized = (below + step // 2) // step.clamp(min=1)
@@ -207,7 +207,7 @@ def _pointwise(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     return tables.gather(2, images.flatten(2).long()).view(B, C, S, S)
 
 
-# ---- What looks at several channels or pixels.
+# ---- Operations on several channels or pixels.
 
 
 def _saturation(images: Tensor, ops: Ops, values: Floats) -> Tensor:
@@ -224,7 +224,7 @@ def _sharpness(images: Tensor, ops: Ops, values: Floats) -> Tensor:
         return images
     sharp = images.float()
     inner = sharp[:, :, 1:-1, 1:-1]
-    # Sums of shifted images are exact, and on a CPU ten times as fast as a convolution.
+    # Sums of shifted images are exact and, on a CPU, ten times as fast as a convolution.
     rows = sharp[:, :, :-2] + sharp[:, :, 1:-1] + sharp[:, :, 2:]
     smooth = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner
     smooth = smooth.div_(13).round_()
@@ -246,13 +246,13 @@ def _hue(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     )
     hue = sector[:, None] / 6 + turn  # (B, 1, S, S)
     sixth = 6 * hue.sub_(hue.floor())
-    # How far each channel falls below the brightest: red from 1 to 5, green and blue outside of
-    # two sixths either way of their own 2 and 4.
-    share = torch.cat(
+    # How far each channel falls below the brightest one, as a fraction of the chroma: red from 1
+    # to 5, green more than one sixth from 2, blue more than one sixth from 4.
+    drop = torch.cat(
         [2 - (sixth - 3).abs_(), (sixth - 2).abs_() - 1, (sixth - 4).abs_() - 1], dim=1
     ).clamp_(0, 1)
-    # torchvision's way back to uint8: by a little less than 256, and cut off.
-    return _to_uint8((value[:, None] - chroma[:, None] * share).mul_(255.999))
+    # As torchvision converts to uint8: times slightly less than 256, truncated.
+    return _to_uint8((value[:, None] - chroma[:, None] * drop).mul_(255.999))
 
 
 def _blur(images: Tensor, ops: Ops, values: Floats) -> Tensor:

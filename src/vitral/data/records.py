@@ -1,7 +1,7 @@
-"""Tables of images with random access, and the data set that two of them make.
+"""Tables of images with random access, and datasets of two such tables.
 
-A table is encoded (files, byte ranges of archives, rows of Parquet), packed (squares in a file that
-is mapped into memory) or pixels in memory. Record i is image i of a split, whatever holds it.
+A table is encoded (files, byte ranges of archives, or rows of Parquet), packed (squares in a
+memory-mapped file), or pixels in memory. In each of them, record i is image i of a split.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vitral.files import MAX_IMAGE, descriptor_of, read_regular, require_regular
 from vitral.machine import max_open_files
 
 Names = NDArray[np.bytes_]
-VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first that is there is taken
+VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first one found is used
 
 
 def max_archives() -> int:
@@ -39,54 +39,54 @@ def max_archives() -> int:
 
 
 Stamp = tuple[int, int]
-"""Size of a file in bytes, and its time of change in nanoseconds."""
+"""Size of a file in bytes, and its modification time in nanoseconds."""
 
 
 def stamp(path: Path, status: os.stat_result | None = None) -> Stamp:
-    """The stamp of a regular file. Raises OSError, for another file too."""
+    """Returns the stamp of a regular file. Raises OSError, also for other kinds of files."""
     status = require_regular(path.stat() if status is None else status, path)
     return status.st_size, status.st_mtime_ns
 
 
 class Encoded(Protocol):
-    """Encoded images, to be decoded one at a time."""
+    """Encoded images, which are decoded one at a time."""
 
     @property
     def labels(self) -> Integers:
-        """Positions in the data set's classes. Shape (N,)."""
+        """Positions in the dataset's classes. Shape (N,)."""
         ...
 
     @property
     def names(self) -> Names:
-        """What each image is called, as bytes of a path; labels and names fix the order. (N,)."""
+        """Names of the images, as bytes of paths; they and the labels set the order. Shape (N,)."""
         ...
 
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. Raises OSError."""
+        """Returns the encoded bytes of image `i`. Raises OSError."""
         ...
 
     def where(self, i: int) -> str:
-        """The place of image `i`, for messages."""
+        """Returns the place of image `i`, for messages."""
         ...
 
     def take(self, chosen: NDArray[np.bool_]) -> Self:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         ...
 
     def identity(self) -> Iterator[bytes]:
-        """What tells these images from others, but for labels; not where they lie."""
+        """Yields what distinguishes these images from others, except labels and location."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Encoded images, one a file."""
+    """Encoded images, one per file."""
 
     root: Path
     names: Names
-    """Paths relative to root, as `os.fsencode` gives them. Shape (N,)."""
+    """Paths relative to root, as returned by `os.fsencode`. Shape (N,)."""
     sizes: Integers
     """Bytes of each file. Shape (N,)."""
     labels: Integers
@@ -96,29 +96,29 @@ class Files:
         return len(self.names)
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. Raises OSError."""
+        """Returns the encoded bytes of image `i`. Raises OSError."""
         return read_regular(self.root / os.fsdecode(self.names[i]))
 
     def where(self, i: int) -> str:
-        """The path of image `i`, for messages."""
+        """Returns the path of image `i`, for messages."""
         return printable(self.root / os.fsdecode(self.names[i]))
 
     def take(self, chosen: NDArray[np.bool_]) -> Files:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         return Files(self.root, self.names[chosen], self.sizes[chosen], self.labels[chosen])
 
     def identity(self) -> Iterator[bytes]:
-        """Names and sizes."""
+        """Yields names and sizes."""
         return _names_and_sizes(self.names, self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """Encoded images, each a range of bytes in one of a few archives."""
+    """Encoded images, each a range of bytes in an archive."""
 
     archives: tuple[Path, ...]
     stamps: tuple[Stamp, ...]
-    """Of each archive when it was indexed."""
+    """Stamp of each archive when it was indexed."""
     archive: Integers
     """Position in `archives` of each image. Shape (N,)."""
     offsets: Integers
@@ -135,11 +135,11 @@ class Spans:
 
     @cached_property
     def _open(self) -> OrderedDict[int, int]:
-        """Descriptors of archives, the last used last; `pread` shares no position."""
+        """Descriptors of archives, the most recently used last; `pread` shares no position."""
         return OrderedDict()
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. Raises OSError, if its archive has changed too."""
+        """Returns the encoded bytes of image `i`. Raises OSError, also if the archive changed."""
         which = int(self.archive[i])
         if which not in self._open:
             path = self.archives[which]
@@ -156,17 +156,17 @@ class Spans:
         return os.pread(self._open[which], int(self.sizes[i]), int(self.offsets[i]))
 
     def where(self, i: int) -> str:
-        """Archive and name of image `i`, for messages."""
+        """Returns archive and name of image `i`, for messages."""
         archive = printable(self.archives[int(self.archive[i])])
         return f"{archive}: {printable(self.names[i])}"
 
     def take(self, chosen: NDArray[np.bool_]) -> Spans:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         columns = ("archive", "offsets", "sizes", "names", "labels")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     def identity(self) -> Iterator[bytes]:
-        """Names and sizes."""
+        """Yields names and sizes."""
         return _names_and_sizes(self.names, self.sizes)
 
 
@@ -177,35 +177,35 @@ def _names_and_sizes(names: Names, sizes: Integers) -> Iterator[bytes]:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Images squashed to squares of one size, in a file that is mapped into memory."""
+    """Images squashed to squares of one size, in a memory-mapped file."""
 
     images: NDArray[np.uint8]
     """Shape (all, 3, P, P)."""
     sides: Integers
     """Height and width of each image before it was squashed. Shape (N, 2)."""
     names: Names
-    """What each image was called where it came from. Shape (N,)."""
+    """Names of the images in the source of the pack. Shape (N,)."""
     labels: Integers
     """Shape (N,)."""
     digest: str
-    """SHA-256 of the pixels, as the pack's manifest has it."""
+    """SHA-256 over the SHA-256 of all chunks in the pack's index."""
     rows: Integers
-    """Which of `images` each one is. Shape (N,)."""
+    """Position of each image in `images`. Shape (N,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def squares(self, indices: Integers) -> NDArray[np.uint8]:
-        """Copies of some of the squares, shape (n, 3, P, P)."""
+        """Returns copies of some of the squares, shape (n, 3, P, P)."""
         return self.images[self.rows[indices]]
 
     def take(self, chosen: NDArray[np.bool_]) -> Packed:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         columns = ("sides", "names", "labels", "rows")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     def identity(self) -> Iterator[bytes]:
-        """The digest of all pixels, which of them these are if not all, and the original sizes."""
+        """Yields the digest of all pixels, the rows of a subset, and the original sizes."""
         yield self.digest.encode()
         if len(self) < len(self.images):
             yield np.ascontiguousarray(self.rows, "<i8").tobytes()
@@ -225,11 +225,11 @@ class Pixels:
         return len(self.labels)
 
     def take(self, chosen: NDArray[np.bool_]) -> Pixels:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         return Pixels(self.images[torch.from_numpy(chosen)], self.labels[chosen])
 
     def identity(self) -> Iterator[bytes]:
-        """The pixels."""
+        """Yields shape and values of the pixels."""
         yield str(tuple(self.images.shape)).encode()
         yield self.images.contiguous().numpy().tobytes()
 
@@ -247,20 +247,20 @@ class Dataset:
     train: Records | None
     val: Records | None
     held_out: bool = False
-    """Whether `val` is a part of the training images."""
+    """Whether `val` is a held-out part of the training images."""
     choices: tuple[str, ...] = ()
-    """How the splits were chosen where the user may have meant others."""
+    """How the splits were chosen, if the user may have meant others."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Number of files that are not used, by kind."""
+    """Number of unused files, by kind."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should be told."""
+        """Notes about the dataset for the user."""
         return (*self.choices, *note(self.name, self.skipped))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over classes, labels, and what identifies the images; not over the location."""
+        """SHA-256 of classes, labels, and what identifies the images, but not of their location."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for split, records in (("train", self.train), ("val", self.val)):
             if records is not None:
@@ -279,13 +279,14 @@ def merge_splits(
     seed: int,
     skipped: Mapping[str, int] | None = None,
 ) -> Dataset:
-    """The data set of the splits found in `root`; without `val` a part of `training` is held out.
+    """Returns the dataset of the splits in `root`; without `val`, holds out a part of `training`.
 
-    `training` is None where only the validation split is needed. Class names become those of
+    `training` is None if only the validation split is needed. Class names become those of
     `class_name`.
 
     Raises:
-        UserError: the classes differ, two become one name, or nothing can be held out.
+        UserError: if the classes differ, two of them have the same name, or nothing can be held
+            out.
     """
     name, skipped = printable(root.resolve().name), skipped or {}
     training, val = (_with_class_names(root, split) for split in (training, val))
@@ -310,16 +311,16 @@ def merge_splits(
 
 
 def class_name(name: str) -> str:
-    """The name of a class as it is compared, stored and printed.
+    """Returns the name of a class as it is compared, stored and printed.
 
-    As Unicode composes it, because file systems disagree on how to spell an accented letter, and
-    without control characters, which terminals act on.
+    Unicode is composed, because file systems spell accented letters differently. Control
+    characters, which terminals would act on, are escaped.
     """
     return printable(unicodedata.normalize("NFC", name))
 
 
 def _with_class_names(root: Path, split: Split | None) -> Split | None:
-    """A split with the names of `class_name`. Raises UserError if two become one."""
+    """Returns a split with `class_name` names. Raises UserError if two of them become the same."""
     if split is None:
         return None
     spellings: dict[str, list[str]] = {}
@@ -327,7 +328,7 @@ def _with_class_names(root: Path, split: Split | None) -> Split | None:
         spellings.setdefault(class_name(name), []).append(name)
     for several in spellings.values():
         if len(several) > 1:
-            got = f"{' and '.join(map(ascii, several))}, which are the same to Unicode"
+            got = f"{' and '.join(map(ascii, several))}, which are the same in Unicode"
             raise data_error(root, "each class once", got, "rename or merge them")
     return tuple(spellings), split[1]
 
@@ -335,15 +336,15 @@ def _with_class_names(root: Path, split: Split | None) -> Split | None:
 def hold_out(
     dataset: Dataset, place: os.PathLike[str] | str, fraction: float, seed: int, why: str
 ) -> Dataset:
-    """The data set, validated on a part of its training images.
+    """Returns the dataset with a part of its training images as the validation split.
 
     Args:
-        place: where it lies, for messages.
-        fraction: of each class.
-        why: the reason, for the user.
+        place: path of the dataset, for messages.
+        fraction: fraction of each class to hold out.
+        why: reason, for the user.
 
     Raises:
-        UserError: no class has two images.
+        UserError: if no class has two images.
     """
     records = dataset.train
     assert records is not None
@@ -354,16 +355,16 @@ def hold_out(
         raise data_error(place, "validation images", got, "add images")
     choice = (
         f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({fraction:.0%} of each "
-        f"class) {'is' if held.sum() == 1 else 'are'} held out, drawn by seed {seed}"
+        f"class) {'is' if held.sum() == 1 else 'are'} held out, drawn with seed {seed}"
     )
     train, val = records.take(~held), records.take(held)
     return replace(dataset, train=train, val=val, held_out=True, choices=(choice,))
 
 
 def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which images to hold out. (N,)."""
+    """Selects the images to hold out. Shape (N,)."""
     if isinstance(records, Pixels):
         keys = np.arange(len(records))
-    else:  # by base names, which an archive has in common with the folder that it was made of
+    else:  # by base names, which are the same in an archive and in the folder it was made from
         keys = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
     return held_out(keys, records.labels, fraction, seed, "held out")

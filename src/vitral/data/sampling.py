@@ -1,8 +1,8 @@
-"""Which sample comes when, and every random number that is drawn for it.
+"""The order of the samples, and the random numbers of each sample.
 
-Nothing random is saved: all of it is recomputed from (seed, epoch, index) by a counter-based hash,
-in the manner of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The mixing
-function is SplitMix64's (Steele et al. 2014).
+Nothing random is saved. Every random number is recomputed from (seed, epoch, index) with a
+counter-based hash, as in Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The
+mixing function is that of SplitMix64 (Steele et al. 2014).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _MASK = 0xFFFFFFFFFFFFFFFF
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64-bit integers that spreads every input bit."""
+    """Applies SplitMix64's finalizer, a bijection of 64-bit integers that diffuses every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def hash64(*words: int | Integers) -> NDArray[np.uint64]:
-    """A 64-bit hash of integers, elementwise over arrays of one shape or scalars."""
+    """Returns a 64-bit hash of integers, elementwise over scalars or arrays of one shape."""
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for word in words:
@@ -38,19 +38,20 @@ def hash64(*words: int | Integers) -> NDArray[np.uint64]:
 
 
 def derive_seed(purpose: str, *words: int) -> int:
-    """A seed for `torch.manual_seed`, below 2**63, from a purpose and (seed, step) or the like."""
+    """Derives a seed for `torch.manual_seed`, below 2**63, from a purpose and integers."""
     return int(hash64(crc32(purpose.encode()), *words)) >> 1
 
 
 def uniforms(
     seed: int, epoch: int | Integers, indices: Integers, count: int, purpose: str = ""
 ) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), a row a sample, each a pure function of its arguments.
+    """Draws uniform numbers in [0, 1), one row per sample, each a pure function of its arguments.
 
     Args:
-        epoch: of all samples, or of each, shape (B,).
-        indices: of the samples in the data set, shape (B,).
-        purpose: names independent streams; the first k columns do not depend on `count`.
+        epoch: epoch of all samples, or of each sample, shape (B,).
+        indices: positions of the samples in the dataset, shape (B,).
+        count: numbers per sample; the first k columns do not depend on it.
+        purpose: selects an independent stream.
 
     Returns:
         Shape (B, count).
@@ -64,7 +65,7 @@ def uniforms(
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> Integers:
-    """The order of the `size` samples in `epoch`. Shape (size,), a permutation of 0 to size - 1."""
+    """Returns the order of samples in `epoch`: a permutation of 0 to size - 1, shape (size,)."""
     order = np.argsort(hash64(seed, crc32(b"order"), epoch, np.arange(size)), kind="stable")
     order.setflags(write=False)
     return order
@@ -73,15 +74,15 @@ def permutation(seed: int, epoch: int, size: int) -> Integers:
 def held_out(
     keys: Integers, labels: Integers, fraction: float, seed: int, purpose: str
 ) -> NDArray[np.bool_]:
-    """Which images to hold out of training: a fraction of each class, drawn by hashed keys.
+    """Selects the images to hold out of training: a fraction of each class, drawn by hashed keys.
 
     Args:
-        keys: of the images, shape (N,); the choice depends on them and not on the order.
+        keys: keys of the images, shape (N,); the selection depends on them and not on their order.
         labels: shape (N,).
-        purpose: names independent draws.
+        purpose: selects an independent draw.
 
     Returns:
-        Shape (N,): the rounded fraction of each class, at least one image and never all.
+        Mask of shape (N,): the rounded fraction of each class, but at least one and never all.
     """
     counts = np.bincount(labels)
     quota = np.minimum(np.maximum(np.rint(fraction * counts), 1), counts - 1)
@@ -89,7 +90,7 @@ def held_out(
 
 
 def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> Integers:
-    """The place of each image in a random order of its class: 0, 1, ... Shape (N,).
+    """Returns the position of each image in a random order of its class: 0, 1, ... Shape (N,).
 
     Args:
         keys, labels, purpose: as for `held_out`.
@@ -103,11 +104,11 @@ def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> I
 
 @dataclass(frozen=True)
 class Order:
-    """The endless concatenation of permuted epochs, cut into global batches.
+    """An endless sequence of permuted epochs, divided into global batches.
 
-    With `repeats` R > 1 a batch of G holds G / R images, R times each: position j holds image
-    j mod (G / R), so that within an epoch the partners j and j xor 1 of Mixup are different images;
-    each copy is augmented as of its own epoch.
+    With `repeats` R > 1, a batch of G contains G / R images, R times each. Position j contains
+    image j mod (G / R), so that within an epoch, positions j and j xor 1, which Mixup pairs,
+    contain different images. Each copy is augmented with the random numbers of a different epoch.
     """
 
     seed: int
@@ -116,10 +117,10 @@ class Order:
     repeats: int = 1
 
     def samples(self, step: int, start: int, stop: int) -> tuple[Integers, Integers]:
-        """Positions start to stop of global batch `step`.
+        """Returns the samples at positions start to stop of global batch `step`.
 
         Returns:
-            The epoch to draw each sample for, and its index, both of shape (stop - start,).
+            Epoch to draw each sample for, and index of each sample, both of shape (stop - start,).
         """
         distinct = self.batch_size // self.repeats
         j = np.arange(start, stop)
@@ -131,5 +132,5 @@ class Order:
         return epochs * self.repeats + j // distinct, indices
 
     def end_of_epoch(self, epoch: int) -> int:
-        """The steps that `epoch` times the size of the set takes, repeats counted."""
+        """Returns the number of steps in `epoch` passes over the dataset, counting repeats."""
         return -(-epoch * self.size // self.batch_size)

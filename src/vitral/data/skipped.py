@@ -1,4 +1,4 @@
-"""Files of a data set that are not used: which names are skipped, and what is said about them."""
+"""Unused files of a dataset: which names are skipped, and how they are reported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SYSTEM_FILES = frozenset(
         *("@Recycle", "@Recently-Snapshot", "@Transcode"),  # QNAP
     )
 )
-"""Files and folders, in lower case, that operating systems and file servers put beside others.
+"""Files and folders, in lower case, that operating systems and file servers add to folders.
 
-They are skipped wherever images are looked for, in folders and archives, in letters of either case.
-So is every name that begins with a dot, such as .git and .DS_Store.
+They are skipped in folders and archives, regardless of case. So is every name that begins with a
+dot, such as .git and .DS_Store.
 """
 
 OUTSIDE_CLASSES = "images outside class folders"
@@ -36,32 +36,32 @@ def is_system(name: str) -> bool:
 
 
 def system_part(path: str) -> str | None:
-    """The first part of a path in an archive that is skipped; None if it is used."""
+    """Returns the first part of a path in an archive that is skipped, or None."""
     return next(filter(is_system, path.split("/")), None)
 
 
 def file_kind(name: str) -> str:
-    """The kind of a file that is no image, by its name."""
-    return os.path.splitext(name)[1].lower() or "no ending"  # noqa: PTH122
+    """Returns the kind of a file that is not an image, by its name."""
+    return os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122
 
 
 def count_files(entry: os.DirEntry[str]) -> int:
-    """1 for a file, or how many files a folder holds; links are not followed."""
+    """Returns 1 for a file, or the number of files in a folder; links are not followed."""
     if not entry.is_dir(follow_symlinks=False):
         return 1
     return sum(len(files) for *_, files in os.walk(entry.path))
 
 
 def kinds(skipped: Mapping[str, int]) -> str:
-    """Kinds of skipped files and how many, the most frequent first; what to install for HEIC."""
+    """Lists skipped files by kind, the most frequent first, and what to install for HEIC."""
     counts = sorted(Counter(skipped).items(), key=lambda item: (-item[1], item[0]))
     text = first_few([f"{printable(kind)} {n:,}" for kind, n in counts if n])
-    heic = [kind for kind in HEIC if skipped.get(kind)]  # read as images if the library is there
+    heic = [kind for kind in HEIC if skipped.get(kind)]  # images if the library is installed
     return f"{text}; {INSTALL_HINT.format(', '.join(heic))}" if heic else text
 
 
 def note(name: str, skipped: Mapping[str, int]) -> tuple[str, ...]:
-    """A line on the files of a data set that are not used; none if all are."""
+    """Returns a line about the unused files of a dataset, if there are any."""
     total = sum(skipped.values())
     if not total:
         return ()

@@ -1,4 +1,4 @@
-"""Worker processes that fetch what a data set has: started, watched and ended."""
+"""Worker processes that fetch items of a dataset: starts, monitors and terminates them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ from vitral.compat import abandon_loader, is_loader_timeout, loader_workers, wra
 from vitral.errors import UserError, counted, first_few, reason_of
 
 T = TypeVar("T")
-POLL, REPORT_AFTER = 5, 60  # seconds without a batch, until it is looked into and said
+POLL, REPORT_AFTER = 5, 60  # seconds between checks, and until a missing batch is reported
 _started = weakref.WeakSet[BaseProcess]()  # workers
 
 
 def in_workers(
     dataset: Dataset[T], requests: Iterable[Any], workers: int, pin_memory: bool = False
 ) -> Iterator[T]:
-    """What `dataset` has for each request, in order, fetched by worker processes.
+    """Yields the item of `dataset` for each request, in order, fetched by worker processes.
 
-    Where they cannot be started, fewer or none do the work, and a line on stderr says so. Another
-    line says what is waited for if nothing comes for a minute; a dataset's `locations(request)`
-    names it.
+    If they cannot be started, fewer or none are used, and a line on stderr says so. If nothing
+    arrives for a minute, another line names the request with the dataset's `locations(request)`.
     """
     pending: deque[Any] = deque()
     requested, reason = workers, ""
@@ -66,11 +65,11 @@ def in_workers(
 def _start(
     dataset: Dataset[T], requests: Iterator[Any], workers: int, pin_memory: bool
 ) -> Iterator[T]:
-    """The batches of a DataLoader. Raises OSError or RuntimeError, with no worker left."""
+    """Starts a DataLoader. Raises OSError or RuntimeError, with no worker left."""
     before = {*multiprocessing.active_children()}
     with warnings.catch_warnings():
-        # More workers than cores is what was asked for. And CUDA has threads in every process that
-        # uses it, which Python 3.12 warns of: workers use no CUDA.
+        # The user asked for more workers than cores. CUDA starts threads in every process that
+        # uses it, and Python 3.12 warns about them; workers do not use CUDA.
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
         loader = DataLoader(
@@ -89,7 +88,7 @@ def _start(
         except BaseException as error:
             abandon_loader(error)
             for child in {*multiprocessing.active_children()} - before:
-                child.kill()  # it ignores SIGTERM, by which Python would end it
+                child.kill()  # it ignores SIGTERM, which Python would send
                 child.join()
             raise
 
@@ -97,11 +96,11 @@ def _start(
 def _monitored(
     batches: Iterator[T], pending: deque[Any], locations: Callable[[Any], list[str]] | None
 ) -> Iterator[T]:
-    """The batches; says once what it waits for.
+    """Yields the batches; reports once what it is waiting for.
 
     Raises:
-        OSError: of the data set, or a worker found shared memory full.
-        UserError: of the data set, or there are too few file descriptors.
+        OSError: from the dataset, or if shared memory is full in a worker.
+        UserError: from the dataset, or if there are too few file descriptors.
     """
     waited = 0
     while True:
@@ -114,13 +113,13 @@ def _monitored(
                 waited += POLL
                 if waited == REPORT_AFTER:
                     what = first_few(locations(pending[0])) if locations else "the data workers"
-                    _print_warning(f"waiting for {what}, for {REPORT_AFTER} seconds so far")
+                    _print_warning(f"waiting for {what} ({REPORT_AFTER} s so far)")
                 continue
-            # Not by the reason that it gives, which torch 2.11 has wrong.
+            # Not by the reason in the message, which is wrong in torch 2.11.
             if "unable to allocate shared memory" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
             if "Too many open files" in str(error):
-                fix = "raise the limit, as by `ulimit -n 4096`, or give --data.workers 0"
+                fix = "raise the limit, for example with `ulimit -n 4096`, or give --data.workers 0"
                 raise UserError(f"data: too many open files; {fix}") from None
             raise
         if isinstance(batch, _Failed):
@@ -150,7 +149,7 @@ class _Failed(NamedTuple):
 
 
 def _print_warning(line: str) -> None:
-    """Prints a line to stderr, if it is there."""
+    """Prints a line to stderr, if it is available."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         print(f"vitral: {line}", file=sys.stderr, flush=True)
 
@@ -160,19 +159,23 @@ def _identity(fetched: Any) -> Any:
 
 
 def _prepare_worker(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole group; the training process decides."""
+    """Prepares a worker process.
+
+    It ignores Ctrl-C and the signals of schedulers, which reach the entire process group; the
+    training process handles them.
+    """
     multiprocessing.queues.Queue._on_queue_feeder_error = _send_error  # pyright: ignore
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
-    # multiprocessing's thread would print that the reader has gone; errors of the data set go
-    # another way.
+    # multiprocessing's thread would report that the reader has exited. Errors of the dataset are
+    # sent to the reader.
     sys.excepthook = lambda *_: None
     if sys.platform == "linux":
         multiprocessing.connection.arbitrary_address = _abstract_address  # pyright: ignore
 
 
 def _abstract_address(_: str) -> str:
-    """An address of a socket that is no file.
+    """Returns an address for a socket that is not a file.
 
     A worker sends open files through it. With a file, SIGKILL would leave its folder behind, and a
     long TMPDIR would not fit into the address.
@@ -183,10 +186,10 @@ def _abstract_address(_: str) -> str:
 def _send_error(
     queue: multiprocessing.queues.Queue[Any], error: Exception, batch: tuple[int, Any]
 ) -> None:
-    """Sends the error instead of a batch that could not be sent, as where shared memory is full.
+    """Sends the error instead of a batch that could not be sent, for example in full shared memory.
 
-    The thread that sends would drop the batch, and the reader would wait for it forever. If the
-    worker ended, torch would raise an error at an arbitrary place in the reader.
+    The sending thread would drop the batch, and the reader would wait for it forever. If the worker
+    terminated, torch would raise an error at an arbitrary place in the reader.
     """
     known = isinstance(error, OSError)
     queue.put((batch[0], _Failed(error) if known else wrap_exception(error)))
@@ -194,7 +197,10 @@ def _send_error(
 
 @atexit.register
 def _end_workers() -> None:
-    """After an error multiprocessing would end them by SIGTERM, which they ignore, and wait."""
+    """Kills the remaining workers.
+
+    After an error, multiprocessing would send SIGTERM, which they ignore, and wait for them.
+    """
     left = [child for child in multiprocessing.active_children() if child in _started]
     if left:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error

@@ -10,7 +10,7 @@ from vitral.data.decode import SUFFIXES, decode
 from vitral.data.formats import folder
 from vitral.data.records import Files
 
-from ..image_files import opened, paths, put, put_split, refusal
+from ..image_files import error_message, opened, paths, put, put_split
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
 
@@ -114,7 +114,7 @@ def test_images_are_held_out_without_a_validation_split(tmp_path, split):
     assert np.bincount(dataset.train.labels).tolist() == [1, 1, 24]
     assert np.bincount(dataset.val.labels).tolist() == [0, 1, 6]
     (note,) = dataset.notes
-    assert "7 of 33 training images (20% of each class) are held out, drawn by seed 0" in note
+    assert "7 of 33 training images (20% of each class) are held out, drawn with seed 0" in note
     assert tmp_path.name in note
 
 
@@ -123,19 +123,19 @@ def test_only_the_validation_split_is_opened_if_sufficient(tmp_path):
     dataset = opened(tmp_path, train=False)
     assert dataset.train is None
     assert len(dataset.val) == 4
-    whole = opened(tmp_path / "val", train=False)
-    assert (whole.train, whole.notes, whole.name) == (None, (), "val")
-    assert paths(whole.val)[0] == "cat/000.png"
-    (tmp_path / "train/cat").mkdir(parents=True)  # is not even looked at
+    full = opened(tmp_path / "val", train=False)
+    assert (full.train, full.notes, full.name) == (None, (), "val")
+    assert paths(full.val)[0] == "cat/000.png"
+    (tmp_path / "train/cat").mkdir(parents=True)  # is ignored
     assert opened(tmp_path, train=False).fingerprint == dataset.fingerprint
 
 
-def test_only_train_gives_the_held_out_part_for_evaluation(tmp_path):
+def test_without_a_validation_split_evaluation_uses_the_held_out_images(tmp_path):
     put_split(tmp_path, "train", 20)
     assert paths(opened(tmp_path, train=False).val) == paths(opened(tmp_path).val)
 
 
-def test_a_class_may_be_called_train(tmp_path):
+def test_a_class_may_be_named_train(tmp_path):
     put_split(tmp_path, "test", 3, ("bus", "test", "train"))
     assert opened(tmp_path / "test", train=False).classes == ("bus", "test", "train")
     put_split(tmp_path, "train", 3, ("bus", "test", "train"))
@@ -157,14 +157,15 @@ def test_no_images_at_all(tmp_path, folders):
     for name in folders:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "notes.txt").touch()
-    assert refusal(tmp_path)
+    assert error_message(tmp_path)
 
 
 def test_folders_without_images_are_an_error_with_the_suffixes(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    assert "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif" in refusal(
-        tmp_path
+    assert (
+        "(.jpg, .jpeg, .jpe, .jfif, .png, .webp, .bmp, .gif, .tif, .tiff, .avif"
+        in error_message(tmp_path)
     )
 
 
@@ -173,16 +174,16 @@ def test_an_empty_class_folder(tmp_path, split):
     put_split(tmp_path, "train")
     put_split(tmp_path, "val")
     (tmp_path / split / "eel").mkdir()
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert f"{split}: " in message
-    assert "none of eel" in message
+    assert "none for eel" in message
 
 
 def test_a_flat_val(tmp_path):
     put_split(tmp_path, "train")
     put(tmp_path, "val/1.png", "val/2.png")
     (tmp_path / "docs").mkdir()
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert str(tmp_path / "val") in message
     assert "images directly in it; make one folder a class as in train/" in message
 
@@ -192,23 +193,23 @@ def test_a_flat_train(tmp_path, split):
     put(tmp_path, *(f"{split}/{i}.png".lstrip("/") for i in range(3)))
     if split:
         put_split(tmp_path, "val")
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert f"{tmp_path / split}: " in message
     assert message.endswith("images directly in it; make one folder a class")
 
 
 def test_only_a_validation_split(tmp_path):
     put_split(tmp_path, "val")
-    assert "expected train/ beside val/" in refusal(tmp_path)
+    assert "expected train/ next to val/" in error_message(tmp_path)
 
 
 def test_splits_with_other_names_are_not_classes(tmp_path):
     for split in ("training", "testing", "evaluation"):
         put_split(tmp_path, split)
-    message = refusal(tmp_path)
-    assert "got evaluation, testing, training, which hold the same folders cat, dog; " in message
+    message = error_message(tmp_path)
+    assert "got evaluation, testing, training, which contain the same folders cat, dog; " in message
     assert "rename them to train/ and val/" in message
-    assert len(opened(tmp_path, train=False).val) == 18  # where nothing is learned of them
+    assert len(opened(tmp_path, train=False).val) == 18  # accepted if nothing is trained
     (tmp_path / "train").mkdir()
     for split in ("training", "testing", "evaluation"):
         (tmp_path / split).rename(tmp_path / "train" / split)
@@ -229,13 +230,13 @@ def test_classes_may_contain_folders_of_the_same_name(tmp_path, more):
 @pytest.mark.parametrize("split", ["train/", ""])
 def test_one_class_only(tmp_path, split):
     put(tmp_path, f"{split}cat/1.png", f"{split}cat/2.png")
-    assert "two classes or more, got cat alone" in refusal(tmp_path)
+    assert "two or more classes, got only cat" in error_message(tmp_path)
 
 
 def test_a_folder_that_vanishes(tmp_path, monkeypatch):
     put_split(tmp_path, "train")
     monkeypatch.setattr(folder, "_class_folders", lambda *_: ["cat", "gone"])
-    assert "train/gone: expected to read it, got No such file" in refusal(tmp_path)
+    assert "train/gone: expected to read it, got No such file" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("val", [False, True])
@@ -250,7 +251,7 @@ def test_folders_of_classes_are_splits_despite_other_folders(tmp_path, val):
     used = paths(dataset.train) + paths(dataset.val)
     assert len(used) == (8 + 6 if val else 8)
     assert not any("stray" in path or "unlabeled" in path for path in used)
-    assert f"{tmp_path.name}: not used, beside train/: unlabeled" in dataset.notes
+    assert f"{tmp_path.name}: not used, next to train/: unlabeled" in dataset.notes
     files = "2 files are" if val else "1 file is"
     count = 2 if val else 1
     line = f"{tmp_path.name}: {files} skipped: images outside class folders {count}"
@@ -260,19 +261,19 @@ def test_folders_of_classes_are_splits_despite_other_folders(tmp_path, val):
 @pytest.mark.parametrize(
     "folders",
     [
-        ["train/1.png", "unlabeled/1.png"],  # a class train, or images to be found classes for
+        ["train/1.png", "unlabeled/1.png"],  # a class named train, or unlabeled images
         ["train/1.png", "val/1.png", "bus/1.png", "car/1.png"],
         ["train/steam/1.png", "train/diesel/1.png", "bus/1.png", "car/1.png"],
         ["train/cat/1.png", "train/dog/1.png", "Train/cat/1.png", "Train/dog/1.png"],
         ["train/cat/1.png", "train/dog/1.png", "train/1.png", "train/2.png", "train/3.png"],
     ],
 )
-def test_unclear_folders_are_refused(tmp_path, folders):
+def test_ambiguous_folders_are_rejected(tmp_path, folders):
     put(tmp_path, *folders)
-    assert refusal(tmp_path)
+    assert error_message(tmp_path)
 
 
-def test_a_class_called_train_among_others(tmp_path):
+def test_a_class_named_train_among_others(tmp_path):
     put(tmp_path, *(f"{name}/{i}.png" for name in ("bus", "car", "train") for i in range(3)))
     assert opened(tmp_path).classes == ("bus", "car", "train")
 
@@ -307,7 +308,9 @@ def test_unreadable_heic_is_counted(tmp_path):
         "pip install 'vitral[heic]' to read .heic"
     )
     put(tmp_path, "eel/1.heif")
-    assert "got none of eel, but .heic 100, .heif 1, .txt 1; pip install" in refusal(tmp_path)
+    assert "got none for eel, but .heic 100, .heif 1, .txt 1; pip install" in error_message(
+        tmp_path
+    )
 
 
 COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
@@ -317,7 +320,7 @@ def test_class_names_are_normalized_to_nfc(tmp_path):
     put_split(tmp_path, "train", 2, (COMPOSED, "caff"))
     put_split(tmp_path, "val", 1, (DECOMPOSED, "caff"))
     dataset = opened(tmp_path)
-    assert dataset.classes == ("caff", COMPOSED)  # in order of the composed names
+    assert dataset.classes == ("caff", COMPOSED)  # sorted by composed name
     assert [path.split("/")[1] for path in paths(dataset.val)] == ["caff", DECOMPOSED]
     assert dataset.val.labels.tolist() == [0, 1]
     assert opened(tmp_path / "val", train=False).classes == dataset.classes
@@ -325,7 +328,7 @@ def test_class_names_are_normalized_to_nfc(tmp_path):
 
 def test_folders_that_normalize_to_one_class_are_rejected(tmp_path):
     put_split(tmp_path, ".", 2, (COMPOSED, DECOMPOSED, "dog"))
-    assert r"got 'cafe\u0301' and 'caf\xe9', which" in refusal(tmp_path)
+    assert r"got 'cafe\u0301' and 'caf\xe9', which" in error_message(tmp_path)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -339,8 +342,8 @@ def test_splits_in_a_single_nested_folder_are_found(tmp_path, depth):
 
 def test_classes_in_a_single_nested_folder_are_found(tmp_path):
     put_split(tmp_path, "flowers", 2, ("daisy", "rose"))
-    message = refusal(tmp_path)
-    assert "got flowers alone; if daisy, rose in it are the classes, give " in message
+    message = error_message(tmp_path)
+    assert "got only flowers; if daisy, rose in it are the classes, give " in message
     assert message.endswith(f"give {tmp_path / 'flowers'}")
 
 

@@ -1,4 +1,4 @@
-"""What is opened at a path, whatever its format."""
+"""Opening the dataset at a path, in any format."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from vitral.config import DataConfig
 from vitral.data.formats import FORMATS, folder, ilsvrc, packed, parquet, shards
 from vitral.data.tools.packing import pack
 
-from ..image_files import opened, paths, put_split, refusal
+from ..image_files import error_message, opened, paths, put_split
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
 
@@ -38,8 +38,8 @@ def test_the_first_format_that_matches(tmp_path, file, expected):
 
 
 def test_a_missing_folder(tmp_path):
-    assert "nothing of that name" in refusal(tmp_path / "none")
-    assert "known sets are digits, synthetic, cifar10" in refusal(tmp_path / "none")
+    assert "nothing of that name" in error_message(tmp_path / "none")
+    assert "known datasets are digits, synthetic, cifar10" in error_message(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -47,34 +47,34 @@ def test_a_missing_folder(tmp_path):
     [("cifra10", "cifar10"), ("CIFAR-100", "cifar100"), ("imagenete", "imagenette")],
 )
 def test_a_misspelled_name(asked, meant):
-    assert refusal(asked).endswith(f"did you mean {meant}?")
+    assert error_message(asked).endswith(f"did you mean {meant}?")
 
 
 def test_a_file_instead_of_a_folder(tmp_path):
     (tmp_path / "set.zip").write_bytes(b"tar")
-    assert "got a file; if it is an archive, extract it" in refusal(tmp_path / "set.zip")
+    assert "got a file; if it is an archive, extract it" in error_message(tmp_path / "set.zip")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
 def test_a_folder_that_cannot_be_read(tmp_path):
     put_split(tmp_path, "train")
     (tmp_path / "train/cat").chmod(0)
-    assert "Permission denied" in refusal(tmp_path)
+    assert "Permission denied" in error_message(tmp_path)
 
 
 def test_hold_out_leaves_the_validation_split_unused(tmp_path):
     put_split(tmp_path, "train", 10)
     put_split(tmp_path, "test", 4)
-    whole, chosen = opened(tmp_path), opened(tmp_path, hold_out=True, val_fraction=0.3)
-    assert sorted(paths(chosen.train) + paths(chosen.val)) == paths(whole.train)
+    full, chosen = opened(tmp_path), opened(tmp_path, hold_out=True, val_fraction=0.3)
+    assert sorted(paths(chosen.train) + paths(chosen.val)) == paths(full.train)
     assert np.bincount(chosen.val.labels).tolist() == [3, 3]
     assert chosen.notes == (
         f"the validation images of {tmp_path.name} are not used: 6 of 20 training images "
-        "(30% of each class) are held out, drawn by seed 0",
+        "(30% of each class) are held out, drawn with seed 0",
     )
-    assert chosen.fingerprint != whole.fingerprint
-    # Where nothing is trained, as for a test at the end, the set is what it always is.
-    assert paths(opened(tmp_path, hold_out=True, train=False).val) == paths(whole.val)
+    assert chosen.fingerprint != full.fingerprint
+    # Without training, as for a final test, the dataset is the same as without hold_out.
+    assert paths(opened(tmp_path, hold_out=True, train=False).val) == paths(full.val)
 
 
 def test_images_are_held_out_only_once(tmp_path):
@@ -101,8 +101,8 @@ def test_a_pack_holds_out_the_images_of_its_folder(tmp_path, capfd, jpeg):
     seeds = {opened(tmp_path / "pack", seed, hold_out=True).fingerprint for seed in range(3)}
     assert len(seeds) == 3
     if not jpeg:
-        whole = opened(tmp_path / "pack").train
+        full = opened(tmp_path / "pack").train
         assert len(packed.val) == 2
         for i, name in enumerate(packed.val.names):
-            (row,) = np.flatnonzero((whole.names == name) & (whole.labels == packed.val.labels[i]))
-            assert (packed.val.squares(np.array([i])) == whole.squares(np.array([row]))).all()
+            (row,) = np.flatnonzero((full.names == name) & (full.labels == packed.val.labels[i]))
+            assert (packed.val.squares(np.array([i])) == full.squares(np.array([row]))).all()

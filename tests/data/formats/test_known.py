@@ -1,4 +1,4 @@
-"""Data sets known by name; none of these tests downloads anything."""
+"""Datasets known by name; none of these tests downloads anything."""
 
 import urllib.error
 import urllib.request
@@ -14,7 +14,7 @@ from vitral.config import DataConfig
 from vitral.data.formats import open_dataset
 from vitral.data.records import Pixels
 
-from ..image_files import opened, paths, put_split, refusal
+from ..image_files import error_message, opened, paths, put_split
 
 pytestmark = pytest.mark.usefixtures("nothing_printed")
 
@@ -56,7 +56,7 @@ def test_synthetic_images_need_more_than_one_example():
 
 
 class FakeCifar:
-    """The array and the labels that torchvision's class has after a download."""
+    """Array and labels as in torchvision's class after a download."""
 
     filename = "cifar-10-python.tar.gz"
     classes = ("plane", "car")
@@ -110,13 +110,13 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path, name
 
     monkeypatch.setenv("VITRAL_DATA", str(tmp_path / "sets"))
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    message = refusal(name)
+    message = error_message(name)
     assert str(tmp_path / "sets") in message
     assert "Name or service not known" in message
     assert f"put {archive} into that folder, or point --data at an image folder" in message
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    assert f"for the folder of that name here give ./{name}" in refusal(name)
+    assert f"for the local folder of that name, give ./{name}" in error_message(name)
 
 
 def test_a_broken_archive_is_an_error(monkeypatch, tmp_path):
@@ -126,10 +126,10 @@ def test_a_broken_archive_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("VITRAL_DATA", str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half an archive")
-    assert "cifar-10-python.tar.gz" in refusal("cifar10")
+    assert "cifar-10-python.tar.gz" in error_message("cifar10")
 
 
 def test_a_download_folder_that_cannot_be_created(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("VITRAL_DATA", str(tmp_path / "file/sets"))
-    assert "cifar10: expected it in" in refusal("cifar10")
+    assert "cifar10: expected it in" in error_message("cifar10")

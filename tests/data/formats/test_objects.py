@@ -1,4 +1,4 @@
-"""Items of Python datasets: pixels, labels, class names, fingerprints, and mistakes."""
+"""Items of Python datasets: pixels, labels, class names, fingerprints, and errors."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ LEVELS = np.random.default_rng(0).integers(256, size=(12, 5, 7, 3), dtype=np.uin
 
 
 class Listed(list):
-    """A dataset that is a list, and counts how often it is read."""
+    """A list as a dataset, which counts how often it is read."""
 
     reads = 0
 
@@ -125,7 +125,7 @@ def test_class_names(more, classes, expected):
         (
             dataset(),
             Listed([(LEVELS[0], 2)], classes=["a", "b"]),
-            "val_dataset: expected labels from 0 to 1, got 2 of item 0",
+            "val_dataset: expected labels from 0 to 1, got 2 for item 0",
         ),
         (dataset(), dataset(classes=["b", "a"]), "val_dataset: expected the classes of dataset"),
     ],
@@ -144,7 +144,7 @@ def test_random_transforms_are_rejected():
         opened(Random(range(12), classes=["a", "b"]))
 
 
-def test_the_fingerprint_follows_images_labels_and_order():
+def test_the_fingerprint_depends_on_images_labels_and_order():
     def fingerprint(items, **more):
         return opened(Listed(items, classes=["a", "b"]), **more).fingerprint
 
@@ -164,17 +164,17 @@ def test_the_fingerprint_follows_images_labels_and_order():
 def test_a_fingerprint_and_listed_labels_avoid_reading_images():
     train = dataset(targets=[0, 1] * 6)
     val = Subset(dataset(targets=[0, 1] * 6), [5, 6])
-    found = opened(train, val, fingerprint="mine")
+    found = opened(train, val, fingerprint="given")
     assert found.val.labels.tolist() == [1, 0]
     assert (train.reads, val.dataset.reads) == (0, 0)
     train = dataset(targets=[9] * 12, target_transform=lambda label: label % 2)
-    assert opened(train, val, fingerprint="mine").train.labels.tolist() == [0, 1] * 6
+    assert opened(train, val, fingerprint="given").train.labels.tolist() == [0, 1] * 6
 
 
 def test_the_held_out_part_is_stratified_and_seeded():
     items = [(levels, i // 6) for i, levels in enumerate(LEVELS)]
-    whole = Listed(items, classes=["a", "b"])  # whatever is drawn, the labels stay in order
-    parts = [open_objects(PythonDatasets(whole), CONFIG, seed) for seed in (0, 0, 1)]
+    train = Listed(items, classes=["a", "b"])  # sorted labels stay the same for any selection
+    parts = [open_objects(PythonDatasets(train), CONFIG, seed) for seed in (0, 0, 1)]
     for part in parts:
         assert part.held_out
         assert np.bincount(part.val.labels).tolist() == [1, 1]

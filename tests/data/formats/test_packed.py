@@ -1,4 +1,4 @@
-"""Packs: what is read from them, and what is refused."""
+"""Reading packs, and rejecting invalid ones."""
 
 import dataclasses
 import shutil
@@ -44,20 +44,20 @@ def test_crops_equal_those_of_the_encoded_images(source, tmp_path):
         return torch.cat([batch.images for batch in found])
 
     encoded, squares = crops(source), crops(tmp_path / "pack")
-    gray = 0.226 * 255  # a standard deviation
+    gray = 0.226 * 255  # gray levels per standard deviation
     assert (encoded - squares).abs().mean() * gray < 1.5
     assert (encoded - crops(tmp_path / "pack", seed=1)).abs().mean() * gray > 20
 
 
 def test_held_out_images_stay_held_out(source, tmp_path):
-    alone = source / "train"
-    assert "packed and read back" in packed(alone, tmp_path / "pack")
-    theirs, ours = opened(alone), opened(tmp_path / "pack")
-    assert ours.val.names.tolist() == theirs.val.names.tolist()
-    assert ours.train.names.tolist() == theirs.train.names.tolist()
-    only = opened(tmp_path / "pack", train=False)
-    assert only.train is None
-    assert only.val.names.tolist() == theirs.val.names.tolist()
+    folder = source / "train"
+    assert "packed and read back" in packed(folder, tmp_path / "pack")
+    original, ours = opened(folder), opened(tmp_path / "pack")
+    assert ours.val.names.tolist() == original.val.names.tolist()
+    assert ours.train.names.tolist() == original.train.names.tolist()
+    validation = opened(tmp_path / "pack", train=False)
+    assert validation.train is None
+    assert validation.val.names.tolist() == original.val.names.tolist()
 
 
 def test_the_fingerprint_is_that_of_the_pixels(source, tmp_path):
@@ -65,9 +65,9 @@ def test_the_fingerprint_is_that_of_the_pixels(source, tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     fingerprint = opened(tmp_path / "a").fingerprint
     assert opened(tmp_path / "b").fingerprint == fingerprint
-    # Runs are resumed by it: of a whole pack it is what it was before parts could be taken.
-    whole = opened(tmp_path / "a").train
-    assert [*whole.identity()] == [whole.digest.encode(), whole.sides.astype("<i8").tobytes()]
+    # Resuming depends on it: for a complete pack, it is the same as before packs had subsets.
+    full = opened(tmp_path / "a").train
+    assert [*full.identity()] == [full.digest.encode(), full.sides.astype("<i8").tobytes()]
     one = source / "train/cat/0.jpg"
     with Image.open(one) as picture:
         size = picture.size
@@ -84,7 +84,7 @@ def test_verify_names_the_images(source, tmp_path, jpeg):
     content = bytearray(images.read_bytes())
     content[-1] ^= 128
     images.write_bytes(content)
-    assert verify(dst) == [f"{images}: images 16 to 17 are not what was written"]
+    assert verify(dst) == [f"{images}: images 16 to 17 differ from what was written"]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_truncated_jpegs_are_rejected(source, tmp_path):
         opened(tmp_path / "pack")
 
 
-def test_a_class_may_be_called_index(tmp_path):
+def test_a_class_may_be_named_index(tmp_path):
     for name in ("index/1.png", "index/2.png", "other/1.png", "other/2.png"):
         draw(tmp_path / "set" / name, seed=3)
     assert not matches(tmp_path / "set")

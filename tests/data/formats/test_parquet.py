@@ -1,4 +1,4 @@
-"""Parquet in the Hub's layout beside the image folder of the same images."""
+"""Parquet files in the Hub's layout, against an image folder with the same images."""
 
 import dataclasses
 import io
@@ -33,7 +33,7 @@ def jpeg(seed):
 
 
 def draw(count, first=0, classes=CLASSES):
-    """Bytes, file name and class of images; the file names are in no order."""
+    """Bytes, file name and class of images; the file names are in random order."""
     order = np.random.default_rng(first).permutation(count)
     return [(jpeg(first + i), f"{order[i]:03d}.jpg", i % len(classes)) for i in range(count)]
 
@@ -46,7 +46,7 @@ def write_folder(root, images, classes=CLASSES):
 
 
 def write_rows(path, images, classes=CLASSES, group=4, column="label", kind=None):
-    """A file as `datasets` writes it; `classes` None leaves its description of the labels away."""
+    """Writes a file as `datasets` does; `classes` None omits the description of the labels."""
     images = [({"bytes": content, "path": name}, label) for content, name, label in images]
     pictures, labels = zip(*images, strict=True) if images else ((), ())
     table = pa.table(
@@ -82,7 +82,7 @@ def batches(root, workers):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """The same images as an image folder, and in three files of shuffled rows."""
+    """The same images in an image folder, and in three files of shuffled rows."""
     folder, hub = (tmp_path_factory.mktemp(name) for name in ("folder", "hub"))
     training, validation = draw(31), draw(11, first=100)
     write_folder(folder / "train", training)
@@ -95,9 +95,9 @@ def both(tmp_path_factory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("recent", [parquet.MAX_CACHE_BYTES, 1])
-def test_batches_are_those_of_the_image_folder(both, workers, recent, monkeypatch):
-    monkeypatch.setattr(parquet, "MAX_CACHE_BYTES", recent)
+@pytest.mark.parametrize("cache_bytes", [parquet.MAX_CACHE_BYTES, 1])
+def test_batches_equal_those_of_the_image_folder(both, workers, cache_bytes, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_CACHE_BYTES", cache_bytes)
     expected, found = batches(both[0], 0), batches(both[1], workers)
     assert len(expected) == 15
     for a, b in zip(expected, found, strict=True):
@@ -143,20 +143,20 @@ def test_splits_are_found_by_name(tmp_path, names):
     (tmp_path / "data/._train-0.parquet").write_bytes(b"what macOS leaves")
     dataset = open_at(tmp_path)
     assert (len(dataset.train), len(dataset.val), dataset.classes) == (9, 6, CLASSES)
-    note = f"{dataset.name} has no validation-*.parquet: test is validated on"
+    note = f"{dataset.name} has no validation-*.parquet: using test for validation"
     assert dataset.notes == ((note,) if "test" in names[1] else ())
     (tmp_path / names[0]).write_bytes(b"not read")
     assert open_at(tmp_path, train=False).train is None
 
 
-@pytest.mark.parametrize("name", ["train-0.parquet", "mine.parquet"])
+@pytest.mark.parametrize("name", ["train-0.parquet", "images.parquet"])
 def test_without_validation_a_tenth_is_held_out(tmp_path, name):
     write_rows(tmp_path / name, draw(60))
     dataset = open_at(tmp_path)
     assert np.bincount(dataset.val.labels).tolist() == [2, 2, 2]
     read = [r.read(i) for r in (dataset.train, dataset.val) for i in range(len(r))]
     assert sorted(read) == sorted(content for content, *_ in draw(60))
-    if name == "mine.parquet":
+    if name == "images.parquet":
         assert len(open_at(tmp_path, train=False).val) == 60
 
 
@@ -188,7 +188,7 @@ def test_imagenet_names_become_wnids(tmp_path):
         write_rows(tmp_path / f"data/{split}-0.parquet", rows, names)
     dataset = open_at(tmp_path)
     assert dataset.classes == wnids()
-    # as an image folder of the archive's own names has them
+    # as in an image folder with the names of the archive
     assert dataset.train.names.tolist() == [b"n01440764_100.JPEG", b"n01440764_1000.JPEG"]
     assert dataset.train.read(0) == rows[1][0]
     write_rows(tmp_path / "data/train-0.parquet", rows, names[::-1])
@@ -216,18 +216,18 @@ def names(value):
 
 
 BAD = {
-    "cut short": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "a Parquet file, got Parquet"),
-    "no Parquet": (lambda p: p.write_bytes(b"PAR?" * 9), "a Parquet file, got Parquet magic"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "a Parquet file, got Parquet"),
+    "not Parquet": (lambda p: p.write_bytes(b"PAR?" * 9), "a Parquet file, got Parquet magic"),
     "empty file": (lambda p: p.write_bytes(b""), "a Parquet file, got Parquet file size is 0"),
     "other columns": (other_columns, "image or img .*, got a: binary, b: binary, label"),
     "plain bytes": (lambda p: set_column(p, "image", pa.array([b"x"] * 9)), "columns, labels and"),
     "fractions": (lambda p: set_column(p, "label", pa.array([0.5] * 9)), "label: double"),
-    "no label": (lambda p: set_column(p, "label", pa.array([0] * 8 + [None])), "got 1 without"),
+    "no label": (lambda p: set_column(p, "label", pa.array([0] * 8 + [None])), "got none in 1 row"),
     "test split": (lambda p: set_column(p, "label", pa.array([-1] * 9)), "0 to 2, got -1; if it"),
     "too large": (lambda p: set_column(p, "label", pa.array([3] * 9)), "from 0 to 2, got 3"),
     "other names": (lambda p: write_rows(p, draw(9), ("cat", "dog", "eel")), "class names as in"),
     "other type": (lambda p: set_column(p, "label", pa.array(["cat"] * 9)), "labels and class"),
-    "no JSON": (lambda p: describe(p, "{not"), "expected JSON in its metadata, got Expecting"),
+    "not JSON": (lambda p: describe(p, "{not"), "expected JSON in its metadata, got Expecting"),
     "deep JSON": (lambda p: describe(p, "[" * 100_000), "JSON in its metadata, got maximum"),
     "a number": (lambda p: describe(p, names(7)), "a list of class names in its metadata, got 7"),
     "no names": (lambda p: describe(p, names([None])), "a list of class names in its metadata"),
@@ -236,7 +236,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_named(tmp_path, case):
+def test_errors_name_the_bad_file(tmp_path, case):
     damage, message = BAD[case]
     for name in ("train-0", "train-1", "val-0"):
         write_rows(tmp_path / f"{name}.parquet", draw(9))
@@ -296,9 +296,9 @@ def test_columns_are_found_by_name_or_type(tmp_path, columns, classes):
     assert dict(zip(images, found, strict=True)) == dict(zip(BYTES, truth, strict=True))
 
 
-def test_no_rows_no_training_and_no_library_are_errors(tmp_path, monkeypatch):
+def test_missing_rows_training_files_or_pyarrow_are_errors(tmp_path, monkeypatch):
     write_rows(tmp_path / "val.parquet", draw(9))
-    with pytest.raises(UserError, match=r"expected train-\*.parquet, got val.parquet alone"):
+    with pytest.raises(UserError, match=r"expected train-\*.parquet, got only val.parquet"):
         open_at(tmp_path)
     write_rows(tmp_path / "train.parquet", [])
     with pytest.raises(UserError, match=r"train.parquet: expected images, got no rows"):
@@ -315,7 +315,7 @@ def test_rows_that_cannot_be_read_are_broken_images(tmp_path):
         write_rows(tmp_path / f"{split}.parquet", rows, group=3)
     train = open_at(tmp_path).train
     bad = int(np.flatnonzero((train.places == [0, 1, 1]).all(1))[0])
-    with pytest.raises(DecodeError, match="holds no bytes"):
+    with pytest.raises(DecodeError, match="the row contains no image"):
         train.read(bad)
     path = tmp_path / "train.parquet"
     first = pq.read_metadata(path).row_group(2).column(0)

@@ -18,12 +18,12 @@ from ..archive_files import (
     both,
     cls,
     contents,
+    error_message,
     js,
     opened,
     put_folder,
     put_ilsvrc,
     put_shards,
-    refusal,
     shard,
     tarred,
     text,
@@ -43,7 +43,7 @@ def test_shards_equal_the_folder(tmp_path, about, pattern):
 
 
 def anonymous(label):
-    """Shards whose keys say nothing: numbers and `label` for each image."""
+    """Returns a writer of shards whose keys are numbers; `label` adds the labels of an image."""
 
     def put(root, split, images, first=0):
         named = {f"x{first + i:03d}": name for i, name in enumerate(sorted(images))}
@@ -127,7 +127,7 @@ def test_without_validation_a_part_is_held_out(tmp_path, kind):
     assert sorted(contents(found.train) + contents(found.val)) == sorted(TRAIN.values())
     assert "held out" in found.notes[0]
     again = opened(tmp_path, train=False, val_fraction=0.34)
-    assert len(again.val) == (8 if kind == "ilsvrc" else 24)  # shards alone: all of them
+    assert len(again.val) == (8 if kind == "ilsvrc" else 24)  # without splits, all shards
 
 
 def test_validation_on_test_shards_is_reported(tmp_path):
@@ -163,14 +163,14 @@ def test_validation_only_does_not_read_training_archives(tmp_path):
         (two(("a.jpg", b"?")), "each name once, got a more than once"),
         (two(("a.png", b"?")), "each name once, got a more than once"),
         (two(("a.cls", b"2")), "each name once, got a.cls more than once"),
-        (two(("c.jpg", b"?"), ("c.cls", b"cat")), "all numbers or all text, got 1, 2 beside cat"),
-        (two(("c.jpg", b"?"), ("c.cls", b"-1")), "all numbers or all text, got 1, 2 beside -1"),
+        (two(("c.jpg", b"?"), ("c.cls", b"cat")), "all text, got numbers 1, 2 and text cat"),
+        (two(("c.jpg", b"?"), ("c.cls", b"-1")), "all text, got numbers 1, 2 and text -1"),
         (two(("c.jpg", b"?"), ("c.cls", b"1" * 5000)), "at most 255 bytes, got one of 5,000"),
         (two(("c.jpg", b"?"), ("c.cls", b" " * 2**20 + b"1")), "at most 1,048,576 bytes, got"),
         (two(("c.jpg", b"?"), ("c.json", b"[" * 100_000)), "c.json: expected JSON, got maximum"),
         (
             two(("c.left.jpg", b"?"), ("c.right.jpg", b"?"), ("c.cls", b"1")),
-            "for the label of c, got c.left.jpg and c.right.jpg; name the one to use c.jpg",
+            "for the label of c, got c.left.jpg and c.right.jpg; rename one of them to c.jpg",
         ),
         (tarred([("README", b"?"), ("._a.jpg", b"?"), ("__MACOSX/a.jpg", b"?")]), "got none"),
         (tarred([]), "got none"),
@@ -178,28 +178,28 @@ def test_validation_only_does_not_read_training_archives(tmp_path):
 )
 def test_bad_labels_are_rejected(tmp_path, content, words, cache):
     (tmp_path / "train-0.tar").write_bytes(content)
-    assert words in refusal(tmp_path)
+    assert words in error_message(tmp_path)
     assert not cache.exists()
 
 
 def test_bad_folders_of_shards_are_rejected(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(two())
     (tmp_path / "train-1.tar").write_bytes(tarred([("b.png", b"?"), ("b.cls", b"2")]))
-    assert "each name once, got b more than once" in refusal(tmp_path)
+    assert "each name once, got b more than once" in error_message(tmp_path)
     (tmp_path / "train-1.tar").rename(tmp_path / "extra-1.tar")
-    assert "got extra-1.tar" in refusal(tmp_path)
+    assert "got extra-1.tar" in error_message(tmp_path)
     (tmp_path / "extra-1.tar").rename(tmp_path / "train-1.tar.gz")
-    assert "gunzip it" in refusal(tmp_path)
+    assert "decompress it" in error_message(tmp_path)
     (tmp_path / "train-1.tar.gz").unlink()
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    assert "classes.txt: expected 2 labels, got 2;" in refusal(tmp_path)
+    assert "classes.txt: expected 2 labels, got 2;" in error_message(tmp_path)
     (tmp_path / "classes.txt").write_text("cat\ndog\ncat\n")
-    assert "each name once, got cat more than once" in refusal(tmp_path)
+    assert "each name once, got cat more than once" in error_message(tmp_path)
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "train-0.tar").rename(tmp_path / "val-0.tar")
-    assert "train shards beside those of val" in refusal(tmp_path)
+    assert "train shards in addition to those of val" in error_message(tmp_path)
     (tmp_path / "val-0.tar").write_bytes(tarred([("c.jpg", b"?"), ("c.cls", b"3")]))
-    assert "two classes or more, got 3 alone" in refusal(tmp_path, train=False)
+    assert "two or more classes, got only 3" in error_message(tmp_path, train=False)
 
 
 @pytest.mark.skipif(".heic" in SUFFIXES, reason="pillow-heif reads HEIC")
@@ -215,7 +215,7 @@ def test_system_files_in_archives_are_skipped_and_counted(tmp_path, cache):
 
 
 def test_the_key_of_a_label_ends_at_the_first_dot(tmp_path):
-    """As in webdataset; or at the last one, where a label has that name."""
+    """As in webdataset; or at the last dot, if a label has that name."""
     images = [("a.left.jpg", b"1"), ("b.2.jpg", b"2"), ("c.jpg", b"3"), ("c.mask.png", b"?")]
     labels = [("a.cls", b"0"), ("b.2.cls", b"1"), ("c.cls", b"1")]
     (tmp_path / "val-0.tar").write_bytes(tarred([*labels, *images]))
@@ -226,7 +226,7 @@ def test_the_key_of_a_label_ends_at_the_first_dot(tmp_path):
     assert opened(tmp_path, train=False).skipped == {".mask.png": 1}
 
 
-def test_numbers_of_any_length_are_in_order(tmp_path):
+def test_numbers_of_any_length_are_sorted_by_value(tmp_path):
     long = b"7" * 250
     (tmp_path / "val-0.tar").write_bytes(two(("c.jpg", b"?"), ("c.cls", long)))
     classes = opened(tmp_path, train=False).classes
@@ -235,7 +235,7 @@ def test_numbers_of_any_length_are_in_order(tmp_path):
 
 def test_a_fifo_is_not_a_shard(tmp_path):
     os.mkfifo(tmp_path / "val-0.tar")
-    assert "got not a regular file" in refusal(tmp_path, train=False)
+    assert "got not a regular file" in error_message(tmp_path, train=False)
 
 
 def test_names_of_text_labels_are_normalized(tmp_path):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("nothing_printed")
 
 @pytest.fixture
 def root(tmp_path):
-    """Five images of known sides, a truncated one, one that is a text, one that is gone."""
+    """Five images of known sizes, a truncated one, a text file, and a broken link."""
     for path, size in {
         "train/cat/1.png": (10, 20),
         "train/cat/2.png": (40, 30),
@@ -59,25 +59,25 @@ def test_every_file_is_checked(root, workers):
     assert report.rate > 10
 
 
-def test_workers_change_nothing_but_the_rate(root):
+def test_workers_change_only_the_rate(root):
     one, other = (format_report(dataclasses.replace(checked(root, n), rate=1)) for n in (0, 3))
     assert one == other
 
 
-def test_the_text(root):
+def test_the_text_of_a_report(root):
     report = dataclasses.replace(checked(root), rate=1234.4)
     text = format_report(report)
-    total = f"{report.sizes.sum() / 1e6:.1f} MB in all"
+    total = f"{report.sizes.sum() / 1e6:.1f} MB in total"
     for expected in (
         f"{root.name}: 2 classes",
-        "train: 4 images, 2 to 2 a class (median 2)",
-        "val: 4 images, 1 to 3 a class (median 2)",
+        "train: 4 images, 2 to 2 per class (median 2)",
+        "val: 4 images, 1 to 3 per class (median 2)",
         "  rarest first: cat 1, dog 3",
         "short side: 5 to 70 pixels (median 30)",
         "long side: 20 to 90 pixels (median 60)",
         f"size: 0 to {report.sizes.max():,} bytes (median",
         total,
-        "decoding: 1,234 images per second and core",
+        "decoding: 1,234 img/s per core",
         "broken files: 3",
         f"  {root / 'val/dog/text.jpg'}: not an image",
     ):
@@ -86,12 +86,12 @@ def test_the_text(root):
 
 
 @pytest.mark.skipif(".heic" in SUFFIXES, reason="HEIC is read")
-def test_files_that_are_not_used_are_counted_by_ending(root):
+def test_unused_files_are_counted_by_extension(root):
     for name in ("train/cat/a.HEIC", "train/cat/deep/b.heic", "val/dog/notes", "labels.csv"):
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).touch()
     (root / "test/cat").mkdir(parents=True)
-    (root / "train/cat/1.png").rename(root / "test/cat/1.png")  # beside val/ it is left alone
+    (root / "train/cat/1.png").rename(root / "test/cat/1.png")  # not used next to val/
     (root / "train/cat/.DS_Store").touch()
     report = checked(root)
     line = f"{root.name}: 5 files are skipped: .heic 2, .DS_Store 1, .csv 1 and 1 more; "
@@ -133,7 +133,7 @@ def test_pixel_sets_need_no_decoding(name, side, count):
 
 def test_held_out_images_are_reported(root):
     (root / "val").rename(root.parent / f"{root.name}-val")
-    assert "held out, drawn by seed 0" in format_report(checked(root))
+    assert "held out, drawn with seed 0" in format_report(checked(root))
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
@@ -147,7 +147,7 @@ def test_only_a_validation_split_is_accepted(root, name):
 
 def test_structural_problems_are_user_errors(root):
     (root / "train/eel").mkdir()
-    with pytest.raises(UserError, match="none of eel"):
+    with pytest.raises(UserError, match="none for eel"):
         checked(root)
 
 

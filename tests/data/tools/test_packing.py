@@ -1,4 +1,4 @@
-"""Making packs: what is in them, and that a kill at any moment costs nothing."""
+"""Writing packs: their content, and resuming after a kill at any moment."""
 
 import io
 import json
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def tree(root):
-    """All that is in a folder."""
+    """All files in a folder, with their contents."""
     return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
@@ -35,11 +35,11 @@ def pillow(image, size):
     return torch.from_numpy(np.array(small)).permute(2, 0, 1)
 
 
-def test_squares_are_the_images_squashed(source, tmp_path):
+def test_squares_are_squashed_images(source, tmp_path):
     packed(source, tmp_path / "pack")
-    theirs, ours = opened(source), opened(tmp_path / "pack")
-    assert (ours.name, ours.classes, ours.notes) == ("pack", theirs.classes, ())
-    for before, after in ((theirs.train, ours.train), (theirs.val, ours.val)):
+    original, ours = opened(source), opened(tmp_path / "pack")
+    assert (ours.name, ours.classes, ours.notes) == ("pack", original.classes, ())
+    for before, after in ((original.train, ours.train), (original.val, ours.val)):
         assert after.labels.tolist() == before.labels.tolist()
         assert after.names.tolist() == before.names.tolist()
         assert after.images.shape == (len(before), 3, SIDE, SIDE)
@@ -54,9 +54,9 @@ def test_squares_are_the_images_squashed(source, tmp_path):
 
 def test_jpegs_are_smaller_and_keep_their_shape(source, tmp_path):
     packed(source, tmp_path / "pack", jpeg=True)
-    theirs, ours = opened(source), opened(tmp_path / "pack")
-    shorts = set()
-    for before, after in ((theirs.train, ours.train), (theirs.val, ours.val)):
+    original, ours = opened(source), opened(tmp_path / "pack")
+    short_sides = set()
+    for before, after in ((original.train, ours.train), (original.val, ours.val)):
         assert after.labels.tolist() == before.labels.tolist()
         assert after.names.tolist() == before.names.tolist()
         for i in range(len(before)):
@@ -64,7 +64,7 @@ def test_jpegs_are_smaller_and_keep_their_shape(source, tmp_path):
             height, width = image.shape[1:]
             scale = min(1, SIDE / min(height, width))
             assert again.shape == (3, round(height * scale), round(width * scale))
-            shorts.add(min(again.shape[1:]))
+            short_sides.add(min(again.shape[1:]))
             expected = io.BytesIO()
             small = pillow(image, again.shape[:0:-1]).permute(1, 2, 0).numpy()
             Image.fromarray(small).save(expected, "JPEG", quality=90)
@@ -74,12 +74,12 @@ def test_jpegs_are_smaller_and_keep_their_shape(source, tmp_path):
             assert tables[0] == tables[1]
             difference = again.int() - decode(expected.getvalue()).int()
             assert difference.abs().float().mean() < 1
-    assert min(shorts) < SIDE  # some were smaller and stayed so
-    assert max(shorts) == SIDE
+    assert min(short_sides) < SIDE  # small images are not enlarged
+    assert max(short_sides) == SIDE
 
 
 @KINDS
-def test_workers_change_nothing(source, tmp_path, jpeg):
+def test_workers_do_not_change_the_pack(source, tmp_path, jpeg):
     for workers in (0, 2):
         packed(source, tmp_path / str(workers), jpeg, workers=workers)
     assert tree(tmp_path / "0") == tree(tmp_path / "2")
@@ -87,7 +87,7 @@ def test_workers_change_nothing(source, tmp_path, jpeg):
 
 
 def kill_at_flush(number, *arguments):
-    """Packs in a forked process that kills itself where it is about to flush to the disk."""
+    """Packs in a forked process that kills itself before flush `number` to the disk."""
 
     def run():
         flush, left = os.fsync, [number]
@@ -110,8 +110,8 @@ def kill_at_flush(number, *arguments):
 @KINDS
 def test_a_kill_at_any_time(source, tmp_path, jpeg, monkeypatch):
     monkeypatch.setattr(packing, "CHUNK", 7)
-    packed(source, tmp_path / "whole", jpeg)
-    expected = tree(tmp_path / "whole")
+    packed(source, tmp_path / "reference", jpeg)
+    expected = tree(tmp_path / "reference")
     decoded = []
     monkeypatch.setattr(packing, "decode", lambda data: decoded.append(1) or decode(data))
     unfinished, number = 0, 0
@@ -120,13 +120,13 @@ def test_a_kill_at_any_time(source, tmp_path, jpeg, monkeypatch):
         assert matches(dst)
         if not (dst / "index/pack.json").exists():
             unfinished += 1
-            with pytest.raises(UserError, match=r"finished pack.*started it to finish it"):
+            with pytest.raises(UserError, match=r"finished pack.*to finish it, repeat"):
                 opened(dst)
         lines = map(json.loads, (dst / "progress.jsonl").read_bytes().splitlines()[1:])
-        there = sum(len(line["each"]) for line in lines)
+        written = sum(len(line["each"]) for line in lines)
         decoded.clear()
         packed(source, dst, jpeg)
-        assert len(decoded) == 24 - there
+        assert len(decoded) == 24 - written
         assert tree(dst) == expected
         number += 1
     assert tree(tmp_path / f"{number}") == expected
@@ -135,23 +135,23 @@ def test_a_kill_at_any_time(source, tmp_path, jpeg, monkeypatch):
 
 @KINDS
 @pytest.mark.parametrize("cut", [1, 50])
-def test_a_torn_line_of_the_progress(source, tmp_path, jpeg, cut):
-    packed(source, tmp_path / "whole", jpeg)
+def test_an_incomplete_line_of_progress_is_ignored(source, tmp_path, jpeg, cut):
+    packed(source, tmp_path / "reference", jpeg)
     assert kill_at_flush(9, source, tmp_path / "pack", jpeg)
     progress = tmp_path / "pack/progress.jsonl"
     progress.write_bytes(progress.read_bytes()[:-cut])
     assert kill_at_flush(3, source, tmp_path / "pack", jpeg)
     packed(source, tmp_path / "pack", jpeg)
-    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "pack") == tree(tmp_path / "reference")
 
 
 @KINDS
 def test_two_kills_and_more_workers(source, tmp_path, jpeg):
-    packed(source, tmp_path / "whole", jpeg)
+    packed(source, tmp_path / "reference", jpeg)
     for number in (5, 4):
         assert kill_at_flush(number, source, tmp_path / "pack", jpeg, SIDE, 2)
     packed(source, tmp_path / "pack", jpeg, workers=2)
-    assert tree(tmp_path / "pack") == tree(tmp_path / "whole")
+    assert tree(tmp_path / "pack") == tree(tmp_path / "reference")
 
 
 @KINDS
@@ -162,17 +162,17 @@ def test_corrupted_chunks_are_detected_and_repacked(source, tmp_path, jpeg):
     content = bytearray(images.read_bytes())
     content[70] ^= 1
     images.write_bytes(content)
-    with pytest.raises(UserError, match="1 chunks of images that read otherwise; check the disk"):
+    with pytest.raises(UserError, match="other data in 1 chunk of images; check the disk"):
         packed(source, dst, jpeg)
     assert not (dst / "index").exists()
     packed(source, dst, jpeg)
     assert verify(dst) == []
-    packed(source, tmp_path / "whole", jpeg)
-    ours, whole = opened(dst).train, opened(tmp_path / "whole").train
+    packed(source, tmp_path / "reference", jpeg)
+    ours, reference = opened(dst).train, opened(tmp_path / "reference").train
     if jpeg:
-        assert [ours.read(i) for i in range(18)] == [whole.read(i) for i in range(18)]
+        assert [ours.read(i) for i in range(18)] == [reference.read(i) for i in range(18)]
     else:
-        assert (ours.images == whole.images).all()
+        assert (ours.images == reference.images).all()
 
 
 def broken(path):
@@ -181,12 +181,12 @@ def broken(path):
 
 @KINDS
 def test_broken_images_are_listed_and_can_be_fixed(source, tmp_path, jpeg, monkeypatch):
-    packed(source, tmp_path / "whole", jpeg)
+    packed(source, tmp_path / "reference", jpeg)
     dst, kept = tmp_path / "pack", tmp_path / "kept"
     shutil.copytree(source, kept)
     for name in ("train/cat/1.jpg", "train/dog/8.jpg", "val/dog/0.jpg"):
         broken(source / name)
-    with pytest.raises(UserError, match=r"3 that cannot: .*cat/1.jpg: .*dog/8.jpg: .*val/dog/0"):
+    with pytest.raises(UserError, match=r"3 broken: .*cat/1.jpg: .*dog/8.jpg: .*val/dog/0"):
         packed(source, dst, jpeg)
     with pytest.raises(UserError, match="a finished pack"):
         opened(dst)
@@ -197,19 +197,19 @@ def test_broken_images_are_listed_and_can_be_fixed(source, tmp_path, jpeg, monke
     packed(source, dst, jpeg)
     assert len(decoded) == 4 + 2 + 4  # the chunks of the three
     assert verify(dst) == []
-    ours, whole = opened(dst), opened(tmp_path / "whole")
-    for mine, other in ((ours.train, whole.train), (ours.val, whole.val)):
-        for i in range(len(mine)):
+    ours, reference = opened(dst), opened(tmp_path / "reference")
+    for records, other in ((ours.train, reference.train), (ours.val, reference.val)):
+        for i in range(len(records)):
             if jpeg:
-                assert mine.read(i) == other.read(i)
+                assert records.read(i) == other.read(i)
             else:
-                assert (mine.images[i] == other.images[i]).all()
+                assert (records.images[i] == other.images[i]).all()
 
 
 def test_at_most_ten_broken_images_are_named(source, tmp_path):
     for path in (source / "train").rglob("*.jpg"):
         broken(path)
-    with pytest.raises(UserError, match="18 that cannot") as caught:
+    with pytest.raises(UserError, match="18 broken") as caught:
         packed(source, tmp_path / "pack")
     assert str(caught.value).count(".jpg: ") == 10
 
@@ -244,7 +244,7 @@ def test_a_pack_in_use_is_rejected(source, tmp_path):
     holder.start()
     ready.wait()
     try:
-        with pytest.raises(UserError, match="another process that packs there; wait for it"):
+        with pytest.raises(UserError, match="another process that is packing there; wait for it"):
             packed(source, dst)
     finally:
         over.set()
@@ -258,7 +258,7 @@ def test_a_pack_in_use_is_rejected(source, tmp_path):
     [
         ({"size": 32}, "expected a pack with size 32, got size 24; give another"),
         ({"jpeg": True}, "expected a pack with jpeg True, got jpeg False"),
-        ({"source": "other"}, "expected a pack of these images, got a pack of others"),
+        ({"source": "other"}, "expected a pack of these images, got a pack of other images"),
     ],
 )
 def test_nothing_else_is_overwritten(source, tmp_path, begun, change, message):
@@ -267,7 +267,7 @@ def test_nothing_else_is_overwritten(source, tmp_path, begun, change, message):
         assert kill_at_flush(5, source, dst)
     else:
         packed(source, dst)
-        assert packed(source, dst).endswith("24 images, packed before")
+        assert packed(source, dst).endswith("24 images, already packed")
     for name in ("train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png"):
         draw(tmp_path / "other" / name, seed=1)
     before = tree(dst)
@@ -279,13 +279,13 @@ def test_nothing_else_is_overwritten(source, tmp_path, begun, change, message):
 
 
 def test_a_folder_with_other_files_is_left_untouched(source, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/notes").write_text("mine")
-    (tmp_path / "file").write_text("mine")
-    for dst in (tmp_path / "mine", tmp_path / "file", source):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/notes").write_text("other")
+    (tmp_path / "file").write_text("other")
+    for dst in (tmp_path / "other", tmp_path / "file", source):
         with pytest.raises(UserError, match="an empty folder, or none, got something else"):
             packed(source, dst)
-    assert tree(tmp_path / "mine") == {Path("notes"): b"mine"}
+    assert tree(tmp_path / "other") == {Path("notes"): b"other"}
     assert not (source / "progress.jsonl").exists()
 
 
@@ -299,17 +299,17 @@ def test_packs_and_pixel_sets_are_rejected(source, tmp_path):
 
 @KINDS
 def test_without_disk_space_nothing_is_written(source, tmp_path, jpeg, monkeypatch, capsys):
-    packed(source, tmp_path / "whole", jpeg)
-    written = sum(path.stat().st_size for path in (tmp_path / "whole").glob("*.*"))
+    packed(source, tmp_path / "reference", jpeg)
+    written = sum(path.stat().st_size for path in (tmp_path / "reference").glob("*.*"))
     assert jpeg or written == 24 * 3 * SIDE * SIDE
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written - 1))
     capsys.readouterr()
-    with pytest.raises(UserError, match=r"of free disk, got 0\.000 GB; make room"):
+    with pytest.raises(UserError, match=r"of free disk space, got 0\.000 GB; free some"):
         packed(source, tmp_path / "new/pack", jpeg)
-    assert "24 images take about 0.000 GB; the disk has 0.000 GB" in capsys.readouterr().out
+    assert "24 images take about 0.000 GB; the disk has 0.000 GB free" in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
-    # The size of JPEGs is that of a sample, here of all.
+    # The size of JPEGs is estimated from a sample, here from all of them.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=written + 1))
     packed(source, tmp_path / "new/pack", jpeg)
 

@@ -1,7 +1,8 @@
-"""What is at a path: one module per format, and the order in which they are tried.
+"""Dataset formats: one module per format, and the order in which they are tried.
 
-A format is a module with `matches(root)`, which tells whether it applies, and `open(root, config,
-seed, train)`, which returns a Dataset; with `train` False only the validation split is opened.
+A format is a module with `matches(root)`, which returns whether the format applies, and `open(root,
+config, seed, train)`, which returns a Dataset. With `train` False, only the validation split is
+opened.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ FORMATS = (packed, parquet, ilsvrc, shards, folder)
 
 
 def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool = True) -> Dataset:
-    """Opens the data set that `config.path` names: a known set, or whatever is at that path.
+    """Opens the dataset that `config.path` names: a known dataset, or the data at that path.
 
     Args:
-        image_size: side of the images of the synthetic set, in pixels.
-        seed: selects the held-out images where there is no validation split.
-        train: False where only the validation split is needed; a folder of class folders is then
-            used completely.
+        image_size: side of the images of the synthetic dataset, in pixels.
+        seed: selects the held-out images if there is no validation split.
+        train: False if only the validation split is needed; all images in a folder of class folders
+            are then validation images.
 
     Raises:
-        UserError: the data set cannot be used; the message says why and how to fix it.
+        UserError: if the dataset cannot be used; the message says why and how to fix it.
     """
     if config.path == PATH:
         fix = "call vitral.train(..., dataset=...) in Python to resume its run, or give --data PATH"
-        raise data_error(PATH, "a path", "a dataset of a Python program", fix)
+        raise data_error(PATH, "a path", "a Python dataset", fix)
     try:
         if config.path in KNOWN_SETS:
             dataset = open_known(config, image_size, seed, train)
@@ -56,5 +57,5 @@ def _not_found(root: Path, path: str) -> Exception:
     if root.exists():
         return data_error(root, "an image folder", "a file", "if it is an archive, extract it")
     near = difflib.get_close_matches(path.lower(), KNOWN_SETS, n=1)
-    fix = f"did you mean {near[0]}?" if near else f"known sets are {', '.join(KNOWN_SETS)}"
+    fix = f"did you mean {near[0]}?" if near else f"known datasets are {', '.join(KNOWN_SETS)}"
     return data_error(root, "an image folder", "nothing of that name", fix)

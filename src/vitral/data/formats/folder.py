@@ -1,4 +1,4 @@
-"""Image folders: `train/` and `val/` (or another name in VALIDATION), or class folders alone."""
+"""Image folders: `train/` and `val/` (or another name in VALIDATION), or class folders directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_syst
 from vitral.errors import counted, data_error, first_few, printable
 
 SPLITS = ("train", *VALIDATION)
-DEPTH = 3  # folders around the splits, each alone in another
+DEPTH = 3  # nested single folders in which splits are searched
 
 
 def matches(root: Path) -> bool:
@@ -26,13 +26,13 @@ def matches(root: Path) -> bool:
 
 
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
-    """The data set in class folders; without a validation split a part is held out.
+    """Opens the dataset in class folders; without a validation split, a part is held out.
 
-    With `train` False, classes may be few or empty, as in a test set.
+    With `train` False, there may be a single class, or empty classes, as in a test set.
 
     Raises:
-        UserError: the folder cannot be used.
-        OSError: it cannot be read.
+        UserError: if the folder cannot be used.
+        OSError: if it cannot be read.
     """
     root = _enter_single_folder(root)
     training, val = find_splits(root, train)
@@ -47,7 +47,8 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     else:
         held_out = _scan(root, val, skipped, train)
         if train and training is None:
-            raise data_error(root, f"train/ beside {val}/", "none", "put the training images there")
+            expected = f"train/ next to {val}/"
+            raise data_error(root, expected, "none", "put the training images there")
         known = _scan(root, training, skipped, train) if train and training is not None else None
         splits = known, held_out
     dataset = merge_splits(root, *splits, config, seed, skipped)
@@ -56,17 +57,17 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
 
 
 def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
-    """Names of the training and the validation folder; None twice where root holds classes.
+    """Returns the names of the training and the validation folder; None twice if root has classes.
 
-    A folder named like a split is one if it holds class folders. If none does, all may be classes,
-    as CIFAR-100 has a class train.
+    A folder named like a split is a split if it contains class folders. If none of them does, all
+    folders may be classes: CIFAR-100, for example, has a class named train.
 
     Args:
-        train: whether the images are trained on; then unclear cases are refused.
+        train: whether to train on the images; ambiguous folders are then rejected.
 
     Raises:
-        UserError: it is unclear which folders are splits and which are classes.
-        OSError: it is no folder, or one that cannot be read.
+        UserError: if it is ambiguous which folders are splits and which are classes.
+        OSError: if root is not a folder, or cannot be read.
     """
     named: dict[str, str] = {}
     for name in _folders(root):
@@ -87,21 +88,21 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
         image_folders = [name for name in others if _holds_images(root / name)]
         unclear = bool(with_classes) and len(named) == 1 and len(image_folders) > 1
     if train and unclear:
-        got = f"{first_few([*named.values()])} beside {first_few(others)}"
-        fix = "if they are classes, move them all into train/; if not, move the others elsewhere"
+        got = f"{first_few([*named.values()])} next to {first_few(others)}"
+        fix = "if all are classes, move them into train/; if not, move the others elsewhere"
         raise data_error(root, "either splits or classes", got, fix)
     val = next((named[name] for name in VALIDATION if name in named), None)
     return (None, None) if classes else (named.get("train"), val)
 
 
 def holds_only_validation(root: Path) -> bool:
-    """Whether `root` has a validation split, but none to train on."""
+    """Whether `root` has a validation split but no training split."""
     training, val = find_splits(_enter_single_folder(root), train=False)
     return training is None and val is not None
 
 
 def _enter_single_folder(root: Path) -> Path:
-    """`root`, or the folder with splits that it holds alone: archives are often unpacked so."""
+    """Returns `root`, or a single nested folder with splits, as unpacked archives often have."""
     folder = root
     for _ in range(DEPTH):
         names = _folders(folder)
@@ -114,16 +115,16 @@ def _enter_single_folder(root: Path) -> Path:
 
 
 def _split_notes(root: Path, name: str, training: str | None, val: str | None) -> Iterator[str]:
-    """Notes about the folders that were chosen as splits, and about other folders next to them."""
+    """Yields notes about the folders used as splits, and about other folders next to them."""
     if val is not None and val.lower() == "test":
-        yield f"{name} has no val/: {val}/ is validated on"
+        yield f"{name} has no val/: using {val}/ for validation"
     others = _other_folders(root) if training or val else []
     if others:
-        yield f"{name}: not used, beside {training or val}/: {first_few(others)}"
+        yield f"{name}: not used, next to {training or val}/: {first_few(others)}"
 
 
 def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
-    """Class names and records of the class folders in one split, both in order of name."""
+    """Returns class names and records of the class folders in one split, both sorted by name."""
     base = root / split
     names = _class_folders(base, split, train)
     before = skipped[OUTSIDE_CLASSES]
@@ -134,15 +135,16 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     ]
     empty = [name for name, images in zip(names, found, strict=True) if not images]
     if len(empty) == len(names):
-        expected = f"images ({', '.join(SUFFIXES)}), a folder for each class"
+        expected = f"images ({', '.join(SUFFIXES)}) in a folder for each class"
         got = f"other files: {kinds(skipped)}" if skipped else "none"
         raise data_error(base, expected, got, "put images there, or give another folder")
     if empty and train:
-        got = f"none of {first_few(empty)}" + (f", but {kinds(skipped)}" if skipped else "")
-        raise data_error(base, "images of each class", got, "add or remove it")
+        got = f"none for {first_few(empty)}" + (f", but {kinds(skipped)}" if skipped else "")
+        raise data_error(base, "images for each class", got, "add images or remove the folder")
     num_outside, count = skipped[OUTSIDE_CLASSES] - before, sum(map(len, found))
     if num_outside > count:
-        got = f"{counted(num_outside, 'image')} directly in it beside {count:,} in class folders"
+        images = counted(num_outside, "image")
+        got = f"{images} directly in it and {count:,} in class folders"
         raise data_error(base, "a folder for each class", got, "move or remove them")
     paths, sizes = zip(*(image for images in found for image in images), strict=True)
     labels = np.repeat(np.arange(len(names)), [len(images) for images in found])
@@ -150,7 +152,7 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
 
 
 def _check_split_names(root: Path) -> None:
-    """Splits by other names would be learned as classes: `training` as against `testing`."""
+    """Rejects splits with other names, such as `training` and `testing`, that look like classes."""
     names = _folders(root)
     first: list[str] = []
     for name in names:
@@ -158,23 +160,23 @@ def _check_split_names(root: Path) -> None:
         first = first or inside
         if len(inside) < 2 or inside != first or _holds_images(root / name):
             return
-    got = f"{first_few(names)}, which hold the same folders {first_few(first)}"
+    got = f"{first_few(names)}, which contain the same folders {first_few(first)}"
     fix = "if they are splits, rename them to train/ and val/; if classes, move them into train/"
     raise data_error(root, "train/ and val/, or a folder for each class", got, fix)
 
 
 def _class_folders(base: Path, split: str, train: bool) -> list[str]:
-    """Names of the class folders, in order of the bytes of their NFC."""
+    """Returns the names of the class folders, sorted by the bytes of their class names."""
     names = sorted(_folders(base), key=lambda name: os.fsencode(class_name(name)))
     fix = "make one folder a class"
     if len(names) == 1 and train:
         inside = _folders(base / names[0])
         if len(inside) > 1:
             fix = f"if {first_few(inside)} in it are the classes, give {base / names[0]}"
-        raise data_error(base, "two classes or more", f"{names[0]} alone", fix)
+        raise data_error(base, "two or more classes", f"only {names[0]}", fix)
     if not names and _holds_images(base):
         if split.lower() in VALIDATION:
-            fix += f" as in train/, or remove {split}/ to have a part of train/ held out"
+            fix += f" as in train/, or remove {split}/ to hold out a part of train/"
         raise data_error(base, "a folder for each class", "images directly in it", fix)
     return names
 
@@ -182,31 +184,31 @@ def _class_folders(base: Path, split: str, train: bool) -> list[str]:
 def walk_images(
     folder: Path, prefix: bytes, skipped: Counter[str] | None = None
 ) -> Iterator[tuple[bytes, int]]:
-    """Path below the root, and size, of each image in a class folder and the folders in it.
+    """Yields path below the root, and size, of each image in a class folder and its subfolders.
 
     Other files are counted in `skipped`, by kind.
     """
     for entry in _entries(folder, skipped):
         path = prefix + b"/" + os.fsencode(entry.name)
         if entry.is_dir():
-            around = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
-            if not around:  # such a link would be walked forty times over
+            loop = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
+            if not loop:  # such a link would be followed forty times
                 yield from walk_images(folder / entry.name, path, skipped)
         elif _is_image(entry.name):
-            yield path, entry.stat().st_size if entry.is_file() else 0  # a link to nothing
+            yield path, entry.stat().st_size if entry.is_file() else 0  # a broken link
         elif skipped is not None:
             skipped[file_kind(entry.name)] += 1
 
 
 def _count_files(folder: Path, skipped: Counter[str]) -> None:
-    """Counts the files directly in a folder that holds folders of images."""
+    """Counts the files directly in a folder that contains folders of images."""
     for entry in _entries(folder, skipped):
         if not entry.is_dir():
             skipped[OUTSIDE_CLASSES if _is_image(entry.name) else file_kind(entry.name)] += 1
 
 
 def _entries(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder, but for what systems put there; its files are counted in `skipped`."""
+    """Yields the entries of a folder except system files; counts the latter in `skipped`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not is_system(entry.name):
@@ -216,12 +218,12 @@ def _entries(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.D
 
 
 def _folders(folder: Path) -> list[str]:
-    """Names of the folders in a folder, in order."""
+    """Returns the names of the folders in a folder, sorted."""
     return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
 
 def _other_folders(root: Path) -> list[str]:
-    """Names of the folders beside splits that hold images, or folders with images."""
+    """Returns the folders next to splits that contain images, or folders with images."""
     others = [root / name for name in _folders(root) if name.lower() not in SPLITS]
     return [
         folder.name
@@ -231,7 +233,7 @@ def _other_folders(root: Path) -> list[str]:
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether there are images in a folder of this folder, at any depth."""
+    """Whether a folder in this folder contains images, at any depth."""
     return any(next(walk_images(folder / name, b""), None) for name in _folders(folder))
 
 

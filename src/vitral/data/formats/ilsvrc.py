@@ -1,6 +1,6 @@
 """ILSVRC2012 as downloaded: a tar of a thousand tars, a flat tar, and a development kit.
 
-The kit counts where it is there; without it the ground truth that comes with this package does.
+Without the development kit, the ground truth that comes with this package is used.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from vitral.files import open_regular, read_regular
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
 META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-MAX_DEVKIT_BYTES = 1 << 26  # bytes of a file of the kit, far above those of the original
-USE_MATCHING = "put archives and development kit that belong together there"
+MAX_DEVKIT_BYTES = 1 << 26  # per file of the kit, far more than in the original
+USE_MATCHING = "use archives and a development kit of the same release"
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` holds the archives, or is one of them.
+    """Whether `root` contains the archives, or is one of them.
 
-    Not where both splits are there as folders as well.
+    False if both splits also exist as folders.
     """
     folder, training = _locate(root)
     splits = any((root / name).is_dir() for name in VALIDATION) and (root / "train").is_dir()
@@ -43,10 +43,10 @@ def matches(root: Path) -> bool:
 
 
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
-    """The data set of the archives in `root`, or of one archive and those next to it.
+    """Opens the dataset in the archives in `root`, or in one archive and those next to it.
 
     Raises:
-        UserError: an archive or the development kit cannot be used.
+        UserError: if an archive or the development kit cannot be used.
     """
     folder, training = _locate(root)
     has_train, has_val = training.is_file(), (folder / VAL).is_file()
@@ -61,7 +61,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
 
 
 def _locate(root: Path) -> tuple[Path, Path]:
-    """The folder of the archives, and the train tar, which may have any name if it is given."""
+    """Returns the archives' folder and the training tar, which may have any name if given."""
     if root.name.endswith(".tar") and root.is_file():
         return root.parent, root if root.name != VAL else root.with_name(TRAIN)
     return root, root / TRAIN
@@ -76,13 +76,13 @@ def _class_names(archive: Path) -> tuple[str, ...]:
 def _class_tars(
     archive: Path, file: BinaryIO, skipped: Counter[str] | None = None
 ) -> list[tuple[str, str, tarfile.TarInfo]]:
-    """Class, name and header of each tar in the train tar."""
+    """Returns class, name and header of each tar in the training tar."""
     found = list(members(file, printable(archive), (".tar", *SUFFIXES), skipped=skipped))
     others = [name for name, _ in found if not name.lower().endswith(".tar")]
     if others or len(found) < 2:
         got = first_few(others or [name for name, _ in found])
-        fix = "for shards, give their folder; else download it again"
-        raise data_error(archive, "a tar for each of two classes or more inside it", got, fix)
+        fix = "for shards, give their folder; otherwise download it again"
+        raise data_error(archive, "a tar inside it for each of two or more classes", got, fix)
     classes = [(PurePosixPath(name).stem, name, tar) for name, tar in found]
     check_unique(archive, (name for name, _, _ in classes))
     return classes
@@ -95,7 +95,7 @@ def _open_train(archive: Path, skipped: Counter[str]) -> Split:
 
 
 def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
-    """The images in the tars in the train tar, labelled by the names of these."""
+    """Reads the images in the inner tars of the training tar, labeled with the tars' names."""
     rows: list[Row] = []
     skipped = Counter[str]()
     with open_regular(archives[0]) as file:
@@ -113,7 +113,7 @@ def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes],
 
 
 def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[str]) -> Split:
-    """The validation images; `classes` are those of the train tar, None without it."""
+    """Opens the validation images; `classes` are those of the training tar, None without it."""
     found = index_archives([folder / VAL], read_val)
     skipped.update(found.skipped)
     numbers = [_number(folder, os.fsdecode(name)) for name in found.spans.names.tolist()]
@@ -121,11 +121,11 @@ def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[st
     shipped = folder / VAL, wnids(), [wnids()[label] for label in validation_labels()]
     source, known, truth = kit or shipped
     classes = classes or known
-    every = [*range(1, len(truth) + 1)]
-    if sorted(numbers) != every if kit else not {*numbers} <= {*every}:
+    labeled = [*range(1, len(truth) + 1)]
+    if sorted(numbers) != labeled if kit else not {*numbers} <= {*labeled}:
         images = counted(len(numbers), "image")
-        expected = f"labels of {images}, numbered to {max(numbers)}, in {VAL}"
-        raise data_error(source, expected, f"labels of {len(every):,}", USE_MATCHING)
+        expected = f"labels for {images} up to number {max(numbers)} in {VAL}"
+        raise data_error(source, expected, f"labels for {len(labeled):,}", USE_MATCHING)
     val_wnids = [truth[number - 1] for number in numbers]
     unknown = sorted({*val_wnids} - {*classes})
     if unknown:
@@ -137,7 +137,7 @@ def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[st
 
 
 def read_val(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
-    """The images in the validation tar, without labels."""
+    """Reads the images in the validation tar, without labels."""
     skipped = Counter[str]()
     with open_regular(archives[0]) as file:
         found = list(members(file, printable(archives[0]), SUFFIXES, skipped=skipped))
@@ -156,9 +156,9 @@ def _number(folder: Path, name: str) -> int:
 
 
 def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None:
-    """The development kit's place, sorted wnids, and wnid of each validation image in order.
+    """Returns the development kit's path, sorted wnids, and each validation image's wnid, in order.
 
-    Its numbers of the classes, from 1, are in another order than the wnids.
+    The kit numbers the classes from 1, in a different order than the wnids.
     """
     from scipy.io import loadmat
 
@@ -170,7 +170,7 @@ def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         leaves = synsets[synsets["num_children"].astype(int) == 0]
         wnid = {str(number): str(name) for number, name in leaves[["ILSVRC2012_ID", "WNID"]]}
-    except Exception as error:  # it raises nearly anything for what is no such file
+    except Exception as error:  # loadmat raises nearly any exception for other files
         expected = f"synsets with ILSVRC2012_ID, WNID and num_children in {META}"
         raise data_error(place, expected, str(error) or "another file", REDOWNLOAD) from error
     lines = truth.decode("ascii", "replace").split()
@@ -182,7 +182,7 @@ def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None
 
 
 def _devkit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
-    """Where the development kit is, packed or not, and what is in its two files."""
+    """Returns the path of the development kit, packed or not, and the contents of its two files."""
     kit, packed = folder / DEVKIT, folder / f"{DEVKIT}.tar.gz"
     if kit.is_dir():
         return kit, read_regular(kit / META), read_regular(kit / GROUND_TRUTH)
@@ -193,6 +193,6 @@ def _devkit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
             content = [tar.extractfile(f"{DEVKIT}/{name}") for name in (META, GROUND_TRUTH)]
             meta, truth = (file.read(MAX_DEVKIT_BYTES) if file else b"" for file in content)
     except (tarfile.TarError, KeyError, EOFError, OSError, zlib.error) as error:
-        expected = f"a whole archive with {META} and {GROUND_TRUTH}"
+        expected = f"a complete archive with {META} and {GROUND_TRUTH}"
         raise data_error(packed, expected, str(error), REDOWNLOAD) from error
     return packed, meta, truth

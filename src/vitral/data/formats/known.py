@@ -1,4 +1,4 @@
-"""Data sets known by name: handwritten digits, synthetic patterns, CIFAR, and Imagenette."""
+"""Datasets known by name: handwritten digits, synthetic patterns, CIFAR, and Imagenette."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ KNOWN_SETS = ("digits", "synthetic", "cifar10", "cifar100", "imagenette")
 
 
 def open_known(config: DataConfig, image_size: int, seed: int, train: bool) -> Dataset:
-    """The data set that `config.path`, one of KNOWN_SETS, names; downloaded if necessary.
+    """Opens the dataset that `config.path`, one of KNOWN_SETS, names; downloads it if necessary.
 
     Args:
-        image_size: side of the images of the synthetic set, in pixels.
+        image_size: side of the images of the synthetic dataset, in pixels.
 
     Raises:
-        UserError: it cannot be downloaded.
+        UserError: if it cannot be downloaded.
     """
     match config.path:
         case "digits":
@@ -42,7 +42,7 @@ def open_known(config: DataConfig, image_size: int, seed: int, train: bool) -> D
 
 
 def _digits() -> Dataset:
-    """scikit-learn's handwritten digits; the last 360, by other writers, are held out."""
+    """scikit-learn's handwritten digits; the last 360, from other writers, are held out."""
     from sklearn.datasets import load_digits
 
     raw, labels = load_digits(return_X_y=True)
@@ -53,12 +53,12 @@ def _digits() -> Dataset:
 
 
 def _synthetic(image_size: int) -> Dataset:
-    """Ten coarse colour patterns under noise: to try things out and to measure, without files."""
+    """Ten coarse color patterns with noise, for trials and measurements without files."""
     coarse = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     patterns = torch.nn.functional.interpolate(
         coarse * 127, (image_size, image_size), mode="bilinear"
     ).byte()
-    # Eight pixels a draw: for images of 224 pixels it takes 0.2 s, torch's random_ takes 1.8 s.
+    # Each draw gives eight pixels. This takes 0.2 s for images of 224 pixels, random_ 1.8 s.
     noise = np.random.PCG64(0).random_raw(3072 * 3 * image_size * image_size // 8).view(np.uint8)
     images, labels = (
         torch.from_numpy(noise).view(3072, 3, image_size, image_size),
@@ -73,21 +73,21 @@ def _synthetic(image_size: int) -> Dataset:
 
 @contextmanager
 def _downloading(name: str, archive: str) -> Iterator[Path]:
-    """Where to download to; failures, 20 seconds without a byte too, become a UserError."""
+    """Yields the download folder; failures, including 20 s without data, become a UserError."""
     place = downloads_dir()
-    patience = socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)
     try:
-        with warnings.catch_warnings(action="ignore"):  # numpy warns of CIFAR's old pickles
+        with warnings.catch_warnings(action="ignore"):  # numpy warns about CIFAR's old pickles
             yield place
     except (OSError, RuntimeError, HTTPException) as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
         fix = f"put {archive} into that folder, or point --data at an image folder"
         if Path(name).is_dir():
-            fix = f"for the folder of that name here give ./{name}"
-        raise data_error(name, f"it in {place}, or a network", got, fix) from error
+            fix = f"for the local folder of that name, give ./{name}"
+        raise data_error(name, f"it in {place}, or a network connection", got, fix) from error
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(timeout)
 
 
 def _cifar(name: str) -> Dataset:

@@ -23,18 +23,18 @@ from vitral.data.workers import in_workers
 from vitral.errors import UserError, data_error, first_few
 
 CHUNK = 64  # items that a worker reads at a time
-NUM_REREAD = 8  # items that are read again, to find out whether they are the same each time
+NUM_REREAD = 8  # items that are read twice, to check that they are the same each time
 
 
 @dataclass(frozen=True)
 class PythonDatasets:
-    """What `vitral.train` is given in the place of a path."""
+    """Datasets that are passed to `vitral.train` instead of a path."""
 
     train: Source
     val: Source | None = None
     """None holds out a part of `train`."""
     classes: Sequence[str] | None = None
-    """Names of the classes; None takes those of the dataset."""
+    """Class names; None takes those of the dataset."""
     fingerprint: str | None = None
     """Identifies the images; None hashes all of them."""
 
@@ -46,38 +46,39 @@ def python_datasets(
     classes: Sequence[str] | None,
     fingerprint: str | None,
 ) -> tuple[Config, PythonDatasets | None]:
-    """What a run is given, and its settings: `data.path` is PATH if it is given a dataset.
+    """Returns a run's settings and datasets; `data.path` becomes PATH if a dataset is given.
 
     Raises:
-        UserError: something else is given, but no dataset to train on.
+        UserError: if other arguments are given without a training dataset.
     """
     if train is not None:
         settings = replace(config, data=replace(config.data, path=PATH))
         return settings, PythonDatasets(train, val, classes, fingerprint)
     if val is not None or classes is not None or fingerprint is not None:
-        raise UserError("dataset: expected one, as val_dataset, classes or fingerprint is given")
+        raise UserError("dataset: expected one with val_dataset, classes or fingerprint, got None")
     return config, None
 
 
 def open_data(config: Config, datasets: PythonDatasets | None) -> Dataset:
-    """The data set of a run: what is given, or what is at `data.path`. Raises UserError."""
+    """Opens the dataset of a run: the given one, or the one at `data.path`. Raises UserError."""
     if datasets is not None:
         return open_objects(datasets, config.data, config.train.seed)
     return open_dataset(config.data, config.model.image_size, config.train.seed)
 
 
 def open_objects(datasets: PythonDatasets, config: DataConfig, seed: int) -> Dataset:
-    """The data set of Python datasets.
+    """Opens Python datasets.
 
     Raises:
-        UserError: the datasets cannot be used.
+        UserError: if the datasets cannot be used.
     """
     classes = class_names(datasets.train, datasets.classes)
     train = records_of("dataset", datasets.train, classes, config, datasets.fingerprint)
     dataset = Dataset(PATH, classes, train, None)
     if datasets.val is not None:
         if own_names(datasets.val) not in (None, classes) and datasets.classes is None:
-            raise data_error("val_dataset", "the classes of dataset", "others", "give classes=")
+            got = "different ones"
+            raise data_error("val_dataset", "the classes of dataset", got, "give classes=")
         val = records_of("val_dataset", datasets.val, classes, config, datasets.fingerprint)
         dataset = replace(dataset, val=val)
     if datasets.val is None or config.hold_out:
@@ -87,10 +88,10 @@ def open_objects(datasets: PythonDatasets, config: DataConfig, seed: int) -> Dat
 
 
 def class_names(source: Source, given_names: Sequence[str] | None) -> tuple[str, ...]:
-    """The names that are given, or those of the dataset.
+    """Returns the given names, or those of the dataset.
 
     Raises:
-        UserError: there are none, fewer than two, or equal ones.
+        UserError: if there are none, fewer than two, or duplicates.
     """
     names = (
         own_names(source)
@@ -106,7 +107,7 @@ def class_names(source: Source, given_names: Sequence[str] | None) -> tuple[str,
 
 
 def own_names(source: Any) -> tuple[str, ...] | None:
-    """Names in `classes`, as torchvision has them, or in `features`, as Hugging Face has them."""
+    """Returns the names in `classes`, as in torchvision, or in `features`, as in Hugging Face."""
     while isinstance(source, Subset):
         source = source.dataset
     names = getattr(source, "classes", None)
@@ -120,35 +121,35 @@ def own_names(source: Any) -> tuple[str, ...] | None:
 def records_of(
     what: str, source: Source, classes: Sequence[str], config: DataConfig, fingerprint: str | None
 ) -> Objects:
-    """The records of a Python dataset.
+    """Returns the records of a Python dataset.
 
-    Every item is read once, to hash its image and to know its label; not if a fingerprint is given
+    Every item is read once, to hash its image and to get its label, unless a fingerprint is given
     and the dataset lists its labels.
 
     Args:
-        what: the name of the dataset, for messages.
+        what: name of the dataset in messages.
 
     Raises:
-        UserError: it is empty, or an item is not an image with a label of one of the classes.
+        UserError: if it is empty, or an item is not an image with a label of one of the classes.
     """
     rows = np.arange(len(source))
     if not len(rows):
-        raise data_error(what, "images", "an empty dataset", "give another")
+        raise data_error(what, "images", "an empty dataset", "give another dataset")
     records = Objects(source, rows, np.zeros_like(rows), fingerprint or "")
     labels = None if fingerprint is None else _listed_labels(source)
     if labels is None:
         labels, digest = _read_all(what, records, resolve_workers(config, records))
         records = replace(records, digest=fingerprint or digest)
-    strange = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(strange):
-        got = f"{labels[strange[0]]} of item {strange[0]}"
+    invalid = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(invalid):
+        got = f"{labels[invalid[0]]} for item {invalid[0]}"
         fix = "correct the label or give all class names"
         raise data_error(what, f"labels from 0 to {len(classes) - 1}", got, fix)
     return replace(records, labels=labels)
 
 
 def _listed_labels(source: Any) -> Integers | None:
-    """Labels that a dataset lists apart from its images; None if it lists none."""
+    """Returns the labels that a dataset lists separately from its images, or None."""
     if isinstance(source, Subset):
         inside = _listed_labels(source.dataset)
         return None if inside is None else inside[np.asarray(source.indices)]
@@ -161,7 +162,7 @@ def _listed_labels(source: Any) -> Integers | None:
 
 
 def _read_all(what: str, records: Objects, workers: int) -> tuple[Integers, str]:
-    """Reads every item; returns the labels and the digest of the images."""
+    """Reads every item; returns the labels and a digest of the images."""
     starts = range(0, len(records), CHUNK)
     chunks = [range(first, min(first + CHUNK, len(records))) for first in starts]
     labels, digest = [], hashlib.sha256()
@@ -175,7 +176,7 @@ def _read_all(what: str, records: Objects, workers: int) -> tuple[Integers, str]
 
 
 class _ItemDataset(TorchDataset[tuple[list[int], bytes] | str]):
-    """Labels and digests of the images of some items, or an error; runs in worker processes."""
+    """Labels and image digests of chunks of items, or an error; runs in worker processes."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -192,8 +193,8 @@ class _ItemDataset(TorchDataset[tuple[list[int], bytes] | str]):
             digests.append(_digest(image))
             if again not in (None, digests[-1]):
                 return (
-                    f"item {i}: expected the same image each time, got two; remove the random "
-                    "transforms, which vitral's augmentation replaces, or give fingerprint="
+                    f"item {i}: expected the same image each time, got two different ones; remove "
+                    "random transforms, which vitral's augmentation replaces, or give fingerprint="
                 )
         return labels, b"".join(digests)
 

@@ -1,8 +1,8 @@
-"""Packs: the images of a data set in one file a split, as squares of one size or as small JPEGs.
+"""Packs: the images of a dataset in one file per split, as squares of one size or as small JPEGs.
 
-A folder with SPLIT.pixels, uint8 squares of shape (N, 3, P, P), or SPLIT.jpegs, one after another.
-Its index/, written last by `packing`, has labels, names, sides, and the SHA-256 of each chunk of
-images; a folder with progress.jsonl instead is a pack that is not finished.
+A pack is a folder with SPLIT.pixels, uint8 squares of shape (N, 3, P, P), or SPLIT.jpegs, JPEGs one
+after another. Its index/, which `packing` writes last, contains labels, names, original sizes, and
+the SHA-256 of each chunk of images. A folder with progress.jsonl instead is an unfinished pack.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ VERSION = 1
 INDEX = "index"
 PROGRESS = "progress.jsonl"
 Chunk = dict[str, Any]
-"""Images from `first` on: `bytes` of the split's file from `offset` on, and their `sha256`."""
+"""Images starting at `first`: `bytes` bytes of the split's file, starting at `offset`, and their
+`sha256`."""
 
 
 def finished(root: Path) -> bool:
-    """Whether `root` is a whole pack."""
+    """Whether `root` is a complete pack."""
     return (root / INDEX / "pack.json").is_file()
 
 
@@ -40,11 +41,11 @@ def matches(root: Path) -> bool:
 
 
 def open(root: Path, _: DataConfig, __: int, train: bool) -> Dataset:
-    """The data set in a pack; its training split only with `train`.
+    """Opens the dataset in a pack; its training split only if `train` is True.
 
     Raises:
-        UserError: the pack is not finished, not whole, altered, or of another version.
-        OSError: a file is missing.
+        UserError: if the pack is unfinished, incomplete, altered, or of another version.
+        OSError: if a file is missing.
     """
     index = read_index(root)
     val = _open_split(root, index, "val")
@@ -55,7 +56,7 @@ def open(root: Path, _: DataConfig, __: int, train: bool) -> Dataset:
 
 
 def verify(root: Path) -> list[str]:
-    """Reads all images of a pack; a line for each chunk of them that is not what was written.
+    """Reads all images of a pack; returns a line for each chunk that differs from what was written.
 
     Raises:
         UserError, OSError: as `open`.
@@ -66,20 +67,20 @@ def verify(root: Path) -> list[str]:
         ends = [*(chunk["first"] for chunk in chunks[1:]), index["images"][split]]
         for k in damaged(path, chunks):
             images = f"images {chunks[k]['first']:,} to {ends[k] - 1:,}"
-            lines.append(f"{printable(path)}: {images} are not what was written")
+            lines.append(f"{printable(path)}: {images} differ from what was written")
     return lines
 
 
 def images_path(root: Path, split: str, jpeg: bool) -> Path:
-    """The file with the images of a split."""
+    """Returns the path of the file with the images of a split."""
     return root / f"{split}.{'jpegs' if jpeg else 'pixels'}"
 
 
 def damaged(path: Path, chunks: Sequence[Chunk]) -> list[int]:
-    """Positions of the chunks that the file does not hold as they were written."""
+    """Returns the positions of the chunks that differ from what was written to the file."""
     wrong = []
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # else what was just written is read from memory
+        if hasattr(os, "posix_fadvise"):  # otherwise fresh data is read from the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for k, chunk in enumerate(tqdm(chunks, f"verifying {path.name}", disable=None)):
             try:
@@ -92,19 +93,19 @@ def damaged(path: Path, chunks: Sequence[Chunk]) -> list[int]:
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """What a finished pack says of itself: settings, classes, chunks.
+    """Returns the settings, classes and chunks of a finished pack.
 
     Raises:
-        UserError: the pack is not finished, altered, or of another version.
+        UserError: if the pack is unfinished, altered, or of another version.
     """
     if not finished(root):
-        fix = "repeat the `vitral data pack` command that started it to finish it"
-        raise data_error(root, "a finished pack", "one that is not", fix)
+        fix = "to finish it, repeat the `vitral data pack` command that started it"
+        raise data_error(root, "a finished pack", "an unfinished one", fix)
     try:
         index = storage.read_json(root / INDEX, "pack.json")
         version = index.get("version")
         if version != VERSION:
-            fix = "use the vitral that packed it, or pack it again"
+            fix = "use the version of vitral that packed it, or pack it again"
             raise data_error(root, f"a pack of version {VERSION}", f"version {version}", fix)
         storage.verify(root / INDEX)
     except storage.CorruptError as error:

@@ -1,7 +1,7 @@
-"""Parquet as the Hugging Face Hub lays it out: rows of an image, `{bytes, path}`, and a label.
+"""Parquet as on the Hugging Face Hub: each row has an image, `{bytes, path}`, and a label.
 
-Files lie in the folder, in its `data/`, or in a folder for each split, and tell by their names or
-their folder's which split they belong to: `data/train-00000-of-00294.parquet`.
+Files are in the folder itself, in its `data/`, or in a folder per split. The names of files or
+folders determine the split: `data/train-00000-of-00294.parquet`.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from vitral.data.imagenet import human_name, wnids
 from vitral.data.objects import IMAGES, LABELS
 from vitral.data.records import VALIDATION, Dataset, Names, Split, Stamp, merge_splits, stamp
 from vitral.data.sampling import Integers
-from vitral.errors import data_error, printable
+from vitral.errors import counted, data_error, printable
 
 SPLITS = ("train", *VALIDATION)
-MAX_CACHE_BYTES = 256 << 20  # bytes of row groups that a process keeps; small sets fit in whole
+MAX_CACHE_BYTES = 256 << 20  # of row groups per process; small datasets fit completely
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Encoded images, one a row of a few Parquet files.
+    """Encoded images in rows of Parquet files, one image per row.
 
-    A row is read by reading its row group: quick in the order of the files, slow in another. No
-    file stays open, so that a process may be forked at any time.
+    Reading a row reads its row group, which is fast in the order of the files and slow in other
+    orders. Files are not kept open, so that a process can be forked at any time.
     """
 
     files: tuple[Path, ...]
     stamps: tuple[Stamp, ...]
-    """Of each file when it was opened."""
+    """Stamp of each file when it was opened."""
     footers: tuple[Any, ...]
     """pyarrow's FileMetaData of each file."""
     column: str
     """Path of the column with the encoded images."""
     places: Integers
-    """Position in `files`, row group, and row in that of each image. Shape (N, 3)."""
+    """Position in `files`, row group, and row in the group, of each image. Shape (N, 3)."""
     names: Names
-    """Base names of the images' paths, or else their places. Shape (N,)."""
+    """Base names of the images' paths, or their places if there are none. Shape (N,)."""
     labels: Integers
     """Shape (N,)."""
 
@@ -59,14 +59,14 @@ class Rows:
 
     @cached_property
     def _cache(self) -> OrderedDict[tuple[int, int], Any]:
-        """Columns of row groups by file and number, the last used last."""
+        """Columns of row groups by file and group, the most recently used last."""
         return OrderedDict()
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image `i`. Raises OSError, if its file has changed too.
+        """Returns the encoded bytes of image `i`. Raises OSError, also if its file has changed.
 
         Raises:
-            DecodeError: the row group is damaged, or the row holds no bytes.
+            DecodeError: if the row group is damaged, or the row contains no bytes.
         """
         file, group, row = self.places[i].tolist()
         recent = self._cache
@@ -80,11 +80,11 @@ class Rows:
         recent.move_to_end((file, group))
         content = recent[file, group][row].as_py()
         if content is None:
-            raise DecodeError("the row holds no bytes of an image")
+            raise DecodeError("the row contains no image")
         return content
 
     def _load(self, file: int, group: int) -> Any:
-        """The encoded images of a row group."""
+        """Reads the encoded images of a row group."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -99,32 +99,32 @@ class Rows:
         return table.flatten().column(0)
 
     def where(self, i: int) -> str:
-        """File, row group and row of image `i`, for messages."""
+        """Returns file, row group and row of image `i`, for messages."""
         file, group, row = self.places[i].tolist()
         return f"{printable(self.files[file])}: row group {group}, row {row}"
 
     def take(self, chosen: NDArray[np.bool_]) -> Rows:
-        """The images where `chosen`, shape (N,), is true."""
+        """Returns the images where `chosen`, shape (N,), is true."""
         columns = {name: getattr(self, name)[chosen] for name in ("places", "names", "labels")}
         return dataclasses.replace(self, **columns)
 
     def identity(self) -> Iterator[bytes]:
-        """Names, places, and sizes of the files: those of the images are not known."""
+        """Yields names, places, and sizes of the files; sizes of the images are not known."""
         yield b"\0".join(self.names.tolist())
         yield np.ascontiguousarray(self.places, "<i8").tobytes()
         yield np.array([size for size, _ in self.stamps], "<i8").tobytes()
 
 
 def matches(root: Path) -> bool:
-    """Whether there are Parquet files in `root`, or in one of its split folders."""
+    """Whether `root` or one of its split folders contains Parquet files."""
     return bool(_find(root))
 
 
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
-    """The data set in the Parquet files of `root`.
+    """Opens the dataset in the Parquet files of `root`.
 
     Raises:
-        UserError: pyarrow is missing, or the files cannot be used.
+        UserError: if pyarrow is missing, or the files cannot be used.
     """
     try:
         import pyarrow  # noqa: F401
@@ -136,7 +136,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         splits.setdefault(_split_of(path.relative_to(root)), []).append(path)
     if "" in splits and len(splits) > 1:
         expected = f"{', '.join(SPLITS)} in the name of each file"
-        raise data_error(splits[""][0], expected, "none of them", "rename or remove it")
+        raise data_error(splits[""][0], expected, "none of these", "rename or remove it")
     val = next((name for name in VALIDATION if name in splits), None)
     if val is None:
         found = _scan(splits.get("train") or splits[""])
@@ -145,36 +145,36 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         return merge_splits(root, found, None, config, seed)
     held_out = _scan(splits[val])
     if train and "train" not in splits:
-        got = f"{splits[val][0].name} alone"
+        got = f"only {splits[val][0].name}"
         raise data_error(root, "train-*.parquet", got, "put the training images there")
     known = _scan(splits["train"]) if train else None
     dataset = merge_splits(root, known, held_out, config, seed)
     if val != "test":
         return dataset
-    choice = f"{dataset.name} has no validation-*.parquet: test is validated on"
+    choice = f"{dataset.name} has no validation-*.parquet: using test for validation"
     return dataclasses.replace(dataset, choices=(choice,))
 
 
 def _find(root: Path) -> list[Path]:
-    """The Parquet files of the data set in a folder."""
+    """Returns the Parquet files of the dataset in a folder."""
     folders = [root, *(root / name for name in ("data", *SPLITS))]
     return [path for folder in folders for path in sorted(folder.glob("[!.]*.parquet"))]
 
 
 def _split_of(path: Path) -> str:
-    """The first word in a path that names a split, or nothing."""
+    """Returns the first word in a path that names a split, or an empty string."""
     return next((word for word in re.findall("[a-z]+", str(path).lower()) if word in SPLITS), "")
 
 
 def _scan(files: Sequence[Path]) -> Split:
-    """Classes and rows of one split; only labels and paths are read."""
+    """Reads the classes and rows of one split; only labels and paths are read."""
     stamps = tuple(stamp(path) for path in files)
     shards = [_read(path) for path in files]
     first = shards[0]
     for path, shard in zip(files, shards, strict=True):
         if shard.kind != first.kind:
             expected = f"columns, labels and class names as in {files[0].name}"
-            raise data_error(path, expected, "others", "remove one or the other")
+            raise data_error(path, expected, "different ones", "remove one of the files")
     values = np.concatenate([shard.labels for shard in shards])
     if not len(values):
         raise data_error(files[0], "images", "no rows", "download it again")
@@ -187,7 +187,7 @@ def _scan(files: Sequence[Path]) -> Split:
     places = [np.insert(shard.places, 0, k, axis=1) for k, shard in enumerate(shards)]
     names = np.array([name for shard in shards for name in shard.names])
     if classes == wnids():
-        # The Hub calls n01440764_10026.JPEG n01440764_10026_n01440764.JPEG, which sorts otherwise.
+        # On the Hub, n01440764_10026.JPEG is n01440764_10026_n01440764.JPEG: a different order.
         names = np.array([re.sub(rb"_n\d{8}(?=\.)", b"", name) for name in names.tolist()])
     order = np.lexsort((names, labels))
     places, names = np.concatenate(places)[order], names[order]
@@ -200,7 +200,7 @@ def _scan(files: Sequence[Path]) -> Split:
 
 
 def _is_imagenet(names: tuple[str, ...]) -> bool:
-    """Whether these are ImageNet-1K's names; a few are spelt otherwise, as the Hub's `crane2`."""
+    """Whether these are ImageNet-1K's names; the Hub spells a few differently, such as `crane2`."""
     if len(names) != len(wnids()):
         return False
     pairs = zip(names, map(human_name, wnids()), strict=True)
@@ -209,23 +209,23 @@ def _is_imagenet(names: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is kept of one file."""
+    """Contents of one file, except the images."""
 
     footer: Any
     column: str
     """Path of the column with the encoded images."""
     classes: tuple[str, ...] | None
-    """What the labels count, where the file says it."""
+    """Names of the labels, if the file lists them."""
     places: Integers
-    """Row group and row in it of each image. Shape (n, 2)."""
+    """Row group, and row in the group, of each image. Shape (n, 2)."""
     labels: NDArray[Any]
     """Integers or strings. Shape (n,)."""
     names: list[bytes]
-    """Base name of each image's path, or nothing."""
+    """Base name of each image's path, or empty."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What is the same in all files of a split."""
+        """Properties that must be the same in all files of a split."""
         return self.column, self.labels.dtype, self.classes
 
 
@@ -242,7 +242,7 @@ def _read(path: Path) -> _Shard:
             labels = _labels(path, table[label], classes)
             known = f"{image}.path" in table.column_names
             paths = table[f"{image}.path"].to_pylist() if known else [None] * len(labels)
-    except (pa.ArrowException, OSError, ValueError) as error:  # of text that is not UTF-8, too
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text is not UTF-8
         raise data_error(path, "a Parquet file", _line(error), REDOWNLOAD) from error
     counts = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
     rows = np.concatenate([np.arange(0), *map(np.arange, counts)])
@@ -253,7 +253,7 @@ def _read(path: Path) -> _Shard:
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str]:
-    """Names of the images' and the labels' column: usual ones, or the only ones of their types."""
+    """Returns the image and label columns: by the usual names, or the only ones of their types."""
     found = {field.name: field.type for field in schema}
     chosen = []
     for usual, fits in ((IMAGES, _holds_images), (LABELS, _holds_labels)):
@@ -288,7 +288,7 @@ def _holds_labels(kind: Any) -> bool:
 
 
 def _described_classes(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
-    """What labels count, by the Hub's metadata of a file; None where it does not say it."""
+    """Returns the names of the labels from a file's Hub metadata; None if they are not listed."""
     try:
         found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except (ValueError, RecursionError) as error:
@@ -304,11 +304,12 @@ def _described_classes(path: Path, schema: Any, label: str) -> tuple[str, ...] |
 
 
 def _labels(path: Path, column: Any, classes: tuple[str, ...] | None) -> NDArray[Any]:
-    """The labels, integers or strings. Shape (n,)."""
+    """Returns the labels, integers or strings. Shape (n,)."""
     import pyarrow as pa
 
     if column.null_count:
-        raise data_error(path, "a label in each row", f"{column.null_count} without", "remove them")
+        got = f"none in {counted(column.null_count, 'row')}"
+        raise data_error(path, "a label in each row", got, "remove these rows")
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_boolean(column.type):
@@ -318,7 +319,7 @@ def _labels(path: Path, column: Any, classes: tuple[str, ...] | None) -> NDArray
         max_label = len(classes) - 1 if classes else labels.max()
         wrong = labels[(labels < 0) | (labels > max_label)]
         if len(wrong):
-            fix = "if it is a test split without labels, which have -1, move it elsewhere"
+            fix = "if it is a test split without labels (all -1), move it elsewhere"
             raise data_error(path, f"labels from 0 to {max_label}", str(wrong[0]), fix)
     return labels
 

@@ -1,4 +1,4 @@
-"""A folder of tar shards, as webdataset has them: KEY.jpg beside KEY.cls or KEY.json."""
+"""A folder of tar shards, as in webdataset: KEY.jpg with KEY.cls or KEY.json."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from vitral.files import open_regular, read_regular
 
 CLASSES = "classes.txt"
 MAX_CLASSES, MAX_LABEL = 1 << 24, 1 << 20  # bytes of classes.txt, and of a KEY.cls or KEY.json
-MAX_NAME = 255  # bytes of a class name, as of a folder's
+MAX_NAME = 255  # bytes of a class name, as for a folder's name
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def matches(root: Path) -> bool:
-    """Whether there are shards in `root`, or in its split folders."""
+    """Whether `root` or its split folders contain shards."""
     return bool(_find_splits(root))
 
 
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
-    """The data set of the shards in `root`, or in its folders `train` and `val`.
+    """Opens the dataset in the shards in `root`, or in its folders `train` and `val`.
 
-    Classes are in order of their names, or of number if that is all they have. Names are the lines
-    of `classes.txt`, or the labels if they are text, or the wnids that images are called after.
+    Classes are sorted by name, or by number if they have no other names. Their names are the lines
+    of `classes.txt`, the labels if these are text, or the wnids in the names of the images.
 
     Raises:
-        UserError: a shard or its labels cannot be used.
+        UserError: if a shard or its labels cannot be used.
     """
     splits, skipped = _find_splits(root), Counter[str]()
     held_out = next((name for name in VALIDATION if name in splits), None)
@@ -52,19 +52,19 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
             return merge_splits(root, None, split, config, seed, skipped)
         return merge_splits(root, split, None, config, seed, skipped)
     if train and "train" not in splits:
-        expected = f"train shards beside those of {held_out}"
+        expected = f"train shards in addition to those of {held_out}"
         raise data_error(root, expected, "none", "put the training shards there")
     order = [splits[name] for name in (held_out, "train") if name in splits]
     val, *known = _open(root, order, 2 if train else 1, skipped)
     dataset = merge_splits(root, known[0] if known else None, val, config, seed, skipped)
     if held_out != "test":
         return dataset
-    choice = f"{dataset.name} has no val shards: those of test are validated on"
+    choice = f"{dataset.name} has no val shards: using those of test for validation"
     return replace(dataset, choices=(choice,))
 
 
 def _find_splits(root: Path) -> dict[str, list[Path]]:
-    """Shards by split; under an empty name where nothing tells the split."""
+    """Returns the shards by split; under an empty name if nothing determines the split."""
     if not root.is_dir():
         return {}
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
@@ -84,7 +84,7 @@ def _find_splits(root: Path) -> dict[str, list[Path]]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The archives in a folder, unless it holds folders of images: those are the data set then."""
+    """Returns the archives in a folder; none if it has folders of images, which take precedence."""
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     found = [path for path in entries if path.name.lower().endswith(ARCHIVES)]
     files = (file for path in entries if found and path.is_dir() for file in path.iterdir())
@@ -94,7 +94,7 @@ def _shards(folder: Path) -> list[Path]:
 def _open(
     root: Path, splits: Sequence[Sequence[Path]], count: int, skipped: Counter[str]
 ) -> list[Split]:
-    """The first `count` splits; another is read only if it has to name the classes of these."""
+    """Opens the first `count` splits; reads another one only if it has to name their classes."""
     found = [index_archives(shards, read_shards) for shards in splits[:count]]
     for each in found:
         skipped.update(each.skipped)
@@ -107,7 +107,7 @@ def _open(
 
 
 def _read_classes(path: Path) -> list[bytes]:
-    """The lines of the list of classes; none without it."""
+    """Returns the lines of the list of classes, or an empty list if it is missing."""
     if not path.is_file():
         return []
     lines = [line.strip() for line in read_regular(path, MAX_CLASSES).split(b"\n")]
@@ -117,16 +117,16 @@ def _read_classes(path: Path) -> list[bytes]:
 
 
 def _class_names(found: ArchiveIndex, root: Path, lines: list[bytes]) -> dict[bytes, bytes]:
-    """The name of each class by what labels it; none where these are numbers without names."""
+    """Returns class names by label value; empty if the labels are numbers without names."""
     values, wnids = found.values.tolist(), found.wnids.tolist()
     if lines:
         numbered = values[0].isdigit()
         names = {b"%d" % i if numbered else line: line for i, line in enumerate(lines)}
-        strangers = [printable(value) for value in values if value not in names]
-        if strangers:
+        unlisted = [printable(value) for value in values if value not in names]
+        if unlisted:
             fix = "list each class, in order of label from 0"
             expected = counted(len(lines), "label")
-            raise data_error(root / CLASSES, expected, first_few(strangers), fix)
+            raise data_error(root / CLASSES, expected, first_few(unlisted), fix)
         return names
     if not values[0].isdigit():
         return dict(zip(values, values, strict=True))
@@ -142,16 +142,15 @@ def _label(root: Path, found: ArchiveIndex, names: dict[bytes, bytes]) -> Split:
     plain = all(name.isdigit() for name in names.values())
     classes = sorted(names.values(), key=_number if plain else _composed)
     if len(classes) < 2:
-        raise data_error(
-            root, "two classes or more", f"{printable(classes[0])} alone", "add others"
-        )
+        got = f"only {printable(classes[0])}"
+        raise data_error(root, "two or more classes", got, "add other classes")
     position = {name: i for i, name in enumerate(classes)}
     labels = np.array([position[names[value]] for value in values])
     return tuple(map(printable, classes)), found.relabeled(labels[found.spans.labels])
 
 
 def _number(digits: bytes) -> tuple[int, bytes]:
-    """What sorts numbers without leading zeros by value, of any length."""
+    """Sort key that orders numbers without leading zeros by value, for any length."""
     return len(digits), digits
 
 
@@ -160,7 +159,7 @@ def _composed(name: bytes) -> bytes:
 
 
 def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
-    """The images in shards with what labels them, and the wnids that all of a label are called."""
+    """Reads the images in shards with their label values, and the common wnid of each value."""
     rows: list[Row] = []
     called: dict[bytes, set[str]] = defaultdict(set)
     skipped = Counter[str]()
@@ -177,20 +176,22 @@ def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes]
     numbers = [printable(label) for label in called if label.isdigit()]
     texts = [printable(label) for label in called if not label.isdigit()]
     if numbers and texts:
-        got = f"{first_few(numbers)} beside {first_few(texts)}"
+        got = f"numbers {first_few(numbers)} and text {first_few(texts)}"
         raise data_error(folder, "labels that are all numbers or all text", got, REDOWNLOAD)
     wnids = {label: min(names).encode() for label, names in called.items() if len(names) == 1}
     return rows, wnids, skipped
 
 
 def _read_shard(number: int, archive: Path, skipped: Counter[str]) -> list[tuple[Row, str]]:
-    """A row for each image of a shard, and the wnid that it is called after.
+    """Returns a row for each image of a shard, and the wnid in the image's name.
 
-    Members of one key may come in any order; where both say the label, KEY.cls counts.
+    Members with the same key may be in any order. If both have a label, KEY.cls takes precedence
+    over KEY.json.
     """
     place = printable(archive)
     if archive.suffix.lower() != ".tar":
-        raise data_error(archive, "a tar archive, uncompressed", "a compressed one", "gunzip it")
+        fix = "decompress it"
+        raise data_error(archive, "an uncompressed tar archive", "a compressed one", fix)
     images: dict[str, tuple[str, tarfile.TarInfo]] = {}
     metadata: dict[str, dict[str, Any]] = {}
     seen: list[str] = []
@@ -199,7 +200,7 @@ def _read_shard(number: int, archive: Path, skipped: Counter[str]) -> list[tuple
             key, _, suffix = name.rpartition(".")
             if f".{suffix.lower()}" in SUFFIXES:
                 images[key] = name, member
-                seen.append(key)  # KEY.png beside KEY.jpg would be a second image
+                seen.append(key)  # KEY.png next to KEY.jpg would be a second image
                 continue
             if member.size > MAX_LABEL:
                 got = f"{member.size:,}"
@@ -229,10 +230,10 @@ def _labeled_images(
     metadata: dict[str, dict[str, Any]],
     skipped: Counter[str],
 ) -> dict[str, tuple[str, tarfile.TarInfo]]:
-    """Name and header of each image by the key of its label.
+    """Returns name and header of each image by the key of its label.
 
-    That is what its name has before the last dot; or else, as in webdataset, before the first one:
-    KEY of KEY.left.jpg. An image whose label belongs to KEY.jpg is left out.
+    The key is the part of the image's name before the last dot or, as in webdataset, before the
+    first dot: KEY for KEY.left.jpg. An image is left out if its label belongs to KEY.jpg.
     """
     found = {key: image for key, image in images.items() if "label" in metadata.get(key, {})}
     image_keys = {*found}
@@ -244,10 +245,10 @@ def _labeled_images(
         if first in image_keys:
             skipped[image[0].removeprefix(first)] += 1
         elif "label" not in metadata.get(first, {}):
-            found[key] = image  # without a label, which is an error
+            found[key] = image  # without a label; the caller raises an error
         elif first in found:
             names = f"{found[first][0]} and {image[0]}"
-            fix = f"name the one to use {first}{os.path.splitext(image[0])[1]}"  # noqa: PTH122
+            fix = f"rename one of them to {first}{os.path.splitext(image[0])[1]}"  # noqa: PTH122
             raise data_error(archive, f"one image for the label of {first}", names, fix)
         else:
             found[first] = image
@@ -267,8 +268,8 @@ def _parse(content: bytes, place: str) -> dict[str, Any]:
 
 
 def _value(label: Any, place: str, key: str) -> bytes:
-    """A label as bytes, a number without leading zeros."""
-    if type(label) in (int, str):  # of which bool is a kind, but no label
+    """Returns a label as bytes; a number without leading zeros."""
+    if type(label) in (int, str):  # isinstance would accept bool
         label = str(label).encode("utf-8", "backslashreplace")
     if isinstance(label, bytes) and len(label.strip()) > MAX_NAME:
         got = f"one of {len(label):,} bytes"
@@ -281,7 +282,7 @@ def _value(label: Any, place: str, key: str) -> bytes:
 
 
 def _wnid(path: str) -> str:
-    """The wnid of an image of ImageNet by what it is called; empty if it is called otherwise."""
+    """Returns the wnid of an ImageNet image by its file name; empty for other names."""
     match = re.match("(n[0-9]{8})_|ILSVRC2012_val_([0-9]{8})", path.rpartition("/")[2])
     if match is None or match[1]:
         return match[1] if match else ""

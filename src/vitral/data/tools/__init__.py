@@ -1,1 +1,1 @@
-"""Checking, packing, previewing and measuring data sets."""
+"""Tools that check, pack, preview and measure datasets."""

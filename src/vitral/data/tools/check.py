@@ -1,4 +1,4 @@
-"""Looks at every image of a set before a training has to: counts, sizes, broken files, speed."""
+"""Checks every image of a dataset before training: counts, sizes, broken files, decoding speed."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from vitral.errors import counted
 from vitral.files import expand
 
 MAX_LISTED_CLASSES = 30
-BATCH = 64  # files that a worker looks at in one go
-FileCheck = tuple[int, int, int, str, float]  # width, height, bytes, what is wrong, seconds
+BATCH = 64  # files that a worker checks at a time
+FileCheck = tuple[int, int, int, str, float]  # width, height, bytes, error, seconds
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found."""
+    """Results of `check`."""
 
     name: str
     classes: tuple[str, ...]
     notes: tuple[str, ...]
     counts: dict[str, Integers]
-    """Images of each class by split, each of shape (classes,)."""
+    """Number of images per class by split, each of shape (classes,)."""
     broken: tuple[tuple[str, str], ...]
     """Path and reason of each file that cannot be decoded."""
     dimensions: Integers
-    """Width and height of each image that can, in pixels. Shape (images, 2)."""
+    """Width and height of each decodable image, in pixels. Shape (images, 2)."""
     sizes: Integers
-    """Bytes of each file, or of each image of a pixel set. Shape (images,)."""
+    """Bytes of each file, or of each image of a pixel dataset. Shape (images,)."""
     rate: float | None
-    """Images decoded per second of a core's own time; None where nothing needs decoding."""
+    """Images decoded per second of one core's CPU time; None if nothing needs decoding."""
 
 
 def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Report:
-    """Decode every file of the set that `config.path` names.
+    """Decodes every file of the dataset that `config.path` names.
 
     Args:
         image_size: side of synthetic images, in pixels.
-        seed: draws the held-out images where there is no validation split.
-        workers: decoding processes; 0 decodes in this one.
+        seed: selects the held-out images if there is no validation split.
+        workers: decoding processes; 0 decodes in the current process.
 
     Raises:
-        UserError: the set cannot be opened.
+        UserError: if the dataset cannot be opened.
     """
     root = expand(config.path)
-    # One alone is what `vitral val` takes.
+    # `vitral val` accepts a validation split without a training split.
     validation_only = root.is_dir() and holds_only_validation(root)
     dataset = open_dataset(config, image_size, seed, train=not validation_only)
     damaged = packed.verify(root) if packed.matches(root) else []
@@ -90,7 +90,7 @@ def _check_all(records: Encoded, workers: int) -> Iterator[FileCheck]:
 
 
 class _CheckDataset(Dataset[list[FileCheck]]):
-    """Decodes the images of a request; runs in worker processes."""
+    """Decodes chunks of images; runs in worker processes."""
 
     def __init__(self, records: Encoded) -> None:
         self.records = records
@@ -99,7 +99,7 @@ class _CheckDataset(Dataset[list[FileCheck]]):
         return [self._check_file(index) for index in request]
 
     def _check_file(self, index: int) -> FileCheck:
-        started = time.process_time()  # unlike the clock's, not stretched by other processes
+        started = time.process_time()  # not affected by other processes, unlike wall time
         width = height = size = 0
         reason = ""
         try:
@@ -112,10 +112,10 @@ class _CheckDataset(Dataset[list[FileCheck]]):
 
 
 def format_report(report: Report) -> str:
-    """The report as plain text; of more than thirty classes only the rarest and most frequent."""
+    """Formats the report as text; of over thirty classes, lists the rarest and most frequent."""
     lines = [f"{report.name}: {counted(len(report.classes), 'class')}", *report.notes]
     for split, counts in report.counts.items():
-        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_range(counts, 'a class')}"]
+        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_range(counts, 'per class')}"]
         rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
         if len(rising) > MAX_LISTED_CLASSES:
             rising[5:-5] = ["..."]
@@ -125,9 +125,10 @@ def format_report(report: Report) -> str:
             ("short", "long"), np.sort(report.dimensions, axis=1).T, strict=True
         ):
             lines += [f"{side} side: {_range(values, 'pixels')}"]
-    lines += [f"size: {_range(report.sizes, 'bytes')}, {report.sizes.sum() / 1e6:,.1f} MB in all"]
+    total = f"{report.sizes.sum() / 1e6:,.1f} MB in total"
+    lines += [f"size: {_range(report.sizes, 'bytes')}, {total}"]
     if report.rate is not None:
-        lines += [f"decoding: {report.rate:,.0f} images per second and core"]
+        lines += [f"decoding: {report.rate:,.0f} img/s per core"]
     lines += [f"broken files: {len(report.broken)}"]
     return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
 

@@ -1,7 +1,7 @@
-"""Making packs: images decoded, made smaller, written in chunks, and in the end read back.
+"""Writes packs: decodes images, makes them smaller, writes them in chunks, and reads them back.
 
-progress.jsonl has the settings, and a line for each chunk whose bytes have reached the disk: a kill
-at any moment costs the chunks that were in work.
+progress.jsonl contains the settings, and a line for each chunk whose bytes have reached the disk.
+If the process is killed, only the chunks in progress are lost.
 """
 
 from __future__ import annotations
@@ -37,34 +37,35 @@ from vitral.data.workers import in_workers
 from vitral.errors import counted, data_error, how_to_fix, printable
 from vitral.files import check_room
 
-CHUNK = 128  # images; 25 MB of squares of 256 pixels, of which each worker holds two or three
-NUM_SAMPLED = 64  # images that are encoded to foretell the size of all
+CHUNK = 128  # images; 25 MB for squares of 256 pixels. Each worker keeps two or three chunks.
+NUM_SAMPLED = 64  # images that are encoded to estimate the size of all
 QUALITY = 90
-# Random crops of 224 pixels from bicubic squares of 256 differ by 2.8 grey levels from those of the
-# originals and keep 47% of their energy above half of the highest frequency; from bilinear ones by
-# 3.3, and keep 36% (142 photographs of ImageNet).
+# Random crops of 224 pixels from bicubic squares of 256 differ by 2.8 gray levels from those of the
+# originals and keep 47% of their energy above half of the highest frequency. For bilinear squares,
+# these figures are 3.3 and 36% (142 photographs of ImageNet).
 INTERPOLATION = "bicubic"
 SETTINGS = ("version", "size", "jpeg")
 OTHER_FOLDER_HINT = "give another folder, or remove that one"
 
 
 def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, workers: int) -> str:
-    """Pack the data set that `config.path` names, or go on with its pack.
+    """Packs the dataset that `config.path` names, or resumes its pack.
 
     Args:
-        seed: draws the held-out images where there is no validation split.
-        dst: the pack's folder; need not exist.
-        size: side of the squares; of JPEGs the short side, which is never enlarged. In pixels.
-        jpeg: store JPEGs that keep their shape, rather than squares of pixels.
-        workers: decoding processes; 0 decodes in this one.
+        seed: selects the held-out images if there is no validation split.
+        dst: folder of the pack; it need not exist.
+        size: side of the squares or, for JPEGs, the short side, which is never enlarged. In pixels.
+        jpeg: store JPEGs that keep their aspect ratio, instead of squares of pixels.
+        workers: decoding processes; 0 decodes in the current process.
 
     Returns:
-        What was done, in words.
+        Summary of what was done, as text.
 
     Raises:
-        UserError: the source cannot be packed, or is not what was begun; something else lies at
-            `dst`; the disk lacks room: nothing is written. Or images are broken: the others are.
-        OSError: the disk is full after all; the same call goes on once there is room.
+        UserError: if the source cannot be packed, or differs from the one of an unfinished pack; if
+            there is something else at `dst`; if the disk has too little space. In these cases,
+            nothing is written. Also if images are broken, after writing the others.
+        OSError: if the disk is full nevertheless; the same call resumes once there is space.
     """
     dataset = open_dataset(config, size, seed)
     splits: dict[str, _ChunkEncoder] = {}
@@ -78,11 +79,11 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
     header = {"version": VERSION, "size": size, "jpeg": jpeg, "classes": list(dataset.classes)}
     header["images"] = {split: len(encoder.records) for split, encoder in splits.items()}
     index = {**header, "source": dataset.fingerprint}
-    done = f"{printable(dst)}: {counted(sum(header['images'].values()), 'image')}, packed"
+    summary = f"{printable(dst)}: {counted(sum(header['images'].values()), 'image')}"
     if packed.finished(dst):
         _require_same(dst, index, packed.read_index(dst))
-        (dst / PROGRESS).unlink(missing_ok=True)  # a kill may have left it
-        return f"{done} before"
+        (dst / PROGRESS).unlink(missing_ok=True)  # it remains after a kill
+        return f"{summary}, already packed"
     if not packed.matches(dst):
         print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes))
         _begin(dst, splits)
@@ -91,32 +92,32 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
         unfinished.resume(header)
         broken = unfinished.write(workers)
         if broken:
-            got = f"{len(broken):,} that cannot: {'; '.join(broken[:10])}"
+            got = f"{len(broken):,} broken: {'; '.join(broken[:10])}"
             fix = "fix or replace them and repeat the command, which packs what is missing"
             raise data_error(config.path, "images that can be decoded", got, fix)
         unfinished.read_back()
         unfinished.finish(index)
     (dst / PROGRESS).unlink()
-    return f"{done} and read back"
+    return f"{summary}, packed and read back"
 
 
-def _require_same(dst: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    other = [name for name in ours if theirs.get(name) != ours[name]]
+def _require_same(dst: Path, new: Mapping[str, Any], existing: Mapping[str, Any]) -> None:
+    different = [name for name in new if existing.get(name) != new[name]]
     for name in SETTINGS:
-        if name in other:
-            expected, got = f"{name} {ours[name]}", f"{name} {theirs.get(name)}"
+        if name in different:
+            expected, got = f"{name} {new[name]}", f"{name} {existing.get(name)}"
             raise data_error(dst, f"a pack with {expected}", got, OTHER_FOLDER_HINT)
-    if other:
+    if different:
         raise _changed_error(dst)
 
 
 def _changed_error(dst: Path) -> Exception:
-    got = "a pack of others, or the source has changed"
+    got = "a pack of other images, or the source has changed"
     return data_error(dst, "a pack of these images", got, OTHER_FOLDER_HINT)
 
 
 def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
-    """Says what a pack will take, and makes its folder if there is room for it."""
+    """Prints the estimated size of a pack, and creates its folder if there is enough space."""
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise data_error(dst, "an empty folder, or none", "something else", "give another folder")
     check_room(dst)
@@ -124,22 +125,22 @@ def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
     need = sum(len(encoder.records) * encoder.mean_bytes() for encoder in splits.values())
     place = next(path for path in (dst.absolute(), *dst.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
-    amount, room = (f"{n / 1e9:,.3f} GB" for n in (need, free))
-    print(f"{printable(dst)}: {images:,} images take about {amount}; the disk has {room}")
+    amount, space = (f"{n / 1e9:,.3f} GB" for n in (need, free))
+    print(f"{printable(dst)}: {images:,} images take about {amount}; the disk has {space} free")
     if need > free:
-        fix = "make room, or try --jpeg or a smaller --size"
-        raise data_error(dst, f"{amount} of free disk", room, fix)
+        fix = "free some space, or try --jpeg or a smaller --size"
+        raise data_error(dst, f"{amount} of free disk space", space, fix)
     try:
         dst.mkdir(parents=True, exist_ok=True)
         (dst / PROGRESS).touch()
     except OSError as error:
         fix = how_to_fix(error, "give another folder")
-        raise data_error(dst, "to write there", str(error.strerror), fix) from None
+        raise data_error(dst, "a writable folder", str(error.strerror), fix) from None
 
 
 @dataclass(frozen=True)
 class _EncodedChunk:
-    """A chunk of images as it goes to the disk."""
+    """A chunk of images as it is written to the disk."""
 
     chunk: Chunk
     data: Tensor
@@ -149,7 +150,7 @@ class _EncodedChunk:
 
 
 class _ChunkEncoder(Dataset[_EncodedChunk]):
-    """Makes the images of a chunk; runs in worker processes."""
+    """Encodes the images of a chunk; runs in worker processes."""
 
     def __init__(self, records: Encoded, size: int, jpeg: bool) -> None:
         self.records = records
@@ -177,7 +178,7 @@ class _ChunkEncoder(Dataset[_EncodedChunk]):
         return _EncodedChunk(chunk, torch.from_numpy(data), broken)
 
     def source(self, images: range) -> str:
-        """SHA-256 over labels and identity of some of the records."""
+        """Returns the SHA-256 of labels and identity of some of the records."""
         chosen = np.zeros(len(self.records), bool)
         chosen[images.start : images.stop] = True
         chunk = self.records.take(chosen)
@@ -187,7 +188,7 @@ class _ChunkEncoder(Dataset[_EncodedChunk]):
         return digest.hexdigest()
 
     def mean_bytes(self) -> float:
-        """Of an image of the pack; that of JPEGs is estimated."""
+        """Returns the mean bytes per image in the pack; an estimate for JPEGs."""
         if not self.jpeg:
             return 3 * self.size**2
         N = len(self.records)
@@ -210,26 +211,26 @@ def _jpeg(image: Tensor, size: int) -> NDArray[np.uint8]:
 
 
 class _PackWriter:
-    """A pack in the making, held by one process at a time."""
+    """An unfinished pack, locked by one process at a time."""
 
     def __init__(self, dst: Path, splits: Mapping[str, _ChunkEncoder], progress: IO[bytes]) -> None:
         self.dst = dst
         self.splits = splits
         self.progress = progress
         self.chunks: dict[str, dict[int, Chunk]] = {split: {} for split in splits}
-        """What is on the disk, by split and first image."""
+        """Written chunks, by split and first image."""
 
     def resume(self, header: Mapping[str, Any]) -> None:
-        """Reads progress.jsonl; begins it where nothing is.
+        """Reads progress.jsonl, or starts it if it is empty.
 
         Raises:
-            UserError: it is of other settings or images, or another process packs there.
+            UserError: if it is for other settings or images, or another process is packing there.
         """
         try:
             # flock would outlive a SIGKILL in forked workers; this lock dies with its process.
             fcntl.lockf(self.progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            got, fix = "another process that packs there", "wait for it"
+            got, fix = "another process that is packing there", "wait for it"
             raise data_error(self.dst, "no other process", got, fix) from None
         lines = self._complete_lines()
         if not lines:
@@ -245,7 +246,7 @@ class _PackWriter:
                     raise _changed_error(self.dst)
 
     def _complete_lines(self) -> list[Any]:
-        """The lines of progress.jsonl; what a kill left of another is cut off."""
+        """Returns the lines of progress.jsonl; cuts off an incomplete one left by a kill."""
         self.progress.seek(0)
         lines = [line for line in self.progress if line.endswith(b"\n")]
         self.progress.truncate(sum(map(len, lines)))
@@ -259,16 +260,16 @@ class _PackWriter:
 
     def _record_chunk(self, split: str, first: int, **chunk: Any) -> None:
         if chunk:
-            chunk["each"] = np.array(chunk["each"])  # lists would take eight times the memory
+            chunk["each"] = np.array(chunk["each"])  # a list takes eight times the memory
             self.chunks[split][first] = {"first": first, **chunk}
         else:
             del self.chunks[split][first]
 
     def write(self, workers: int) -> list[str]:
-        """Writes the chunks that are missing.
+        """Writes the missing chunks.
 
         Returns:
-            Place and reason of each image that cannot be decoded; its chunk stays missing.
+            Place and reason of each image that cannot be decoded; its chunk remains missing.
         """
         broken: list[str] = []
         total = sum(len(encoder.records) for encoder in self.splits.values())
@@ -292,7 +293,7 @@ class _PackWriter:
         return broken
 
     def _allocate(self, file: IO[bytes], split: str) -> None:
-        """Room for all squares; of JPEGs what a kill left unrecorded is cut off."""
+        """Allocates space for all squares; for JPEGs, cuts off unrecorded data left by a kill."""
         encoder, written = self.splits[split], self.chunks[split].values()
         squares = len(encoder.records) * 3 * encoder.size**2
         if encoder.jpeg:
@@ -324,12 +325,12 @@ class _PackWriter:
                 self._append({"split": split, "first": chunks[k]["first"]})
                 count += 1
         if count:
-            got = f"{counted(count, 'chunk')} of images that read otherwise"
+            got = f"other data in {counted(count, 'chunk')} of images"
             fix = "check the disk and repeat the command, which packs them again"
             raise data_error(self.dst, "what was written", got, fix)
 
     def finish(self, index: Mapping[str, Any]) -> None:
-        """Writes the index, which makes it a pack."""
+        """Writes the index, which completes the pack."""
         columns, files, chunks = {}, {}, {}
         for split, encoder in self.splits.items():
             written = self._in_order(split)
@@ -346,7 +347,7 @@ class _PackWriter:
 
 
 def _columns(encoder: _ChunkEncoder, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
-    """What the index knows of each image of a split."""
+    """Returns the index's columns of the images in a split."""
     records = encoder.records
     names = np.ascontiguousarray(records.names).view(np.uint8).reshape(len(records), -1)
     columns = {"names": names, "labels": records.labels.astype(np.int64)}

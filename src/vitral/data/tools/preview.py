@@ -1,4 +1,4 @@
-"""Grids of images, and a picture of a data set before and after augmentation."""
+"""Image grids, and a preview of a dataset before and after augmentation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vitral.config import Config, DataConfig
 from vitral.data.formats import open_dataset
 from vitral.data.loader import NO_AUGMENTATION, train_batches
 
-MIN_TILE_SIZE = 96  # smallest side of a tile, in pixels
+MIN_TILE_SIZE = 96  # minimum side of a tile, in pixels
 GAP = 4  # pixels between tiles
 
 
 def to_pixels(images: Tensor, config: DataConfig) -> Tensor:
-    """Undoes the normalisation: images (B, C, H, W), float32, to uint8 on the CPU."""
+    """Undoes the normalization of images (B, C, H, W), float32; returns uint8 on the CPU."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     return ((images.cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """Images (B, C, H, W), uint8, in one picture (C, H, W), uint8; small images are enlarged."""
+    """Arranges images (B, C, H, W), uint8, in a picture (C, H, W), uint8; enlarges small ones."""
     factor = max(1, -(-MIN_TILE_SIZE // images.shape[-1]))
     tiles = F.interpolate(images, scale_factor=factor, mode="nearest")
     tiles = F.pad(tiles, (GAP, 0, GAP, 0), value=255)
@@ -38,12 +38,12 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 
 def save(picture: Tensor, path: Path) -> None:
-    """Writes a picture (C, H, W), uint8, in the format that the path's ending names."""
+    """Writes a picture (C, H, W), uint8, in the format of the path's extension."""
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
 
 
 def preview(config: Config, path: Path, count: int = 16) -> None:
-    """A picture of the first training images: rows as in validation, and below them augmented."""
+    """Writes a picture of the first training images; below each row, the same images augmented."""
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     assert dataset.train is not None
     plain = dataclasses.replace(NO_AUGMENTATION, repeats=config.augment.repeats)

@@ -1,4 +1,4 @@
-"""How fast each way in is, the choice of one, and whether it feeds the model."""
+"""Measures input rates, chooses a decoder, and reports whether the model waits for input."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from vitral.data.records import Packed, Pixels, Records
 from vitral.errors import UserError
 from vitral.machine import synchronize
 
-BATCH = 256  # images at most of a batch that is measured
-UNLIMITED_STEPS = 1 << 40  # steps, of which only the first few are taken
-MAX_WAIT_FRACTION = 0.05  # share of the time up to which waiting for input is no matter
+BATCH = 256  # maximum number of images in a measured batch
+UNLIMITED_STEPS = 1 << 40  # only the first few steps are taken
+MAX_WAIT_FRACTION = 0.05  # maximum fraction of the time that the model may wait for input
 
 
 def choose_decoder(
     records: Records, config: Config, workers: int, device: torch.device
 ) -> tuple[Decoder, dict[Decoder, float]]:
-    """The decoder that `data.decode` asks for; for "auto" the fastest, if there are several.
+    """Returns the decoder that `data.decode` selects; for "auto", the fastest if there are several.
 
     Returns:
-        The decoder, and the images per second of each that was measured.
+        The decoder, and the images per second of each measured decoder.
 
     Raises:
-        UserError: if the GPU is to decode what it cannot, or there is none.
+        UserError: if "gpu" is selected, but there is no GPU, or it cannot decode these images.
     """
     asked, found = config.data.decode, decoders(records, device)
     if asked == "gpu" and "gpu" not in found:
         got = f"a {device.type} device"
         if isinstance(records, Packed | Pixels | Objects):
-            got = "images that are decoded already"
+            got = "images that are already decoded"
         elif device.type == "cuda":
             got = "a torchcodec without nvJPEG"
         raise UserError(
@@ -49,7 +49,7 @@ def choose_decoder(
     if asked != "auto":
         return asked, {}
     if config.train.reproducible:
-        return "cpu", {}  # what is measured may come out otherwise next time
+        return "cpu", {}  # measurements may differ in the next run
     if len(found) == 1:
         return found[0], {}
     rates = measure_rates(records, config, workers, device)
@@ -57,7 +57,7 @@ def choose_decoder(
 
 
 def decoders(records: Records, device: torch.device) -> tuple[Decoder, ...]:
-    """Who can decode these records here; "cpu" stands for all that needs no decoding, too."""
+    """Returns the decoders for these records on this device; "cpu" if nothing needs decoding."""
     if isinstance(records, Packed | Pixels | Objects) or device.type != "cuda":
         return ("cpu",)
     content = io.BytesIO()
@@ -72,7 +72,7 @@ def decoders(records: Records, device: torch.device) -> tuple[Decoder, ...]:
 def measure_rates(
     records: Records, config: Config, workers: int, device: torch.device, seconds: float = 2.0
 ) -> dict[Decoder, float]:
-    """Images per second of each decoder, from the records to augmented batches on the device."""
+    """Measures img/s of each decoder, from the records to augmented batches on the device."""
     return {
         decoder: measure_rate(records, config, workers, device, decoder, seconds, part)
         for part, decoder in enumerate(decoders(records, device))
@@ -88,11 +88,12 @@ def measure_rate(
     seconds: float,
     part: int = 0,
 ) -> float:
-    """Images per second of one decoder, from the records to augmented batches on the device.
+    """Measures img/s of one decoder, from the records to augmented batches on the device.
 
     Args:
-        seconds: to measure for at least; starting workers comes on top.
-        part: of the order to read, so that a second measurement finds no files cached by the first.
+        seconds: minimum duration of the measurement, in addition to starting the workers.
+        part: part of the order to read, so that a second measurement does not read files that the
+            first one cached.
     """
     size, classes = min(config.train.batch_size, BATCH), int(np.max(records.labels)) + 1
     batches = endless_batches(records, config, classes, size, workers, device, decoder, part)
@@ -109,7 +110,7 @@ def endless_batches(
     decoder: Decoder,
     part: int = 0,
 ) -> Iterator[Batch]:
-    """Batches as they are at the start of a training, from another `part` of the order."""
+    """Yields batches as at the start of training, from another `part` of the order."""
     return train_batches(
         records,
         config,
@@ -126,12 +127,12 @@ def endless_batches(
 def images_per_second(
     counts: Iterator[int], workers: int, device: torch.device, seconds: float
 ) -> float:
-    """The rate at which an endless iterator does its work, when its workers are under way.
+    """Measures the rate of an endless iterator once its workers are running.
 
-    They begin together, so that their batches come in waves: whole ones are waited for.
+    Workers start together, so their batches come in waves. Only complete waves are counted.
 
     Args:
-        counts: images of one batch after the other.
+        counts: number of images in each batch.
     """
     wave = max(1, workers)
     for _ in range(wave):
@@ -145,11 +146,11 @@ def images_per_second(
 
 
 def input_speed_message(waited: float, *, packed: bool) -> str:
-    """Whether the input keeps up with the model, which waits for it this share of the time."""
+    """Reports whether the input keeps up with the model, given the fraction of time it waits."""
     if waited <= MAX_WAIT_FRACTION:
-        return f"input feeds the model (it waits {waited:.0%} of the time)"
+        return f"input keeps up with the model, which waits {waited:.0%} of the time"
     fix = "" if packed else ", or pack the images with `vitral data pack`"
     return (
-        f"input starves the model by {1 / (1 - waited):.1f}x: it waits {waited:.0%} of the time; "
-        f"give more --data.workers where cores are idle{fix}"
+        f"input slows the model down {1 / (1 - waited):.1f}x: the model waits {waited:.0%} of the "
+        f"time; give more --data.workers if cores are idle{fix}"
     )
