@@ -1,4 +1,4 @@
-"""Fixtures of several data tests."""
+"""Fixtures shared by several data tests."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from .pack_files import draw
 
 @pytest.fixture
 def cache(tmp_path_factory, monkeypatch):
-    """The folder of archive indexes, in a cache of the test's own."""
+    """Folder of the archive indexes, in a temporary cache."""
     place = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("VITRAL_CACHE", str(place))
     return place / "index"
@@ -24,13 +24,13 @@ def nothing_printed(capfd):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Packs that are written in chunks of four images."""
+    """Writes packs in chunks of four images."""
     monkeypatch.setattr(packing, "CHUNK", 4)
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Two classes of JPEGs of different sizes: 18 to train on, 6 to validate."""
+    """Two classes of JPEGs of different sizes: 18 for training, 6 for validation."""
     root = tmp_path / "source"
     for split, count in (("train", 9), ("val", 3)):
         for label, name in enumerate(("cat", "dog")):

@@ -13,7 +13,7 @@ KINDS = pytest.mark.parametrize("jpeg", [False, True], ids=["pixels", "jpegs"])
 
 
 def draw(path, seed, size=None):
-    """Smooth colors, drawn at a size of their own."""
+    """Writes smooth random colors, by default at a random size."""
     rng = np.random.default_rng(seed)
     size = size or tuple(rng.integers(15, 70, 2).tolist())
     path.parent.mkdir(parents=True, exist_ok=True)

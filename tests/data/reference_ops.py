@@ -1,4 +1,4 @@
-"""Images with all that is special in them, and torchvision's functional of each operation."""
+"""Images with special cases, and torchvision's functional for each operation."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from vitral.data.ops import Op
 
 
 def pictures(size, seed=0):
-    """Real-looking uint8 images: smooth colors with noise, some dark, gray, constant or binary."""
+    """Realistic uint8 images: smooth colors with noise, some dark, gray, constant or binary."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(12, 3, 5, 5, generator=generator)
     smooth = F.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
@@ -26,7 +26,7 @@ def pictures(size, seed=0):
 
 
 def apply_reference(image, op, value):
-    """torchvision's functional for one operation on one image."""
+    """Applies torchvision's functional for one operation to one image."""
     level = value - 1
     shear = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "center": [0, 0]}
     degrees = float(np.degrees(np.arctan(value)))
@@ -55,7 +55,7 @@ def apply_reference(image, op, value):
 
 
 def values_of(op, size):
-    """Values that are drawn for `op`, both ends of its range included."""
+    """Returns values that are drawn for `op`, including both ends of its range."""
     if op <= Op.INVERT:
         table = np.concatenate([magnitudes(n, size)[op] for n in (10, 31)])
         table = np.append(table, magnitudes(31, size, wide=True)[op])

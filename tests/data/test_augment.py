@@ -48,15 +48,15 @@ NAMES = {op: "".join(word.title() for word in op.name.split("_")) for op in Op} 
 
 
 def kolmogorov_smirnov(a, b):
-    """The two-sample statistic of equally many numbers, above 2.23 in one of ten thousand."""
+    """The two-sample statistic for samples of equal size; above 2.23 with a probability of 1e-4."""
     a, b, at = np.sort(a), np.sort(b), np.union1d(a, b)
     distance = abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max()
     return distance / len(a) * np.sqrt(len(a) / 2)
 
 
 def test_policies_equal_torchvision():
-    for ours, theirs in zip(_AUTOAUGMENT.values(), ("IMAGENET", "CIFAR10"), strict=True):
-        expected = AutoAugmentV1(AutoAugmentPolicy[theirs]).policies
+    for ours, name in zip(_AUTOAUGMENT.values(), ("IMAGENET", "CIFAR10"), strict=True):
+        expected = AutoAugmentV1(AutoAugmentPolicy[name]).policies
         named = [
             tuple((NAMES[Op(int(op))], float(p), int(level)) for op, p, level in pair)
             for pair in ours
@@ -66,17 +66,17 @@ def test_policies_equal_torchvision():
 
 def test_magnitudes_equal_torchvision():
     auto, rand, trivial = AutoAugmentV1(), RandAugmentV1(), TrivialAugmentWide()
-    for ours, theirs in [
+    for ours, space in [
         (magnitudes(10, 224), auto._augmentation_space(10, (224, 224))),
         (magnitudes(10, 33), auto._augmentation_space(10, (33, 33))),
         (magnitudes(31, 224), rand._augmentation_space(31, (224, 224))),
         (magnitudes(31, 224, wide=True), trivial._augmentation_space(31)),
     ]:
-        names = list(theirs)
+        names = list(space)
         assert [NAMES[op] for op in Op if NAMES[op] in names] == names
         for op in Op:
             if NAMES[op] in names:
-                expected = theirs[NAMES[op]][0].double().expand(ours.shape[1]).numpy()
+                expected = space[NAMES[op]][0].double().expand(ours.shape[1]).numpy()
                 assert (ours[op] == expected).all(), op
 
 
@@ -87,10 +87,10 @@ def test_affine_equals_torchvision():
     assert plan.affine is not None
     for ours, image, row in zip(augment(images, plan), images, plan.affine.tolist(), strict=True):
         angle, scale, shear, dx, dy = row
-        theirs = TF.affine(
+        expected = TF.affine(
             image, angle, [dx, dy], scale, [shear, 0.0], TF.InterpolationMode.BILINEAR
         )
-        assert (ours.int() - theirs.int()).abs().max() <= 1
+        assert (ours.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -126,15 +126,15 @@ def test_plan_and_pixels_do_not_depend_on_the_batch(config):
     images = pictures(32).repeat(3, 1, 1, 1)
     indices = np.arange(100, 136)
     plan = draw_plan(config, 32, 1, 2, indices)
-    whole = augment(images, plan)
-    finished = finish(whole, plan, (0.5,) * 3, (0.2,) * 3)
+    full = augment(images, plan)
+    finished = finish(full, plan, (0.5,) * 3, (0.2,) * 3)
     for rows in ([5], [35, 5, 0], list(range(10, 24))):
         part = draw_plan(config, 32, 1, np.full(len(rows), 2), indices[rows])
         for name in ("flip", "affine", "ops", "values", "erase"):
             ours, expected = getattr(part, name), getattr(plan, name)
             assert (ours is expected is None) or (ours == expected[rows]).all(), name
         pixels = augment(images[rows], part)
-        assert torch.equal(pixels, whole[rows])
+        assert torch.equal(pixels, full[rows])
         assert torch.equal(finish(pixels, part, (0.5,) * 3, (0.2,) * 3), finished[rows])
     other = draw_plan(config, 32, 1, 3, indices)
     assert (other.values != plan.values).any()
@@ -143,8 +143,8 @@ def test_plan_and_pixels_do_not_depend_on_the_batch(config):
 
 @pytest.mark.parametrize("limits", [(5 * 3 * 32 * 32, 1 << 16), (1 << 20, 3 * 32 * 32 - 1)])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
-def test_cpu_chunks_change_nothing(monkeypatch, config, limits):
-    """Five images together, and each alone."""
+def test_cpu_chunks_do_not_change_results(monkeypatch, config, limits):
+    """Five images at a time, and one at a time."""
     images = pictures(32).repeat(3, 1, 1, 1)
     plan = draw_plan(config, 32, 1, 2, np.arange(len(images)))
     pixels = augment(images, plan)
@@ -204,9 +204,9 @@ def test_frequencies_of_drawn_operations():
     rotation = plan.values[plan.ops == Op.ROTATE]
     assert abs((rotation > 0).mean() - 0.5) < 0.03
     assert set(np.round(abs(rotation), 3)) == {10.0, 26.667, 30.0}
-    # One slot's sign says nothing about whether the other slot's operation is applied.
-    turned = plan.ops[:, 0] == Op.ROTATE
-    second, positive = plan.ops[turned, 1] > 0, plan.values[turned, 0] > 0
+    # The sign in one slot is independent of whether the operation in the other slot is applied.
+    rotated = plan.ops[:, 0] == Op.ROTATE
+    second, positive = plan.ops[rotated, 1] > 0, plan.values[rotated, 0] > 0
     assert abs(second[positive].mean() - second[~positive].mean()) < 0.1
 
 
@@ -231,8 +231,8 @@ def test_affine_draws_in_range():
     config = AugmentConfig(rotation=9, zoom=0.1, shear=7, shift=0.8)
     affine = draw_plan(config, 8, 0, 0, np.arange(5000)).affine
     assert affine is not None
-    middle, most = np.array([0, 1, 0, 0, 0]), np.array([9, 0.1, 7, 0.8, 0.8])
-    relative = (affine - middle) / most
+    center, limits = np.array([0, 1, 0, 0, 0]), np.array([9, 0.1, 7, 0.8, 0.8])
+    relative = (affine - center) / limits
     assert abs(relative).max() <= 1
     assert abs(relative.mean(axis=0)).max() < 0.04
     assert abs(relative.std(axis=0) - 3**-0.5).max() < 0.02
@@ -242,7 +242,7 @@ def test_affine_draws_in_range():
 @pytest.mark.parametrize("size", [8, 64])
 def test_erased_boxes_follow_torchvision(size):
     torch.manual_seed(0)
-    theirs = [
+    expected = [
         [params[key] for key in ("i", "j", "h", "w")]
         for params in (
             RandomErasing(p=1.0).make_params([torch.empty(3, size, size)]) for _ in range(3000)
@@ -253,7 +253,7 @@ def test_erased_boxes_follow_torchvision(size):
     ours = draw_plan(AugmentConfig(erasing=1.0), size, 0, 0, np.arange(3000)).erase
     assert (ours[:, :2] + ours[:, 2:] <= size).all()
     for column in range(4):
-        assert kolmogorov_smirnov(ours[:, column], np.array(theirs)[:, column]) < 2.23
+        assert kolmogorov_smirnov(ours[:, column], np.array(expected)[:, column]) < 2.23
 
 
 def test_finish_normalizes_then_erases_with_zeros():
@@ -291,11 +291,13 @@ def test_mixup_and_cutmix_are_drawn_as_configured():
     assert abs((boxes[:, :2] + boxes[:, 2:]).mean() - 32) < 1
     torch.manual_seed(0)
     reference = CutMix(alpha=1.0, num_classes=2)
-    theirs = [reference.make_params([torch.empty(2, 3, 32, 32)])["lam_adjusted"] for _ in cutmix]
-    assert kolmogorov_smirnov(np.array([m.fraction for m in cutmix]), np.array(theirs)) < 2.23
+    expected = [reference.make_params([torch.empty(2, 3, 32, 32)])["lam_adjusted"] for _ in cutmix]
+    assert kolmogorov_smirnov(np.array([m.fraction for m in cutmix]), np.array(expected)) < 2.23
 
 
-@pytest.mark.parametrize("how", [Mix(0.3, None), Mix(0.75, (2, 4, 10, 12))], ids=["up", "cut"])
+@pytest.mark.parametrize(
+    "how", [Mix(0.3, None), Mix(0.75, (2, 4, 10, 12))], ids=["mixup", "cutmix"]
+)
 def test_mixing_with_the_partner_in_any_even_slice(how):
     images = torch.randn(8, 3, 16, 16)
     targets = torch.eye(8)
@@ -319,8 +321,8 @@ def test_mixing_with_the_partner_in_any_even_slice(how):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.policy)
-def test_augmenting_reads_no_image_on_the_host(config):
-    """On the meta device there is nothing to read."""
+def test_augmenting_does_not_read_images_on_the_host(config):
+    """Tensors on the meta device have no data to read."""
     plan = draw_plan(config, 32, 0, 0, np.arange(200))
     images = torch.empty(200, 3, 32, 32, dtype=torch.uint8, device="meta")
     assert augment(images, plan).is_meta
@@ -328,7 +330,7 @@ def test_augmenting_reads_no_image_on_the_host(config):
 
 
 def plan_of(ops, values):
-    """A plan of nothing but operations, both arguments of shape (B, slots)."""
+    """A plan with only operations; both arguments have shape (B, slots)."""
     B = len(ops)
     ops, values = np.asarray(ops, np.int8), np.asarray(values, np.float64)
     return AugmentPlan(np.zeros(B, bool), None, ops, values, np.zeros((B, 4), np.int64))

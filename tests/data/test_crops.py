@@ -48,7 +48,7 @@ def test_no_crop_is_the_eval_box():
     assert (boxes == eval_boxes(SIZES, 0.9)).all()
 
 
-def test_padded_crop_shifts_evenly_by_up_to_the_padding():
+def test_padded_crop_shifts_are_uniform_up_to_the_padding():
     config = AugmentConfig(crop="padded", crop_padding=4)
     boxes = random_boxes(config, 1.0, 32, np.full((9000, 2), 32), 0, 0, np.arange(9000))
     assert (boxes[:, 2:] == 32).all()
@@ -74,13 +74,13 @@ def test_resized_crop_follows_torchvision(size, scale, ratio):
     torch.manual_seed(0)
     count = 3000
     image = torch.empty(3, *size)
-    theirs = np.array(
+    expected = np.array(
         [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(count)]
     )
     ours = draw(AugmentConfig(crop_scale=scale, crop_ratio=ratio), size, count)
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= size).all()
-    assert len(np.unique(ours, axis=0)) > 1 or len(np.unique(theirs, axis=0)) == 1
+    assert len(np.unique(ours, axis=0)) > 1 or len(np.unique(expected, axis=0)) == 1
     features = {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -88,7 +88,7 @@ def test_resized_crop_follows_torchvision(size, scale, ratio):
         "left": lambda b: b[:, 1],
     }
     for name, feature in features.items():
-        a, b = np.sort(feature(ours)), np.sort(feature(theirs))
+        a, b = np.sort(feature(ours)), np.sort(feature(expected))
         at = np.union1d(a, b)
         distance = abs(np.searchsorted(a, at, "right") - np.searchsorted(b, at, "right")).max()
         # Two-sample Kolmogorov-Smirnov at a level of one in ten thousand.
@@ -97,13 +97,13 @@ def test_resized_crop_follows_torchvision(size, scale, ratio):
 
 def test_boxes_do_not_depend_on_the_batch():
     for config in (AugmentConfig(), AugmentConfig(crop="padded")):
-        whole = random_boxes(config, 0.9, 32, np.tile(SIZES, (4, 1)), 1, 2, np.arange(20))
+        full = random_boxes(config, 0.9, 32, np.tile(SIZES, (4, 1)), 1, 2, np.arange(20))
         for chosen in ([7], [19, 3, 7, 0]):
             sizes, epochs = SIZES[np.array(chosen) % 5], np.full(len(chosen), 2)
             part = random_boxes(config, 0.9, 32, sizes, 1, epochs, np.array(chosen))
-            assert (part == whole[chosen]).all()
+            assert (part == full[chosen]).all()
         other = random_boxes(config, 0.9, 32, np.tile(SIZES, (4, 1)), 1, 3, np.arange(20))
-        assert (other != whole).any(axis=1).mean() > 0.7  # the tall image always falls back
+        assert (other != full).any(axis=1).mean() > 0.7  # the tall image always falls back
 
 
 INSIDE = np.array([[0, 0, 90, 70], [13, 5, 60, 31], [40, 30, 24, 24], [7, 9, 10, 50], [3, 3, 1, 2]])
@@ -111,7 +111,7 @@ OUTSIDE = np.array([[-6, -9, 50, 50], [60, 50, 40, 40], [-5, 10, 100, 20], [-40,
 
 
 def reference(image, box, size, interpolation):
-    """The crop, padded with black, through F.interpolate."""
+    """Crops the image padded with black, and resizes with F.interpolate."""
     padded = F.pad(image, (100, 100, 100, 100))
     top, left, height, width = box
     crop = padded[:, top + 100 : top + height + 100, left + 100 : left + width + 100]
@@ -131,8 +131,8 @@ def test_both_resizers_equal_interpolate(boxes, size, interpolation):
     for image, box, ours in zip(images, boxes, batched, strict=True):
         expected = reference(image, box, size, interpolation)
         difference = (ours.int() - expected.int()).abs()
-        # Torch's weights of 16 bits turn a few roundings between the passes, which the cubic
-        # filter can amplify.
+        # Torch's 16-bit weights change a few roundings between the passes, which the cubic filter
+        # can amplify.
         assert difference.max() <= (1 if interpolation == "bilinear" else 2)
         assert (difference > 1).float().mean() < 1e-3
         for strides in (torch.contiguous_format, torch.channels_last):
@@ -162,16 +162,16 @@ def test_a_constant_image_stays_constant():
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("shape", "size"), [((20, 17), 40), ((130, 90), 13)])
-@pytest.mark.parametrize("shift", [0, 0.3], ids=["whole", "fractional"])
-def test_resampling_depends_on_no_other_image_of_the_batch(shape, size, interpolation, shift):
+@pytest.mark.parametrize("shift", [0, 0.3], ids=["integer", "fractional"])
+def test_resampling_does_not_depend_on_other_images_of_the_batch(shape, size, interpolation, shift):
     rng = np.random.default_rng(1)
     height, width = rng.integers(1, [[shape[0]], [shape[1]]], (2, 30))
-    # Some boxes leave their image, so that batches differ in their margins.
+    # Some boxes extend beyond their image, so that batches have different margins.
     top, left = (rng.integers(-5, n - k + 6) for n, k in zip(shape, (height, width), strict=True))
     boxes, images = np.stack([top, left, height, width], axis=1) + shift, picture(30, *shape)
-    whole = resample(images, boxes, size, interpolation)
+    full = resample(images, boxes, size, interpolation)
     for part in [slice(0, 30, 2), *(slice(i, i + 1) for i in range(30))]:
-        assert torch.equal(resample(images[part], boxes[part], size, interpolation), whole[part])
+        assert torch.equal(resample(images[part], boxes[part], size, interpolation), full[part])
 
 
 FRACTIONAL = np.array(
@@ -187,13 +187,15 @@ def test_fractional_boxes_equal_pillow(size, interpolation, support):
         images, FRACTIONAL, resample(images, FRACTIONAL, size, interpolation), strict=True
     ):
         top, left, height, width = box.tolist()
-        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
             (size, size),
             getattr(Image.Resampling, interpolation.upper()),
             box=(left, top, left + width, top + height),
         )
-        difference = (ours.int() - torch.from_numpy(np.array(theirs)).permute(2, 0, 1).int()).abs()
-        # Pillow lets the pixels around the box into the filter; where it reaches none they agree.
+        difference = (
+            ours.int() - torch.from_numpy(np.array(expected)).permute(2, 0, 1).int()
+        ).abs()
+        # Pillow's filter includes pixels around the box; where it reaches none, the results agree.
         y, x = (math.ceil(support * max(1, size / n)) for n in (height, width))
         inner = difference[:, y : size - y, x : size - x]
         assert inner.max() <= support, inner.max()
@@ -229,11 +231,11 @@ def test_each_pixel_whose_center_is_inside_counts():
 def test_integer_boxes_may_be_floats(interpolation):
     boxes = np.concatenate([INSIDE, OUTSIDE])
     images = picture(len(boxes), 90, 70)
-    whole = resample(images, boxes, 24, interpolation)
-    assert torch.equal(resample(images, boxes.astype(np.float64), 24, interpolation), whole)
+    full = resample(images, boxes, 24, interpolation)
+    assert torch.equal(resample(images, boxes.astype(np.float64), 24, interpolation), full)
 
 
-def test_resampling_reads_no_image_on_the_host():
+def test_resampling_does_not_read_images_on_the_host():
     images = torch.empty(2, 3, 20, 30, dtype=torch.uint8, device="meta")
     resampled = resample(images, np.array([[0, 0, 9, 9], [-3, 5, 20, 40]]), 16, "bicubic")
     assert resampled.is_meta
@@ -242,7 +244,7 @@ def test_resampling_reads_no_image_on_the_host():
 
 @pytest.mark.parametrize(("height", "width"), [(5, 8), (8, 5), (6, 9), (11, 4), (7, 7), (1, 4)])
 def test_the_central_square_equals_torchvision(height, width):
-    """Also where the margin is odd: torchvision rounds half a pixel to even."""
+    """Also for odd margins, where torchvision rounds half a pixel to even."""
     ((top, left, h, w),) = eval_boxes(np.array([[height, width]]), 1.0)
     side = min(height, width)
     assert (h, w) == (side, side)

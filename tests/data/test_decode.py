@@ -22,7 +22,7 @@ def _nothing_printed(capfd):
 
 
 def picture(channels=3):
-    """A smooth image that no turn or flip leaves as it is. Shape (H, W, channels)."""
+    """A smooth image that any rotation or flip changes. Shape (H, W, channels)."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     planes = [40 + 5 * x, 220 - 8 * y, 20 + 3 * x + 3 * y, 255 - 6 * x][:channels]
     return np.stack(planes, axis=-1).clip(0, 255).astype(np.uint8)
@@ -35,13 +35,13 @@ def encoded(image, kind, **options):
 
 
 def reference(data):
-    """What Pillow makes of the bytes. Shape (3, H, W)."""
+    """The image as decoded by Pillow. Shape (3, H, W)."""
     with warnings.catch_warnings(action="ignore"):
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def assert_as(data, expected, tolerance=0):
+def assert_decodes_to(data, expected, tolerance=0):
     image = decode(data)
     assert image.dtype == torch.uint8
     assert image.shape == expected.shape
@@ -66,7 +66,7 @@ def test_exif_orientation_is_applied(kind, orientation):
     data = encoded(Image.fromarray(picture()), kind, exif=exif, **options)
     sides = (HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT)
     assert decode(data).shape == (3, *sides)
-    assert_as(data, reference(data), tolerance=3 if kind == "JPEG" else 0)
+    assert_decodes_to(data, reference(data), tolerance=3 if kind == "JPEG" else 0)
 
 
 def drop_adobe_marker(data):
@@ -81,26 +81,26 @@ def test_cmyk_jpeg(adobe):
     if not adobe:
         data = drop_adobe_marker(data)
         assert b"Adobe" not in data
-    assert_as(data, reference(data), tolerance=3)
+    assert_decodes_to(data, reference(data), tolerance=3)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF"])
 def test_grayscale_becomes_three_equal_channels(kind):
     data = encoded(Image.fromarray(picture(1)[..., 0]), kind)
-    assert_as(data, reference(data))
+    assert_decodes_to(data, reference(data))
     assert decode(data).unique(dim=0).shape[0] == 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP"])
 def test_palette(kind):
     data = encoded(Image.fromarray(picture()).quantize(16), kind)
-    assert_as(data, reference(data))
+    assert_decodes_to(data, reference(data))
 
 
 def test_palette_with_transparent_entries_keeps_its_colors():
     image = Image.fromarray(picture()).quantize(16)
     data = encoded(image, "PNG", transparency=bytes(range(0, 256, 16)))
-    assert_as(data, reference(data))
+    assert_decodes_to(data, reference(data))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "AVIF"])
@@ -110,14 +110,14 @@ def test_alpha_is_dropped_and_not_blended(kind):
     options = {"WEBP": {"lossless": True, "exact": True}, "AVIF": {"quality": 95}}.get(kind, {})
     data = encoded(Image.fromarray(pixels, "RGBA"), kind, **options)
     tolerance = 3 if kind == "AVIF" else 0
-    assert_as(data, reference(data), tolerance)
+    assert_decodes_to(data, reference(data), tolerance)
     expected = torch.from_numpy(pixels[..., :3]).permute(2, 0, 1)
-    assert_as(data, expected, 12 if kind == "AVIF" else 0)
+    assert_decodes_to(data, expected, 12 if kind == "AVIF" else 0)
 
 
 def test_gray_with_alpha():
     data = encoded(Image.fromarray(picture(2), "LA"), "PNG")
-    assert_as(data, reference(data))
+    assert_decodes_to(data, reference(data))
 
 
 @pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
@@ -128,20 +128,20 @@ def test_sixteen_bits_are_scaled_and_not_clipped(color, channels):
     gray = channels < 3
     expected = torch.from_numpy(deep[..., :1] if gray else deep[..., :3]).double() / 257
     expected = expected.permute(2, 0, 1).expand(3, -1, -1)
-    assert_as(data, expected.round().int(), tolerance=1)
+    assert_decodes_to(data, expected.round().int(), tolerance=1)
 
 
 def test_sixteen_bit_tiff_is_scaled():
     deep = picture(1)[..., 0].astype(np.uint16) * 257
     data = encoded(Image.fromarray(deep), "TIFF")
-    assert_as(data, torch.from_numpy(picture(1)[..., 0]).expand(3, -1, -1))
+    assert_decodes_to(data, torch.from_numpy(picture(1)[..., 0]).expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_the_format_is_detected_from_the_bytes(kind):
     lossy = kind in ("JPEG", "WEBP", "AVIF")
     data = encoded(Image.fromarray(picture()), kind)
-    assert_as(data, reference(data), tolerance=3 if lossy else 0)
+    assert_decodes_to(data, reference(data), tolerance=3 if lossy else 0)
     expected = torch.from_numpy(picture()).permute(2, 0, 1).double()
     assert (decode(data) - expected).abs().mean() < 12
 
@@ -149,7 +149,7 @@ def test_the_format_is_detected_from_the_bytes(kind):
 def test_a_png_named_jpeg_decodes(tmp_path):
     path = tmp_path / "n02105855_2933.JPEG"
     path.write_bytes(encoded(Image.fromarray(picture()), "PNG"))
-    assert_as(path.read_bytes(), torch.from_numpy(picture()).permute(2, 0, 1))
+    assert_decodes_to(path.read_bytes(), torch.from_numpy(picture()).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
@@ -158,19 +158,19 @@ def test_an_animation_gives_its_first_frame(kind):
     options = {"WEBP": {"lossless": True}}.get(kind, {})
     data = encoded(first, kind, save_all=True, append_images=others, **options)
     assert Image.open(io.BytesIO(data)).n_frames == 3
-    assert_as(data, reference(data), tolerance=3 if kind == "AVIF" else 0)
+    assert_decodes_to(data, reference(data), tolerance=3 if kind == "AVIF" else 0)
 
 
 def test_an_invalid_color_profile_prints_nothing():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = Image.fromarray(picture()).quantize(16)
-    profile = b"\0" * 132  # the header of a profile, all of it wrong
-    # Pillow for its part warns of transparent entries.
+    profile = b"\0" * 132  # an invalid profile header
+    # Pillow also warns about transparent entries.
     options = {"icc_profile": profile, "exif": exif, "transparency": bytes(range(0, 256, 16))}
     data = encoded(image, "PNG", **options)
     assert decode(data).shape == (3, WIDTH, HEIGHT)
-    assert_as(data, reference(data))
+    assert_decodes_to(data, reference(data))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -196,7 +196,7 @@ def test_non_images_are_rejected(junk):
         decode(junk)
 
 
-def test_an_empty_file_is_called_empty():
+def test_an_empty_file_is_reported_as_empty():
     with pytest.raises(DecodeError, match=r"^empty file$"):
         decode(b"")
 
@@ -227,7 +227,7 @@ def test_a_decompression_bomb_is_rejected_from_its_header(monkeypatch, kind, wid
 
 
 def tiled(width, height, side):
-    """A TIFF of one tile."""
+    """A TIFF with one tile."""
     content = zlib.compress(bytes(1 << 20))
     tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side}
     entries = {**tags, 324: 200, 325: len(content)}
@@ -245,13 +245,13 @@ def test_tiles_count_against_the_cap(monkeypatch):
 
 
 def repeated(data, times):
-    """A JPEG whose last scan is there again and again."""
+    """A JPEG with repeated copies of its last scan."""
     start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
     return data[:end] + data[start:end] * times + data[end:]
 
 
 def separate(data):
-    """A sequential JPEG whose one scan, of three channels, claims to hold the first alone."""
+    """A sequential JPEG whose single scan, of three channels, claims to contain only the first."""
     at = data.index(b"\xff\xda")
     return data[: at + 2] + b"\0\x08\1\1\0\0\x3f\0" + data[at + 14 :]
 
@@ -268,14 +268,14 @@ def test_scans_count_against_the_cap(monkeypatch, progressive):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
-def test_usual_scans_are_few_enough(monkeypatch, mode):
+def test_a_usual_number_of_scans_is_accepted(monkeypatch, mode):
     monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH)
     data = encoded(Image.fromarray(picture()).convert(mode), "JPEG", progressive=True)
     assert decode(data).shape == (3, HEIGHT, WIDTH)
 
 
-def test_scans_are_counted_only_where_there_are_several(monkeypatch):
-    """Counting reads all of the file."""
+def test_scans_are_counted_only_if_there_are_several(monkeypatch):
+    """Counting reads the entire file."""
     monkeypatch.setattr(module, "MAX_SCANS", 0)
     assert decode(encoded(Image.fromarray(picture()), "JPEG")).shape == (3, HEIGHT, WIDTH)
 
@@ -293,8 +293,8 @@ def test_heic():
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
     data = encoded(Image.fromarray(picture()), "HEIF", quality=95)
-    assert_as(data, reference(data))
-    assert_as(data, torch.from_numpy(picture()).permute(2, 0, 1), tolerance=12)
+    assert_decodes_to(data, reference(data))
+    assert_decodes_to(data, torch.from_numpy(picture()).permute(2, 0, 1), tolerance=12)
     with pytest.raises(DecodeError):
         decode(HEIC)
     assert ".heic" in module.SUFFIXES
@@ -303,19 +303,19 @@ def test_heic():
 def test_an_image_at_the_cap_is_accepted(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH)
     data = encoded(Image.fromarray(picture()), "PNG")
-    assert_as(data, reference(data))
+    assert_decodes_to(data, reference(data))
     monkeypatch.setattr(module, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(DecodeError, match="exceeds the cap"):
         decode(data)
 
 
-def test_a_turned_png_with_a_color_profile_is_turned():
-    """Pillow decodes it, and Pillow leaves the turning to its caller."""
+def test_a_png_with_a_color_profile_is_rotated():
+    """Pillow decodes it, and leaves the rotation to its caller."""
     pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     content = io.BytesIO()
     Image.fromarray(pixels).save(content, "PNG", exif=exif, icc_profile=profile)
-    turned = np.rot90(pixels, -1).transpose(2, 0, 1)
-    assert np.array_equal(decode(content.getvalue()).numpy(), turned)
+    rotated = np.rot90(pixels, -1).transpose(2, 0, 1)
+    assert np.array_equal(decode(content.getvalue()).numpy(), rotated)

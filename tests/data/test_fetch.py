@@ -1,4 +1,4 @@
-"""Every way from records to crops gives the same crops: the GPU's way is run on the CPU here."""
+"""All ways from records to crops give the same crops; the GPU's way runs on the CPU here."""
 
 import io
 import os
@@ -31,14 +31,14 @@ def encoded(image, kind, **options):
     return file.getvalue()
 
 
-def turned(orientation):
+def exif_orientation(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
 
 
 def files(size):
-    """Encoded images by name, two of them no good. `size` is width and height."""
+    """Encoded images by name, including two broken ones. `size` is width and height."""
     draw = np.random.default_rng(sum(size))
     coarse = draw.integers(0, 256, (6, 5, 4), np.uint8)
     color, ink = (
@@ -50,8 +50,8 @@ def files(size):
         "gray.jpg": encoded(color.convert("L"), "JPEG"),
         "ink.jpg": encoded(ink, "JPEG"),
         "progressive.jpg": encoded(color, "JPEG", progressive=True),
-        "turned.jpg": encoded(color, "JPEG", exif=turned(6)),
-        "upright.jpg": encoded(color, "JPEG", exif=turned(1)),
+        "rotated.jpg": encoded(color, "JPEG", exif=exif_orientation(6)),
+        "upright.jpg": encoded(color, "JPEG", exif=exif_orientation(1)),
         "picture.png": encoded(color, "PNG"),
         "picture.webp": encoded(color, "WEBP"),
         EMPTY: b"",
@@ -61,7 +61,7 @@ def files(size):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two classes of images in several sizes, and one more that are squares of SIDE."""
+    """Two classes of images in several sizes, and a third one of squares with side SIDE."""
     root = tmp_path_factory.mktemp("mixed")
     sizes = {"a": (40, 30), "b": (23, 51), "squares": (SIDE, SIDE)}
     for name, size in sizes.items():
@@ -74,12 +74,12 @@ def folder(tmp_path_factory):
 
 def open_folder(folder, **settings):
     data = DataConfig(path=str(folder), eval_crop=1.0, **settings)
-    # Without a split of its own, all of it is there to be validated.
+    # Without splits, all images are validation images.
     return data, open_dataset(data, SIDE, 0, train=False).val
 
 
 def requests(indices):
-    """One request after the other, each in an epoch and of a size of its own."""
+    """Three requests, each with its own epoch and image size."""
     parts = np.array_split(indices, 3)
     sides = (SIDE, 2 * SIDE, 8)
     return [
@@ -101,9 +101,9 @@ def test_gpu_crops_equal_cpu_crops(folder, augment, workers, interpolation):
     wanted = requests(indices)
     assert len(wanted[0].indices) > GPU_CHUNK
     ours = list(fetch(records, config, wanted, workers, CPU, "gpu"))
-    theirs = list(fetch(records, config, wanted, 0, CPU))
+    expected = list(fetch(records, config, wanted, 0, CPU))
     assert [fetched.request.step for fetched in ours] == [0, 1, 2]
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         assert a.images.shape == (
             len(a.request.indices),
             3,
@@ -113,14 +113,14 @@ def test_gpu_crops_equal_cpu_crops(folder, augment, workers, interpolation):
         assert a.request.indices.tolist() == b.request.indices.tolist()
         assert a.labels.tolist() == b.labels.tolist()
         assert a.broken == b.broken
-        apart = (a.images.int() - b.images.int()).abs()
-        # Where an image is doubled, halves are rounded twice.
-        assert apart.max() <= 2
-        assert (apart > 1).double().mean() < 0.002
+        difference = (a.images.int() - b.images.int()).abs()
+        # If an image is doubled in size, halves are rounded twice.
+        assert difference.max() <= 2
+        assert (difference > 1).double().mean() < 0.002
         if augment.crop != "resized" and a.request.image_size == SIDE:
-            squares = a.labels == 2  # these are moved, but not resized
+            squares = a.labels == 2  # shifted, but not resized
             assert squares.any()
-            assert not apart[squares].any()
+            assert not difference[squares].any()
 
 
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
@@ -131,7 +131,7 @@ def test_the_next_record_replaces_a_broken_one(folder, decoder, workers):
     names = [name.decode().partition("/")[2] for name in records.names.tolist()]
     bad = [i for i, name in enumerate(names) if name in (MISSING, EMPTY, TRUNCATED)]
     assert len(bad) == 9
-    assert bad[-1] == len(records) - 1  # the next after the last is the first
+    assert bad[-1] == len(records) - 1  # the record after the last one is the first
     good = [next(k % len(records) for k in range(i, 99) if k not in bad) for i in bad]
     for indices in (bad, good):
         request = Request(0, 0, SIDE, np.zeros(len(indices), int), np.array(indices))
@@ -159,7 +159,7 @@ def test_packed_squares_are_cropped_in_their_original_aspect(workers):
     config = Config(data=data, augment=AugmentConfig(crop="none"))
     (fetched,) = fetch(records, config, [request], workers, CPU)
     assert fetched.labels.tolist() == labels[request.indices].tolist()
-    # The central square of 48 rows and 24 columns is the middle half of the rows, and so on.
+    # For 48 rows and 24 columns, the central square is the middle half of the rows, and so on.
     parts = [np.s_[:, 6:18], np.s_[:, :, 8:16], np.s_[:]]
     for i, ours in zip(request.indices, fetched.images, strict=True):
         square = torch.from_numpy(images[i][parts[i % 3]])[None]
@@ -177,29 +177,29 @@ def test_workers_crop_packed_squares_as_the_main_process_does(augment):
     )
     config = Config(data=DataConfig(eval_crop=1.0), augment=augment)
     wanted = requests(draw.integers(0, 50, 99))
-    alone, helped = (list(fetch(records, config, wanted, n, CPU)) for n in (0, 2))
-    for a, b in zip(alone, helped, strict=True):
+    without, with_workers = (list(fetch(records, config, wanted, n, CPU)) for n in (0, 2))
+    for a, b in zip(without, with_workers, strict=True):
         assert a.images.shape == (33, 3, a.request.image_size, a.request.image_size)
         assert torch.equal(a.images, b.images)
         assert a.labels.tolist() == b.labels.tolist()
         assert a.labels.tolist() == records.labels[a.request.indices].tolist()
 
 
-READ = {"color.jpg", "gray.jpg", "progressive.jpg", "upright.jpg"}
+GPU_READABLE = {"color.jpg", "gray.jpg", "progressive.jpg", "upright.jpg"}
 
 
 @pytest.mark.parametrize("name", files((9, 9)))
 def test_which_images_the_gpu_decodes(name):
-    assert gpu_can_decode(files((40, 30))[name]) == (name in READ)
+    assert gpu_can_decode(files((40, 30))[name]) == (name in GPU_READABLE)
 
 
 def test_only_ycbcr_is_decoded_on_the_gpu():
     image = Image.effect_noise((40, 30), 50).convert("RGB")
     by_adobe = [encoded(image, "JPEG", keep_rgb=keep) for keep in (True, False)]
     assert list(map(gpu_can_decode, by_adobe)) == [False, True]
-    at = by_adobe[0].index(b"\xff\xee")  # its mark; the channels are still called R, G and B
+    at = by_adobe[0].index(b"\xff\xee")  # Adobe's marker; the channels are still named R, G and B
     assert not gpu_can_decode(by_adobe[0][:at] + by_adobe[0][at + 16 :])
-    assert gpu_can_decode(by_adobe[1] + b"\0" * 9)  # some cameras leave a few bytes behind the end
+    assert gpu_can_decode(by_adobe[1] + b"\0" * 9)  # some cameras append a few bytes
 
 
 CRASH = """
@@ -217,24 +217,24 @@ def run():
     request = Request(0, 0, 16, np.zeros(2, int), np.arange(2))
     fetched = fetch(records, config, [request] * 99, 2, torch.device("cpu"))
     next(fetched)
-    raise RuntimeError("a mistake of ours")
+    raise RuntimeError("a bug in this test")
 
 run()
 """
 
 
 def test_a_crash_terminates_the_workers(folder):
-    """The traceback keeps them alive, and they ignore the signal that Python ends them by."""
+    """The traceback keeps workers alive, and they ignore Python's termination signal."""
     command = [sys.executable, "-c", CRASH, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "RuntimeError: a mistake of ours"
+    assert done.stderr.splitlines()[-1] == "RuntimeError: a bug in this test"
 
 
-# Of 400 KB batches there is room for none, or for one, which the model works on meanwhile.
+# There is room for no batch of 400 KB, or for one, which the model uses in the meantime.
 @pytest.mark.parametrize("size", ["64k", "600k"])
 def test_full_shared_memory_is_an_error(image_folder, tmp_path, size):
-    """Where a container has little of it, a batch would be waited for for ever."""
+    """In a container with little shared memory, the run could wait for a batch forever."""
     words = [sys.executable, "-m", "vitral", "train", "digits", "--data", str(image_folder)]
     words += "--model.image-size 64 --model.patch-size 8 --model.depth 1 --data.workers 2".split()
     words += [
@@ -252,13 +252,13 @@ def test_full_shared_memory_is_an_error(image_folder, tmp_path, size):
         pytest.skip("no unshare")
     done = subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True, timeout=90)
     if done.returncode == 77 or b"unshare" in done.stderr:
-        pytest.skip("may not mount a disk")
+        pytest.skip("not permitted to mount a file system")
     expected = "vitral: /dev/shm: No space left on device; free some space and repeat the command\n"
     assert done.stderr.decode() == expected
     assert done.returncode == 1
 
 
-def test_a_requests_images_are_named(folder):
+def test_locations_are_the_images_of_a_request(folder):
     data, records = open_folder(folder)
     request = Request(0, 0, SIDE, np.zeros(2, int), np.array([0, 3]))
     named = module._DecodingDataset(records, Config(data=data)).locations(request)
@@ -272,7 +272,7 @@ def test_special_files_and_read_errors_are_broken_images(tmp_path, workers):
         (tmp_path / name / "1.png").write_bytes(encoded(Image.new("RGB", (8, 8)), "PNG"))
     os.mkfifo(tmp_path / "a/0.jpg")
     (tmp_path / "b/0.jpg").mkdir()
-    (tmp_path / "b/0.jpg/2.png").symlink_to("/proc/self/mem")  # EIO where it is read
+    (tmp_path / "b/0.jpg/2.png").symlink_to("/proc/self/mem")  # EIO when read
     data, records = open_folder(tmp_path)
     request = Request(0, 0, 8, np.zeros(4, int), np.arange(4))
     config = Config(data=data, augment=AugmentConfig(crop="none"))

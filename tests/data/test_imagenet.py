@@ -1,4 +1,4 @@
-"""The shipped facts beside those that torchvision ships, and beside ones that are well known."""
+"""The included facts about ImageNet, against those in torchvision and well-known ones."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_validation_labels():
     labels = validation_labels()
     assert labels.dtype == np.int64
     assert np.bincount(labels).tolist() == [50] * 1000
-    # the start of the ground truth as published, and its numbers in the order of the wnids
+    # the start of the published ground truth, as wnids and as positions of sorted wnids
     first = ["n01751748", "n09193705", "n02105855", "n04263257", "n03125729", "n01735189"]
     assert [wnids()[label] for label in labels[:6]] == first
     assert labels[:6].tolist() == [65, 970, 230, 809, 516, 57]

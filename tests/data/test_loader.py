@@ -46,13 +46,13 @@ def batches(config, *, steps=range(4), micro_batch=24, workers=0, shard=(0, 1)):
 
 @pytest.mark.parametrize("path", ["folder", "digits"])
 @pytest.mark.parametrize(("micro_batch", "workers"), [(10, 0), (8, 2), (2, 1)])
-def test_cut_and_workers_change_nothing(image_folder, path, micro_batch, workers):
+def test_micro_batches_and_workers_do_not_change_results(image_folder, path, micro_batch, workers):
     config = make_config(image_folder if path == "folder" else path)
-    whole, cut = batches(config), batches(config, micro_batch=micro_batch, workers=workers)
-    assert len(whole) == 4
+    full, cut = batches(config), batches(config, micro_batch=micro_batch, workers=workers)
+    assert len(full) == 4
     assert [b.step for b in cut] == sorted(b.step for b in cut)
     for name in ("images", "targets"):
-        parts = [torch.cat([getattr(b, name) for b in found]) for found in (whole, cut)]
+        parts = [torch.cat([getattr(b, name) for b in found]) for found in (full, cut)]
         assert torch.equal(*parts)
 
 
@@ -72,14 +72,14 @@ class OnMeta(TorchDispatchMode):
 
 @pytest.mark.parametrize("path", ["folder", "digits"])
 def test_an_accelerator_other_than_cuda_gets_finished_batches(image_folder, path, monkeypatch):
-    """The meta device stands for one."""
+    """The meta device stands in for one."""
     monkeypatch.setattr(loader, "input_device", lambda device: CPU)
     config = make_config(image_folder if path == "folder" else path)
     dataset = open_dataset(config.data, 16, 0)
     meta, count = torch.device("meta"), len(dataset.classes)
-    how = {"steps": range(2), "total_steps": 8, "micro_batch": 24, "workers": 0, "device": meta}
+    options = {"steps": range(2), "total_steps": 8, "micro_batch": 24, "workers": 0}
     with OnMeta() as mode:
-        found = [*train_batches(dataset.train, config, count, **how)]
+        found = [*train_batches(dataset.train, config, count, device=meta, **options)]
         found += eval_batches(dataset.val, config, 8, 0, meta)
     assert len(found) > 2
     assert all(batch.images.is_meta and batch.targets.is_meta for batch in found)
@@ -136,11 +136,11 @@ def test_evaluation_is_a_central_crop_resized_and_normalized(image_folder):
     image = decode(val.read(3))  # 20 rows of 24 pixels: the central 18 by 18
     crop = reference.resize(image[:, 1:19, 3:21], [16, 16], antialias=True)
     mean, std = list(config.data.mean), list(config.data.std)
-    wanted = reference.normalize(reference.to_dtype(crop, scale=True), mean, std)
-    assert (batch.images[3] - wanted).abs().max() < 1.01 / 255 / min(std)
+    expected = reference.normalize(reference.to_dtype(crop, scale=True), mean, std)
+    assert (batch.images[3] - expected).abs().max() < 1.01 / 255 / min(std)
 
 
-def test_image_sizes_follow_the_progress(image_folder):
+def test_image_sizes_follow_the_progressive_schedule(image_folder):
     config = make_config(image_folder, progressive=((8, 0.5), (16, 0.5)))
     found = batches(config, steps=range(8), micro_batch=12, workers=2)
     sides = [b.images.shape[2:] for b in found]
@@ -154,28 +154,28 @@ def test_image_sizes_follow_the_progress(image_folder):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shards_of_processes_make_up_the_global_batches(image_folder, path, processes):
     config = make_config(image_folder if path == "folder" else path)
-    whole = batches(config)
+    full = batches(config)
     shards = [batches(config, shard=(k, processes), micro_batch=4) for k in range(processes)]
     parts = sorted((b for shard in shards for b in shard), key=lambda b: (b.step, b.first))
-    assert torch.equal(torch.cat([b.images for b in whole]), torch.cat([b.images for b in parts]))
-    assert torch.equal(torch.cat([b.targets for b in whole]), torch.cat([b.targets for b in parts]))
+    assert torch.equal(torch.cat([b.images for b in full]), torch.cat([b.images for b in parts]))
+    assert torch.equal(torch.cat([b.targets for b in full]), torch.cat([b.targets for b in parts]))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_sharded_evaluation_equals_evaluation(image_folder, processes):
     config = make_config(image_folder)
     val = open_dataset(config.data, 16, 0).val
-    whole = list(eval_batches(val, config, 5, 0, CPU))
+    full = list(eval_batches(val, config, 5, 0, CPU))
     shards = [eval_batches(val, config, 5, 0, CPU, (k, processes)) for k in range(processes)]
     parts = [batch for shard in shards for batch in shard]
-    assert [b.step for b in parts] == [b.step for b in whole]
-    for a, b in zip(whole, parts, strict=True):
+    assert [b.step for b in parts] == [b.step for b in full]
+    for a, b in zip(full, parts, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.targets, b.targets)
 
 
 class SynchronousCopies(TorchDispatchMode):
-    """Notes copies between devices that wait for what is under way on a GPU."""
+    """Records copies between devices that wait for pending work on a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -195,10 +195,10 @@ class SynchronousCopies(TorchDispatchMode):
 def test_no_batch_synchronizes_with_the_device(image_folder, path):
     config, meta = make_config(image_folder if path == "folder" else path), torch.device("meta")
     dataset = open_dataset(config.data, 16, 0)
-    many = {"steps": range(4), "total_steps": 4, "micro_batch": 24, "workers": 0}
-    training = train_batches(dataset.train, config, len(dataset.classes), device=meta, **many)
+    options = {"steps": range(4), "total_steps": 4, "micro_batch": 24, "workers": 0}
+    training = train_batches(dataset.train, config, len(dataset.classes), device=meta, **options)
     for found in (training, eval_batches(dataset.val, config, 5, 0, meta)):
-        next(found)  # pixels go to the device once
+        next(found)  # the first batch copies a pixel dataset to the device
         with SynchronousCopies() as waits:
             assert {batch.images.device for batch in found} == {meta}
         assert waits.found == []

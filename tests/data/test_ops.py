@@ -1,4 +1,4 @@
-"""Every operation against torchvision's functional of one image."""
+"""Every operation against torchvision's functional for one image."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ SIZES = [8, 33, 64]
 
 
 def applied(images, op, value):
-    """Copies of the images, with one operation of one value."""
+    """Returns copies of the images after one operation with one value."""
     images, B = images.clone(), len(images)
     apply_slot(images, np.full(B, op, np.int8), np.full(B, value, np.float64))
     return images
@@ -26,8 +26,8 @@ def test_operation_equals_torchvision(op, size):
     wrong = total = 0
     for value in values_of(op, size):
         ours = applied(images, op, value)
-        theirs = torch.stack([apply_reference(image, op, float(value)) for image in images])
-        difference = (ours.int() - theirs.int()).abs()
+        expected = torch.stack([apply_reference(image, op, float(value)) for image in images])
+        difference = (ours.int() - expected.int()).abs()
         wrong += int((difference > 0).sum())
         total += difference.numel()
         if not geometric:
@@ -37,15 +37,15 @@ def test_operation_equals_torchvision(op, size):
 
 @pytest.mark.parametrize("op", [Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.ROTATE])
 def test_large_images_equal_torchvision(op):
-    """Shears put whole rows halfway between pixels, and processors round these as they like."""
+    """Shears put entire rows halfway between pixels, where rounding depends on the processor."""
     image = pictures(224)[:1]
     for value in [*values_of(op, 224)[::15], *([0.04, 0.2] if op <= Op.SHEAR_Y else [])]:
         ours = applied(image, op, value)[0]
-        theirs = apply_reference(image[0], op, float(value))
-        assert (ours != theirs).any(dim=0).float().mean() <= 2 / 224, value
+        expected = apply_reference(image[0], op, float(value))
+        assert (ours != expected).any(dim=0).float().mean() <= 2 / 224, value
 
 
-def test_each_image_has_an_operation_of_its_own():
+def test_each_image_can_have_a_different_operation():
     images = pictures(33)[[0, 1, 2, 6, 7]]
     ops = [Op.ROTATE, Op.IDENTITY, Op.POSTERIZE, Op.HUE, Op.SHARPNESS]
     values = [20.0, 0.0, 3.0, 0.25, 1.7]
@@ -57,7 +57,7 @@ def test_each_image_has_an_operation_of_its_own():
     assert not any(torch.equal(mixed[i], images[i]) for i in (0, 2, 3, 4))
 
 
-def test_functions_see_and_change_the_given_rows_only():
+def test_functions_read_and_change_only_the_given_rows():
     rows = torch.arange(4.0)[:, None].expand(4, 3).clone()
     seen = []
     apply_to_rows(rows, np.array([3, 1]), lambda part: seen.append(part.clone()) or part + 10)

@@ -1,4 +1,4 @@
-"""The order of samples and their random numbers: pure, exact in count, independent of the cut."""
+"""Sample order and random numbers: purity, exact counts, independence of batch boundaries."""
 
 import numpy as np
 import pytest
@@ -8,23 +8,23 @@ from vitral.data.sampling import Order, derive_seed, hash64, permutation, unifor
 INDICES = np.arange(20_000)
 
 
-def test_permutation_is_one_and_pure():
+def test_permutations_are_valid_and_pure():
     orders = [(seed, epoch, permutation(seed, epoch, 997)) for seed in (0, 1) for epoch in (0, 1)]
     for seed, epoch, order in orders:
         assert sorted(order) == list(range(997))
         assert not order.flags.writeable  # it is cached
         permutation.cache_clear()
         assert np.array_equal(permutation(seed, epoch, 997), order)
-        # as many fixed points as chance gives between any two: about one
+        # by chance, two permutations agree at about one position
         assert all((order == other).sum() < 10 for *_, other in orders if other is not order)
     assert permutation(0, 0, 1).tolist() == [0]
 
 
-def test_every_place_is_equally_likely():
+def test_every_position_is_equally_likely():
     counts = np.zeros((5, 5))
     for epoch in range(5000):
         counts[np.arange(5), permutation(3, epoch, 5)] += 1
-    assert ((counts - 1000) ** 2 / 1000).sum() < 45  # chi squared, 16 degrees: one in 7,000
+    assert ((counts - 1000) ** 2 / 1000).sum() < 45  # chi-squared, p = 1/7,000
 
 
 def test_uniforms_are_uniform_and_uncorrelated():
@@ -34,14 +34,14 @@ def test_uniforms_are_uniform_and_uncorrelated():
     assert values.min() >= 0
     assert values.max() < 1
     for k in (1, 2, 3, 4):  # five standard errors
-        spread = (1 / (2 * k + 1) - 1 / (k + 1) ** 2) ** 0.5
-        assert np.abs((values**k).mean(0) - 1 / (k + 1)).max() < 5 * spread / len(values) ** 0.5
+        std = (1 / (2 * k + 1) - 1 / (k + 1) ** 2) ** 0.5
+        assert np.abs((values**k).mean(0) - 1 / (k + 1)).max() < 5 * std / len(values) ** 0.5
     neighbors = [values, np.roll(values, 1, axis=0), uniforms(7, 4, INDICES, 6)]
     neighbors += [uniforms(8, 3, INDICES, 6), uniforms(7, 3, INDICES, 6, "other")]
     correlation = np.corrcoef(np.hstack(neighbors), rowvar=False) - np.eye(30)
     assert np.abs(correlation).max() < 5 / len(values) ** 0.5
     bins = np.stack([np.histogram(column, 64, (0, 1))[0] for column in values.T])
-    assert ((bins - 312.5) ** 2 / 312.5).sum(1).max() < 130  # 63 degrees
+    assert ((bins - 312.5) ** 2 / 312.5).sum(1).max() < 130  # 63 degrees of freedom
 
 
 def test_uniforms_are_a_pure_function_of_sample_and_column():
@@ -54,7 +54,7 @@ def test_uniforms_are_a_pure_function_of_sample_and_column():
     assert uniforms(7, 3, INDICES[:0], 6).shape == (0, 6)
 
 
-def test_an_epoch_a_sample_equals_an_epoch_a_call():
+def test_one_epoch_per_sample_equals_one_epoch_per_call():
     epochs = np.arange(50) % 3
     values = uniforms(7, epochs, INDICES[:50], 4)
     for epoch in range(3):
@@ -63,7 +63,7 @@ def test_an_epoch_a_sample_equals_an_epoch_a_call():
 
 
 def test_hash_is_splitmix64():
-    assert int(hash64(0)) == 0xE220A8397B1DCDAF  # its first two numbers from seed 0, as published
+    assert int(hash64(0)) == 0xE220A8397B1DCDAF  # its first two outputs for seed 0, as published
     assert int(hash64(0x9E3779B97F4A7C15)) == 0x6E789E6AA1B965F4
 
 
@@ -73,7 +73,7 @@ def test_hash_depends_on_every_word_and_its_position():
     bits = np.unpackbits(
         (hash64(1, INDICES) ^ hash64(1, INDICES ^ 1)).view(np.uint8).reshape(-1, 8), axis=1
     )
-    assert bits.mean() == pytest.approx(0.5, abs=0.005)  # one bit in turns half of those out
+    assert bits.mean() == pytest.approx(0.5, abs=0.005)  # one input bit flips half of these
     assert np.array_equal(hash64(1, INDICES)[5:7], hash64(1, INDICES[5:7]))
 
 
@@ -88,7 +88,7 @@ def test_derived_seeds_are_valid_and_distinct():
     ("size", "batch_size", "repeats"),
     [(10, 4, 1), (12, 4, 1), (7, 6, 1), (3, 8, 1), (1, 4, 1), (10, 8, 2), (5, 12, 3), (3, 16, 2)],
 )
-def test_every_epoch_holds_every_sample_once(size, batch_size, repeats):
+def test_every_epoch_contains_every_sample_once(size, batch_size, repeats):
     order = Order(5, size, batch_size, repeats)
     distinct = batch_size // repeats
     stream = []
@@ -102,8 +102,8 @@ def test_every_epoch_holds_every_sample_once(size, batch_size, repeats):
         stream += zip(drawn_for[0] // repeats, copies[0], strict=True)
         for cut in (1, batch_size // 2):
             parts = [order.samples(step, a, a + cut) for a in range(0, batch_size, cut)]
-            whole = [np.concatenate(part) for part in zip(*parts, strict=True)]
-            assert np.array_equal(whole, [epochs, indices])
+            full = [np.concatenate(part) for part in zip(*parts, strict=True)]
+            assert np.array_equal(full, [epochs, indices])
     for epoch in range(4 * distinct):
         members = stream[epoch * size : (epoch + 1) * size]
         expected = permutation(5, epoch, size)
@@ -112,7 +112,7 @@ def test_every_epoch_holds_every_sample_once(size, batch_size, repeats):
 
 @pytest.mark.parametrize(("batch_size", "repeats"), [(8, 1), (8, 2), (12, 3), (16, 4), (8, 4)])
 def test_partners_are_different_images(batch_size, repeats):
-    order = Order(0, 48, batch_size, repeats)  # whole batches in an epoch
+    order = Order(0, 48, batch_size, repeats)  # an epoch contains complete batches
     for step in range(48 * repeats // batch_size):
         _, indices = order.samples(step, 0, batch_size)
         assert (indices != indices[np.arange(batch_size) ^ 1]).all()

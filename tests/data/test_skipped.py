@@ -1,4 +1,4 @@
-"""Files that are not used."""
+"""Unused files, and how they are reported."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_names_of_classes_are_not_skipped(name):
     assert not is_system(name)
 
 
-def test_the_first_part_that_is_skipped_is_named():
+def test_the_first_skipped_part_of_a_path_is_returned():
     assert system_part("a/@eaDir/b.jpg/#recycle") == "@eaDir"
     assert system_part("a/b.jpg") is None
 

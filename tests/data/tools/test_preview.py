@@ -1,5 +1,4 @@
-"""Grids of images against torchvision's, and the picture of a batch before and after training's
-augmentation."""
+"""Image grids against torchvision's, and pictures of batches before and after augmentation."""
 
 import numpy as np
 import pytest
@@ -34,7 +33,7 @@ def test_a_grid_equals_torchvision(count, columns, height, width):
 
 
 def test_a_single_image_has_the_same_frame():
-    """torchvision returns it without one."""
+    """torchvision returns it without a frame."""
     image = noise(1, 3, 96, 96)
     assert torch.equal(grid(image), F.pad(image[0], (4, 4, 4, 4), value=255))
 
@@ -60,7 +59,7 @@ def test_each_image_is_above_its_augmented_version(image_folder, tmp_path, augme
     with Image.open(tmp_path / "preview.png") as picture:
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     step = MIN_TILE_SIZE + GAP
-    assert pixels.shape == (3, 3 * step + GAP, 8 * step + GAP)  # the last row holds 2 and 2
+    assert pixels.shape == (3, 3 * step + GAP, 8 * step + GAP)  # 2 and 2 images in the last row
     tiles = pixels[:, GAP:, GAP:].unfold(1, MIN_TILE_SIZE, step).unfold(2, MIN_TILE_SIZE, step)
     tiles = tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
     plain, augmented = tiles[[*range(8), 16, 17]], tiles[[*range(8, 16), 18, 19]]
@@ -68,8 +67,8 @@ def test_each_image_is_above_its_augmented_version(image_folder, tmp_path, augme
     assert (tiles[20:] == 255).all()
     train = open_dataset(config.data, 16, 0).train
     (batch,) = eval_batches(train, config, 40, 0, torch.device("cpu"))
-    whole = F.interpolate(to_pixels(batch.images, config.data), scale_factor=6, mode="nearest")
-    known = {image.numpy().tobytes() for image in whole}
+    enlarged = F.interpolate(to_pixels(batch.images, config.data), scale_factor=6, mode="nearest")
+    known = {image.numpy().tobytes() for image in enlarged}
     assert {image.contiguous().numpy().tobytes() for image in plain} <= known
 
 

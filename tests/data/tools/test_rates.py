@@ -1,4 +1,4 @@
-"""The choice of a decoder, and what its measurement reads; `bench data` has tests of the rates."""
+"""Choosing a decoder, and what its measurement reads; the tests of `bench data` cover the rates."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ PIXELS = Pixels(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), np.arange(2))
 
 @pytest.fixture
 def folder(image_folder):
-    """Settings, and the records to train on."""
+    """Settings and training records."""
     config = Config(
         model=ViTConfig(image_size=16, patch_size=8),
         data=DataConfig(path=str(image_folder)),
@@ -31,7 +31,7 @@ def folder(image_folder):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Two decoders, whose rates are set here; returns what is measured of which part."""
+    """Two decoders with fixed rates; returns a list of the decoders and parts that are measured."""
     found = []
 
     def rate(records, config, workers, device, decoder, seconds, part):
@@ -65,11 +65,11 @@ def test_a_reproducible_run_does_not_depend_on_a_measurement(folder, measured):
     assert measured == []
 
 
-def test_a_gpu_decodes_where_torchcodec_can(folder, monkeypatch):
+def test_a_gpu_decodes_if_torchcodec_can(folder, monkeypatch):
     config, records = folder
 
     def without(contents, mode, device):
-        raise RuntimeError("nvJPEG is not there")
+        raise RuntimeError("nvJPEG is not available")
 
     monkeypatch.setattr(rates, "decode_jpeg", without)
     assert decoders(records, GPU) == ("cpu",)
@@ -84,7 +84,7 @@ def test_a_gpu_decodes_where_torchcodec_can(folder, monkeypatch):
     assert decoders(PIXELS, GPU) == ("cpu",)
 
 
-def test_rates_are_those_of_each_decoder(folder):
+def test_each_decoder_is_measured(folder):
     config, records = folder
     found = measure_rates(records, config, 0, CPU, seconds=0.01)
     assert list(found) == ["cpu"]
