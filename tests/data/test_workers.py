@@ -47,8 +47,8 @@ class Failing(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(("index", "kind"), [(1, OSError), (2, UserError)])
-def test_errors_of_workers_are_those_of_the_data_set(index, kind, workers):
-    """torch would make others of them, of many lines and without the name of the file."""
+def test_errors_in_workers_equal_those_of_the_dataset(index, kind, workers):
+    """torch would replace them with errors of many lines, without the name of the file."""
     with pytest.raises(kind) as caught:
         list(in_workers(Failing(), [index], workers))
     if kind is OSError:

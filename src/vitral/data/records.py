@@ -34,7 +34,7 @@ VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first one foun
 
 
 def max_archives() -> int:
-    """How many archives a process keeps open: few where the limit on open files is low."""
+    """Returns the number of archives that a process keeps open; small if few files may be open."""
     return max(1, min(64, max_open_files() // 8))
 
 

@@ -73,7 +73,7 @@ def _start(
         warnings.filterwarnings("ignore", message="This DataLoader will create")
         warnings.filterwarnings("ignore", message="This process .* is multi-threaded")
         loader = DataLoader(
-            _Carrying(dataset),
+            _ReturnErrors(dataset),
             batch_size=None,
             sampler=requests,
             num_workers=workers,
@@ -129,8 +129,8 @@ def _monitored(
         yield batch
 
 
-class _Carrying(Dataset[Any]):
-    """A data set that returns its errors, of which torch would make others of many lines."""
+class _ReturnErrors(Dataset[Any]):
+    """A dataset that returns its errors, which torch would replace with multi-line ones."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -143,7 +143,7 @@ class _Carrying(Dataset[Any]):
 
 
 class _Failed(NamedTuple):
-    """Takes the place of what could not be fetched."""
+    """Replaces an item that could not be fetched."""
 
     error: OSError | UserError
 
