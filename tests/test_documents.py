@@ -91,7 +91,7 @@ def test_a_document_must_be_an_object():
     for value in (None, [], "text", 3):
         with pytest.raises(UserError, match=r"^document: expected an object, got"):
             convert_json(Thing, value)
-    with pytest.raises(UserError, match=r"^pair: expected a value, got none"):
+    with pytest.raises(UserError, match=r"^fractions: expected a value, got none"):
         convert_json(Thing, {})
 
 
