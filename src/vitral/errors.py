@@ -107,7 +107,7 @@ def reason_of(error: Exception) -> str:
 def system_error(error: OSError) -> str | None:
     """Describes a system error in one line: the file, the reason, and the fix if known.
 
-    Returns None for an error without a file name and a known fix.
+    Returns None for an error that has no file name and no known fix.
     """
     fix = FIXES.get(error.errno or 0)
     if not error.filename and error.errno == errno.ENOENT:  # raised by tempfile on a full disk

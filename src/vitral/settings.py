@@ -325,7 +325,7 @@ def convert(kind: Any, words: Sequence[str]) -> Any:
 
 
 def _convert_union(kinds: tuple[Any, ...], words: Sequence[str]) -> Any:
-    """Converts words to the first of some types that matches."""
+    """Converts words to the first type of a union that they match; the word None becomes None."""
     optional = type(None) in kinds
     if optional and [*words] == ["None"]:
         return None
