@@ -34,6 +34,7 @@ PRESETS: dict[str, Shape] = {
     "h": Shape(1280, 32, 16, 4),
 }
 
+MAX_PATCHES = 256  # per side
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 Policy = Literal[
     "none",
@@ -161,7 +162,7 @@ class ViTConfig:
         _check_positive(mlp_ratio=self.mlp_ratio, rope_theta=self.rope_theta)
         _check_at_most(1000, depth=depth, mlp_ratio=self.mlp_ratio)
         _check_at_most(1 << 16, dim=dim, num_registers=self.num_registers)
-        _check_at_most(1 << 16, patch_size=self.patch_size, image_size=self.image_size)
+        _check_at_most(1 << 13, patch_size=self.patch_size, image_size=self.image_size)
         _check(
             round(dim * self.mlp_ratio) > 0,
             f"mlp_ratio: expected a hidden width of 1 or more, got {self.mlp_ratio} times {dim}",
@@ -183,6 +184,11 @@ class ViTConfig:
             self.image_size % self.patch_size == 0,
             f"image_size: expected a multiple of patch_size {self.patch_size}, "
             f"got {self.image_size}; the nearest is {nearest}",
+        )
+        _check(
+            self.image_size // self.patch_size <= MAX_PATCHES,
+            f"image_size: expected at most {MAX_PATCHES} patches per side, got {self.image_size} "
+            f"pixels in patches of {self.patch_size}",
         )
         if self.rope_grid is not None:
             _check_positive(rope_grid=self.rope_grid)

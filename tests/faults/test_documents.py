@@ -103,6 +103,8 @@ VALUES = [
     ("config.model.num_registers", 1 << 40),
     ("config.model.patch_size", 10**9),
     ("config.model.image_size", float("nan")),
+    ("config.model.image_size", 1 << 13),
+    ("config.model.image_size", 1 << 20),
     ("config.model.mlp_ratio", 1e300),
     ("config.model.mlp_ratio", float("inf")),
     ("config.model.rope_theta", 10**400),
@@ -203,7 +205,7 @@ def test_a_file_that_is_not_there_is_named(made):
     manifest = json.loads((made / "manifest.json").read_text())
     manifest.pop("moved")
     (made / "manifest.json").write_text(json.dumps(manifest))
-    assert "holds no model weights" in refusal(lambda: weights.load(made))
+    assert "contains no model weights" in refusal(lambda: weights.load(made))
 
 
 def is_safe(text):
