@@ -124,7 +124,7 @@ def test_a_run_continues_without_a_listener(image_folder, tmp_path, kind):
 
 @pytest.mark.parametrize("words", [["recipes"], ["train", "--no-such-option"]])
 def test_descriptors_of_closed_streams_are_not_reused(words, tmp_path):
-    """Output would be written to other files."""
+    """Otherwise output would be written to other files."""
     child = os.fork()
     if not child:
         code = 99

@@ -38,9 +38,7 @@ class Disk:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         number = os.fstat(descriptor).st_ino
         if number not in self.files and number not in self.entries:
-            os.dup(
-                descriptor
-            )  # the inode number of an open file is not reused, even if it is removed
+            os.dup(descriptor)  # an open file keeps its inode number, even if it is removed
         if path.is_dir():
             self.entries[number] = {each.name: each.lstat().st_ino for each in path.iterdir()}
         else:

@@ -311,7 +311,7 @@ def test_a_killed_process_stops_the_others(pictures, tmp_path, pair, rank, worke
 
 
 @pytest.mark.slow
-def test_progressive_image_size_across_a_kill(pictures, tmp_path):
+def test_progressive_image_sizes_resume_exactly(pictures, tmp_path):
     """The run is killed just before the image size changes, in one and in two processes."""
     progressive = {"train__progressive": "8 .5 16 .5", **REPRODUCIBLE}
     command = words(pictures, tmp_path / "uninterrupted", **progressive)

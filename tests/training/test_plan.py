@@ -29,7 +29,7 @@ def test_schedule_by_hand(optim, warmup, expected):
 
 @pytest.mark.parametrize("final_lr", [0.0, 0.2])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (1, 2), (5, 6), (10, 100), (0, 1000)])
-def test_schedule_has_its_limits_and_no_jumps(warmup, total, final_lr):
+def test_schedule_starts_and_ends_as_specified_without_jumps(warmup, total, final_lr):
     schedule = Schedule(OptimConfig(lr=3.0, final_lr=final_lr), warmup, total)
     rates = [schedule.lr(step) for step in range(total)]
     assert min(rates) > 0

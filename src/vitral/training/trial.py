@@ -86,7 +86,7 @@ def fused_is_faster(
 
 
 def _reason(error: Exception) -> str:
-    """Returns the first line of a compiler's error, which may have dozens."""
+    """Returns the first line of a compiler's error, which may have dozens of them."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -43,7 +43,7 @@ class Validation:
         """Scores the model with its current weights. Every process must call this.
 
         Raises:
-            Interrupted: if a signal arrived in a single process.
+            Interrupted: if a signal arrived in a run with one process.
         """
         self.model.eval()
 
