@@ -225,8 +225,8 @@ def test_other_data_is_rejected(image_folder, three_classes, run, user_error, tm
     folder = tmp_path / "images"
     shutil.copytree(image_folder, folder)
     (folder / "train" / "dark" / "00.jpg").unlink()
-    user_error(folder_settings(folder, run), "not the data set")
-    user_error(folder_settings(three_classes, run), "not the data set")
+    user_error(folder_settings(folder, run), "not the dataset")
+    user_error(folder_settings(three_classes, run), "not the dataset")
 
 
 def test_contents_of_a_run_directory(run):
@@ -287,7 +287,7 @@ def test_val_at_several_sizes(run, capsys, tmp_path):
 def test_val_uses_only_held_out_images_of_the_training_data(
     image_folder, user_error, tmp_path, capsys
 ):
-    """The data set is recognized by its content, not by its path."""
+    """The dataset is recognized by its content, not by its path."""
     folder, out = tmp_path / "images", tmp_path / "run"
     shutil.copytree(image_folder / "train", folder)
     assert main(folder_settings(folder, out)) == 0
@@ -572,7 +572,7 @@ def test_too_many_broken_images_stop_the_run(image_folder, tmp_path, capsys, spl
     words = folder_settings(folder, out, "--train.log-every", "1")
     assert main(words) == 2
     assert str(bad) in capsys.readouterr().err
-    if split == "val":  # before the first step, so that the data set may change before the rerun
+    if split == "val":  # before the first step, so that the dataset may change before the rerun
         assert not read_rows(out / "metrics.jsonl")
         bad.unlink()
         assert main(words) == 0
@@ -613,7 +613,7 @@ def test_dry_run_rejects_what_the_run_would(
     assert f"initialized from {run}; newly initialized parameters: none" in capsys.readouterr().out
     user_error([*words, "--model.dim", "32"], "another shape")
     user_error([*folder_settings(image_folder, run, "--optim.lr", "0.5"), "--dry-run"], "optim.lr")
-    user_error([*folder_settings(three_classes, run), "--dry-run"], "not the data set")
+    user_error([*folder_settings(three_classes, run), "--dry-run"], "not the dataset")
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
     words = [*folder_settings(image_folder, tmp_path / "bare"), "--dry-run"]
     user_error(words, "checkpoints are gone")

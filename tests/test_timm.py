@@ -125,7 +125,7 @@ def test_settings_for_fine_tuning(place, images):
     [
         ({"in_chans": 1}, UserError, "in_chans: expected 3, got 1"),
         ({"global_pool": "max"}, UserError, "global_pool: expected one of"),
-        ({"weights": None}, UserError, "weights: expected a run or weight folder"),
+        ({"weights": None}, UserError, "weights: expected a run or weight directory"),
         ({"img_size": (160, 96)}, UserError, r"img_size: expected one number, .*got \(160, 96\)"),
         ({"img_size": 30}, UserError, "image_size: expected a multiple of patch_size 4"),
         ({"which": "emma"}, UserError, "contains no emma weights"),

@@ -18,7 +18,7 @@ def cache_dir() -> Path:
 
 
 def downloads_dir() -> Path:
-    """Returns the directory for downloads of known data sets: VITRAL_DATA, or one in ~/.cache."""
+    """Returns the directory for downloads of known datasets: VITRAL_DATA, or one in ~/.cache."""
     return _expanded(os.environ.get("VITRAL_DATA")) or _at_home("vitral") / "data"
 
 

@@ -221,13 +221,13 @@ class ViTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data set and how its images are read."""
+    """The dataset and how its images are read."""
 
     path: str = "digits"
-    """A folder of images, archives or Parquet files, a pack, or a known data set: digits,
+    """A folder of images, archives or Parquet files, a pack, or a known dataset: digits,
     synthetic, cifar10, cifar100, imagenette."""
     val_fraction: float = 0.1
-    """Fraction of each class to hold out for validation, chosen by seed, if the data set has no
+    """Fraction of each class to hold out for validation, chosen by seed, if the dataset has no
     validation split."""
     hold_out: bool = False
     """Hold out val_fraction of the training images even if there is a validation split, which is
@@ -252,7 +252,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.path != "", "path: expected a folder or the name of a known data set, got nothing"
+            self.path != "", "path: expected a folder or the name of a known dataset, got nothing"
         )
         _check(
             0 < self.val_fraction < 1,

@@ -119,12 +119,12 @@ def system_error(error: OSError) -> str | None:
 
 
 def data_error(place: os.PathLike[str] | str, expected: str, found: str, fix: str) -> UserError:
-    """Returns the error for a data set that cannot be used."""
+    """Returns the error for a dataset that cannot be used."""
     return UserError(printable(f"data: {place}: expected {expected}, got {found}; {fix}"))
 
 
 def unreadable(place: os.PathLike[str] | str, error: OSError) -> UserError:
-    """Returns the error for a data set with a file or directory that cannot be read."""
+    """Returns the error for a dataset with a file or directory that cannot be read."""
     fix = how_to_fix(error, "fix or remove it")
     return data_error(error.filename or place, "to read it", str(error.strerror), fix)
 

@@ -150,7 +150,7 @@ def vitral(
     """
     if weights is None:
         raise UserError(
-            "weights: expected a run or weight folder or hf-hub:owner/name, got none; "
+            "weights: expected a run or weight directory or hf-hub:owner/name, got none; "
             "call timm.create_model('vitral', weights=...)"
         )
     loaded = load(weights, which=which)

@@ -58,7 +58,7 @@ def save(folder, data, seed=0, **model):
 
 @pytest.fixture(scope="module")
 def run(image_folder, tmp_path_factory):
-    """A run folder with tiny weights."""
+    """A run directory with tiny weights."""
     folder = tmp_path_factory.mktemp("runs") / "mine"
     save(folder / "weights" / "best", image_folder, **TINY)
     return folder

@@ -100,7 +100,7 @@ def check_form(page):
 
 
 def copy(run, place, *, rows=None):
-    """The run folder again, with other log rows."""
+    """The run directory again, with other log rows."""
     shutil.copytree(run, place)
     if rows is not None:
         text = "".join(json.dumps(row) + "\n" for row in rows)

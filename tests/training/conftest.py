@@ -1,4 +1,4 @@
-"""Data sets and runs shared by the training tests."""
+"""Datasets and runs shared by the training tests."""
 
 import numpy as np
 import pytest

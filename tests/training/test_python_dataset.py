@@ -71,7 +71,7 @@ def test_other_images_and_the_command_cannot_resume_a_run(run, folder, capsys):
     config = make_config("digits", run)
     other = splits(folder)
     other["dataset"].transform = lambda image: Image.eval(image, lambda level: level ^ 1)
-    with pytest.raises(UserError, match="python:dataset is not the data set that the run in"):
+    with pytest.raises(UserError, match="python:dataset is not the dataset that the run in"):
         train(config, **other)
     assert main(["train", str(run / "config.yaml"), "--out", str(run)]) == 2
     assert "call vitral.train(..., dataset=...) in Python to resume its run" in (

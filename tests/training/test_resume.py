@@ -366,7 +366,7 @@ def test_paths_that_exist_become_absolute(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     for path, init, expected in (
         ("images", "weights", (str(tmp_path / "images"), str(tmp_path / "weights"))),
-        ("digits", "timm:vit_tiny", ("digits", "timm:vit_tiny")),  # a known data set
+        ("digits", "timm:vit_tiny", ("digits", "timm:vit_tiny")),  # a known dataset
         ("gone", None, ("gone", None)),
         ("x" * 5000, None, ("x" * 5000, None)),
     ):
@@ -391,7 +391,7 @@ def test_other_data_and_parts_are_rejected(tmp_path):
     run, config = RunDir(tmp_path), settings.load("digits")
     dataset = open_dataset(config.data, 8, 0)
     resume.check_data(config, run, dataset, dataset.fingerprint)
-    with pytest.raises(UserError, match="data: digits is not the data set that the run"):
+    with pytest.raises(UserError, match="data: digits is not the dataset that the run"):
         resume.check_data(config, run, dataset, "f" * 64)
     resume.check_parts(run, "other", "other")
     for was, now, message in (("other", "", "uses other, not vitral's own"), ("", "x", "not x;")):
@@ -419,7 +419,7 @@ def test_a_dry_run_rejects_what_a_run_would(tmp_path):
     damage(newest(run.path) / "model.safetensors", "flipped")  # which is not read
     resume.check_resumable(config, run, dataset)
     saved(Checkpoint(3, {"model": {}}, {**state, "fingerprint": "f" * 64}))
-    with pytest.raises(UserError, match="not the data set"):
+    with pytest.raises(UserError, match="not the dataset"):
         resume.check_resumable(config, run, dataset)
     shutil.rmtree(run.checkpoints)
     run.weights.mkdir()

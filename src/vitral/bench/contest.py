@@ -86,7 +86,7 @@ def compare(
 
 
 def num_classes(config: Config) -> int:
-    """Returns the classes of a known data set, otherwise 1,000; no data is read."""
+    """Returns the classes of a known dataset, otherwise 1,000; no data is read."""
     return CLASSES.get(config.data.path, 1000)
 
 

@@ -12,7 +12,7 @@ def describe_device(resolved: Resolved) -> str:
     """Returns device, precision, compilation, kernels and threads, in one line."""
     how = "compiled" if resolved.compile else "not compiled"
     if resolved.fused:
-        how += {"cuda": ", fused kernels", "cpu": ", linear layers by oneDNN"}[resolved.device]
+        how += {"cuda": ", fused kernels", "cpu": ", oneDNN linear layers"}[resolved.device]
     return f"{resolved.device}, {resolved.precision}, {how}, {counted(resolved.threads, 'thread')}"
 
 

@@ -1,4 +1,4 @@
-"""Check a data set: counts, classes, broken files and decoding rate."""
+"""Check a dataset: counts, classes, broken files and decoding rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pack a data set as decoded squares in one file, which need almost no CPU, or as small JPEGs."""
+"""Pack a dataset as decoded squares in one file, which need almost no CPU, or as small JPEGs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Options:
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Packs the data set and returns the exit code."""
+    """Packs the dataset and returns the exit code."""
     from vitral.data.tools.packing import pack
     from vitral.machine import available_cores
 

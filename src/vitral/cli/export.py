@@ -25,7 +25,7 @@ class Options:
     opset: Literal[20, 23] = 20
     """ONNX opset; 23 has operators for attention and RMSNorm, which older runtimes lack."""
     data: str | None = None
-    """Data set to compare on; None uses the one that the weights were trained on, if it exists."""
+    """Dataset to compare on; None uses the one that the weights were trained on, if it exists."""
     images: int = 256
     """Number of validation images to compare on; 0 compares only on random images."""
 

@@ -18,7 +18,7 @@ class Options:
     """Options of `vitral report`."""
 
     data: str | None = None
-    """Current path of the run's data set; None uses the path in its settings."""
+    """Current path of the run's dataset; None uses the path in its settings."""
     out: str | None = None
     """File to write; None uses report.html in the run directory, or in the current directory for
     several runs."""

@@ -1,4 +1,4 @@
-"""Evaluate weights: accuracy, per-class accuracy and calibration on a labeled data set.
+"""Evaluate weights: accuracy, per-class accuracy and calibration on a labeled dataset.
 
 --image-sizes reports the accuracy at several image sizes. --suite reports the accuracy on the
 ImageNet test sets: validation, ReaL, -V2, -A, -R, -Sketch.
@@ -27,14 +27,14 @@ class Options:
     """Options of `vitral val`."""
 
     data: str | None = None
-    """Image folder or known data set; None uses the one that the weights were trained on."""
+    """Image folder or known dataset; None uses the one that the weights were trained on."""
     image_sizes: tuple[int, ...] | None = None
     """Image sizes to evaluate at, multiples of the patch size, with the same relative crop."""
     suite: str | None = None
     """Folder that contains the ImageNet test sets, each in its own folder."""
     classes: Literal["subset", "all"] | None = None
-    """Classes that predictions compete with if the data set has only a subset of the weights'
-    classes: this subset, or all. None uses subset, or all for a data set with one class."""
+    """Classes that predictions compete with if the dataset has only a subset of the weights'
+    classes: this subset, or all. None uses subset, or all for a dataset with one class."""
     which: Literal["model", "ema"] | None = None
     """Raw or averaged weights; None uses the default of the weights."""
     batch_size: int = 256
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
     weights = require_head(load(args.weights, which=options.which))
     known = weights.description
-    at_sizes(known, options.image_sizes or ())  # checks the sizes before the data set is opened
+    at_sizes(known, options.image_sizes or ())  # checks the sizes before the dataset is opened
     dataset = None if options.suite else open_set(known, options.data)
     heading = _heading(weights, dataset, options)
     if dataset is None or options.image_sizes:
@@ -109,7 +109,7 @@ def _heading(weights: Weights, dataset: Dataset | None, options: Options) -> str
 
 
 def _table(weights: Weights, dataset: Dataset | None, options: Options, heading: str) -> int:
-    """Evaluates on several data sets or at several sizes, one row each."""
+    """Evaluates on several datasets or at several sizes, one row each."""
     from vitral.evaluation import evaluate_suite, find_suite, sweep
     from vitral.evaluation.table import show, write_rows
 

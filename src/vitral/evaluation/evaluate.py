@@ -44,7 +44,7 @@ def evaluate(
     predictions compete with.
 
     Args:
-        weights: loaded weights, or a weight or run folder.
+        weights: loaded weights, or a weight or run directory.
         data: an image folder, a known set, what `open_set` gave, or a Python dataset as for
             `train`; None takes the set that the weights were trained on.
         which: "model" or "ema"; None takes the one that the weights name.

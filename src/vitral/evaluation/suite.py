@@ -42,7 +42,7 @@ def evaluate_suite(
     a prediction is right if it is among an image's labels, and an image without is left out.
 
     Args:
-        weights: loaded weights, or a weight or run folder, whose classes are named by wnid.
+        weights: loaded weights, or a weight or run directory, whose classes are named by wnid.
         suite: what `find_suite` found, or the folder to look in.
         which: "model" or "ema"; None takes the one that the weights name.
         batch_size: images of a forward pass.

@@ -3,7 +3,7 @@
 README.md           the card: front matter for the Hub, and text for people
 config.yaml         the settings, a recipe that repeats the training
 curves.png          of the run, where the weights lie in one
-and the weight folder, in which no path says where it was trained.
+and the weight directory, in which no path says where it was trained.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class DatasetSource(NamedTuple):
-    """A data set as people and the Hub know it."""
+    """A dataset as people and the Hub know it."""
 
     title: str
     hub: str | None = None
@@ -48,7 +48,7 @@ IMAGENET = DatasetSource("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
 
 
 def push(weights: Weights, name: str, *, private: bool = False, license: str | None = None) -> str:
-    """Pushes all files of a weight folder to the Hub, with their card, in one commit.
+    """Pushes all files of a weight directory to the Hub, with their card, in one commit.
 
     Args:
         name: owner/name; made if there is none.

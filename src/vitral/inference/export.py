@@ -106,7 +106,7 @@ def export(
     ONNX weights above 2 GB go into a second file beside it, of the same name and `.data`.
 
     Args:
-        path: a weight folder, or a run folder.
+        path: a weight directory, or a run directory.
         format: "onnx", or "pt2" for torch.
         out: the file; None takes the run's name, in the current folder.
         which: "model" or "ema"; None takes the one that the weights name.

@@ -129,7 +129,7 @@ def load(
     """Loads weights for use: `.predict(images)`, `.embed(images)`, `.model`, `.description`.
 
     Args:
-        path: a weight folder, a run folder, whose best weights are taken, or weights on the Hugging
+        path: a weight directory, a run directory, whose best weights are taken, or weights on the Hugging
             Face Hub, as hf-hub:owner/name or hf-hub:owner/name@revision.
         which: "model" or "ema"; None takes the one that the weights name.
         device: where the model shall be.

@@ -90,7 +90,7 @@ class FeaturePass:
 
     Args:
         model: the backbone, with its pretrained weights, on its device.
-        fingerprint: fingerprint of the data set.
+        fingerprint: fingerprint of the dataset.
         directory: where the parts are stored.
     """
 

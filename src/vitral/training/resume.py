@@ -316,11 +316,11 @@ def _refuse_first(kind: str, names: list[str]) -> None:
 
 
 def check_data(config: Config, run: RunDir, dataset: Dataset, fingerprint: str) -> None:
-    """Raises UserError unless the data set is the one that the run started with."""
+    """Raises UserError unless the dataset is the one that the run started with."""
     if dataset.fingerprint != fingerprint:
         raise UserError(
-            f"data: {config.data.path} is not the data set that the run in {run.path} started "
-            "with; use that data set, or start another run with --out"
+            f"data: {config.data.path} is not the dataset that the run in {run.path} started "
+            "with; use that dataset, or start another run with --out"
         )
 
 

@@ -98,7 +98,7 @@ def prepare(
     datasets: PythonDatasets | None = None,
     device: str = "cpu",
 ) -> tuple[list[str], Dataset, ViT]:
-    """Returns notes, data set and model of a run. Raises errors before anything is written.
+    """Returns notes, dataset and model of a run. Raises errors before anything is written.
 
     On the device "meta", only the shapes of the model and of the initial weights are compared.
     """

@@ -28,7 +28,7 @@ class Description:
     classes: tuple[str, ...]
     """Class names, in the order of the logits."""
     fingerprint: str
-    """Fingerprint of the data set."""
+    """Fingerprint of the dataset."""
     default: Which
     """The file to load if none is requested."""
     metrics: Mapping[str, float]
