@@ -1,4 +1,4 @@
-"""Figures of evaluation against cases worked out by hand and loops written from the definitions."""
+"""Tests of metrics against values computed by hand and loops over the definitions."""
 
 import csv
 from itertools import pairwise
@@ -21,19 +21,19 @@ def make(labels, ranked, confidence, classes=CLASSES):
 
 @pytest.fixture
 def scores():
-    """Six images; of e and g there are none."""
+    """Predictions for six images of classes a to d."""
     ranked = [
         [0, 1, 2, 3, 4],  # a, right
         [1, 0, 2, 3, 4],  # a, second
         [1, 2, 3, 4, 0],  # a, fifth
-        [0, 2, 3, 4, 5],  # b, not among five
+        [0, 2, 3, 4, 5],  # b, not in the top five
         [2, 0, 1, 3, 4],  # c, right
         [5, 2, 3, 4, 6],  # d, third
     ]
     return make([0, 0, 0, 1, 2, 3], ranked, [0.9, 0.5, 0.4, 0.9, 1.0, 0.4])
 
 
-def test_scores_by_hand(scores):
+def test_scores_match_values_computed_by_hand(scores):
     # bins (0.333, 0.4], (0.466, 0.533], (0.866, 0.933] and (0.933, 1]: 2 wrong at 0.4, 1 at 0.5,
     # one of two right at 0.9, and one right at 1
     expected_error = (2 * 0.4 + 0.5 + (1.8 - 1) + 0) / 6
@@ -91,12 +91,12 @@ def test_wnids_are_shown_with_their_names(tmp_path):
         ([1.0, 1.0], [1, 1], 0.0),
         ([1.0, 1.0], [0, 0], 1.0),
         ([0.75, 0.75, 0.75, 0.75], [1, 1, 1, 0], 0.0),
-        ([0.2, 0.21], [1, 0], (0.8 + 0.21) / 2),  # 0.2 closes the third bin
+        ([0.2, 0.21], [1, 0], (0.8 + 0.21) / 2),  # 0.2 is the upper edge of the third bin
         ([0.19, 0.2], [1, 0], 0.61 / 2),
         ([0.0, 0.5], [0, 1], 0.25),
     ],
 )
-def test_calibration_error_by_hand(confidence, hits, expected):
+def test_calibration_error_matches_values_computed_by_hand(confidence, hits, expected):
     scores = make([0] * len(hits), [[1 - hit, 5] for hit in hits], confidence)
     assert scores.calibration_error == pytest.approx(expected)
 
@@ -108,9 +108,9 @@ def test_every_image_counts_once(num_classes, size):
     logits = torch.randn(53, num_classes, generator=generator) * 2
     labels = torch.randint(num_classes, (53,), generator=generator)
     classes = tuple(f"class {i}" for i in range(num_classes))
-    images = logits.view(53, num_classes, 1, 1)  # a model that reads its logits off the image
+    images = logits.view(53, num_classes, 1, 1)  # the images are the logits
     parts = zip(images.split(size), labels.split(size), strict=True)
-    batches = [  # the last filled up with copies of its last image
+    batches = [  # the last is padded with copies of its last image
         Batch(
             number,
             number * size,
@@ -154,15 +154,15 @@ def test_every_image_counts_once(num_classes, size):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 5])
-def test_parts_of_a_set_merge_to_its_scores(processes):
+def test_merged_parts_equal_the_scores_of_the_complete_set(processes):
     logits = torch.randn(12, 4, 1, 1, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 4
     batches = [Batch(i, 4 * i, logits[4 * i :][:4], labels[4 * i :][:4], []) for i in range(3)]
-    whole = measure(lambda x: x.flatten(1), batches, CLASSES[:4])
+    expected = measure(lambda x: x.flatten(1), batches, CLASSES[:4])
     cuts = [3 * k // processes for k in range(processes + 1)]
     parts = [measure(lambda x: x.flatten(1), batches[a:b], CLASSES[:4]) for a, b in pairwise(cuts)]
-    assert merge(parts).metrics() == whole.metrics()
-    assert merge(parts).ranked.tolist() == whole.ranked.tolist()
+    assert merge(parts).metrics() == expected.metrics()
+    assert merge(parts).ranked.tolist() == expected.ranked.tolist()
 
 
 def test_half_precision_logits_are_measured_in_float32():
@@ -186,7 +186,7 @@ def test_summary_shows_every_class_or_the_worst_and_best(num_classes):
     assert "class02       2   50.00%   50.00%" in text
 
 
-def test_confusion_and_reliability_by_hand(scores):
+def test_confusion_and_reliability_match_values_computed_by_hand(scores):
     found = scores.confusion()
     pairs = {(0, 0): 1, (0, 1): 2, (1, 0): 1, (2, 2): 1, (3, 5): 1}
     assert {(i, j): found[i, j] for i, j in zip(*found.nonzero(), strict=True)} == pairs
@@ -198,8 +198,8 @@ def test_confusion_and_reliability_by_hand(scores):
     ]
 
 
-def test_outputs_that_are_not_finite_are_wrong_and_have_no_confidence():
-    """Whatever class is named for them; the other image counts."""
+def test_nonfinite_outputs_are_wrong_and_have_no_confidence():
+    """This holds even if the predicted class is correct. The finite image still counts."""
     logits = torch.tensor([[3.0, 1.0], [float("nan"), 0.0], [float("inf"), 0.0]])
     batch = Batch(0, 0, logits, torch.zeros(3, dtype=torch.int64), [])
     found = measure(lambda images: images, [batch], ("a", "b"))

@@ -1,7 +1,7 @@
-"""ImageNet's test sets in the layouts that they are published in, of images drawn here.
+"""Tests of ImageNet's test sets in their published layouts, with random images.
 
-Images are PNG of the model's size and the crop is whole, so that the reference needs no decoder and
-no resampling: logits of the very pixels that were drawn, then numpy.
+Images are PNGs of the model's input size and are not cropped, so the reference needs neither a
+decoder nor resampling: it computes logits from the generated pixels, and metrics with numpy.
 """
 
 import csv
@@ -46,7 +46,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 def make_weights(folder, classes, seed=0, **data):
-    """Weights whose logits differ enough from image to image to be worth scoring."""
+    """Weights whose logits vary enough between images for meaningful scores."""
     torch.manual_seed(seed)
     shape = {"dim": 16, "depth": 1, "num_heads": 2, "num_kv_heads": 1}
     model = ViTConfig(**shape, patch_size=4, image_size=SIDE)
@@ -58,9 +58,9 @@ def make_weights(folder, classes, seed=0, **data):
     return saved.load(folder)
 
 
-def draw(draws):
-    low = draws.integers(0, 256, (2, 2, 3)).astype(np.uint8)
-    noise = draws.integers(0, 60, (SIDE, SIDE, 3))
+def random_image(rng):
+    low = rng.integers(0, 256, (2, 2, 3)).astype(np.uint8)
+    noise = rng.integers(0, 60, (SIDE, SIDE, 3))
     return np.clip(low.repeat(4, 0).repeat(4, 1) + noise, 0, 255).astype(np.uint8)
 
 
@@ -76,7 +76,7 @@ def put(path, pixels):
 
 
 def logits_of(weights, pixels):
-    """(N, classes): by hand from pixels (N, H, W, 3)."""
+    """Logits (N, classes) of pixels (N, H, W, 3), without vitral's input pipeline."""
     data = weights.description.config.data
     images = (np.stack(pixels) / 255 - data.mean) / data.std
     with torch.no_grad():
@@ -84,7 +84,7 @@ def logits_of(weights, pixels):
 
 
 def masked(weights, pixels, known):
-    """Logits of the classes `known` alone; the others' are minus infinity."""
+    """Logits of the classes in `known`; the others are minus infinity."""
     logits = logits_of(weights, pixels)
     out = [i for i, name in enumerate(weights.description.classes) if name not in known]
     logits[:, out] = -np.inf
@@ -92,7 +92,7 @@ def masked(weights, pixels, known):
 
 
 def reference(weights, images, known):
-    """(images, classes, top-1, top-5, calibration error) of (pixels, wnids that are right)."""
+    """(images, classes, top-1, top-5, calibration error) of pairs of pixels and correct wnids."""
     names = np.array(weights.description.classes)
     images = [(pixels, right & known) for pixels, right in images if right & known]
     logits = masked(weights, [pixels for pixels, _ in images], known)
@@ -106,15 +106,15 @@ def reference(weights, images, known):
     return len(images), len(known), np.mean(first), np.mean(five), np.abs(bins).sum() / len(images)
 
 
-def agree(row, expected):
+def assert_row_equal(row, expected):
     found = dataclasses.astuple(row)[1:]
     assert found[:2] == expected[:2]
     np.testing.assert_allclose(found[2:], expected[2:], atol=1e-5)
 
 
 @dataclasses.dataclass
-class World:
-    """Every set, whole, below `root`; `images` has pixels and right wnids by name of the set."""
+class SuiteData:
+    """All sets below `root`; `images` maps names of sets to pairs of pixels and correct wnids."""
 
     root: object
     weights: saved.Weights
@@ -124,9 +124,9 @@ class World:
     real: list
 
 
-def fill(weights, draws, known, folder, place):
-    """Two images of each class; half lie where the masked model would have them."""
-    pixels = [draw(draws) for _ in range(2 * len(known))]
+def fill(weights, rng, known, folder, place):
+    """Writes two images per class; half of them with the class that the masked model predicts."""
+    pixels = [random_image(rng) for _ in range(2 * len(known))]
     order = sorted(known)
     best = masked(weights, pixels, known).argmax(1)
     found = []
@@ -138,19 +138,19 @@ def fill(weights, draws, known, folder, place):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("suite")
-    draws = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     every = wnids()
     weights = make_weights(root / "weights", every)
     images, known = {}, {}
 
     def add(name, classes, folder, place=str):
         known[name] = {*classes}
-        images[name] = fill(weights, draws, known[name], root / folder, place)
+        images[name] = fill(weights, rng, known[name], root / folder, place)
 
     for variant in V2:
-        # Recht et al.'s folders are positions; all thousand once, as the trap needs.
+        # Recht et al. name folders by position. One set has all, to detect an order as text.
         some = every if variant == V2[0] else [every[i] for i in (0, 1, 2, 9, 10, 11, 100, 999)]
         name = f"ImageNet-V2 {variant.replace('d0', 'd-0')}"
         add(name, some, f"imagenetv2-{variant}-format-val", lambda w: str(every.index(w)))
@@ -158,72 +158,72 @@ def world(tmp_path_factory):
         ("ImageNet-A", "imagenet-a"),
         ("ImageNet-R", "imagenet-rendition/imagenet-r"),
     ):
-        add(name, draws.choice(every, 200, replace=False).tolist(), folder)
+        add(name, rng.choice(every, 200, replace=False).tolist(), folder)
         (root / folder / "README.txt").write_text("about")
-    add("ImageNet-Sketch", draws.choice(every, 30, replace=False).tolist(), "sketch")
+    add("ImageNet-Sketch", rng.choice(every, 30, replace=False).tolist(), "sketch")
 
     truth = validation_labels()
-    classes = draws.choice(1000, 12, replace=False)
+    classes = rng.choice(1000, 12, replace=False)
     numbers = [int(n) + 1 for c in classes for n in np.flatnonzero(truth == c)[[40, 3, 17, 8]]]
-    validation = {n: draw(draws) for n in draws.permutation(numbers).tolist()}
+    validation = {n: random_image(rng) for n in rng.permutation(numbers).tolist()}
     known["ImageNet validation"] = known["ReaL"] = {every[c] for c in classes}
     best = masked(weights, list(validation.values()), known["ReaL"]).argmax(1)
     real = [[int(label)] for label in truth]
     for k, (n, first) in enumerate(zip(validation, best.tolist(), strict=True)):
-        own, other = int(truth[n - 1]), int(draws.choice(1000))
-        # none; two of which the second is predicted; another one; one of a class not there
-        real[n - 1] = [[], [own, first], [int(draws.choice(classes))], [other], [own]][k % 5]
+        own, other = int(truth[n - 1]), int(rng.choice(1000))
+        # none; two, with the second predicted; one in the set; any class; its own
+        real[n - 1] = [[], [own, first], [int(rng.choice(classes))], [other], [own]][k % 5]
     images["ImageNet validation"] = [(p, {every[truth[n - 1]]}) for n, p in validation.items()]
     images["ReaL"] = [(p, {every[i] for i in real[n - 1]}) for n, p in validation.items()]
     for n, pixels in validation.items():
         put(root / "val" / every[truth[n - 1]] / f"ILSVRC2012_val_{n:08d}.JPEG", pixels)
     (root / "real.json").write_text(json.dumps(real))
-    return World(root, weights, images, known, validation, real)
+    return SuiteData(root, weights, images, known, validation, real)
 
 
-def test_every_set_agrees_with_numpy(world):
-    suite = find_suite(world.root)
+def test_every_set_agrees_with_numpy(data):
+    suite = find_suite(data.root)
     assert suite.names() == NAMES
-    rows = list(evaluate_suite(world.weights, suite, batch_size=64))
+    rows = list(evaluate_suite(data.weights, suite, batch_size=64))
     assert [row.name for row in rows] == NAMES
     for row in rows:
-        agree(row, reference(world.weights, world.images[row.name], world.known[row.name]))
+        assert_row_equal(row, reference(data.weights, data.images[row.name], data.known[row.name]))
         assert 0 < row.top1 < row.top5 <= 1
     images = {row.name: row.images for row in rows}
     assert images["ImageNet validation"] == 48
     assert 28 < images["ReaL"] < 48
 
 
-def test_classes_outside_the_subset_are_ignored(world):
-    row = next(evaluate_suite(world.weights, world.root / "imagenet-a"))
-    names, images = world.weights.description.classes, world.images["ImageNet-A"]
-    plain = logits_of(world.weights, [pixels for pixels, _ in images]).argmax(1)
+def test_classes_outside_the_subset_are_ignored(data):
+    row = next(evaluate_suite(data.weights, data.root / "imagenet-a"))
+    names, images = data.weights.description.classes, data.images["ImageNet-A"]
+    plain = logits_of(data.weights, [pixels for pixels, _ in images]).argmax(1)
     unmasked = np.mean([names[i] in right for i, (_, right) in zip(plain, images, strict=True)])
     assert row.top1 > 0.5 > unmasked + 0.1
 
 
-def test_positions_are_not_sorted_as_text(world):
-    """Read in order of text, folder 10 would be class 2: nearly all would be wrong."""
-    place = world.root / "imagenetv2-matched-frequency-format-val"
+def test_positions_are_not_sorted_as_text(data):
+    """In text order, folder 10 would be class 2, and nearly all labels would be wrong."""
+    place = data.root / "imagenetv2-matched-frequency-format-val"
     (found,) = find_suite(place).sets
     for name in ("2", "10", "100", "999"):
         label = found.classes.index(wnids()[int(name)])
-        of_it = found.records.names[found.records.labels == label].tolist()
-        assert {path.split(b"/")[0] for path in of_it} == {name.encode()}
+        paths = found.records.names[found.records.labels == label].tolist()
+        assert {path.split(b"/")[0] for path in paths} == {name.encode()}
 
 
-def test_weights_with_a_few_classes(world, tmp_path):
-    """Ten classes in an order of their own, one of them unknown to ImageNet."""
-    validation = sorted(world.known["ReaL"])
-    shared = {*validation[:4], *sorted(world.known["ImageNet-A"])[:3]}
+def test_weights_with_few_classes_are_scored_on_shared_classes(data, tmp_path):
+    """The classes are in reverse order, and one of them is not in ImageNet."""
+    validation = sorted(data.known["ReaL"])
+    shared = {*validation[:4], *sorted(data.known["ImageNet-A"])[:3]}
     weights = make_weights(tmp_path / "few", ("zebra crossing", *sorted(shared, reverse=True)))
-    for row in evaluate_suite(weights, world.root):
-        known = world.known[row.name] & shared
+    for row in evaluate_suite(weights, data.root):
+        known = data.known[row.name] & shared
         if len(known) < 2:
             assert (row.images, row.classes) == (0, len(known))
             assert np.isnan([row.top1, row.top5, row.calibration_error]).all()
         else:
-            agree(row, reference(weights, world.images[row.name], known))
+            assert_row_equal(row, reference(weights, data.images[row.name], known))
 
 
 def test_undefined_fractions_stay_empty(tmp_path):
@@ -233,8 +233,8 @@ def test_undefined_fractions_stay_empty(tmp_path):
     assert (tmp_path / "suite.csv").read_text().splitlines()[1] == "ImageNet-A,0,1,,,"
 
 
-def put_flat(world, root):
-    for n, pixels in world.validation.items():
+def put_flat(data, root):
+    for n, pixels in data.validation.items():
         put(root / "ILSVRC" / "Data" / "CLS-LOC" / "val" / f"ILSVRC2012_val_{n:08d}.JPEG", pixels)
 
 
@@ -244,49 +244,49 @@ def add(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
-def put_tar(world, root):
+def put_tar(data, root):
     (root / "imagenet").mkdir()
     with tarfile.open(root / "imagenet" / "ILSVRC2012_img_val.tar", "w") as tar:
-        for n, pixels in world.validation.items():
+        for n, pixels in data.validation.items():
             add(tar, f"ILSVRC2012_val_{n:08d}.JPEG", png(pixels))
 
 
-def put_shards(world, root):
+def put_shards(data, root):
     (root / "imagenet-val").mkdir()
     with tarfile.open(root / "imagenet-val" / "0000.tar", "w") as tar:
-        for n, pixels in world.validation.items():
+        for n, pixels in data.validation.items():
             add(tar, f"ILSVRC2012_val_{n:08d}.png", png(pixels))
             label = wnids()[validation_labels()[n - 1]]
             add(tar, f"ILSVRC2012_val_{n:08d}.cls", label.encode())
 
 
-def put_parquet(world, root):
-    """Names as the Hub has them, wnid and all."""
+def put_parquet(data, root):
+    """The file names are those of the Hub, which contain the wnid."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    labels = [wnids()[validation_labels()[n - 1]] for n in world.validation]
-    names = [f"ILSVRC2012_val_{n:08d}" for n in world.validation]
+    labels = [wnids()[validation_labels()[n - 1]] for n in data.validation]
+    names = [f"ILSVRC2012_val_{n:08d}" for n in data.validation]
     paths = [f"{name}_{wnid}.JPEG" for name, wnid in zip(names, labels, strict=True)]
-    contents = map(png, world.validation.values())
+    contents = map(png, data.validation.values())
     rows = [{"bytes": c, "path": p} for c, p in zip(contents, paths, strict=True)]
     (root / "imagenet" / "val").mkdir(parents=True)
     place = root / "imagenet" / "val" / "validation-00000-of-00001.parquet"
     parquet.write_table(pa.table({"image": rows, "label": labels}), place)
 
 
-def put_both(world, root):
-    """Unpacked, and beside it the archive, which is not opened again."""
-    shutil.copytree(world.root / "val", root / "imagenet" / "val")
+def put_both(data, root):
+    """The unpacked set next to its archive, which must not be opened."""
+    shutil.copytree(data.root / "val", root / "imagenet" / "val")
     (root / "imagenet" / "ILSVRC2012_img_val.tar").write_bytes(b"cut off")
 
 
 @pytest.mark.parametrize("layout", [put_flat, put_tar, put_shards, put_parquet, put_both])
-def test_layouts_of_the_validation_set(world, tmp_path, layout):
-    layout(world, tmp_path)
-    shutil.copy(world.root / "real.json", tmp_path)
-    rows = list(evaluate_suite(world.weights, tmp_path))
+def test_layouts_of_the_validation_set_are_recognized(data, tmp_path, layout):
+    layout(data, tmp_path)
+    shutil.copy(data.root / "real.json", tmp_path)
+    rows = list(evaluate_suite(data.weights, tmp_path))
     assert [row.name for row in rows] == NAMES[:2]
     for row in rows:
-        agree(row, reference(world.weights, world.images[row.name], world.known[row.name]))
+        assert_row_equal(row, reference(data.weights, data.images[row.name], data.known[row.name]))
 
 
 @pytest.mark.parametrize(
@@ -304,35 +304,35 @@ def test_layouts_of_the_validation_set(world, tmp_path, layout):
         ("in-sketch/val", "ImageNet-Sketch"),
     ],
 )
-def test_other_spellings(world, tmp_path, folder, name):
-    shutil.copytree(world.root / "sketch", tmp_path / folder)
+def test_alternative_folder_names_are_recognized(data, tmp_path, folder, name):
+    shutil.copytree(data.root / "sketch", tmp_path / folder)
     put(tmp_path / "imagenet" / "train" / "n01440764" / "0.jpg", np.zeros((4, 4, 3), np.uint8))
     (tmp_path / folder / ".hidden").mkdir()
     for hidden in ("__MACOSX", ".trash"):
-        shutil.copytree(world.root / "sketch", tmp_path / hidden / folder)
-    (tmp_path / folder / sorted(world.known["ImageNet-R"])[0]).mkdir(exist_ok=True)  # empty
+        shutil.copytree(data.root / "sketch", tmp_path / hidden / folder)
+    (tmp_path / folder / sorted(data.known["ImageNet-R"])[0]).mkdir(exist_ok=True)  # empty
     (tmp_path / "again").symlink_to(tmp_path)
     suite = find_suite(tmp_path)
     assert suite.names() == [name]
     assert suite.sets[0].place.samefile(tmp_path / folder)
     assert suite.describe().count("not found") == 7
-    assert {*suite.sets[0].classes} == world.known["ImageNet-Sketch"]
+    assert {*suite.sets[0].classes} == data.known["ImageNet-Sketch"]
 
 
-def test_real_needs_images_with_numbers(world, tmp_path):
-    shutil.copy(world.root / "real.json", tmp_path)
-    shutil.copytree(world.root / "sketch", tmp_path / "val")
+def test_real_labels_require_numbered_images(data, tmp_path):
+    shutil.copy(data.root / "real.json", tmp_path)
+    shutil.copytree(data.root / "sketch", tmp_path / "val")
     assert find_suite(tmp_path).names() == ["ImageNet validation"]
 
 
-def test_an_invalid_validation_image_number(world, tmp_path):
-    shutil.copytree(world.root / "val", tmp_path / "val")
-    shutil.copy(world.root / "real.json", tmp_path)
-    place = tmp_path / "val" / sorted(world.known["ReaL"])[0]
+def test_an_invalid_image_number_has_no_real_label(data, tmp_path):
+    shutil.copytree(data.root / "val", tmp_path / "val")
+    shutil.copy(data.root / "real.json", tmp_path)
+    place = tmp_path / "val" / sorted(data.known["ReaL"])[0]
     put(place / "ILSVRC2012_val_00050001.JPEG", np.zeros((SIDE, SIDE, 3), np.uint8))
-    images = {row.name: row.images for row in evaluate_suite(world.weights, tmp_path)}
-    whole = {row.name: row.images for row in evaluate_suite(world.weights, world.root)}
-    assert images == {"ImageNet validation": 49, "ReaL": whole["ReaL"]}
+    images = {row.name: row.images for row in evaluate_suite(data.weights, tmp_path)}
+    complete = {row.name: row.images for row in evaluate_suite(data.weights, data.root)}
+    assert images == {"ImageNet validation": 49, "ReaL": complete["ReaL"]}
 
 
 @pytest.fixture
@@ -348,26 +348,26 @@ def user_error(capsys, tmp_path):
     return expect
 
 
-def test_user_errors(world, tmp_path, user_error):
-    ours, out = world.weights.path, ["--out", tmp_path / "out"]
+def test_user_errors(data, tmp_path, user_error):
+    good, out = data.weights.path, ["--out", tmp_path / "out"]
     empty = tmp_path / "empty"
     (empty / "imagenet-a").mkdir(parents=True)
-    looked_for = ["imagenet-a", "imagenet-r", "real.json", "sketch", "top-images-format-val"]
-    user_error([ours, "--suite", empty, *out], str(empty), *looked_for)
-    user_error([ours, "--suite", tmp_path / "none", *out], "nothing of that name")
-    user_error([ours, "--suite", world.root, "--data", "digits", *out], "suite, data")
-    user_error([ours, "--suite", world.root, "--image-sizes", "8", *out], "suite, image-sizes")
-    user_error([ours, "--image-sizes", "8", "10", *out], "image-sizes", "10", "nearest is 8")
-    user_error([ours, "--image-sizes", "eight", *out], "image-sizes", "'eight'")
+    expected = ["imagenet-a", "imagenet-r", "real.json", "sketch", "top-images-format-val"]
+    user_error([good, "--suite", empty, *out], str(empty), *expected)
+    user_error([good, "--suite", tmp_path / "none", *out], "a path that does not exist")
+    user_error([good, "--suite", data.root, "--data", "digits", *out], "suite, data")
+    user_error([good, "--suite", data.root, "--image-sizes", "8", *out], "suite, image-sizes")
+    user_error([good, "--image-sizes", "8", "10", *out], "image-sizes", "10", "nearest is 8")
+    user_error([good, "--image-sizes", "eight", *out], "image-sizes", "'eight'")
 
     digits = make_weights(tmp_path / "digits", tuple("0123456789")).path
-    user_error([digits, "--suite", world.root, *out], "wnid", "got 0, 1, 2 and 7 more")
+    user_error([digits, "--suite", data.root, *out], "wnid", "got 0, 1, 2 and 7 more")
     far = make_weights(tmp_path / "far", ("n01440764", "own")).path
-    user_error([far, "--suite", world.root / "imagenet-a", *out], "two or more of the 2 classes")
+    user_error([far, "--suite", data.root / "imagenet-a", *out], "two or more of the 2 classes")
 
     for folder in ("imagenet-a", "copy/imagenet-a"):
-        shutil.copytree(world.root / "sketch", tmp_path / "twice" / folder)
-    user_error([ours, "--suite", tmp_path / "twice", *out], "one place of ImageNet-A", "copy")
+        shutil.copytree(data.root / "sketch", tmp_path / "twice" / folder)
+    user_error([good, "--suite", tmp_path / "twice", *out], "one location of ImageNet-A", "copy")
 
 
 @pytest.mark.parametrize(
@@ -381,22 +381,22 @@ def test_user_errors(world, tmp_path, user_error):
         (json.dumps([[True]] + [[1]] * 49_999), "[True] for image 1"),
     ],
 )
-def test_files_that_are_not_real_labels(world, tmp_path, user_error, content, fragment):
-    shutil.copytree(world.root / "val", tmp_path / "val")
+def test_invalid_files_of_real_labels_are_refused(data, tmp_path, user_error, content, fragment):
+    shutil.copytree(data.root / "val", tmp_path / "val")
     (tmp_path / "real.json").write_text(content)
-    user_error([world.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
+    user_error([data.weights.path, "--suite", tmp_path, "--out", tmp_path / "out"], fragment)
 
 
-def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
+def test_the_table_contains_the_printed_scores(data, tmp_path, capsys):
     sets, out = tmp_path / "sets", tmp_path / "out"
     sets.mkdir()
     for name in ("val", "real.json", "sketch"):
-        (sets / name).symlink_to(world.root / name)
-    assert main(["val", str(world.weights.path), "--suite", str(sets), "--out", str(out)]) == 0
+        (sets / name).symlink_to(data.root / name)
+    assert main(["val", str(data.weights.path), "--suite", str(sets), "--out", str(out)]) == 0
     output = capsys.readouterr().out
     assert f"ImageNet-Sketch: {sets / 'sketch'}\n" in output
     assert "ImageNet-A: not found (imagenet-a)\n" in output
-    rows = list(evaluate_suite(world.weights, sets))
+    rows = list(evaluate_suite(data.weights, sets))
     with (out / "suite.csv").open(newline="") as file:
         header, *written = csv.reader(file)
     assert header == ["set", "images", "classes", "top1", "top5", "ece"]
@@ -408,12 +408,12 @@ def test_the_command_writes_what_it_prints(world, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["suite.csv"]
 
 
-def test_a_broken_image_leaves_no_table(world, tmp_path, capsys):
-    shutil.copytree(world.root / "sketch", tmp_path / "sketch")
-    shutil.copytree(world.root / "val", tmp_path / "val")
+def test_a_broken_image_leaves_no_table(data, tmp_path, capsys):
+    shutil.copytree(data.root / "sketch", tmp_path / "sketch")
+    shutil.copytree(data.root / "val", tmp_path / "val")
     bad = next((tmp_path / "sketch").glob("*/*"))
     bad.write_bytes(b"no image")
-    words = [str(world.weights.path), "--suite", str(tmp_path), "--out", str(tmp_path / "out")]
+    words = [str(data.weights.path), "--suite", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(["val", *words]) == 2
     output = capsys.readouterr()
     assert str(bad) in output.err
@@ -422,17 +422,17 @@ def test_a_broken_image_leaves_no_table(world, tmp_path, capsys):
 
 
 def test_sweep_crops_the_same_fraction_at_every_size(tmp_path):
-    """Half of the short side of 32 pixels is 16, which need no resampling to become 16."""
-    draws, classes = np.random.default_rng(0), ("a", "b", "c")
+    """Half of the 32-pixel short side is 16 pixels, which need no resampling at size 16."""
+    rng, classes = np.random.default_rng(0), ("a", "b", "c")
     weights = make_weights(tmp_path / "weights", classes, eval_crop=0.5)
     images = []
     for i in range(30):
-        pixels = draw(draws).repeat(4, 0).repeat(6, 1)
+        pixels = random_image(rng).repeat(4, 0).repeat(6, 1)
         put(tmp_path / "set" / "val" / classes[i % 3] / f"{i:02}.png", pixels)
         images.append((pixels[8:24, 16:32], {classes[i % 3]}))
     data = str(tmp_path / "set")
     scores = dict(sweep(weights, [16, 8], data))
-    agree(scores[16].row("16"), reference(weights, images, {*classes}))
+    assert_row_equal(scores[16].row("16"), reference(weights, images, {*classes}))
     assert scores[8].metrics() == evaluate(weights, data).metrics()
     assert scores[8].metrics() != scores[16].metrics()
     with pytest.raises(UserError, match="which"):

@@ -1,4 +1,4 @@
-"""Exact accuracy over every image once, per class, and calibration."""
+"""Evaluation: accuracy, per-class accuracy and calibration, counting each image once."""
 
 from vitral.evaluation.evaluate import at_sizes, evaluate, open_set, sweep
 from vitral.evaluation.scores import Scores, measure, merge, summarize

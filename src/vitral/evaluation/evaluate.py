@@ -1,4 +1,4 @@
-"""Evaluating saved weights: on a labelled set, or on one at several image sizes."""
+"""Evaluates weights on a labeled set, at one image size or several."""
 
 from __future__ import annotations
 
@@ -38,25 +38,26 @@ def evaluate(
     workers: int | None = None,
     device: str = "auto",
 ) -> Scores:
-    """Top-1, top-5, per-class accuracy and calibration over every validation image once.
+    """Evaluates weights on a validation set: top-1, top-5, per-class accuracy and calibration.
 
-    Where the set has only some of the classes that the weights know, `classes` says what its
-    predictions compete with.
+    Each validation image counts exactly once. If the set has only some of the classes of the
+    weights, `classes` selects the classes that predictions can choose from.
 
     Args:
         weights: loaded weights, or a weight or run directory.
-        data: an image folder, a known set, what `open_set` gave, or a Python dataset as for
-            `train`; None takes the set that the weights were trained on.
-        which: "model" or "ema"; None takes the one that the weights name.
-        classes: "subset" removes the logits of classes that the set does not have, "all" keeps
-            them, behind those of the set in `Scores.classes`; None is "all" for a set of one class
-            and else "subset".
-        batch_size: images of a forward pass.
-        workers: decoding processes; None takes the cores but one.
-        device: "cpu", "cuda", "mps", "xpu", or "auto" for a GPU if there is one.
+        data: an image folder, the name of a known set, the result of `open_set`, or a Python
+            dataset as for `train`; None uses the set that the weights were trained on.
+        which: "model" or "ema"; None uses the default of the weights.
+        classes: "subset" removes the logits of classes that are not in the set; "all" keeps them,
+            after the classes of the set in `Scores.classes`. None means "all" for a set with a
+            single class and "subset" otherwise.
+        batch_size: images per forward pass.
+        workers: decoding processes; None uses all cores but one.
+        device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.
 
     Raises:
-        UserError: for weights or data that cannot be read, or a class that the weights do not know.
+        UserError: if the weights or the data cannot be read, or the set has a class that the
+            weights do not have.
     """
     weights = prepare(weights, which, device)
     dataset, config = _open(weights.description, data, workers)
@@ -75,20 +76,21 @@ def sweep(
     workers: int | None = None,
     device: str = "auto",
 ) -> Iterator[tuple[int, Scores]]:
-    """The same set at several image sizes: each size, and what `evaluate` gives at it.
+    """Evaluates weights at several image sizes; returns an iterator over sizes and scores.
 
-    An image of any size is spread over the rotary positions of training, so any will do that is
-    whole patches. What is cropped from an image is the same share of its short side at every size;
-    only what it is resized to changes. Models see objects larger in training's random crops than in
-    evaluation's, so the best size is often above that of training (Touvron et al. 2019).
+    Images of any size are mapped to the range of rotary positions used in training, so any multiple
+    of the patch size works. The crop covers the same fraction of the short side at every size; only
+    the size it is resized to changes. Objects appear larger in the random crops of training than in
+    the crops of evaluation, so the best size is often above the training size (Touvron et al.
+    2019).
 
     Args:
-        image_sizes: sides of the images that the model sees, in pixels.
+        image_sizes: sides of the model's input, in pixels.
         data, which, classes, batch_size, workers, device: as for `evaluate`.
 
     Raises:
-        UserError: for a size that is no multiple of the patch size, before anything is evaluated,
-            and where `evaluate` raises it.
+        UserError: if a size is not a multiple of the patch size, before anything is evaluated, and
+            as for `evaluate`.
     """
     weights = prepare(weights, which, device)
     models = at_sizes(weights.description, image_sizes)
@@ -103,7 +105,7 @@ def sweep(
 
 
 def at_sizes(description: Description, image_sizes: Sequence[int]) -> list[ViTConfig]:
-    """The model for images of other sizes; raises UserError for one that is not whole patches."""
+    """Returns the model config for each size; raises UserError if patches do not fit."""
     model = description.config.model
     try:
         return [dataclasses.replace(model, image_size=image_size) for image_size in image_sizes]
@@ -112,36 +114,36 @@ def at_sizes(description: Description, image_sizes: Sequence[int]) -> list[ViTCo
 
 
 def prepare(weights: Weights | str | Path, which: Which | None, device: str) -> Weights:
-    """Weights on a device, loaded if they are not yet.
+    """Returns weights on a device, loading them from a path if necessary.
 
     Raises:
-        UserError: for weights that cannot be read, or a device that is not there.
+        UserError: if the weights cannot be read, or the device is not available.
     """
-    place = pick_device(device)
+    target = pick_device(device)
     if not isinstance(weights, Weights):
-        return require_head(load(weights, which=which, device=str(place)))
+        return require_head(load(weights, which=which, device=str(target)))
     require_head(weights)
     if which is not None:
-        raise UserError("which: expected none beside loaded weights, which are of one kind")
-    weights.model.to(place)
+        raise UserError(f"which: expected None for loaded weights, got {which}; pass it to `load`")
+    weights.model.to(target)
     return weights
 
 
 def score(
     weights: Weights, records: Records, classes: Sequence[str], config: Config, batch_size: int
 ) -> Scores:
-    """The scores of weights on labelled images.
+    """Returns the scores of weights on labeled images.
 
     Args:
-        weights: on the device to evaluate on.
-        records: labelled by positions in `classes`.
-        classes: those that predictions compete with, some that the weights know or all; the others'
-            logits are left out.
-        config: how images are read and cropped, and in `model.image_size` how large they become.
-        batch_size: images of a forward pass.
+        weights: weights on the device to evaluate on.
+        records: images whose labels are positions in `classes`.
+        classes: classes that predictions can choose from, some or all of those of the weights; the
+            logits of the others are removed.
+        config: settings for reading and cropping images; `model.image_size` is the input size.
+        batch_size: images per forward pass.
 
     Raises:
-        UserError: for an image that cannot be decoded.
+        UserError: if an image cannot be decoded.
     """
     data_device = weights.model.device
     position = {class_name(name): i for i, name in enumerate(weights.description.classes)}
@@ -154,7 +156,7 @@ def score(
 def competing_classes(
     description: Description, classes: tuple[str, ...], which: CompetingClasses | None
 ) -> tuple[str, ...]:
-    """The classes of a set, followed by the others that its predictions compete with."""
+    """Returns the classes of a set, followed by the others that predictions can choose."""
     if which == "subset" or (which is None and len(classes) > 1):
         return classes
     return classes + tuple(
@@ -163,13 +165,13 @@ def competing_classes(
 
 
 def open_set(description: Description, data: str | None) -> Dataset:
-    """The set to evaluate on, None for the one trained on, by whatever path.
+    """Opens the set to evaluate on; None opens the set that the weights were trained on.
 
-    Of that one only those images are to validate on that training held out; of another without a
-    validation split all.
+    If training held out a part of that set, only that part is used, also when `data` is another
+    path to the same set. All images of any other set without a validation split are used.
 
     Raises:
-        UserError: for data that cannot be read, or a class that the weights do not know.
+        UserError: if the data cannot be read, or has a class that the weights do not have.
     """
     settings = dataclasses.replace(description.config.data, path=data_path(description, data))
     config = dataclasses.replace(description.config, data=settings)
@@ -185,37 +187,37 @@ def open_set(description: Description, data: str | None) -> Dataset:
 
 
 def data_path(description: Description, data: str | None) -> str:
-    """Path or name of the data, None for the set trained on; raises UserError if that is gone."""
+    """Returns `data`, or else the training set; raises UserError if that no longer exists."""
     trained_on = description.config.data.path
-    there = trained_on in KNOWN_SETS or os.path.exists(expand(trained_on))  # noqa: PTH110
-    if data is None and not there:
+    exists = trained_on in KNOWN_SETS or os.path.exists(expand(trained_on))  # noqa: PTH110
+    if data is None and not exists:
         raise UserError(
-            f"data: {trained_on}, which the weights were trained on, is not there; "
-            "give --data PATH where it is now"
+            f"data: {trained_on}, which the weights were trained on, does not exist; "
+            "give its new location as --data PATH"
         )
     return data or trained_on
 
 
 def _as_trained_on(dataset: Dataset, description: Description, config: Config) -> Dataset | None:
-    """The set that was opened to validate on, as training divided it; None for another."""
+    """Splits a set as in training; returns None if it is not the training set."""
     if dataset.held_out:
-        return None  # in any case
-    with contextlib.suppress(UserError):  # what cannot be divided was not trained on
+        return None  # already split as in training
+    with contextlib.suppress(UserError):  # a set that cannot be split is not the training set
         if config.data.hold_out:
-            divided = open_dataset(config.data, config.model.image_size, config.train.seed)
-        else:  # not read once more: where all of it was opened, training opened no more
-            whole = dataclasses.replace(dataset, train=dataset.val, val=None)
-            divided = hold_out(
-                whole, config.data.path, config.data.val_fraction, config.train.seed, ""
+            split = open_dataset(config.data, config.model.image_size, config.train.seed)
+        else:  # all images are open already, so there is no need to read the set again
+            unsplit = dataclasses.replace(dataset, train=dataset.val, val=None)
+            split = hold_out(
+                unsplit, config.data.path, config.data.val_fraction, config.train.seed, ""
             )
-        return divided if divided.fingerprint == description.fingerprint else None
+        return split if split.fingerprint == description.fingerprint else None
     return None
 
 
 def _open(
     description: Description, data: str | Dataset | Source | None, workers: int | None
 ) -> tuple[Dataset, Config]:
-    """The set to evaluate on, and the settings to read it with."""
+    """Returns the set to evaluate on and the settings for reading it."""
     settings = dataclasses.replace(description.config.data, workers=workers)
     if data is None or isinstance(data, str | Dataset):
         dataset = data if isinstance(data, Dataset) else open_set(description, data)
@@ -239,9 +241,9 @@ def _check_classes(expected: tuple[str, ...], found: tuple[str, ...], config: Co
     pairs = [(i, a, b) for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b]
     first = ", ".join(f"class {i} is {b!r}, not {a!r}" for i, a, b in pairs[:3])
     if len(expected) != len(found):
-        first = f"{first_few(unknown)}, which they do not know"
+        first = f"{first_few(unknown)}, which they do not have"
     place = printable(config.data.path)
     raise UserError(
-        f"data: {place}: expected the {len(expected)} classes that the weights know, got "
+        f"data: {place}: expected the {len(expected)} classes of the weights, got "
         f"{len(found)}: {printable(first)}; evaluate on a set with the same classes"
     )

@@ -1,4 +1,4 @@
-"""What a model does on a labelled set, and the figures that follow from it."""
+"""Predictions of a model on a labeled set, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Scores:
     labels: NDArray[np.int64]
     """(n,)"""
     ranked: NDArray[np.int64]
-    """(n, min(5, classes)): the likeliest classes, the first first."""
+    """(n, min(5, classes)): the most likely classes, best first."""
     confidence: NDArray[np.float64]
-    """(n,): the probability of the likeliest class; NaN if the model's output is not finite, which
-    counts as wrong."""
+    """(n,): the probability of the most likely class; NaN if the model's output is not finite,
+    which counts as wrong."""
     losses: NDArray[np.float64]
     """(n,): the cross-entropy of each image, in nats."""
 
@@ -44,23 +44,23 @@ class Scores:
 
     @property
     def top1(self) -> float:
-        """Share of images whose likeliest class is right."""
+        """Fraction of images whose most likely class is correct."""
         return float(self.hits(1).mean())
 
     @property
     def top5(self) -> float:
-        """Share of images whose class is among the five likeliest."""
+        """Fraction of images whose class is among the five most likely."""
         return float(self.hits(5).mean())
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error, as `calibration_error` has it."""
+        """Expected calibration error, computed by the function `calibration_error`."""
         return calibration_error(self.confidence, self.hits(1))
 
     def reliability(self) -> list[tuple[float, int, float, float]]:
-        """Upper edge, images, mean confidence and accuracy of each bin that has images.
+        """Returns upper edge, images, mean confidence and accuracy of each nonempty bin.
 
-        Images without a confidence are in no bin.
+        Images whose confidence is NaN are not in any bin.
         """
         known = ~np.isnan(self.confidence)
         confidence = self.confidence[known]
@@ -74,12 +74,12 @@ class Scores:
         ]
 
     def hits(self, k: int) -> NDArray[np.bool_]:
-        """(n,): whether the class is among the k likeliest, k at most 5."""
+        """Returns whether each class is among the k most likely, k at most 5. Shape (n,)."""
         found = (self.ranked[:, :k] == self.labels[:, None]).any(1)
         return found & ~np.isnan(self.confidence)
 
     def metrics(self) -> dict[str, float]:
-        """Loss, top-1, top-5 and calibration error by name."""
+        """Returns loss, top-1, top-5 and calibration error by name."""
         return {
             "loss": self.loss,
             "top1": self.top1,
@@ -88,12 +88,12 @@ class Scores:
         }
 
     def row(self, name: str) -> Row:
-        """The figures as a row of a table."""
+        """Returns the metrics as a row of a table."""
         images, classes = len(self.labels), len(self.classes)
         return Row(name, images, classes, self.top1, self.top5, self.calibration_error)
 
     def per_class(self) -> list[tuple[str, int, float, float]]:
-        """Name, images, top-1 and top-5 of each class that has images."""
+        """Returns name, images, top-1 and top-5 of each class that has images."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
         first, five = (np.bincount(self.labels, self.hits(k), len(self.classes)) for k in (1, 5))
         return [
@@ -103,19 +103,19 @@ class Scores:
         ]
 
     def confusion(self) -> NDArray[np.int64]:
-        """(classes, classes): images by true class, row, and predicted class, column."""
+        """Returns images by true class (row) and predicted class (column): (classes, classes)."""
         C = len(self.classes)
         return np.bincount(self.labels * C + self.ranked[:, 0], minlength=C * C).reshape(C, C)
 
     def confused_pairs(self) -> list[tuple[str, str, int]]:
-        """True class, predicted class and images of each confusion, the most frequent first."""
+        """Returns true class, predicted class and images per confusion, most frequent first."""
         wrong = ~self.hits(1)
         pairs = Counter(zip(self.labels[wrong], self.ranked[wrong, 0], strict=True))
         ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
         return [(self.classes[a], self.classes[b], n) for (a, b), n in ordered]
 
     def write_tables(self, directory: Path) -> None:
-        """Writes per_class.csv and confused_pairs.csv; wnids with their names in more columns."""
+        """Writes per_class.csv and confused_pairs.csv; for wnids, adds columns with their names."""
         tables = {
             "per_class.csv": (1, ("class", "images", "top1", "top5"), self.per_class()),
             "confused_pairs.csv": (2, ("class", "predicted", "images"), self.confused_pairs()),
@@ -128,16 +128,17 @@ class Scores:
 
 
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error over 15 bins of equal width (Guo et al. 2017).
+    """Computes the expected calibration error over 15 bins of equal width (Guo et al. 2017).
 
-    The mean distance between confidence and accuracy, each bin (low, high] weighted by its images.
+    It is the absolute difference between mean confidence and accuracy in a bin (low, high],
+    averaged over the bins in proportion to their numbers of images.
 
     Args:
-        confidence: the probability of the likeliest class of each image, shape (n,).
-        right: whether that class is right, shape (n,).
+        confidence: probability of the most likely class of each image, shape (n,).
+        right: whether that class is correct, shape (n,).
 
     Returns:
-        NaN if a confidence is NaN.
+        The error, from 0 to 1; NaN if any confidence is NaN.
     """
     if np.isnan(confidence).any():
         return math.nan
@@ -153,15 +154,15 @@ def _bins(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
 def measure(
     forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: tuple[str, ...]
 ) -> Scores:
-    """Scores of a model.
+    """Computes the scores of a model.
 
     Args:
-        forward: images (B, C, H, W) to logits (B, classes), in evaluation mode.
-        batches: as `vitral.data.loader.eval_batches` gives them.
-        classes: the names of the logits.
+        forward: maps images (B, C, H, W) to logits (B, classes), in evaluation mode.
+        batches: batches from `vitral.data.loader.eval_batches`.
+        classes: names of the logits.
     """
     k = min(5, len(classes))
-    # An empty first part, as of many processes one may have no images.
+    # Start with an empty part, because with many processes one may have no images.
     empty = torch.zeros(0)
     parts: list[tuple[Tensor, ...]] = [
         (empty.long(), torch.zeros(0, k).long(), empty.double(), empty.double())
@@ -178,14 +179,14 @@ def measure(
 
 
 def merge(parts: Sequence[Scores]) -> Scores:
-    """The scores of several parts of a set, in order, as one."""
+    """Concatenates the scores of several parts of a set, in order."""
     columns = ("labels", "ranked", "confidence", "losses")
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
     return Scores(parts[0].classes, *joined)
 
 
 def summarize(scores: Scores) -> str:
-    """The figures as text, with a table of the classes: above twenty the worst and the best."""
+    """Formats the metrics and a table of the classes: above 20, only the worst and the best."""
     lines = [
         f"{counted(len(scores.labels), 'image')}, {counted(len(scores.classes), 'class')}",
         f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}   "
@@ -195,7 +196,7 @@ def summarize(scores: Scores) -> str:
     if len(table) > 20:
         table = sorted(table, key=lambda row: row[2])
         table = table[:10] + table[-5:]
-        lines.append("the ten worst classes and the five best:")
+        lines.append("the ten worst and the five best classes:")
     width = max(len("class"), *(len(display(row[0])) for row in table))
     lines.append(f"{'class':{width}}  images    top-1    top-5")
     for name, count, top1, top5 in table:

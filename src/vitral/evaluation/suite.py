@@ -1,4 +1,4 @@
-"""A model on ImageNet's test sets: how its accuracy holds where images come from elsewhere."""
+"""Evaluates a model on ImageNet's test sets to measure accuracy under distribution shift."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vitral.weights import Weights, Which
 
 NO_SCORES = (float("nan"),) * 3
 Truth = NDArray[np.bool_]
-"""Which classes are right for each image, none where it does not count. Shape (N, classes)."""
+"""Correct classes of each image; images without any do not count. Shape (N, classes)."""
 
 
 def evaluate_suite(
@@ -33,28 +33,28 @@ def evaluate_suite(
     workers: int | None = None,
     device: str = "auto",
 ) -> Iterator[Row]:
-    """Scores on each test set of ImageNet-1K in a folder, one after the other.
+    """Evaluates weights on each test set of ImageNet-1K in a folder, one set at a time.
 
-    A set is scored on the classes that both it and the weights know: images of others are left
-    out, and so are the logits of other classes. On ImageNet-A and ImageNet-R that are 200 classes,
-    as their authors have it (Hendrycks et al. 2021), and for weights with a few classes of ImageNet
-    those few. ReaL (Beyer et al. 2020) takes the classes of the validation images that are there;
-    a prediction is right if it is among an image's labels, and an image without is left out.
+    Each set is evaluated on the classes that it shares with the weights: images and logits of other
+    classes are removed. For ImageNet-A and ImageNet-R, these are 200 classes, as in their paper
+    (Hendrycks et al. 2021), or fewer if the weights have only some of ImageNet's classes. ReaL
+    (Beyer et al. 2020) uses the classes of the available validation images. A prediction is correct
+    if it is among the labels of the image; images without labels are skipped.
 
     Args:
-        weights: loaded weights, or a weight or run directory, whose classes are named by wnid.
-        suite: what `find_suite` found, or the folder to look in.
-        which: "model" or "ema"; None takes the one that the weights name.
-        batch_size: images of a forward pass.
-        workers: decoding processes; None takes the cores but one.
-        device: "cpu", "cuda", "mps", "xpu", or "auto" for a GPU if there is one.
+        weights: loaded weights, or a weight or run directory, with classes named by wnid.
+        suite: the result of `find_suite`, or the folder to search.
+        which: "model" or "ema"; None uses the default of the weights.
+        batch_size: images per forward pass.
+        workers: decoding processes; None uses all cores but one.
+        device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.
 
     Returns:
-        A row for each of `suite.names()`. Where fewer than two classes are known to both, nothing
-        is scored.
+        An iterator over rows, one for each of `suite.names()`. A row has no scores if fewer than
+        two classes are shared.
 
     Raises:
-        UserError: for weights or sets that cannot be read, or weights with other classes.
+        UserError: if weights or sets cannot be read, or the weights have other classes.
     """
     weights = prepare(weights, which, device)
     suite = suite if isinstance(suite, Suite) else find_suite(suite)
@@ -77,7 +77,7 @@ def _rows(
     config: Config,
     batch_size: int,
 ) -> Iterator[Row]:
-    """A row for the set's own labels, and one for ReaL's, from the same forward passes."""
+    """Yields rows for the set's own labels and for ReaL's, from the same forward passes."""
     shared = _common_classes(weights, labeled)
     truths = {labeled.kind.name: _own_truth(labeled, shared)}
     if real is not None:
@@ -87,7 +87,7 @@ def _rows(
     if len(shared) < 2 or not scored.any():
         yield from (Row(name, 0, len(shared), *NO_SCORES) for name in truths)
         return
-    # One label each, as cross-entropy wants it, which is not reported here.
+    # The cross-entropy, which is not reported here, needs one label per image.
     labels = right[scored].argmax(1)
     records = dataclasses.replace(labeled.records.take(scored), labels=labels)
     scores = score(weights, records, shared, config, batch_size)
@@ -96,11 +96,11 @@ def _rows(
 
 
 def _row(name: str, scores: Scores, truth: Truth) -> Row:
-    """The figures for those images that have a right class in `truth`."""
+    """Returns the metrics for the images that have a correct class in `truth`."""
     counts = truth.any(1)
     if not counts.any():
         return Row(name, 0, len(scores.classes), *NO_SCORES)
-    right = np.take_along_axis(truth, scores.ranked, 1)[counts]  # of the five likeliest classes
+    right = np.take_along_axis(truth, scores.ranked, 1)[counts]  # for the five most likely classes
     return Row(
         name,
         len(right),
@@ -112,7 +112,7 @@ def _row(name: str, scores: Scores, truth: Truth) -> Row:
 
 
 def _common_classes(weights: Weights, labeled: LabeledSet) -> tuple[str, ...]:
-    """The classes that both know, sorted."""
+    """Returns the classes that the weights and the set share, sorted."""
     return tuple(sorted({*weights.description.classes} & {*labeled.classes}))
 
 
@@ -122,7 +122,7 @@ def _own_truth(labeled: LabeledSet, shared: tuple[str, ...]) -> Truth:
 
 
 def _real_truth(labeled: LabeledSet, shared: tuple[str, ...], real: list[list[int]]) -> Truth:
-    """ReaL's labels by the number in each image's name."""
+    """Looks up ReaL's labels by the number in each image's name."""
     position = {wnid: i for i, wnid in enumerate(shared)}
     columns = [position.get(wnid) for wnid in wnids()]
     truth = np.zeros((len(labeled.records), len(shared)), bool)
@@ -138,11 +138,11 @@ def _check_classes(weights: Weights, suite: Suite) -> None:
     classes = weights.description.classes
     if not {*classes} & {*wnids()}:
         raise UserError(
-            f"weights: {weights.path}: expected classes of ImageNet by wnid, such as n01440764, "
-            f"got {first_few(classes)}; --suite is for ImageNet's classes, --data for others"
+            f"weights: {weights.path}: expected ImageNet classes by wnid, such as n01440764, "
+            f"got {first_few(classes)}; use --data instead of --suite for other classes"
         )
     if all(len(_common_classes(weights, each)) < 2 for each in suite.sets):
         raise UserError(
             f"suite: {suite.root}: expected a set with two or more of the {len(classes):,} classes "
-            f"that the weights know, got {', '.join(suite.names())} without; give another folder"
+            f"of the weights, got only {', '.join(suite.names())}; give another folder"
         )

@@ -1,4 +1,4 @@
-"""Results of a model on several sets, or at several sizes: a row each."""
+"""Tables of results, with one row per test set or image size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vitral.storage import replacing
 
 @dataclass(frozen=True)
 class Row:
-    """What a model is worth on a set of images; the shares are nan where nothing was scored."""
+    """Results of a model on a set of images; fractions are NaN if no image was scored."""
 
     name: str
     images: int
-    """Those that were scored."""
+    """Number of images that were scored."""
     classes: int
-    """Those that were told apart."""
+    """Number of classes that predictions can choose from."""
     top1: float
     top5: float
     calibration_error: float
@@ -36,11 +36,11 @@ HEADER = " images  classes    top-1    top-5  calibration error"
 
 
 def show(title: str, names: Sequence[str], rows: Iterable[Row]) -> list[Row]:
-    """Prints the rows below a header, each as soon as it is there, and returns them.
+    """Prints the rows below a header, each as soon as it is available, and returns them.
 
     Args:
-        title: of the first column.
-        names: what the rows are called.
+        title: title of the first column.
+        names: names of all rows, which determine the width of the first column.
     """
     width = max(map(len, (title, *names)))
     print(f"{title:{width}}  {HEADER}", flush=True)
@@ -52,13 +52,13 @@ def show(title: str, names: Sequence[str], rows: Iterable[Row]) -> list[Row]:
 
 
 def write_rows(path: Path, title: str, rows: Iterable[Row]) -> None:
-    """Writes the rows as CSV; shares of what was not scored stay empty."""
+    """Writes the rows as CSV; fractions are empty if no image was scored."""
     values = ([value if value == value else "" for value in astuple(row)] for row in rows)
     write_csv(path, (title, *COLUMNS), values)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Writes a CSV file, whole or not at all."""
+    """Writes a CSV file atomically."""
     with (
         replacing(path) as building,
         building.open("w", newline="", encoding="utf-8") as file,

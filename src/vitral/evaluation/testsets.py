@@ -1,4 +1,4 @@
-"""ImageNet's test sets on a disk: found by what their folders are called, opened as records."""
+"""Finds ImageNet's test sets on disk by the names of their folders and opens them as records."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from vitral.data.skipped import is_system
 from vitral.errors import data_error, first_few, printable, unreadable
 from vitral.files import expand, read_regular
 
-MAX_REAL_BYTES = 1 << 26  # bytes of ReaL's labels, which have a hundredth of that
-DEPTH = 4  # folders below the one that is given, as in ILSVRC/Data/CLS-LOC/val
+MAX_REAL_BYTES = 1 << 26  # bytes; the file of ReaL's labels has a hundredth of that
+DEPTH = 4  # levels of folders below the given one, as in ILSVRC/Data/CLS-LOC/val
 WNID = "n[0-9]{8}"
-CLASS = f"{WNID}|[0-9]{{1,3}}"  # not a year, as in imagenet/2012
+CLASS = f"{WNID}|[0-9]{{1,3}}"  # does not match a year, as in imagenet/2012
 NUMBERED = re.compile(rb"ILSVRC2012_val_([0-9]{8})")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A test set, and how to know it."""
+    """A test set, and how to recognize it."""
 
     name: str
     pattern: str
-    """Of what its folder is called, in lower case and without punctuation."""
+    """Regular expression for the folder name in lower case without punctuation."""
     example: str
-    """What its folder is called in the archive that it comes in."""
+    """Name of the folder in the published archive."""
 
 
 IMAGENET = Kind(
@@ -75,12 +75,12 @@ class LabeledSet:
     kind: Kind
     place: Path
     classes: tuple[str, ...]
-    """Their wnids, sorted: those that have images."""
+    """Wnids of the classes that have images, sorted."""
     records: Files | Spans | Rows
     """Labels are positions in `classes`."""
 
     def numbers(self) -> Integers:
-        """Numbers, from 1, of the images of ImageNet's validation set by name; else 0. (N,)."""
+        """Returns each image's number in ImageNet's validation set, from its name, or 0. (N,)."""
         found = [NUMBERED.search(name) for name in self.records.names.tolist()]
         numbers = np.array([int(match[1]) if match else 0 for match in found], np.int64)
         return np.where(numbers <= len(validation_labels()), numbers, 0)
@@ -88,25 +88,25 @@ class LabeledSet:
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """The test sets below a folder."""
+    """The test sets found in a folder."""
 
     root: Path
     sets: tuple[LabeledSet, ...]
     real: Path | None
-    """ReaL's labels, where there are images of ImageNet's validation set to use them with."""
+    """ReaL's labels; None without the images of ImageNet's validation set that they belong to."""
 
     def names(self) -> list[str]:
-        """What each row of results will be called, in order."""
+        """Returns the names of the rows of results, in order."""
         places = self.places()
         return [kind.name for kind in KINDS if kind in places]
 
     def places(self) -> dict[Kind, Path]:
-        """Where each set that was found lies."""
+        """Returns the location of each set that was found."""
         found = {each.kind: each.place for each in self.sets}
         return found if self.real is None else {**found, REAL: self.real}
 
     def describe(self) -> str:
-        """Which sets were found, and which were not: a line for each."""
+        """Lists the sets that were found and those that were not, one per line."""
         places = self.places()
         lines = [
             f"{kind.name}: {printable(places[kind])}"
@@ -118,24 +118,24 @@ class Suite:
 
 
 def find_suite(path: str | Path) -> Suite:
-    """The test sets of ImageNet-1K that lie in folders below `path`.
+    """Finds the test sets of ImageNet-1K in the folders below `path`.
 
-    They are ImageNet's validation set (Russakovsky et al. 2015), ReaL's labels for it (Beyer et al.
-    2020), the three sets of ImageNet-V2 (Recht et al. 2019), ImageNet-A and ImageNet-R (Hendrycks
-    et al. 2021) and ImageNet-Sketch (Wang et al. 2019), unpacked as they are published: a folder
-    for each class. The validation set may also lie flat, be the tar as downloaded, or be shards or
-    Parquet in a folder of its own.
+    These are ImageNet's validation set (Russakovsky et al. 2015), ReaL's labels for it (Beyer et
+    al. 2020), the three sets of ImageNet-V2 (Recht et al. 2019), ImageNet-A and ImageNet-R
+    (Hendrycks et al. 2021) and ImageNet-Sketch (Wang et al. 2019), unpacked as published, with one
+    folder per class. The validation set can also be a single folder of images, the tar as
+    downloaded, or shards or Parquet files in a separate folder.
 
     Args:
-        path: the folder, or that of one set; four levels of folders below it are looked at.
+        path: folder to search, down to four levels below it, or the folder of one set.
 
     Raises:
-        UserError: there is no set, there are two of a kind, or one cannot be used.
+        UserError: if there is no set, a set is found twice, or a set cannot be used.
     """
     root = expand(path).resolve()
     if not root.is_dir():
-        got = "a file" if root.exists() else "nothing of that name"
-        raise data_error(root, "a folder with test sets in it", got, "give another")
+        got = "a file" if root.exists() else "a path that does not exist"
+        raise data_error(root, "a folder that contains test sets", got, "give another")
     try:
         found = _locate(root)
         sets = tuple(_open(kind, found[kind]) for kind in KINDS if kind in found and kind != REAL)
@@ -143,18 +143,19 @@ def find_suite(path: str | Path) -> Suite:
         raise unreadable(root, error) from error
     if not sets:
         expected = ", ".join(f"{kind.example} ({kind.name})" for kind in KINDS)
-        raise data_error(root, f"one or more of {expected}", "none", "give the folder they lie in")
+        fix = "give the folder that contains them"
+        raise data_error(root, f"one or more of {expected}", "none", fix)
     numbered = sets[0].kind == IMAGENET and sets[0].numbers().any()
     return Suite(root, sets, found.get(REAL) if numbered else None)
 
 
 def read_real(path: Path) -> list[list[int]]:
-    """ReaL's labels of each validation image, in order of number: positions in `wnids()`.
+    """Reads ReaL's labels of each validation image, in order of number: positions in `wnids()`.
 
-    Of some images there are none (Beyer et al. 2020).
+    Some images have no labels (Beyer et al. 2020).
 
     Raises:
-        UserError: the file holds something else.
+        UserError: if the file contains anything else.
     """
     count, max_label = len(validation_labels()), len(wnids()) - 1
     expected, fix = (
@@ -166,7 +167,7 @@ def read_real(path: Path) -> list[list[int]]:
     except (OSError, ValueError, RecursionError) as error:
         raise data_error(path, expected, str(error), fix) from error
     if not isinstance(labels, list) or len(labels) != count:
-        raise data_error(path, expected, "something else, or another number of them", fix)
+        raise data_error(path, expected, "another structure or length", fix)
     for number, each in enumerate(labels, 1):
         if not isinstance(each, list) or any(
             type(label) is not int or not 0 <= label <= max_label for label in each
@@ -176,7 +177,7 @@ def read_real(path: Path) -> list[list[int]]:
 
 
 def _locate(root: Path) -> dict[Kind, Path]:
-    """Where each kind lies: the folder that holds its classes or images, or the file."""
+    """Returns the location of each set: the folder with its classes or images, or the file."""
     found: dict[Kind, Path] = {}
     archives: dict[Kind, Path] = {}
     for folder, inner, files in _walk(root):
@@ -190,27 +191,28 @@ def _locate(root: Path) -> dict[Kind, Path]:
             _add(found, kind, folder)
         elif VAL in files or (kind == IMAGENET and _holds_archives(folder, files)):
             _add(archives, IMAGENET, folder)
-    # Whoever unpacks an archive may well keep it.
+    # An unpacked set takes precedence over its archive, which users often keep.
     return {**archives, **found}
 
 
 def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
-    """Whether these are shards or Parquet of ImageNet; other sets have a `val` too."""
+    """Whether these are shards or Parquet files of ImageNet; other sets also have a `val`."""
     imagenet_name = re.search("imagenet|ilsvrc|in1k", _normalized(str(folder)))
     return imagenet_name is not None and any(name.endswith((".tar", ".parquet")) for name in files)
 
 
 def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
-    if kind in found and not found[kind].samefile(place):  # as by a link to a folder above
+    # Links can lead to the same place twice.
+    if kind in found and not found[kind].samefile(place):
         got = f"{printable(found[kind])} and {printable(place)}"
-        raise data_error(place, f"one place of {kind.name}", got, "move one of them away")
+        raise data_error(place, f"one location of {kind.name}", got, "move one of them elsewhere")
     found.setdefault(kind, place)
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Folders from `root` down, with the names of the folders and files in each, sorted.
+    """Yields the folders from `root` down, with the sorted names of folders and files in each.
 
-    Class folders are not entered, nor what cannot be read.
+    Skips class folders and folders that cannot be read.
     """
     for place, folders, files in os.walk(root, followlinks=True):
         folder = Path(place)
@@ -221,9 +223,10 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def _kind(root: Path, folder: Path) -> Kind | None:
-    """What a folder is by its own name, or by that of one around it.
+    """Identifies a folder by its own name or the name of a parent folder.
 
-    The validation set comes last, as others have its name within theirs: `imagenet-sketch/val`.
+    The validation set comes last because paths of other sets can end in its name, as in
+    `imagenet-sketch/val`.
     """
     parts = [root.name, *folder.relative_to(root).parts][::-1]
     for kinds in (OTHERS, (IMAGENET,)):
@@ -243,12 +246,12 @@ def _is_image(name: str) -> bool:
 
 
 def _class_folders(kind: Kind, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Name and wnid of each class folder; other folders are left out."""
+    """Returns name and wnid of each class folder, without other folders."""
     found = [(name, name) for name in names if re.fullmatch(WNID, name)]
     if found or "V2" not in kind.name:
         return found
-    # ImageNet-V2 names classes by their positions in sorted wnids, whose own order as text, with
-    # 10 before 2, means nothing.
+    # ImageNet-V2 names folders by position in the sorted wnids. The order of these names as text,
+    # with 10 before 2, is meaningless.
     numbers = [name for name in names if name.isdecimal()]
     return [(name, wnids()[int(name)]) for name in numbers if int(name) < len(wnids())]
 
@@ -274,7 +277,7 @@ def _open(kind: Kind, place: Path) -> LabeledSet:
 
 
 def _flat_images(folder: Path) -> Iterator[tuple[str, bytes, int]]:
-    """Wnid, path and size of each validation image that lies in `folder` itself."""
+    """Yields wnid, path and size of each validation image directly in `folder`."""
     truth = validation_labels()
     for entry in folder.iterdir():
         name = os.fsencode(entry.name)
@@ -284,15 +287,15 @@ def _flat_images(folder: Path) -> Iterator[tuple[str, bytes, int]]:
 
 
 def _open_archives(place: Path) -> LabeledSet:
-    """ImageNet's validation set in tars or Parquet."""
+    """Opens ImageNet's validation set from tar or Parquet files."""
     config = replace(Config().data, path=str(place))
     dataset = open_dataset(config, image_size=1, seed=0, train=False)
     records, classes = dataset.val, dataset.classes
-    strangers = [name for name in classes if name not in wnids()]
-    if strangers or dataset.choices or not isinstance(records, Files | Spans | Rows):
-        expected = "ImageNet's validation images, labelled by wnid"
-        got = f"classes {first_few(strangers)}" if strangers else "other images"
-        raise data_error(place, expected, got, "move them away")
+    unknown = [name for name in classes if name not in wnids()]
+    if unknown or dataset.choices or not isinstance(records, Files | Spans | Rows):
+        expected = "ImageNet's validation images, labeled by wnid"
+        got = f"classes {first_few(unknown)}" if unknown else "other images"
+        raise data_error(place, expected, got, "move them elsewhere")
     seen, labels = np.unique(records.labels, return_inverse=True)
     named = tuple(classes[i] for i in seen.tolist())
     return LabeledSet(IMAGENET, place, named, replace(records, labels=labels))
