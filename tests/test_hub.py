@@ -306,7 +306,7 @@ def test_pushed_weights_can_be_loaded(hub, run, capsys):
     assert not repository.private
     assert [message for _, message, _ in repository.commits] == [
         "initial commit",
-        f"Weights of vitral {weights.load(run).description.vitral}, top-1 75.00% in validation",
+        f"Weights from vitral {weights.load(run).description.vitral}, validation top-1 75.00%",
     ]
     assert repository.files.keys() == FILES | OTHER_FILES
     assert (

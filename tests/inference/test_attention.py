@@ -28,7 +28,7 @@ KEYS = {"dim": 32, "depth": 3, "num_heads": 4, "num_kv_heads": 2, "patch_size": 
 
 
 def tiny(**options):
-    """A model whose weights are all drawn, so that no branch or position is neutral."""
+    """A model whose weights are all random, so that no branch or position is neutral."""
     torch.manual_seed(0)
     model = ViT(ViTConfig(**{**KEYS, **options}), num_classes=5).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -39,26 +39,30 @@ def tiny(**options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_weights_recombine_to_the_output_of_each_layer(options, dtype):
-    """From the inputs of each layer, in plain loops over the heads."""
+    """The reference starts from the inputs of each layer and loops over the heads."""
     model = tiny(**options).to(dtype)
-    seen = []
+    calls = []
     for block in model.blocks:
-        block.attention.register_forward_hook(lambda layer, given, out: seen.append((given, out)))
+        block.attention.register_forward_hook(
+            lambda layer, inputs, out: calls.append((inputs, out))
+        )
     images = torch.randn(2, 3, 16, 12, dtype=dtype)
     logits, weights = attention_weights(model, images)
     assert len(weights) == 3
-    for block, attention, ((x, _, _), output) in zip(model.blocks, weights, seen, strict=True):
+    for block, attention, ((x, _, _), output) in zip(model.blocks, weights, calls, strict=True):
         layer = block.attention
         assert attention.shape == (2, 4, x.tokens.shape[1], x.tokens.shape[1])
         torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
         values = layer.qkv(x).split(layer.head_size, dim=-1)[-layer.num_kv_heads :]
         group = 4 // layer.num_kv_heads
         mixed = [attention[:, head] @ values[head // group] for head in range(4)]
-        again = layer.projection(torch.cat(mixed, dim=-1))
+        recombined = layer.projection(torch.cat(mixed, dim=-1))
         tolerance = 1e-4 if dtype == torch.float32 else 1e-12
-        torch.testing.assert_close(again, output, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(recombined, output, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(logits, model(images))
-    assert all(len(block.attention._forward_hooks) == 1 for block in model.blocks)  # ours alone
+    assert all(
+        len(block.attention._forward_hooks) == 1 for block in model.blocks
+    )  # only the one above
 
 
 def test_a_layer_with_another_formula_is_detected():
@@ -80,10 +84,10 @@ def test_precision_is_raised_temporarily():
         torch.set_float32_matmul_precision(before)
 
 
-def test_rollout_equals_the_paper():
+def test_rollout_matches_the_paper():
     """Abnar and Zuidema 2020, equation 1, summed path by path through the layers in numpy."""
-    draw = np.random.default_rng(0)
-    raw = draw.random((3, 2, 4, 5, 5))  # layers, images, heads, N, N
+    rng = np.random.default_rng(0)
+    raw = rng.random((3, 2, 4, 5, 5))  # layers, images, heads, N, N
     weights = raw / raw.sum(-1, keepdims=True)
     expected = np.zeros((2, 5, 5))
     for image in range(2):
@@ -95,7 +99,7 @@ def test_rollout_equals_the_paper():
     np.testing.assert_allclose(flow.sum(-1).numpy(), 1)
 
 
-def test_what_the_head_reads():
+def test_read_selects_the_tokens_of_the_head():
     weights = torch.arange(49.0).view(7, 7)  # CLS, two registers, four patches
     by_cls = read(tiny(num_registers=2), weights)
     assert by_cls.tolist() == [3, 4, 5, 6]
@@ -104,24 +108,24 @@ def test_what_the_head_reads():
 
 
 @pytest.mark.parametrize("rope", ["axial", "mixed"])
-def test_similarity_is_of_relative_positions(rope):
+def test_similarity_depends_only_on_relative_positions(rope):
     model = tiny(rope=rope, num_registers=1)
-    here = position_similarity(model, 1, 6, 5, (2, 1))
-    there = position_similarity(model, 1, 6, 5, (3, 3))
-    assert here.shape == (6, 5)
-    torch.testing.assert_close(here[:5, :3], there[1:, 2:])
-    torch.testing.assert_close(here[2, 1], torch.tensor(1.0))
-    assert here.flatten().topk(2).values[1] < 0.999
-    assert here.argmax() == 2 * 5 + 1
-    assert here.min() >= -1
-    back = position_similarity(model, 1, 6, 5, (4, 4))
-    torch.testing.assert_close(here[4, 4], back[2, 1])
+    first = position_similarity(model, 1, 6, 5, (2, 1))
+    second = position_similarity(model, 1, 6, 5, (3, 3))
+    assert first.shape == (6, 5)
+    torch.testing.assert_close(first[:5, :3], second[1:, 2:])
+    torch.testing.assert_close(first[2, 1], torch.tensor(1.0))
+    assert first.flatten().topk(2).values[1] < 0.999
+    assert first.argmax() == 2 * 5 + 1
+    assert first.min() >= -1
+    reverse = position_similarity(model, 1, 6, 5, (4, 4))
+    torch.testing.assert_close(first[4, 4], reverse[2, 1])
     other = position_similarity(model, 2, 6, 5, (2, 1))
-    assert torch.equal(here, other) == (rope == "axial")
+    assert torch.equal(first, other) == (rope == "axial")
 
 
-def test_axial_similarity_by_hand():
-    """Head size 8: a quarter of the pairs turns with x by 1 radian a patch, another by 1/10."""
+def test_axial_similarity_matches_the_formula():
+    """Head size 8: x rotates one quarter of the pairs by 1 radian per patch, another by 1/10."""
     model = tiny(rope_theta=100.0)
     found = position_similarity(model, 0, 4, 4, (1, 0))
     dy, dx = np.mgrid[-1:3, 0:4]
@@ -130,7 +134,7 @@ def test_axial_similarity_by_hand():
 
 
 class OnePatch(nn.Module):
-    """Says 0.9 while one patch is as it was, and 0.2 once it has another colour."""
+    """Predicts 0.9 while one patch is unchanged, and 0.2 if it has another color."""
 
     def __init__(self, place, image):
         super().__init__()
@@ -147,7 +151,7 @@ class OnePatch(nn.Module):
 
 @pytest.mark.parametrize("position", [0, 5, 15])
 def test_deletion_and_insertion_with_one_relevant_patch(position):
-    """The patch is at `position` in the order: one trapezium of 16 goes from 0.9 to 0.2."""
+    """The patch is at `position` in the order: one trapezoid of 16 goes from 0.9 to 0.2."""
     torch.manual_seed(0)
     image, order = torch.rand(3, 16, 16), torch.randperm(16)
     model = OnePatch(int(order[position]), image)
@@ -165,10 +169,10 @@ def test_curves_of_many_patches_end_at_the_image_and_its_mean_color():
     model, image = tiny(), torch.randn(3, 24, 40)
     order = torch.randperm(60)
     deleted, inserted = deletion(model, image, 3, order), insertion(model, image, 3, order)
-    whole = model(image[None]).softmax(-1)[0, 3]
+    complete = model(image[None]).softmax(-1)[0, 3]
     flat = image.mean((1, 2))[None, :, None, None].expand(1, 3, 24, 40)
-    nothing = model(flat).softmax(-1)[0, 3]
-    for curve, ends in ((deleted, [whole, nothing]), (inserted, [nothing, whole])):
+    blank = model(flat).softmax(-1)[0, 3]
+    for curve, ends in ((deleted, [complete, blank]), (inserted, [blank, complete])):
         assert len(curve.fractions) == STEPS + 1
         assert curve.fractions[[0, -1]].tolist() == [0, 1]
         np.testing.assert_allclose(curve.probabilities[[0, -1]], ends, rtol=1e-5)

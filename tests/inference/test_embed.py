@@ -1,4 +1,4 @@
-"""Feature vectors, and the files that they are written to."""
+"""Tests of feature vectors, and of files that contain them."""
 
 import sys
 
@@ -29,10 +29,10 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Four images, of which the third is broken."""
-    root, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """Four images; the third is broken."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for number in range(4):
-        coarse = draw.integers(0, 256, (4, 5, 3), np.uint8)
+        coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
         Image.fromarray(coarse).resize((30, 20)).save(root / f"{number}.png")
     (root / "2.png").write_text("no image")
     return [str(root / f"{number}.png") for number in range(4)]
@@ -52,7 +52,7 @@ def test_an_unreadable_image_is_reported_and_left_out(directory, files, normaliz
     assert (found.model, found.normalized) == (str(directory), normalize)
 
 
-def test_settings_reach_the_model(directory, files):
+def test_image_size_reaches_the_model(directory, files):
     classifier = load(directory)
     large = embed(classifier, files[:2], image_size=24, workers=0)
     np.testing.assert_allclose(large.vectors, classifier.embed(files[:2], image_size=24), 1e-5)
@@ -68,10 +68,10 @@ FEATURES = Features(
     True,
     ["b.jpg"],
 )
-NAMES = ["a.jpg", "caf\\xe9.jpg"]  # text, whatever the bytes of the file's name
+NAMES = ["a.jpg", "caf\\xe9.jpg"]  # text, even if file names are not
 
 
-def test_numpy_files_hold_no_pickles(tmp_path):
+def test_numpy_files_contain_no_pickles(tmp_path):
     write(FEATURES, tmp_path / "features.npz")
     with np.load(tmp_path / "features.npz", allow_pickle=False) as stored:
         assert {*stored} == {"paths", "features", "model", "normalized"}
@@ -81,7 +81,7 @@ def test_numpy_files_hold_no_pickles(tmp_path):
         assert (stored["model"].item(), stored["normalized"].item()) == (FEATURES.model, True)
 
 
-def test_parquet_files_hold_a_row_for_each_image(tmp_path, monkeypatch):
+def test_parquet_files_have_one_row_per_image(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "features.parquet"
     write(FEATURES, path)
@@ -89,15 +89,17 @@ def test_parquet_files_hold_a_row_for_each_image(tmp_path, monkeypatch):
     vectors = FEATURES.vectors.tolist()
     rows = [{"path": n, "features": v} for n, v in zip(NAMES, vectors, strict=True)]
     assert table.to_pylist() == rows
-    known = table.schema.metadata
-    assert (known[b"model"], known[b"normalized"]) == (b"runs/a/weights/best", b"true")
+    metadata = table.schema.metadata
+    assert (metadata[b"model"], metadata[b"normalized"]) == (b"runs/a/weights/best", b"true")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"expected the package pyarrow, got none; pip install"):
         write(FEATURES, tmp_path / "other.parquet")
     assert not (tmp_path / "other.parquet").exists()
 
 
-def test_the_command(directory, files, tmp_path, capsys):
+def test_the_command_writes_features_and_reports_unreadable_images(
+    directory, files, tmp_path, capsys
+):
     out = str(tmp_path / "features.npz")
     words = ["embed", str(directory), *files, "--out", out, "--workers", "0"]
     assert main(words) == 1

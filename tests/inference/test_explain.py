@@ -1,4 +1,4 @@
-"""Explanations of a model that was trained to tell where a white square lies."""
+"""Tests of explanations with a model that was trained to locate a white square."""
 
 import re
 
@@ -15,13 +15,13 @@ from vitral.errors import UserError
 from vitral.inference.explain import explain
 from vitral.model import ViT
 
-CLASSES = ("n01440764", r"right $\no$")  # which is no formula
+CLASSES = ("n01440764", r"right $\no$")  # not a formula
 MODEL = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=4, image_size=16)
 KINDS = ("attention", "explained", "layers", "patch", "rollout")
 
 
 def scene(column, side=16):
-    """(3, side, side) grey noise with a white patch at row 2 and a column of the grid of four."""
+    """Gray noise (3, side, side) with a white patch in row 2 and `column` of a 4 by 4 grid."""
     image = torch.randint(90, 110, (3, side, side), dtype=torch.uint8)
     image[:, side // 2 : side // 4 * 3, side // 4 * column : side // 4 * (column + 1)] = 255
     return image
@@ -29,11 +29,11 @@ def scene(column, side=16):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Weights that tell a square in column 0 from one in column 3."""
+    """Weights that distinguish a square in column 0 from one in column 3."""
     torch.manual_seed(3)
     model, config = ViT(MODEL, 2), Config(model=MODEL, data=DataConfig(eval_crop=1.0))
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):  # which each torch truncates in its own way
+        if isinstance(layer, torch.nn.Linear):  # torch's initial values depend on its version
             torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -56,7 +56,7 @@ def loaded(directory):
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture twice as large as the model's, of the second class."""
+    """An image of the second class, twice as large as the model's input."""
     path = tmp_path / r"a $\photo$ [1].png"
     Image.fromarray(scene(3, side=32).permute(1, 2, 0).numpy()).save(path)
     return path
@@ -84,7 +84,7 @@ def test_the_selected_layer_and_patch_are_shown(loaded):
     assert found.similarity[1, 3] == pytest.approx(1)
     np.testing.assert_array_equal(found.heads, last.heads)
     assert found.heads.shape == (2, 2, 4, 4)
-    # In multiples of even attention, over the patches and the CLS token: 17 in all at most.
+    # In multiples of uniform attention, the sum over patches and CLS token is 17.
     assert (found.heads.sum((2, 3)) < 17).all()
     larger = explain(loaded, image, image_size=24)
     assert larger.rollout.shape == (6, 6)
@@ -101,12 +101,14 @@ def test_the_selected_layer_and_patch_are_shown(loaded):
         ({"image_size": 18}, "multiple of the patch size 4, got 18"),
     ],
 )
-def test_layers_and_patches_that_do_not_exist(loaded, options, fragment):
+def test_nonexistent_layers_and_patches_are_refused(loaded, options, fragment):
     with pytest.raises(UserError, match=fragment):
         explain(loaded, scene(0), **options)
 
 
-def test_the_command_draws_and_lists_what_it_cannot_read(directory, photo, tmp_path, capsys):
+def test_the_command_writes_pictures_and_reports_unreadable_files(
+    directory, photo, tmp_path, capsys
+):
     (tmp_path / "broken.jpg").write_text("no image")
     places = [str(photo), str(tmp_path / "broken.jpg"), str(tmp_path / "none.png"), str(photo)]
     out = tmp_path / "deep" / "pictures"
@@ -127,7 +129,7 @@ def test_the_command_draws_and_lists_what_it_cannot_read(directory, photo, tmp_p
     with Image.open(out / f"{photo.stem}_rollout.png") as overlay:
         pixels = np.asarray(overlay.convert("RGB")).astype(int)
     assert pixels.shape == (512, 512, 3)
-    # The place of the square is the yellow end of the colours; the first corner is not.
+    # The square is at the yellow end of the color scale; the top left corner is not.
     yellow = pixels[..., 1] - pixels[..., 2]
     assert yellow[320, 448] > 60 > yellow[10, 10]
 

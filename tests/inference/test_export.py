@@ -43,7 +43,7 @@ CLASSES = ("n01440764", "dark", "n02012849")
 
 
 def save(folder, data, seed=0, **model):
-    """Weights of which none is at a value that an export could drop unseen."""
+    """Saves weights without neutral values, which an export could drop unnoticed."""
     torch.manual_seed(seed)
     config = Config(model=ViTConfig(**model), data=DataConfig(path=str(data), eval_crop=0.9))
     vit = ViT(config.model, len(CLASSES))
@@ -59,13 +59,13 @@ def save(folder, data, seed=0, **model):
 @pytest.fixture(scope="module")
 def run(image_folder, tmp_path_factory):
     """A run directory with tiny weights."""
-    folder = tmp_path_factory.mktemp("runs") / "mine"
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
     save(folder / "weights" / "best", image_folder, **TINY)
     return folder
 
 
 def open_exported(path):
-    """What runs the file, and the JSON in it."""
+    """Returns a function that runs the file, and its JSON metadata."""
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
@@ -87,8 +87,8 @@ def open_exported(path):
     ],
 )
 def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp_path, monkeypatch):
+    """Checks sizes and batch sizes that the export itself does not check."""
     monkeypatch.setattr(sys, "stderr", None)  # as in a service
-    """At sizes and in batches that the export itself never tried."""
     vit = save(tmp_path / "weights", image_folder, **model)
     out = tmp_path / f"model.{format}"
     exported = export(tmp_path / "weights", format=format, out=out, opset=opset, images=5)
@@ -98,9 +98,9 @@ def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp
     assert (validation.what, validation.images, validation.same) == (message, 5, 5)
     forward, text = open_exported(out)
     P = model["patch_size"]
-    draw = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7)
     for batch, rows, columns in ((1, 2, 2), (2, 2, 7), (5, 9, 3), (4, 8, 8)):
-        images = torch.randn(batch, 3, rows * P, columns * P, generator=draw)
+        images = torch.randn(batch, 3, rows * P, columns * P, generator=generator)
         with torch.no_grad():
             expected = vit(images)
         assert expected.std() > 0.1
@@ -118,7 +118,7 @@ def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp
 
 
 def unpacked(path):
-    """The bytes of a file; of an archive those of its members, among which there is no pickle."""
+    """The bytes of a file or of the members of an archive, which must not contain a pickle."""
     if path.suffix == ".onnx":
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -141,28 +141,30 @@ def test_large_weights_are_stored_in_a_second_file(run, monkeypatch, tmp_path):
     assert (tmp_path / "big.onnx.data").stat().st_size > 0.8 * size
 
 
-def test_command(run, image_folder, capsys, monkeypatch, tmp_path):
+def test_the_command_exports_and_reports_the_comparisons(
+    run, image_folder, capsys, monkeypatch, tmp_path
+):
     monkeypatch.chdir(tmp_path)
-    Path("mine.pt2").write_text("an older one")
+    Path("tiny.pt2").write_text("an older file")
     assert main(["export", str(run), "--format", "pt2", "--which", "ema"]) == 0
     message = capsys.readouterr()
     assert re.fullmatch(
-        r"mine.pt2: 0.\d MB\n"
+        r"tiny.pt2: 0.\d MB\n"
         r"12 random images, 16 by 16, 24 by 24, 24 by 16: .+ 100.00%\n"
         rf"12 images of {image_folder.name}: largest error \d.\de-\d\d, top-1 agreement 100.00%\n",
         message.out.replace("0.0e+00", "0.0e-00"),
     )
     assert message.err == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.pt2"]
-    assert json.loads(open_exported(Path("mine.pt2"))[1])["weights"] == "ema"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.pt2"]
+    assert json.loads(open_exported(Path("tiny.pt2"))[1])["weights"] == "ema"
 
 
 def test_the_documented_program_matches_the_command(run, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    draw = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
-    photo = Image.fromarray(draw).resize((61, 42))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    photo = Image.fromarray(pixels).resize((61, 42))
     exif = photo.getexif()
-    exif[0x112] = 6  # lies on its side
+    exif[0x112] = 6  # rotated by 90 degrees
     photo.save("photo.jpg", quality=95, exif=exif)
     assert main(["export", str(run), "--out", "digits.onnx", "--images", "0"]) == 0
     capsys.readouterr()
@@ -184,7 +186,7 @@ def test_hub_weights_are_named_after_their_repository(tmp_path, monkeypatch):
     assert Path("small-vit.pt2").exists()
 
 
-def test_without_the_training_data(tmp_path, capsys):
+def test_export_works_without_the_training_data(tmp_path, capsys):
     save(tmp_path / "weights", tmp_path / "gone", **TINY)
     out = tmp_path / "model.pt2"
     assert main(["export", str(tmp_path / "weights"), "--format", "pt2", "--out", str(out)]) == 0
@@ -193,7 +195,7 @@ def test_without_the_training_data(tmp_path, capsys):
 
 
 def another_model(program, file, *_):
-    """A file that is sound, but of other weights."""
+    """Writes a valid file with other weights."""
     torch.export.save(exporting._trace(ViT(ViTConfig(**TINY), 3).eval()), file)
 
 
@@ -204,7 +206,7 @@ def nonsense(program, file, *_):
 @pytest.mark.parametrize(
     ("format", "write", "message"),
     [
-        ("pt2", another_model, "does not do what the model does: 12 random images"),
+        ("pt2", another_model, "does not match the model: 12 random images"),
         ("onnx", nonsense, "cannot be run"),
         ("pt2", nonsense, "cannot be run"),
     ],
@@ -212,16 +214,16 @@ def nonsense(program, file, *_):
 def test_a_file_that_fails_is_not_kept(format, write, message, run, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(exporting, f"_write_{format}", write)
     out = tmp_path / f"model.{format}"
-    out.write_text("an older one")
+    out.write_text("an older file")
     assert main(["export", str(run), "--format", format, "--out", str(out)]) == 1
     text = capsys.readouterr().err
     assert re.fullmatch(r"vitral: .+\n", text)
     assert message in text
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert out.read_text() == "an older one"
+    assert out.read_text() == "an older file"
 
 
-def test_validation_images_are_those_of_evaluation_from_first_to_last(image_folder):
+def test_validation_images_match_evaluation_and_include_both_ends(image_folder):
     data = DataConfig(path=str(image_folder), eval_crop=0.9)
     config = Config(model=ViTConfig(**TINY), data=data)
     records = open_dataset(data, 16, 0).val
@@ -271,8 +273,8 @@ def test_a_missing_package_is_named(package, run, capsys, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_onnxruntime_keeps_no_records_of_its_user(run, tmp_path):
-    """It would write a device identifier and a database to the home directory."""
+def test_telemetry_of_onnxruntime_is_disabled(run, tmp_path):
+    """Telemetry writes a device identifier and a database to the home directory."""
     names = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     home = tmp_path / "home"

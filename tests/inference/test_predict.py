@@ -1,4 +1,4 @@
-"""Predictions against `evaluate`, and against one image at a time through the model by hand."""
+"""Tests of predictions against `evaluate` and against single images preprocessed by hand."""
 
 import dataclasses
 import os
@@ -26,21 +26,21 @@ MODEL = ViTConfig(dim=16, depth=2, num_heads=2, num_kv_heads=1, patch_size=4, im
 def folder(tmp_path_factory):
     """A validation split of seven classes: images in several sizes and formats."""
     root = tmp_path_factory.mktemp("set")
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name in CLASSES:
         (root / "val" / name).mkdir(parents=True)
         for size, suffix in (((30, 21), "jpg"), ((17, 40), "png"), ((16, 16), "webp")):
-            coarse = draw.integers(0, 256, (4, 5, 3), np.uint8)
+            coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
             image = Image.fromarray(coarse).resize(size)
             exif = Image.Exif()
-            exif[0x0112] = 6  # lies on its side
+            exif[0x0112] = 6  # rotated by 90 degrees
             image.save(root / "val" / name / f"image.{suffix}", exif=exif)
     return root
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Weights whose raw and averaged predictions differ, and differ from image to image."""
+    """Weights whose raw and averaged predictions differ from each other and between images."""
     states = {}
     for seed, which in enumerate(("model", "ema")):
         torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def files(folder):
 
 
 def by_hand(classifier, image, side):
-    """Probabilities of one image, cropped by slicing and resized by Pillow's filter. (classes,)"""
+    """Probabilities (classes,) of one image, cropped by slicing and resized by Pillow."""
     H, W = image.shape[1:]
     crop_size = round(0.8 * min(H, W))
     top, left = round((H - crop_size) / 2), round((W - crop_size) / 2)
@@ -71,7 +71,7 @@ def by_hand(classifier, image, side):
     return logits[0].softmax(0)
 
 
-def test_equals_evaluation(directory, folder, files):
+def test_predictions_equal_those_of_evaluation(directory, folder, files):
     classifier = vitral.load(directory)
     scores = vitral.evaluate(classifier, str(folder), batch_size=5, workers=0)
     found = classifier.predict(files)
@@ -83,22 +83,22 @@ def test_equals_evaluation(directory, folder, files):
 
 
 @pytest.mark.parametrize(("side", "tokens"), [(None, 17), (32, 65), (8, 5)])
-def test_equals_one_image_at_a_time_at_any_resolution(directory, files, side, tokens):
-    classifier, seen = load(directory), []
-    hook = classifier.model.norm.register_forward_hook(lambda *io: seen.append(io[2].shape[1]))
+def test_predictions_equal_those_of_single_images_at_any_size(directory, files, side, tokens):
+    classifier, counts = load(directory), []
+    hook = classifier.model.norm.register_forward_hook(lambda *io: counts.append(io[2].shape[1]))
     found = classifier.predict(files, top=7, image_size=side)
     hook.remove()
-    assert set(seen) == {tokens}
+    assert set(counts) == {tokens}
     for prediction in found:
         expected = by_hand(classifier, decode(Path(prediction.path).read_bytes()), side or 16)
-        ours = torch.tensor(prediction.probabilities)
-        assert (ours - expected[list(prediction.classes)]).abs().max() < 0.03
+        probabilities = torch.tensor(prediction.probabilities)
+        assert (probabilities - expected[list(prediction.classes)]).abs().max() < 0.03
         assert sum(prediction.probabilities) == pytest.approx(1)
         assert sorted(prediction.probabilities, reverse=True) == [*prediction.probabilities]
 
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 2), (100, 1)])
-def test_batches_and_workers_change_nothing(directory, files, batch_size, workers):
+def test_predictions_do_not_depend_on_batch_size_or_workers(directory, files, batch_size, workers):
     classifier = load(directory)
     expected = classifier.predict(files)
     for a, b in zip(
@@ -110,15 +110,15 @@ def test_batches_and_workers_change_nothing(directory, files, batch_size, worker
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize(("side", "workers"), [(None, 0), (32, 2)])
-def test_embeds_what_the_head_reads(directory, files, pooling, side, workers):
-    known = load(directory)
+def test_embeddings_are_the_input_of_the_head(directory, files, pooling, side, workers):
+    loaded = load(directory)
     torch.manual_seed(0)
     model = ViT(dataclasses.replace(MODEL, pooling=pooling), len(CLASSES)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.5)
-    classifier = Classifier(model, known.description, known.path)
+    classifier = Classifier(model, loaded.description, loaded.path)
     vectors = classifier.embed(files, image_size=side, workers=workers, batch_size=5)
     assert (vectors.shape, vectors.dtype) == ((len(files), 16), np.float32)
-    data = known.description.config.data
+    data = loaded.description.config.data
     mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
     with torch.no_grad():
         for path, vector in zip(files[:4], vectors, strict=False):
@@ -135,7 +135,7 @@ def test_embeds_what_the_head_reads(directory, files, pooling, side, workers):
     )
 
 
-def test_embeds_one_image_none_and_broken_ones(directory, files, tmp_path):
+def test_embed_accepts_one_image_none_and_broken_ones(directory, files, tmp_path):
     classifier = load(directory)
     expected = classifier.embed(files)
     assert not np.isnan(expected).any()
@@ -148,7 +148,7 @@ def test_embeds_one_image_none_and_broken_ones(directory, files, tmp_path):
     assert np.isnan(classifier.embed(broken)).all()
 
 
-def test_every_form_of_an_image_gives_the_same(directory, files):
+def test_every_input_type_gives_the_same_prediction(directory, files):
     classifier = load(directory)
     for path in files[:3]:
         chw = decode(Path(path).read_bytes())
@@ -162,14 +162,14 @@ def test_every_form_of_an_image_gives_the_same(directory, files):
             alone = [classifier.predict(form)[0] for form in (path, image, *forms)]
         assert mixed[0].path == mixed[2].path == path
         assert {p.path for p in (mixed[1], *mixed[3:])} == {None}
-        if not path.endswith("jpg"):  # of which Pillow's decoder makes slightly other pixels
+        if not path.endswith("jpg"):  # Pillow decodes JPEG to slightly different pixels
             assert len({dataclasses.replace(p, path="", probabilities=()) for p in mixed}) == 1
         for a, b in zip(mixed, alone, strict=True):
             assert (a.path, a.classes) == (b.path, b.classes)
             assert a.probabilities == pytest.approx(b.probabilities, abs=1e-6)
 
 
-def test_which_weights_and_how_many_classes(directory, files):
+def test_which_selects_weights_and_top_limits_classes(directory, files):
     raw, averaged = (load(directory, which=which).predict(files) for which in ("model", "ema"))
     assert [p.classes for p in load(directory).predict(files)] == [p.classes for p in averaged]
     assert [p.classes for p in raw] != [p.classes for p in averaged]
@@ -178,7 +178,7 @@ def test_which_weights_and_how_many_classes(directory, files):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_are_listed_and_never_replaced(directory, files, tmp_path, workers):
+def test_broken_images_get_an_error_and_no_prediction(directory, files, tmp_path, workers):
     good = Path(files[0]).read_bytes()
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "half.jpg").write_bytes(good[: len(good) // 2])
@@ -230,7 +230,7 @@ def test_user_errors(directory, files, settings, message):
         load(directory).predict(**{"images": files, **settings})
 
 
-def test_places_become_files(tmp_path, monkeypatch):
+def test_find_images_expands_folders_and_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = "b/2.jpg b/10.PNG b/c/x.webp b/notes.txt b/.hidden.jpg b/.cache/y.jpg a[1].jpg e.jpg"
     for name in names.split():
@@ -249,7 +249,7 @@ def test_places_become_files(tmp_path, monkeypatch):
         assert find_images(places.split()) == expected, places
     assert find_images(["**"]) == ["a[1].jpg", *in_b, "b/notes.txt", "e.jpg"]
     assert find_images([str(tmp_path / "b*")]) == [str(tmp_path / name) for name in in_b]
-    Path("b/c/up").symlink_to("..")  # round in circles
+    Path("b/c/up").symlink_to("..")  # a cycle
     assert find_images(["b"]) == in_b
     Path("empty").mkdir()
     for place in ("empty", "*.gif"):
@@ -258,7 +258,7 @@ def test_places_become_files(tmp_path, monkeypatch):
         assert place in str(caught.value)
 
 
-def test_a_file_name_that_is_not_text(tmp_path, directory, files):
+def test_a_file_name_that_is_not_utf8_is_supported(tmp_path, directory, files):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jpg")
     Path(odd).write_bytes(Path(files[0]).read_bytes())
     (found,) = load(directory).predict(find_images([str(tmp_path)]))

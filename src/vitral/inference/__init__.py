@@ -1,4 +1,4 @@
-"""Using trained weights."""
+"""Inference with trained weights."""
 
 from vitral.inference.predict import Classifier, Prediction, find_images, load
 

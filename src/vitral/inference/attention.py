@@ -1,7 +1,7 @@
-"""What a model attends to, and whether that says anything about its prediction.
+"""Attention weights of a model, and whether they are relevant to its prediction.
 
-Fused kernels give no attention weights, so they are computed again from each layer's queries and
-keys, and must give the layer's own output when they are put together.
+Fused kernels do not return attention weights, so they are recomputed from the queries and keys of
+each layer, and must reproduce the output of the layer.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor
 
 from vitral.model import GroupedQueryAttention, ViT
 
-STEPS = 20  # parts that a deletion curve is cut into, where there are as many patches
-BATCH = 32  # images of a forward pass
+STEPS = 20  # of a deletion curve, or one per patch if there are fewer patches
+BATCH = 32  # images per forward pass
 
 
 @torch.inference_mode()
 def attention_weights(model: ViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits and attention weights of every layer and head.
+    """Computes logits, and the attention weights of every layer and head.
 
     Args:
-        model: in evaluation mode, not under autocast.
-        images: (B, C, H, W), normalised.
+        model: model in evaluation mode, not under autocast.
+        images: normalized, (B, C, H, W).
 
     Returns:
-        Logits (B, num_classes), and for each layer weights (B, Q, N, N), whose rows sum to one: row
-        i says how much of each token's value token i takes. All layers are held at once: 4 Q N^2
-        bytes each in float32.
+        Logits (B, num_classes), and for each layer weights (B, Q, N, N) whose rows sum to one: row
+        i contains the attention of token i to each token. All layers are in memory at once, with
+        4 Q N^2 bytes per image and layer in float32.
 
     Raises:
-        AssertionError: if they do not give a layer's output again.
+        AssertionError: if the weights do not reproduce the output of a layer.
     """
     assert not model.training
     weights: list[Tensor] = []
     layers = [m for m in model.modules() if isinstance(m, GroupedQueryAttention)]
     hooks = [layer.register_forward_hook(partial(_recompute, weights)) for layer in layers]
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # training lowers it, and TF32 keeps 3 digits
+    torch.set_float32_matmul_precision("highest")  # training lowers it, and TF32 has 3 digits
     try:
         return model(images), weights
     finally:
@@ -63,16 +63,16 @@ def _recompute(
 
 
 def rollout(weights: Sequence[Tensor]) -> Tensor:
-    """How much of each input token reaches each output token (Abnar and Zuidema 2020).
+    """Computes how much of each input token reaches each output token (Abnar and Zuidema 2020).
 
     With A_l the mean over the heads of layer l, R_l = (A_l / 2 + I / 2) R_(l-1) and R_0 = I: half
-    of a token comes by the attention and half by the path around it.
+    of each token comes from the attention and half from the residual connection.
 
     Args:
-        weights: of each layer, (B, Q, N, N).
+        weights: weights of each layer, (B, Q, N, N).
 
     Returns:
-        (B, N, N), whose rows sum to one.
+        The rollout, (B, N, N). Its rows sum to one.
     """
     identity = torch.eye(weights[0].shape[-1], device=weights[0].device, dtype=weights[0].dtype)
     flow = identity
@@ -82,15 +82,16 @@ def rollout(weights: Sequence[Tensor]) -> Tensor:
 
 
 def read(model: ViT, weights: Tensor) -> Tensor:
-    """What the tokens that the head reads take from each patch.
+    """Returns the attention of the tokens that the head reads to each patch.
 
-    That is the row of the CLS token or, where the head reads the mean of the patches, theirs.
+    This is the row of the CLS token or, if the head reads the mean of the patches, the mean of
+    their rows.
 
     Args:
         weights: attention or rollout, (..., N, N).
 
     Returns:
-        (..., patches); the rest up to one comes from the CLS token and the registers.
+        Weights (..., patches); the remainder to one belongs to the CLS token and the registers.
     """
     read_by = slice(0, 1) if model.config.pooling == "cls" else slice(model.num_prefix, None)
     return weights[..., read_by, model.num_prefix :].mean(-2)
@@ -100,19 +101,19 @@ def read(model: ViT, weights: Tensor) -> Tensor:
 def position_similarity(
     model: ViT, layer: int, rows: int, columns: int, patch: tuple[int, int]
 ) -> Tensor:
-    """How well a key at each patch fits a query at `patch`, by their rotary positions alone.
+    """Computes how well a key at each patch matches a query at `patch` by rotary position alone.
 
-    The mean over the key heads and channel pairs of a layer of cos(dx fx + dy fy), the angle that a
-    pair is turned by between the two. It is the score of a query with an equal key whose pairs all
-    have the same length, as a share of the score in the same place: 1 at `patch`, and a function of
-    the offset alone.
+    This is the mean of cos(dx fx + dy fy) over the key heads and channel pairs of a layer, where
+    dx fx + dy fy is the angle between the rotations of a pair at the two patches. It equals the
+    score of a query and an identical key whose pairs all have the same length, divided by the score
+    at the same position. It is 1 at `patch` and depends only on the offset.
 
     Args:
-        layer: counted from 0; with axial frequencies all layers are alike.
+        layer: counted from 0; with axial frequencies, all layers are the same.
         patch: row and column, counted from 0.
 
     Returns:
-        (rows, columns), from -1 to 1.
+        Similarity (rows, columns), from -1 to 1.
     """
     cosine, sine = model.rope(rows, columns, model.device)[layer]
     cosine, sine = cosine[:, model.num_prefix :], sine[:, model.num_prefix :]
@@ -122,7 +123,7 @@ def position_similarity(
 
 
 class Curve(NamedTuple):
-    """Probability of a class against the share of the patches that is missing, or that is seen."""
+    """Probability of a class against the fraction of patches that are deleted or inserted."""
 
     fractions: Tensor
     """From 0 to 1. Shape (points,), float64, on the CPU."""
@@ -137,35 +138,36 @@ class Curve(NamedTuple):
 
 @torch.inference_mode()
 def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
-    """The probability of a class while patches give way to the image's mean colour, in order.
+    """Computes the probability of a class as patches are replaced with the mean color, in order.
 
-    A map that means something names first what the prediction rests on, and makes the area under
-    the curve small (Petsiuk et al. 2018).
+    A meaningful map puts the patches that the prediction depends on first, which makes the area
+    under the curve small (Petsiuk et al. 2018).
 
     Args:
-        image: (C, H, W), normalised.
+        image: normalized, (C, H, W).
         target: the class.
-        order: of the patches, (patches,), on the image's device.
+        order: order of the patches, (patches,), on the device of the image.
     """
     _, H, W = image.shape
     P, N = model.config.patch_size, len(order)
     counts = torch.linspace(0, N, min(STEPS, N) + 1, dtype=torch.float64).round()
     rank = order.argsort().view(1, H // P, W // P)
-    gone = rank < counts.to(rank.device, rank.dtype).view(-1, 1, 1)
-    gone = gone.repeat_interleave(P, 1).repeat_interleave(P, 2)[:, None]
+    deleted = rank < counts.to(rank.device, rank.dtype).view(-1, 1, 1)
+    deleted = deleted.repeat_interleave(P, 1).repeat_interleave(P, 2)[:, None]
     mean = image.mean((1, 2), keepdim=True)
     probabilities = [
-        model(torch.where(part, mean, image)).softmax(-1)[:, target] for part in gone.split(BATCH)
+        model(torch.where(part, mean, image)).softmax(-1)[:, target]
+        for part in deleted.split(BATCH)
     ]
     return Curve(counts / N, torch.cat(probabilities).cpu().double())
 
 
 @torch.inference_mode()
 def insertion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
-    """The probability of a class while patches appear, in order, on the image's mean colour.
+    """Computes the probability of a class as patches are revealed over the mean color, in order.
 
-    A good map makes the area under it large. It is the deletion in reverse order read backwards, so
-    that over random orders both areas have the same mean.
+    A meaningful map makes the area under the curve large. The curve is that of deletion in reverse
+    order, read backwards, so the mean of both areas over random orders is the same.
     """
     fractions, probabilities = deletion(model, image, target, order.flip(0))
     return Curve(1 - fractions.flip(0), probabilities.flip(0))

@@ -1,9 +1,9 @@
-"""Weights on the Hugging Face Hub: their card, and what is pushed with it.
+"""Pushes weights to the Hugging Face Hub, with a model card and other files.
 
-README.md           the card: front matter for the Hub, and text for people
-config.yaml         the settings, a recipe that repeats the training
-curves.png          of the run, where the weights lie in one
-and the weight directory, in which no path says where it was trained.
+README.md           model card: front matter for the Hub, and text for readers
+config.yaml         settings, as a recipe that reproduces the training
+curves.png          curves of the run, if the weights belong to one
+and the files of the weight directory, without local paths.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class DatasetSource(NamedTuple):
-    """A dataset as people and the Hub know it."""
+    """Names of a data set."""
 
     title: str
     hub: str | None = None
-    """Its name on the Hub."""
+    """Name on the Hub."""
 
 
 KNOWN_DATASETS = {
-    "digits": DatasetSource("handwritten digits, as scikit-learn has them"),
+    "digits": DatasetSource("handwritten digits from scikit-learn"),
     "synthetic": DatasetSource("synthetic images"),
     "cifar10": DatasetSource("CIFAR-10", "uoft-cs/cifar10"),
     "cifar100": DatasetSource("CIFAR-100", "uoft-cs/cifar100"),
@@ -48,18 +48,18 @@ IMAGENET = DatasetSource("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
 
 
 def push(weights: Weights, name: str, *, private: bool = False, license: str | None = None) -> str:
-    """Pushes all files of a weight directory to the Hub, with their card, in one commit.
+    """Pushes all files of a weight directory and a model card to the Hub, in one commit.
 
     Args:
-        name: owner/name; made if there is none.
-        private: make it private; one that is public already is refused.
-        license: of the weights, as SPDX names it.
+        name: owner/name of the repository, which is created if it does not exist.
+        private: create a private repository; an existing public one is refused.
+        license: SPDX identifier of the license of the weights.
 
     Returns:
-        The address on the Hub.
+        The URL on the Hub.
 
     Raises:
-        UserError: if it may not be written, or the Hub does not know the license.
+        UserError: if the repository is not writable, or the Hub does not support the license.
     """
     description = _strip_paths(weights.description)
     files = weights.path.glob("*.safetensors")
@@ -75,7 +75,7 @@ def push(weights: Weights, name: str, *, private: bool = False, license: str | N
 
 
 def card(weights: Weights, name: str, license: str | None = None) -> str:
-    """The README.md of weights that are called owner/name: Markdown behind YAML front matter."""
+    """Returns the README.md for weights named owner/name: YAML front matter and Markdown."""
     hub.client()  # raises an error if the package is missing
     license = license or weights.description.license or None
     description = _strip_paths(weights.description)
@@ -95,12 +95,12 @@ def card(weights: Weights, name: str, license: str | None = None) -> str:
 
 
 def _strip_paths(description: Description) -> Description:
-    """Absolute paths cut to their last name: what is pushed tells nobody how a disk is laid out."""
+    """Shortens absolute paths to their last part, so that no local directories are published."""
 
     def strip(path: str) -> str:
         if not expand(path).is_absolute():
             return path
-        return f"./{Path(path).name}"  # with ./, as a folder called cifar10 is not the set
+        return f"./{Path(path).name}"  # ./ because a folder named cifar10 is not the known set
 
     config = description.config
     init = config.train.init and strip(config.train.init)
@@ -119,13 +119,13 @@ def _source(description: Description) -> DatasetSource:
 
 
 def _curves(directory: Path) -> Path | None:
-    """The picture of the run that weights lie in."""
+    """Returns the curves of the run that weights belong to, if any."""
     run = RunDir.of_weights(directory)
     return run.curves if run is not None and run.curves.exists() else None
 
 
 def _scores(description: Description, kind: str) -> dict[str, float]:
-    """What validation measured of a file: loss, top1, top5 and ece."""
+    """Returns the validation metrics of a file: loss, top1, top5 and ece."""
     prefix = "val_" if kind == "model" else "ema_"
     found = description.metrics.items()
     return {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
@@ -133,14 +133,14 @@ def _scores(description: Description, kind: str) -> dict[str, float]:
 
 def _message(description: Description) -> str:
     top1 = _scores(description, description.default).get("top1")
-    score = "" if top1 is None else f", top-1 {top1:.2%} in validation"
-    return f"Weights of vitral {description.vitral}{score}"
+    score = "" if top1 is None else f", validation top-1 {top1:.2%}"
+    return f"Weights from vitral {description.vitral}{score}"
 
 
 def _card_data(
     description: Description, source: DatasetSource, name: str, license: str | None
 ) -> ModelCardData:
-    """What the Hub reads of the card."""
+    """Returns the metadata that the Hub reads from the card."""
     from huggingface_hub import EvalResult, ModelCardData
 
     init, scores = description.config.train.init or "", _scores(description, description.default)
@@ -174,7 +174,7 @@ def _card_data(
 
 
 def _hub_repository(name: str) -> str | None:
-    """The repository of hf-hub:owner/name or timm:NAME; None for a local path."""
+    """Returns the repository of hf-hub:owner/name or timm:NAME; None for a local path."""
     if name.startswith(hub.PREFIX):
         return name.removeprefix(hub.PREFIX).partition("@")[0]
     if name.startswith(PREFIX):
@@ -190,30 +190,30 @@ def _overview(weights: Weights) -> str:
     rows = {
         "classes": classes,
         "parameters": f"{weights.model.num_parameters / 1e6:.3g} M",
-        "compute": f"{flops / 1e9:.3g} GFLOPs an image; a multiply-add counts as two",
+        "compute": f"{flops / 1e9:.3g} GFLOPs per image; a multiply-add counts as two",
         "encoder": f"{depth} blocks of width {dim}",
         "attention": f"{num_heads} query heads, {num_kv_heads} key/value heads, RoPE in x and y",
         "patches": f"{model.patch_size} by {model.patch_size} pixels",
         "head": f"reads the {'CLS token' if model.pooling == 'cls' else 'mean of the patches'}",
-        "images": _preprocessing(config.data, size),
+        "input": _preprocessing(config.data, size),
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"A Vision Transformer that classifies images.\n\n| | |\n|---|---|\n{table}"
+    return f"A Vision Transformer for image classification.\n\n| | |\n|---|---|\n{table}"
 
 
 def _preprocessing(data: DataConfig, size: int) -> str:
     mean, std = (", ".join(f"{x:g}" for x in values) for values in (data.mean, data.std))
     return (
-        f"RGB; the central square of {100 * data.eval_crop:g}% of the short side, resized to "
-        f"{size} by {size} pixels ({data.interpolation}, antialiased), scaled to 0 to 1, less "
-        f"({mean}), over ({std})"
+        f"RGB; central square with {100 * data.eval_crop:g}% of the short side, resized to "
+        f"{size} by {size} pixels ({data.interpolation}, antialiased), scaled to [0, 1], and "
+        f"normalized with mean ({mean}) and standard deviation ({std})"
     )
 
 
 def _usage(name: str) -> str:
-    return f"""## How to use it
+    return f"""## Usage
 
-`pip install '.[hub]'` in a checkout of vitral's source installs it. Then:
+Run `pip install '.[hub]'` in a checkout of vitral's source. Then:
 
 ```sh
 vitral predict {hub.PREFIX}{name} photo.jpg
@@ -227,7 +227,7 @@ prediction = weights.predict("photo.jpg")[0]
 print(prediction.names[0], prediction.probabilities[0])
 ```
 
-With timm, after `pip install '.[hub,timm]'` there:
+To use the weights with timm, run `pip install '.[hub,timm]'` instead. Then:
 
 ```python
 import timm
@@ -236,7 +236,7 @@ import vitral.timm
 model = timm.create_model("vitral", weights="{hub.PREFIX}{name}").eval()
 ```
 
-No file is a pickle, and each is compared with its SHA-256 in `{MANIFEST}` before it is used."""
+The files contain no pickles. Each is checked against its SHA-256 in `{MANIFEST}` before use."""
 
 
 def _data(description: Description, source: DatasetSource) -> str:
@@ -262,14 +262,14 @@ Trained on {source.title}{link}; fingerprint `{description.fingerprint}`.
 
 def _training(config: Config, name: str) -> str:
     train, known = config.train, config.data.path in KNOWN_DATASETS
-    start = f"began from `{printable(train.init)}`" if train.init else "began from random weights"
+    start = f"`{printable(train.init)}`" if train.init else "random weights"
     optimizer = {"adamw": "AdamW", "muon": "Muon"}[config.optim.name]
     epochs = counted(train.epochs, "epoch")
     return f"""## Training
 
-{epochs} of batches of {train.batch_size}, {optimizer} with a peak learning rate of \
-{config.optim.lr:g} and a cosine schedule, seed {train.seed}; it {start}. All settings are in \
-`{CONFIG}`, which repeats it:
+Trained from {start} for {epochs} with batch size {train.batch_size}, using {optimizer} with a \
+peak learning rate of {config.optim.lr:g}, a cosine schedule and seed {train.seed}. `{CONFIG}` \
+contains all settings and reproduces the training:
 
 ```sh
 hf download {name} {CONFIG} --local-dir .
@@ -282,28 +282,29 @@ def _results(description: Description, curves: bool) -> str:
     for kind in ("model", "ema"):
         scores = _scores(description, kind)
         if "top1" in scores:
-            what = "weights as trained" if kind == "model" else "their moving average"
-            used = ", used unless `--which` says otherwise" if kind == description.default else ""
+            what = "raw weights" if kind == "model" else "moving average of the weights"
+            used = ", the default of `--which`" if kind == description.default else ""
             rows.append(
                 f"| `{kind}.safetensors` | {what}{used} | {scores['top1']:.2%} | "
                 f"{scores['top5']:.2%} | {scores['loss']:.4f} | {scores['ece']:.4f} |"
             )
     if not rows:
-        return "## Results\n\nNothing has been measured."
+        return "## Results\n\nThe weights have not been evaluated."
     table = "\n".join(rows)
-    picture = f"\n\n![Loss and accuracy over the training]({CURVES})" if curves else ""
-    images = "the validation images"
+    picture = f"\n\n![Loss and accuracy during training]({CURVES})" if curves else ""
+    images = "the validation images of the data set"
     if description.config.data.hold_out:
-        images = "training images that were held out, not the validation or test images,"
+        images = "held-out training images of the data set, not on validation or test images,"
     return f"""## Results
 
-On {images} of the same set, at {description.config.model.image_size} pixels:
+Evaluated on {images} at {description.config.model.image_size} pixels:
 
 | file | | top-1 | top-5 | loss | calibration error |
 |---|---|---|---|---|---|
 {table}
 
-Weights that a run kept as its best were chosen by these very images, which flatters them a little.\
+The best weights of a run are selected on the same images, so their results are slightly \
+optimistic.\
 {picture}"""
 
 
@@ -311,28 +312,32 @@ def _limitations(description: Description) -> str:
     image_sizes = {size for size, _ in description.config.train.progressive}
     trained_sizes = sorted(image_sizes | {description.config.model.image_size})
     patch = description.config.model.patch_size
-    return f"""## Limits
+    return f"""## Limitations
 
-* It knows its {len(description.classes):,} classes alone, and gives one of them to every image.
-* It was trained at {", ".join(map(str, trained_sizes))} pixels and measured at \
-{description.config.model.image_size}. It takes any multiple of {patch}, of which nothing is known.
-* It was measured on images like those it was trained on; not on other cameras, places or styles, \
-on corrupted or adversarial images, or for its fairness to people in them."""
+* The model assigns one of its {len(description.classes):,} classes to every image, even if none \
+applies.
+* It was trained at {", ".join(map(str, trained_sizes))} pixels and evaluated at \
+{description.config.model.image_size}. It accepts any multiple of {patch}, but was not evaluated \
+at other sizes.
+* It was evaluated on images similar to its training images. It was not evaluated on images from \
+other cameras, places or styles, on corrupted or adversarial images, or for fairness to people."""
 
 
 def _license_terms(description: Description, license: str | None) -> str:
-    stated = f"`{license.lower()}`." if license else "None is stated: ask the owner before use."
+    stated = f"`{license.lower()}`." if license else "Not stated. Ask the owner before use."
     if set(description.classes) <= set(wnids()):
         stated += (
-            "\n\nThe classes are ImageNet's. Its terms of access allow the images for research and "
-            "education without commerce alone; what follows for weights is for their user to judge."
+            "\n\nThe classes are from ImageNet, whose terms of access permit use of the images for "
+            "non-commercial research and education only. Users must decide how these terms apply "
+            "to the weights."
         )
     if description.source:
-        stated += f"\n\nThe weights are those of `{description.source}`, converted by vitral."
+        stated += f"\n\nThe weights are from `{description.source}`, converted by vitral."
     return f"""## License
 
 {stated}
 
 ## Version
 
-Written by vitral {description.vitral}, which reads them, as do later ones of the same schema."""
+Written by vitral {description.vitral}. This version and later versions with the same schema can \
+read the weights."""

@@ -1,4 +1,4 @@
-"""Feature vectors of images, and files of them."""
+"""Computes feature vectors of images and writes them to files."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def embed(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Features:
-    """What the head of a model reads of each image: CLS or the mean patch, after the last norm.
+    """Computes the head's input for each image: CLS or the mean patch, after the last norm.
 
     Args:
-        paths: files of images. One that cannot be read is reported and left out.
+        paths: image files. Files that cannot be read are reported and skipped.
         normalize: scale each vector to length 1.
-        image_size: side of the model's input, in pixels; None uses that of training.
+        image_size: side of the model's input, in pixels; None uses the training size.
         batch_size: images per forward pass.
         workers: decoding processes; None uses all cores but one.
 
     Raises:
-        UserError: for a setting that cannot be used.
+        UserError: if a setting cannot be used.
     """
-    how = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-    vectors = weights.embed(list(paths), **how)
+    options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+    vectors = weights.embed(list(paths), **options)
     found = [bool(np.isfinite(vector).all()) for vector in vectors]
     unreadable = [path for path, good in zip(paths, found, strict=True) if not good]
     for path in unreadable:
@@ -67,10 +67,10 @@ def embed(
 
 
 def write(features: Features, path: Path) -> None:
-    """Writes a .npz with `paths`, `features`, `model` and `normalized`, or a .parquet of rows.
+    """Writes a .npz with `paths`, `features`, `model` and `normalized`, or rows to a .parquet.
 
     Raises:
-        UserError: pyarrow is missing.
+        UserError: if pyarrow is not installed.
     """
     names = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in features.paths]
     model = printable(features.model)
@@ -94,7 +94,7 @@ def write(features: Features, path: Path) -> None:
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(features.vectors.ravel()), features.vectors.shape[1]
     )
-    known = {"model": model, "normalized": str(features.normalized).lower()}
-    table = pa.table({"path": names, "features": vectors}).replace_schema_metadata(known)
+    metadata = {"model": model, "normalized": str(features.normalized).lower()}
+    table = pa.table({"path": names, "features": vectors}).replace_schema_metadata(metadata)
     with replacing(path) as building, building.open("wb") as file:
         pq.write_table(table, file)

@@ -1,10 +1,10 @@
-"""Pictures of what a model attends to in an image, and a number that says whether they mean much.
+"""Pictures of what a model attends to in an image, and a measure of how meaningful they are.
 
-NAME_explained.png   all of it in one figure
+NAME_explained.png   everything in one figure
 NAME_rollout.png     attention rollout over the image
-NAME_attention.png   what the head's token takes from each patch in one layer, over the image
-NAME_layers.png      the same in every layer and head
-NAME_patch.png       what a chosen patch takes from the others, over the image
+NAME_attention.png   attention of the token that the head reads, in one layer, over the image
+NAME_layers.png      the same for every layer and head
+NAME_patch.png       attention of a chosen patch to the others, over the image
 """
 
 from __future__ import annotations
@@ -53,47 +53,47 @@ Map = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 COLORMAP = "viridis"
-ORDERS = 6  # random ones, that a map is compared with
+ORDERS = 6  # random orders to compare a map with
 SHOWN_HEADS = 16
 SHOWN_CLASSES = 5
-MAX_STEM = 200  # bytes; with _explained.png a name has 255 at most
-MIN_PICTURE_SIZE = 512  # pixels that an overlay's sides have at least
+MAX_STEM = 200  # bytes; with _explained.png, within the limit of 255 for file names
+MIN_PICTURE_SIZE = 512  # minimum side of an overlay, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """What there is to show of one image. Maps are (rows, columns) of patches."""
+    """Explanation of a prediction for one image. Maps are (rows, columns) of patches."""
 
     pixels: Pixels
-    """What the model saw, (H, W, 3)."""
+    """Input of the model, (H, W, 3)."""
     classes: tuple[str, ...]
-    """The likeliest, best first, in human names."""
+    """Names of the most likely classes, best first."""
     probabilities: tuple[float, ...]
-    """Theirs."""
+    """Probabilities of these classes."""
     reader: str
-    """Whose attention is shown: that of the CLS token, or of the mean patch."""
+    """Token whose attention is shown: the CLS token or the mean patch."""
     rollout: Map
-    """What of it comes from each patch through all layers, over the mean patch's."""
+    """Contribution of each patch to it through all layers, divided by the mean."""
     heads: Map
-    """What it takes from each patch, over even attention: (depth, Q, rows, columns)."""
+    """Its attention to each patch, divided by uniform attention: (depth, Q, rows, columns)."""
     layer: int
-    """Which layer the following are of, counted from 0."""
+    """Layer of `patch_attention` and `similarity`, counted from 0."""
     patch: tuple[int, int]
     """Row and column of the chosen patch, counted from 0."""
     patch_attention: Map
-    """What that patch takes from each, over even attention, in the mean of the heads."""
+    """Its attention to each patch, divided by uniform attention, averaged over the heads."""
     similarity: Map
-    """How well each patch's position alone fits it, from -1 to 1."""
+    """Similarity of each patch to it by position alone, from -1 to 1."""
     deletion: Curve
-    """Of the likeliest class, patches in the order of the rollout."""
+    """Deletion curve of the most likely class, with patches in the order of the rollout."""
     insertion: Curve
-    """Likewise."""
+    """Insertion curve in the same order."""
     random: tuple[Curve, ...]
-    """Deletion in random orders."""
+    """Deletion curves in random orders."""
 
     @property
     def chance(self) -> tuple[float, float]:
-        """Mean and standard deviation of the area over random orders, of either curve."""
+        """Mean and standard deviation of the area under either curve over random orders."""
         areas = torch.tensor([curve.area for curve in self.random])
         return float(areas.mean()), float(areas.std())
 
@@ -116,17 +116,18 @@ def explain(
     patch: tuple[int, int] | None = None,
     image_size: int | None = None,
 ) -> Explanation:
-    """Looks at what a model attends to in an image.
+    """Computes what a model attends to in an image.
 
     Args:
-        weights: as `load` gives them; all is computed where the model is.
+        weights: weights from `load`; everything is computed on the device of the model.
         image: uint8, (3, H, W), of any size; the model sees its central square.
-        layer: of the heads and the patch, counted from 0; None takes the last.
-        patch: row and column, counted from 0; None takes the one most attended to in that layer.
-        image_size: side of the square that the model sees, in pixels; None takes the training's.
+        layer: layer of the maps of single layers, counted from 0; None uses the last.
+        patch: row and column, counted from 0; None uses the most attended patch in that layer.
+        image_size: side of the model's input, in pixels; None uses the training size.
 
     Raises:
-        UserError: for a layer, a patch or a image_size that the model does not have.
+        UserError: if the model does not have the layer or patch, or does not support the image
+            size.
     """
     model, config = weights.model, weights.description.config
     size = resolve_image_size(config.model, image_size)
@@ -153,8 +154,8 @@ def explain(
     similarity = position_similarity(model, layer, grid, grid, patch)
     best = logits[0].softmax(0).topk(min(SHOWN_CLASSES, model.num_classes))
     target, order = int(best.indices[0]), flow.argsort(descending=True, stable=True)
-    draw = torch.Generator().manual_seed(0)
-    shuffled = [torch.randperm(grid**2, generator=draw).to(flow.device) for _ in range(ORDERS)]
+    generator = torch.Generator().manual_seed(0)
+    shuffled = [torch.randperm(grid**2, generator=generator).to(flow.device) for _ in range(ORDERS)]
     return Explanation(
         pixels=pixels.permute(1, 2, 0).numpy(),
         classes=tuple(display(weights.description.classes[i]) for i in best.indices.tolist()),
@@ -168,7 +169,7 @@ def explain(
         similarity=_numpy(similarity),
         deletion=deletion(model, batch[0], target, order),
         insertion=insertion(model, batch[0], target, order),
-        random=tuple(deletion(model, batch[0], target, some) for some in shuffled),
+        random=tuple(deletion(model, batch[0], target, random_order) for random_order in shuffled),
     )
 
 
@@ -179,10 +180,10 @@ def _numpy(values: Tensor) -> Map:
 def explanations(
     weights: Weights, images: Sequence[str], **options: Any
 ) -> Iterator[tuple[str, Explanation | None]]:
-    """`explain` for image files: the name that each one's pictures shall have, and what is found.
+    """Calls `explain` for image files; yields a name for the pictures of each, and the result.
 
-    Names are the files' without ending, cut where they are long and made different where they are
-    alike. A file that cannot be read gives None, and a line on standard error.
+    Names are those of the files without extension, shortened if they are long and numbered if they
+    are not unique. If a file cannot be read, the result is None and an error is printed.
     """
     used: set[str] = set()
     for image in images:
@@ -202,7 +203,7 @@ def explanations(
 
 
 def save(explanation: Explanation, directory: Path, name: str) -> None:
-    """Writes the pictures of an explanation, each whole or not at all."""
+    """Writes the pictures of an explanation, each atomically."""
     shown = explanation
     overlays = {
         "rollout": shown.rollout,
@@ -222,23 +223,24 @@ def save(explanation: Explanation, directory: Path, name: str) -> None:
 def _png(figure: Figure) -> bytes:
     box = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # of a class in Chinese, say
+        # Class names may be in Chinese, for example.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(box, format="png", dpi=100)
     return box.getvalue()
 
 
 def _scale(values: Map) -> ScalarMappable:
-    """The colours from the least value to the greatest."""
+    """Returns a color scale from the smallest value to the largest."""
     return ScalarMappable(Normalize(values.min(), values.max()), COLORMAP)
 
 
 def _common_scale(heads: Map) -> ScalarMappable:
-    """The colours from nothing to nearly the greatest: one sharp head would darken the others."""
+    """Returns a color scale from 0 to a high quantile: one sharp head would darken the others."""
     return ScalarMappable(Normalize(0, float(np.quantile(heads, 0.99))), COLORMAP)
 
 
 def _overlay(pixels: Pixels, values: Map, scale: ScalarMappable) -> Pixels:
-    """A map in colours over the image in grey, enlarged to MIN_PICTURE_SIZE at least."""
+    """Draws a map in color over the image in gray, enlarged to at least MIN_PICTURE_SIZE."""
     factor = max(1, -(-MIN_PICTURE_SIZE // len(pixels)))
     large = pixels.repeat(factor, 0).repeat(factor, 1)
     gray = (large @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
@@ -250,7 +252,7 @@ def _overlay(pixels: Pixels, values: Map, scale: ScalarMappable) -> Pixels:
 
 
 def _figure(shown: Explanation, title: str) -> Figure:
-    """Input, prediction and curves; the maps; the heads of one layer."""
+    """Draws input, prediction and curves, then the maps, then the heads of one layer."""
     num_heads = min(shown.heads.shape[1], SHOWN_HEADS)
     rows = -(-num_heads // 8)
     columns = max(-(-num_heads // rows), 4)
@@ -279,7 +281,7 @@ def _bare(axes: Axes, title: str) -> None:
 
 
 def _frame(axes: Axes, shown: Explanation, extent: float) -> None:
-    """Frames the chosen patch of a picture with sides of `extent`."""
+    """Draws a frame around the chosen patch of a picture with sides of length `extent`."""
     size = extent / len(shown.rollout)
     corner = (shown.patch[1] * size - 0.5, shown.patch[0] * size - 0.5)
     for color, width in (("black", 3.5), ("white", 1.5)):
@@ -325,26 +327,26 @@ def _draw_curves(axes: Axes, shown: Explanation) -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("share of the patches deleted or inserted", fontsize=9)
-    axes.set_ylabel("its probability", fontsize=9)
+    axes.set_xlabel("fraction of patches deleted or inserted", fontsize=9)
+    axes.set_ylabel("probability of the class", fontsize=9)
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(-0.02, 1),
         ncols=2,
         frameon=False,
         fontsize=8.5,
-        title="Does the prediction rest on what the rollout shows? Areas under the curves:",
+        title="Does the prediction depend on what the rollout shows? Areas under the curves:",
         alignment="left",
         title_fontsize=10,
     )
 
 
 def _draw_maps(figure: SubFigure, shown: Explanation) -> None:
-    layer, even = shown.layer, "in multiples of even attention"
+    layer, unit = shown.layer, "in multiples of uniform attention"
     maps = {
-        "attention rollout\nin multiples of the mean patch's": shown.rollout,
-        f"{shown.reader} attention, layer {layer}\n{even}": shown.heads[layer].mean(0),
-        f"attention of the framed patch, layer {layer}\n{even}": shown.patch_attention,
+        "attention rollout\nin multiples of the mean": shown.rollout,
+        f"{shown.reader} attention, layer {layer}\n{unit}": shown.heads[layer].mean(0),
+        f"attention of the framed patch, layer {layer}\n{unit}": shown.patch_attention,
     }
     axes = figure.subplots(1, 4)
     for place, (title, values) in zip(axes, maps.items(), strict=False):
@@ -379,7 +381,7 @@ def _draw_heads(
 
 
 def _layers(shown: Explanation) -> Figure:
-    """All heads in one mosaic, a row for each layer."""
+    """Draws all heads in one mosaic, with a row for each layer."""
     depth, num_heads, rows, columns = shown.heads.shape
     gap = ((0, 0), (0, 0), (0, 1), (0, 1))
     mosaic = np.pad(shown.heads, gap, constant_values=np.nan)
@@ -390,7 +392,8 @@ def _layers(shown: Explanation) -> Figure:
     axes = figure.subplots()
     scale = _common_scale(shown.heads)
     axes.imshow(mosaic, cmap=COLORMAP, clim=scale.get_clim())
-    _bare(axes, f"{shown.reader} attention of every layer and head\nin multiples of even attention")
+    title = f"{shown.reader} attention of every layer and head"
+    _bare(axes, f"{title}\nin multiples of uniform attention")
     across, down = range(num_heads), range(depth)
     axes.set_xticks([(i + 0.5) * (columns + 1) - 1 for i in across], [str(i) for i in across])
     axes.set_yticks([(i + 0.5) * (rows + 1) - 1 for i in down], [str(i) for i in down])

@@ -1,13 +1,13 @@
-"""Weights as one file that needs no vitral to run, kept only if it does what the model does.
+"""Exports weights to a file that runs without vitral and matches the outputs of the model.
 
-onnx    for onnxruntime and the like, by torch's exporter
-pt2     for torch: the archive of torch.export, a zip of raw weights and JSON. torch.export.load
-        would run a pickle if there were one: load no such file from a stranger
+onnx    for onnxruntime and other ONNX runtimes, written by torch's exporter
+pt2     for torch: an archive of torch.export, a zip of raw weights and JSON. torch.export.load
+        unpickles if an archive contains a pickle: do not load archives from untrusted sources
 
-Both take float32 images "images" (B, C, H, W), normalised, and give logits (B, classes). B, H and W
-are free, H and W multiples of the patch and at least two patches: the rotary tables are part of the
-graph. What it takes to use them lies in the file as JSON: property "vitral" of ONNX, extra file
-"vitral.json" of pt2.
+Both take normalized float32 images "images" (B, C, H, W) and return logits (B, classes). B, H and W
+are dynamic; H and W are multiples of the patch size and at least two patches. The rotary tables are
+part of the graph. The file contains metadata for its use as JSON: in property "vitral" of ONNX
+files, and in extra file "vitral.json" of pt2 archives.
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ from vitral.weights import Weights, Which, load
 
 Format = Literal["onnx", "pt2"]
 Forward = Callable[[Tensor], Tensor]
-Comparison = tuple[str, Iterable[Tensor]]  # what the images are, and batches of them
+Comparison = tuple[str, Iterable[Tensor]]  # a description of the images, and batches
 
 TOLERANCE = 1e-4
-MAX_FILE_BYTES = 2_000_000_000  # bytes of weights; an ONNX file ends at 2 GiB, its graph included
+MAX_FILE_BYTES = 2_000_000_000  # bytes of weights; the limit of ONNX is 2 GiB, including the graph
 BATCH = 32
 
 
 class ExportError(Exception):
-    """The file written did not do what the model does, and is gone; one line says how it failed."""
+    """The exported file does not match the model and was removed; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the file does on some images what the model does in float32."""
+    """How closely the file matches the model in float32 on some images."""
 
     what: str
-    """The images."""
+    """Description of the images."""
     images: int
     same: int
-    """Images whose likeliest class is the same."""
+    """Number of images with the same most likely class."""
     error: float
-    """The largest absolute difference of a logit."""
+    """Largest absolute difference between logits."""
 
     @property
     def good(self) -> bool:
-        """Whether all classes are the same and no logit is over the tolerance, or not a number."""
+        """Whether all classes are the same and the error is within the tolerance and not NaN."""
         return self.same == self.images and self.error <= TOLERANCE
 
     def __str__(self) -> str:
@@ -82,10 +82,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and what it was compared on."""
+    """The files that were written, and the comparisons with the model."""
 
     files: tuple[Path, ...]
-    """The file, and weights above 2 GB beside it."""
+    """The exported file, and a second file for weights above 2 GB."""
     agreements: tuple[Agreement, ...]
 
 
@@ -99,25 +99,25 @@ def export(
     data: str | None = None,
     images: int = 256,
 ) -> Exported:
-    """Writes weights as one file, runs it beside the model, and keeps it if the two agree.
+    """Exports weights to one file, and keeps it only if its outputs match those of the model.
 
-    They are compared on random images of three sizes in batches of one and of three, and on
-    validation images. A file that is there already is replaced by one that agrees, and by no other.
-    ONNX weights above 2 GB go into a second file beside it, of the same name and `.data`.
+    The two are compared on random images of three sizes, in batches of one and three, and on
+    validation images. An existing file is replaced only if the new one matches. ONNX weights above
+    2 GB go into a second file, whose name is that of the first plus `.data`.
 
     Args:
-        path: a weight directory, or a run directory.
+        path: a weight or run directory.
         format: "onnx", or "pt2" for torch.
-        out: the file; None takes the run's name, in the current folder.
-        which: "model" or "ema"; None takes the one that the weights name.
-        opset: of ONNX.
-        data: an image folder or a known set to compare on; None takes the set that the weights were
-            trained on, if it is there.
-        images: how many of it, spread evenly; 0 for none.
+        out: file to write; None uses the name of the run, in the current directory.
+        which: "model" or "ema"; None uses the default of the weights.
+        opset: opset of ONNX.
+        data: an image folder or a known set to compare on; None uses the set that the weights were
+            trained on, if it exists.
+        images: number of its validation images to compare on, evenly spaced; 0 for none.
 
     Raises:
-        UserError: for weights, data or a name that cannot be used, or a package that is missing.
-        ExportError: if the file does something else than the model.
+        UserError: if weights, data or file name cannot be used, or a package is missing.
+        ExportError: if the file does not match the model.
     """
     if format == "onnx":
         _require_onnx()
@@ -126,7 +126,7 @@ def export(
     out = Path(out or f"{_name(weights.path)}.{format}")
     if out.suffix != f".{format}" or out.is_dir():
         raise UserError(f"out: expected a file name that ends in .{format}, got {out}")
-    if printable(out) != str(out):  # the exporters' own code would fail to open it
+    if printable(out) != str(out):  # the exporters' own code cannot open it
         raise UserError(f"out: expected a path in UTF-8 without control characters, got {out}")
     check_output(out)
     if format == "onnx":  # for large weights
@@ -140,7 +140,7 @@ def export(
         file = Path(folder) / out.name
         agreements = _write(weights.model, file, document, opset, comparisons)
         names = sorted(made.name for made in Path(folder).iterdir())
-        for name in reversed(names):  # the file itself comes last
+        for name in reversed(names):  # the main file comes last
             (Path(folder) / name).replace(out.parent / name)
     return Exported(tuple(out.parent / name for name in names), agreements)
 
@@ -148,9 +148,9 @@ def export(
 def _write(
     model: ViT, file: Path, document: str, opset: int, comparisons: Sequence[Comparison]
 ) -> tuple[Agreement, ...]:
-    """Writes the file and runs it beside the model."""
-    how: dict[str, Any] = {"leave": False, "disable": None, "file": Messages(sys.stderr)}
-    with _quiet(), tqdm(desc="tracing", unit=" images", **how) as bar:
+    """Writes the file and compares it with the model."""
+    options: dict[str, Any] = {"leave": False, "disable": None, "file": Messages(sys.stderr)}
+    with _quiet(), tqdm(desc="tracing", unit=" images", **options) as bar:
         program = _trace(model)
         bar.set_description_str("writing")
         if file.suffix == ".onnx":
@@ -164,7 +164,7 @@ def _write(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings, which the user cannot act on."""
+    """Suppresses the exporters' warnings, which the user cannot act on."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -175,10 +175,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_onnx() -> None:
-    """Imports what ONNX takes, without the telemetry that onnxruntime starts when it is imported.
+    """Imports the packages for ONNX, without the telemetry that importing onnxruntime starts.
 
     Raises:
-        UserError: a package is not installed.
+        UserError: if a package is not installed.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -187,31 +187,34 @@ def _require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"format: onnx takes the package {error.name}, which is not installed; "
-            "`pip install 'vitral[onnx]'`, or give --format pt2"
+            f"format: onnx requires the package {error.name}, which is not installed; "
+            "run `pip install 'vitral[onnx]'`, or use --format pt2"
         ) from None
 
 
 def _name(directory: Path) -> str:
-    """What to call weights: by their run, where they lie in one."""
+    """Returns a name for weights: the name of their run, if they belong to one."""
     place = directory.resolve()
-    if place.parent.name == "snapshots":  # of the Hub's cache: models--owner--name/snapshots/commit
+    if place.parent.name == "snapshots":  # in the Hub's cache: models--owner--name/snapshots/commit
         return place.parents[1].name.split("--")[-1]
     run = RunDir.of_weights(place)
     return place.name if run is None else run.path.name
 
 
 def _local_dataset(config: Config) -> str | None:
-    """The set that was trained on, unless it has gone or would have to be downloaded."""
+    """Returns the training set, or None if it no longer exists or has to be downloaded."""
     path = config.data.path
     # Path.is_dir raises for a name that is too long.
-    there = path in ("digits", "synthetic") or os.path.isdir(expand(path))  # noqa: PTH112
-    return path if there else None
+    exists = path in ("digits", "synthetic") or os.path.isdir(expand(path))  # noqa: PTH112
+    return path if exists else None
 
 
 def _describe(weights: Weights, which: Which) -> dict[str, Any]:
-    """What using the file takes: the central square of `eval_crop` times the short side, resized to
-    `image_size` with antialiasing, scaled to [0, 1], less `mean`, over `std`."""
+    """Returns the metadata for using the file.
+
+    Its input is the central square of `eval_crop` times the short side, resized to `image_size`
+    with antialiasing, scaled to [0, 1], minus `mean`, divided by `std`.
+    """
     description = weights.description
     config = description.config
     data = {
@@ -232,13 +235,13 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
 
 def _trace(model: ViT) -> ExportedProgram:
     P = model.config.patch_size
-    # One row or one column would be a case of its own to torch.
+    # torch would specialize the graph for a single row or column.
     rows, columns = Dim("rows", min=2), Dim("columns", min=2)
     shapes = {"images": {0: Dim("batch", min=1), 2: P * rows, 3: P * columns}}
     sample = torch.zeros(2, CHANNELS, 3 * P, 4 * P)
     program = torch.export.export(model, (sample,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, which the file would tell
+        node.meta.pop("stack_trace", None)  # it would put paths of this machine in the file
     return program
 
 
@@ -259,8 +262,8 @@ def _write_onnx(program: ExportedProgram, file: Path, document: str, opset: int)
 
 
 def _write_pt2(program: ExportedProgram, file: Path, document: str) -> None:
-    program.example_inputs = None  # they alone would be pickled
-    content = io.BytesIO()  # torch's own writer aborts the process where a disk is full
+    program.example_inputs = None  # nothing else would be pickled
+    content = io.BytesIO()  # torch's own writer aborts the process if the disk is full
     torch.export.save(program, content, extra_files={"vitral.json": document})
     file.write_bytes(content.getbuffer())
 
@@ -275,19 +278,19 @@ def _open(file: Path) -> Forward:
 def _open_onnx(file: Path) -> Forward:
     import onnxruntime
 
-    onnxruntime.disable_telemetry_events()  # where it was imported before
+    onnxruntime.disable_telemetry_events()  # in case it was imported before
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised as well
+    options.log_severity_level = 4  # errors are raised as well
     session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _cannot_run(error: Exception) -> ExportError:
-    return ExportError(f"the file cannot be run: {' '.join(str(error).split())}")
+    return ExportError(f"the exported file cannot be run: {' '.join(str(error).split())}")
 
 
 def _random_images(config: Config) -> Comparison:
-    """Images of the size trained on, of a larger one and of neither, in batches of 1 and 3."""
+    """Random images of the training size, a larger size and a rectangle, in batches of 1 and 3."""
     P = config.model.patch_size
     grid_size = max(2, config.model.image_size // P)
     larger_grid = grid_size + max(1, grid_size // 2)
@@ -296,15 +299,15 @@ def _random_images(config: Config) -> Comparison:
         (larger_grid * P, larger_grid * P),
         (larger_grid * P, grid_size * P),
     ]
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = [(count, CHANNELS, *size) for size in sizes for count in (1, 3)]
-    batches = [torch.randn(shape, generator=draw) for shape in shapes]
+    batches = [torch.randn(shape, generator=generator) for shape in shapes]
     named = ", ".join(f"{height} by {width}" for height, width in sizes)
     return f"{sum(map(len, batches))} random images, {named}", batches
 
 
 def _validation_images(config: Config, path: str, count: int) -> Comparison:
-    """Images as evaluation sees them, spread evenly over the set."""
+    """Validation images as in evaluation, evenly spaced over the set."""
     data = dataclasses.replace(config.data, path=path)
     dataset = open_dataset(data, config.model.image_size, config.train.seed, train=False)
     assert dataset.val is not None
@@ -320,7 +323,7 @@ def _validation_images(config: Config, path: str, count: int) -> Comparison:
 def _compare(
     what: str, batches: Iterable[Tensor], model: Forward, exported: Forward, bar: tqdm
 ) -> Agreement:
-    """Raises ExportError if the two do not agree."""
+    """Compares outputs on some images; raises ExportError if they do not match."""
     errors, same = [], []
     for images in batches:
         expected = model(images)
@@ -336,5 +339,5 @@ def _compare(
         what, len(same_classes), int(same_classes.sum()), float(torch.stack(errors).max())
     )
     if not agreement.good:
-        raise ExportError(f"the file does not do what the model does: {agreement}")
+        raise ExportError(f"the exported file does not match the model: {agreement}")
     return agreement

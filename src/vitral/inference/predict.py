@@ -1,4 +1,4 @@
-"""What a trained model sees in images: files, or images in memory."""
+"""Classification and embedding of images, from files or in memory."""
 
 from __future__ import annotations
 
@@ -40,29 +40,29 @@ from vitral.storage import replacing
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Format = Literal["text", "json", "csv"]
 T = TypeVar("T")
-_Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the likeliest classes, their probabilities
-_Result = tuple[T | None, str | None]  # what was found in an image, or why it could not be read
+_Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the most likely classes, their probabilities
+_Result = tuple[T | None, str | None]  # result for an image, or why it cannot be read
 CSV_HEADER = "path,rank,class,name,probability,error\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The likeliest classes of an image, the first first; none where it could not be read."""
+    """The most likely classes of an image, best first; empty if it could not be read."""
 
     path: str | None
-    """Of the file; None for an image that came from memory."""
+    """Path of the file; None for an image in memory."""
     classes: tuple[int, ...] = ()
     """Positions in the classes of the weights."""
     names: tuple[str, ...] = ()
-    """Their names, as the weights have them."""
+    """Names of these classes, as stored with the weights."""
     probabilities: tuple[float, ...] = ()
-    """Of those classes, each from 0 to 1."""
+    """Probabilities of these classes, from 0 to 1."""
     error: str | None = None
     """Why the image could not be read."""
 
 
 class Classifier(weights.Weights):
-    """Weights that predict, and say what they see as vectors."""
+    """Weights that classify images and compute their feature vectors."""
 
     def predict(
         self,
@@ -73,22 +73,22 @@ class Classifier(weights.Weights):
         batch_size: int = 64,
         workers: int | None = None,
     ) -> list[Prediction]:
-        """The likeliest classes of each image, in order, on the device where the model is.
+        """Returns the most likely classes of each image, in order, on the device of the model.
 
         Args:
-            images: one or many; each the path of a file, a PIL image, or uint8 RGB as an array or
-                tensor of shape (H, W, 3) or (3, H, W).
-            top: classes of each image.
-            image_size: side of the model's images in pixels; None takes that of training.
-            batch_size: images of a forward pass.
-            workers: decoding processes for files; None takes the cores but one.
+            images: one image or several, each the path of a file, a PIL image, or uint8 RGB as an
+                array or tensor of shape (H, W, 3) or (3, H, W).
+            top: number of classes per image.
+            image_size: side of the model's input, in pixels; None uses the training size.
+            batch_size: images per forward pass.
+            workers: decoding processes for files; None uses all cores but one.
 
         Raises:
-            UserError: for a setting, an array or another object that cannot be used. An image that
-                cannot be read gets a Prediction that says why.
+            UserError: if a setting, an array or another object cannot be used. If an image cannot
+                be read, its Prediction contains the reason.
         """
-        how = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-        return list(predictions(self, _as_list(images), top, **how))
+        options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
+        return list(predictions(self, _as_list(images), top, **options))
 
     @torch.no_grad()
     def embed(
@@ -99,15 +99,17 @@ class Classifier(weights.Weights):
         batch_size: int = 64,
         workers: int | None = None,
     ) -> NDArray[np.float32]:
-        """What the head reads of each image, in order: CLS or the mean patch, after the last norm.
+        """Returns the head's input for each image: CLS or the mean patch, after the last norm.
 
-        For probes, searching and clustering; it takes the arguments of `predict`.
+        These feature vectors are useful for probes, search and clustering. The arguments are those
+        of `predict`.
 
         Returns:
-            (n, D), float32. The row of an image that cannot be read is NaN; `predict` says why.
+            Vectors (n, D), float32, in the order of the images. The row of an image that cannot be
+            read is NaN; `predict` reports why.
 
         Raises:
-            UserError: for a setting, an array or another object that cannot be used.
+            UserError: if a setting, an array or another object cannot be used.
         """
         many = _as_list(images)
         model = for_inference(self.model)
@@ -126,29 +128,29 @@ class Classifier(weights.Weights):
 def load(
     path: str | Path, *, which: weights.Which | None = None, device: str = "cpu"
 ) -> Classifier:
-    """Loads weights for use: `.predict(images)`, `.embed(images)`, `.model`, `.description`.
+    """Loads weights for use with `predict(images)`, `embed(images)`, `model` and `description`.
 
     Args:
-        path: a weight directory, a run directory, whose best weights are taken, or weights on the Hugging
-            Face Hub, as hf-hub:owner/name or hf-hub:owner/name@revision.
-        which: "model" or "ema"; None takes the one that the weights name.
-        device: where the model shall be.
+        path: a weight directory, a run directory, to load its best weights, or weights on the
+            Hugging Face Hub, as hf-hub:owner/name or hf-hub:owner/name@revision.
+        which: "model" or "ema"; None uses the default of the weights.
+        device: device for the model.
 
     Raises:
-        UserError: for a path without weights, corrupt ones, or those of a newer vitral.
+        UserError: if the path has no weights, or they are corrupt or from a newer vitral.
     """
     found = weights.load(path, which=which, device=device)
     return Classifier(found.model, found.description, found.path)
 
 
 def find_images(places: Iterable[str]) -> list[str]:
-    """Paths of the images that files, folders and glob patterns name, in their order.
+    """Returns paths of the images in files, folders and glob patterns, in the given order.
 
-    A folder stands for the images in it and in its folders, sorted; a file for itself, whether it
-    is there or not; `-` for the lines of standard input, each a file or folder.
+    A folder stands for all images in it and its subfolders, sorted; a file for itself, even if it
+    does not exist; `-` for the lines of standard input, each a file or folder.
 
     Raises:
-        UserError: for a place without images.
+        UserError: if one of the places contains no images.
     """
     images: list[str] = []
     for place in places:
@@ -157,13 +159,13 @@ def find_images(places: Iterable[str]) -> list[str]:
             found = [path for line in lines if line for path in _images_in(os.fsdecode(line))]
         elif has_magic(place) and not os.path.lexists(place):
             names = sorted(glob(place, recursive=True), key=os.fsencode)  # noqa: PTH207
-            # With ** a folder and what is in it match both.
+            # With **, both a folder and its content match.
             found = list(dict.fromkeys(path for name in names for path in _images_in(name)))
         else:
             found = _images_in(place)
         if not found:
             expected = f"images ({', '.join(SUFFIXES)})"
-            raise data_error(place, expected, "none", "give files, or a folder that holds some")
+            raise data_error(place, expected, "none", "give files, or a folder that contains some")
         images += found
     return images
 
@@ -187,7 +189,7 @@ def predictions(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Iterator[Prediction]:
-    """What `Classifier.predict` returns, one after the other; it takes the same arguments."""
+    """Yields the results of `Classifier.predict` one by one; takes the same arguments."""
     _check_minimum(1, top=top)
     weights.require_head(source)
     rank = partial(_rank, for_inference(source.model), top)
@@ -231,7 +233,7 @@ def _process_images(
     batch_size: int,
     workers: int | None,
 ) -> Iterator[_Result[T]]:
-    """What `compute` has for each image, from batches (B, C, S, S), normalised, on the device."""
+    """Calls `compute` with normalized batches (B, C, S, S) on the device; one result per image."""
     _check_minimum(1, batch_size=batch_size)
     _check_minimum(0, workers=workers or 0)
     config = source.description.config
@@ -239,7 +241,7 @@ def _process_images(
     starts = range(0, len(images), batch_size)
     batches = [range(first, min(first + batch_size, len(images))) for first in starts]
     if not all(isinstance(image, str | os.PathLike) for image in images):
-        workers = 0  # they are in this process
+        workers = 0  # images in memory stay in this process
     elif workers is None:
         workers = max(0, min(16, available_cores() - 1, len(batches) - 1))
     return _results(dataset, batches, workers, source.model.norm.scale, compute)
@@ -265,7 +267,7 @@ def _results(
 
 
 def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
-    """Side of the model's images, in pixels; raises UserError where patches do not fill it."""
+    """Returns the input size in pixels; raises UserError if patches do not fit."""
     if image_size is None:
         return config.image_size
     P = config.patch_size
@@ -286,7 +288,7 @@ def _rank(model: ViT, top: int, images: Tensor) -> list[_Ranked]:
 
 
 class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
-    """The crops of the images that can be read, and why others cannot; runs in worker processes."""
+    """Crops of the readable images, and errors of the others; runs in worker processes."""
 
     def __init__(self, images: Sequence[ImageLike], config: DataConfig, image_size: int) -> None:
         self.images = images
@@ -310,7 +312,7 @@ class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
 
 
 def to_pixels(image: ImageLike) -> Tensor:
-    """uint8 RGB, shape (3, H, W). Raises OSError, DecodeError, or UserError for an array."""
+    """Returns uint8 RGB (3, H, W); raises OSError, DecodeError, or UserError for an array."""
     if isinstance(image, Image.Image):
         return decode_pillow(image)
     if isinstance(image, str | os.PathLike):
@@ -320,23 +322,23 @@ def to_pixels(image: ImageLike) -> Tensor:
         raise UserError(
             f"images: expected uint8 of shape (H, W, 3) or (3, H, W), got {kind} of shape {shape}"
         )
-    # Copied, as torch takes no array that is read-only or runs backwards.
+    # Copied because torch does not support read-only arrays or negative strides.
     pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.cpu()
     return pixels.permute(2, 0, 1) if shape[2] == 3 else pixels
 
 
 def write(found: Iterable[Prediction], count: int, format: Format, place: Path | None) -> int:
-    """Writes predictions for files as they come, and to standard error what could not be read.
+    """Writes predictions for files as they arrive, and errors to standard error.
 
-    Text has a line for each image that could be read; JSON a line with an object, and CSV lines,
-    for every image.
+    Text has one line for each image that could be read. JSON has one line with an object, and CSV
+    one or more lines, for every image.
 
     Args:
-        count: how many there are, for the progress bar.
-        place: a file, which is there at the end or not at all; None is standard output.
+        count: number of predictions, for the progress bar.
+        place: file to write atomically; None is standard output.
 
     Returns:
-        How many images could be read.
+        Number of images that could be read.
     """
     formats = {"text": _text, "json": _json, "csv": _csv}
     read = 0
