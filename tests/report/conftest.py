@@ -1,4 +1,4 @@
-"""A finished run on digits, which the report's tests share."""
+"""Fixtures of the report tests: a finished run on digits, and its expected predictions."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def answers(run):
-    """Labels and probabilities of the held-out digits, without vitral's input pipeline."""
+    """Labels and probabilities of the held-out digits, computed without vitral's input pipeline."""
     found = weights.load(run)
     data = found.description.config.data
     raw, labels = load_digits(return_X_y=True)

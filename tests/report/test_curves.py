@@ -1,4 +1,4 @@
-"""The picture of loss and accuracy, by what is plotted in it."""
+"""Tests of the lines plotted in the figure of loss and accuracy."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ ROWS = [
 
 @pytest.fixture
 def plotted(tmp_path, monkeypatch):
-    """Draws rows; returns the axes of the loss and of the accuracy."""
+    """A function that plots rows and returns the axes of loss and accuracy."""
     figures, save = [], Figure.savefig
 
     def keep(figure, *given, **options):
@@ -46,14 +46,14 @@ def test_each_column_is_a_line_over_epochs(plotted):
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["top-1", "top-5"]
 
 
-def test_moving_averages_have_lines_of_their_own(plotted):
+def test_moving_averages_have_separate_lines(plotted):
     loss, accuracy = plotted([{"epoch": 1.0, "ema_loss": 0.5, "ema_top1": 0.125}])
     assert lines(loss) == {"validation, EMA": [[1, 0.5]]}
     assert lines(accuracy) == {"top-1, EMA": [[1, 12.5]]}
-    assert loss.get_legend() is None  # the title says what a single line is
+    assert loss.get_legend() is None  # the title identifies a single line
 
 
-def test_a_point_without_neighbors_can_be_seen(plotted):
+def test_short_lines_have_markers(plotted):
     for rows, marker in ((ROWS[:1], "."), (ROWS[:2], "."), (ROWS, "None")):
         assert plotted(rows)[0].lines[0].get_marker() == marker
 

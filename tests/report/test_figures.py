@@ -1,4 +1,4 @@
-"""Charts: lines lie where their values are, and axes hold them."""
+"""Tests of charts: positions of lines, and ranges of axes."""
 
 import re
 
@@ -69,5 +69,5 @@ def test_reliability_draws_accuracy_and_confidence():
     svg = str(reliability([(0.2, 4, 0.15, 0.5), (1.0, 16, 0.97, 1.0)]))
     heights = [float(h) for h in re.findall(r'class="bar".*?height="([\d.]+)"', svg)]
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
-    marks = [float(y) for y in re.findall(r'class="said" d="M[\d.]+ ([\d.]+)H', svg)]
+    marks = [float(y) for y in re.findall(r'class="confidence" d="M[\d.]+ ([\d.]+)H', svg)]
     assert 216 - marks[0] == pytest.approx(0.15 * heights[1], abs=0.2)

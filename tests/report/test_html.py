@@ -1,4 +1,4 @@
-"""The page of a run: its figures against the log and a plain computation, its form, its holes."""
+"""Tests of the report: values against the log and a plain loop, markup, and missing data."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ CSS = Path(__file__).parents[2] / "src/vitral/report/pages/report.css"
 
 
 class Page(HTMLParser):
-    """A page taken apart; an element that is not closed in its place is an error."""
+    """A parsed page; asserts that all elements are closed in the right order."""
 
     def __init__(self, path):
         super().__init__()
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 
 def check_form(page):
-    """What holds for every page: it stands alone, and can be read by a machine."""
+    """Checks that a page is self-contained and accessible."""
     ids = [given["id"] for _, given in page.elements if "id" in given]
     assert len(ids) == len({*ids})
     for tag, given in page.elements:
@@ -100,7 +100,7 @@ def check_form(page):
 
 
 def copy(run, place, *, rows=None):
-    """The run directory again, with other log rows."""
+    """Copies a run directory, optionally with other log rows."""
     shutil.copytree(run, place)
     if rows is not None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -139,11 +139,11 @@ def test_the_summary_matches_the_log(run, page):
     assert "not finished" not in page.words[None]
 
 
-def test_settings_show_what_differs_first(page):
+def test_settings_that_differ_from_the_defaults_come_first(page):
     changed = [row for row in page.cells["configuration"] if len(row) == 3]
     assert ["train.epochs", "4", "90"] in changed
     assert ["train.ema_decay", "0.9", "0"] in changed
-    assert all(here != default for _, here, default in changed[1:])
+    assert all(value != default for _, value, default in changed[1:])
     every = [row for row in page.cells["configuration"] if len(row) == 2]
     assert ["train.seed", "0"] in every
     assert ["model.qkv_bias", "yes"] in every
@@ -193,21 +193,21 @@ def test_confusions_come_with_their_images(page, answers):
         if pair[0] != pair[1]:
             pairs[pair] = pairs.get(pair, 0) + 1
     ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:12]
-    expected = [f"{a} taken for {b} {n} image{'s' * (n > 1)}" for (a, b), n in ordered]
+    expected = [f"{a} predicted as {b} {n} image{'s' * (n > 1)}" for (a, b), n in ordered]
     assert " ".join(expected) in page.words["confusion"]
-    shown = [f"{a}, taken for {b}" for (a, b), n in ordered for _ in range(min(n, 4))]
+    shown = [f"{a}, predicted as {b}" for (a, b), n in ordered for _ in range(min(n, 4))]
     alternatives = [image["alt"] for image in page.all("img")]
     assert alternatives[: len(shown)] == shown
 
 
 def predictions_of(run, classes, seed=0, count=600):
-    """Made up ones, for any number of classes."""
-    draw = np.random.default_rng(seed)
+    """Random predictions for any number of classes."""
+    rng = np.random.default_rng(seed)
     labels = np.arange(count) % len(classes)
-    guesses = np.where(draw.random(count) < 0.5, labels, draw.integers(0, len(classes), count))
+    guesses = np.where(rng.random(count) < 0.5, labels, rng.integers(0, len(classes), count))
     rest = (guesses[:, None] + np.arange(min(5, len(classes)))) % len(classes)
-    pixels = torch.from_numpy(draw.integers(0, 256, (count, 3, 8, 8), np.uint8))
-    scores = Scores(classes, labels, rest, draw.random(count), draw.random(count))
+    pixels = torch.from_numpy(rng.integers(0, 256, (count, 3, 8, 8), np.uint8))
+    scores = Scores(classes, labels, rest, rng.random(count), rng.random(count))
     return Predictions(scores, Pixels(pixels, labels), weights.load(run))
 
 
@@ -259,29 +259,29 @@ def test_wnids_are_shown_with_their_names(run, tmp_path):
     assert "truth: tench n01440764" in page.words["mistakes"]
 
 
-def test_no_mistakes_and_one_image(run, tmp_path):
+def test_a_single_image_without_mistakes(run, tmp_path):
     one = predictions_of(run, ("a", "b"), count=1)
     right = Scores(("a", "b"), np.array([0]), np.array([[0, 1]]), np.ones(1), np.zeros(1))
     page = write(run, tmp_path / "page.html", dataclasses.replace(one, scores=right))
-    assert "No image was taken for another class" in page.words["confusion"]
-    assert "There is none" in page.words["mistakes"]
+    assert "No images are misclassified" in page.words["confusion"]
+    assert "There are no mistakes" in page.words["mistakes"]
 
 
 @pytest.mark.parametrize(
     ("data", "reason"), [("/nowhere", "nothing of that name"), ("synthetic", "is not the set")]
 )
-def test_everything_else_is_shown_without_the_images(run, page, tmp_path, capsys, data, reason):
+def test_other_sections_are_shown_without_the_images(run, page, tmp_path, capsys, data, reason):
     out = tmp_path / "new" / "page.html"
     assert main(["report", str(run), "--data", data, "--out", str(out)]) == 0
-    partly = check_form(Page(out))
+    partial = check_form(Page(out))
     for section in ("classes", "confusion", "mistakes", "calibration"):
-        assert reason in partly.words[section]
+        assert reason in partial.words[section]
     assert reason in capsys.readouterr().err
     for section in ("summary", "curves", "cost", "configuration", "environment"):
-        assert partly.words[section] == page.words[section]
+        assert partial.words[section] == page.words[section]
 
 
-def test_a_run_without_ema(run, tmp_path):
+def test_the_summary_of_a_run_without_ema_omits_it(run, tmp_path):
     rows = [
         {k: v for k, v in r.items() if "ema" not in k} for r in read_rows(run / "metrics.jsonl")
     ]
@@ -291,7 +291,7 @@ def test_a_run_without_ema(run, tmp_path):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_an_unfinished_run(run, tmp_path, count):
+def test_an_unfinished_run_has_a_report(run, tmp_path, count):
     rows = read_rows(run / "metrics.jsonl")[:count]
     folder = copy(run, tmp_path / "run", rows=rows)
     shutil.rmtree(folder / "weights")
@@ -304,7 +304,9 @@ def test_an_unfinished_run(run, tmp_path, count):
     assert "no weights found" in page.words["mistakes"]
     assert "env.json cannot be read" in page.words[None]
     assert "no train_batch.jpg" in page.words["batch"]
-    assert len(page.all("polyline")) == (10 if count > 1 else 5 * count)  # one in each legend too
+    assert len(page.all("polyline")) == (
+        10 if count > 1 else 5 * count
+    )  # including one in each legend
     assert len(page.all("circle")) == (5 if count == 1 else 0)
 
 
@@ -332,7 +334,7 @@ def test_several_runs_are_compared(run, tmp_path, monkeypatch):
     assert main(["report", str(run), str(other)]) == 0
     page = check_form(Page(Path("report.html")))
     assert page.cells["configuration"] == [
-        ["setting", str(run), str(other)],  # by their paths, as the names are alike
+        ["setting", str(run), str(other)],  # paths, because the names are the same
         ["optim.lr", "0.003", "0.5"],
     ]
     first, second = page.cells["results"][1:]
@@ -396,7 +398,7 @@ def rgb(color):
 
 
 def contrast(a, b):
-    """WCAG 2.2."""
+    """Contrast ratio of WCAG 2.2."""
 
     def luminance(color):
         linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
@@ -407,20 +409,20 @@ def contrast(a, b):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_contrast(scheme):
+def test_colors_have_enough_contrast(scheme):
     colors = {name: rgb(value) for name, value in palettes()[scheme].items()}
     assert len(colors) == 14
-    for ground in ("--page", "--panel"):
-        for ink in ("--text", "--muted", "--good", "--bad", "--done"):
-            assert contrast(colors[ink], colors[ground]) >= 4.5, (ink, ground)
+    for background in ("--page", "--panel"):
+        for text in ("--text", "--muted", "--good", "--bad", "--done"):
+            assert contrast(colors[text], colors[background]) >= 4.5, (text, background)
         for number in range(6):
-            assert contrast(colors[f"--s{number}"], colors[ground]) >= 4.5
-    for tint, opacity, ground in (
+            assert contrast(colors[f"--s{number}"], colors[background]) >= 4.5
+    for tint, opacity, background in (
         ("--good", 0.45, "--panel"),
         ("--bad", 0.45, "--panel"),
         ("--good", 0.3, "--page"),
     ):
-        mixed = opacity * colors[tint] + (1 - opacity) * colors[ground]
+        mixed = opacity * colors[tint] + (1 - opacity) * colors[background]
         assert contrast(colors["--text"], mixed) >= 4.5, tint
 
 

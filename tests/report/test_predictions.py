@@ -1,4 +1,4 @@
-"""The best weights of a run on its validation images."""
+"""Tests of evaluating the best weights of a run on its validation images."""
 
 import shutil
 
@@ -24,7 +24,7 @@ def test_scores_match_a_plain_loop(predictions, answers):
     np.testing.assert_allclose(scores.confidence, probabilities.amax(1), atol=1e-5)
 
 
-def test_the_best_weights_of_the_run_made_them(run, predictions):
+def test_predictions_are_from_the_best_weights(run, predictions):
     best = read_run(run).best
     assert best is not None
     kind, row = best
@@ -33,8 +33,8 @@ def test_the_best_weights_of_the_run_made_them(run, predictions):
 
 
 def test_the_images_may_have_moved_but_not_changed(run, predictions):
-    again = evaluate_best(read_run(run), "digits")
-    assert again.scores.ranked.tolist() == predictions.scores.ranked.tolist()
+    moved = evaluate_best(read_run(run), "digits")
+    assert moved.scores.ranked.tolist() == predictions.scores.ranked.tolist()
     with pytest.raises(UserError, match="synthetic is not the set that the run was trained on"):
         evaluate_best(read_run(run), "synthetic")
 

@@ -1,1 +1,1 @@
-"""Pictures of a run."""
+"""Reports and figures of training runs."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a run, drawn from the rows of its metrics log."""
+"""Plots the loss and accuracy of a run from the rows of its metrics log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rows = Sequence[Mapping[str, float]]
 
 
 def draw(path: Path, rows: Rows) -> None:
-    """Writes the picture."""
+    """Plots the rows and saves the figure."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     _line(loss, rows, "loss", "training")

@@ -1,4 +1,4 @@
-"""Charts as SVG that stands in a page: text and lines take the page's colours, light or dark."""
+"""Charts as inline SVG whose text and lines use the colors of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from matplotlib.ticker import MaxNLocator
 
 from vitral.evaluation.scores import BINS
 
-NUM_COLORS = 6  # that report.css has, as .s0 to .s5
+NUM_COLORS = 6  # defined in report.css as .s0 to .s5
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 54, 386, 10, 216  # of the area that is drawn in
-NUM_BUCKETS = 300  # buckets that a longer line is thinned to
+LEFT, RIGHT, TOP, BOTTOM = 54, 386, 10, 216  # bounds of the plot area
+NUM_BUCKETS = 300  # for downsampling long lines
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart."""
+    """A line in a chart."""
 
     label: str
     points: Points
-    """x and y, x rising."""
+    """Pairs of x and y in ascending order of x."""
     color: int = 0
     dashed: bool = False
 
     @property
     def css(self) -> str:
-        """The classes that style it."""
+        """CSS classes of the line."""
         return f"s{self.color % NUM_COLORS}" + (" dashed" if self.dashed else "")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over epochs."""
+    """A chart of values over epochs."""
 
     title: str
     unit: str
@@ -46,13 +46,13 @@ class Chart:
 
     @property
     def svg(self) -> Markup:
-        """The drawing; its label says where each line begins and ends."""
+        """The chart as SVG; its label contains the first and last value of each line."""
         curves = [
             downsample([p for p in line.points if math.isfinite(p[1])]) for line in self.lines
         ]
         everything = [point for points in curves for point in points]
         if not everything:
-            return Markup('<p class="empty">No value yet.</p>')
+            return Markup('<p class="empty">No values yet.</p>')
         low = 0.0 if self.from_zero else min(y for _, y in everything)
         x = Axis.exact(0.0, max(x for x, _ in everything), LEFT, RIGHT)
         y = Axis.rounded(low, max(y for _, y in everything), BOTTOM, TOP)
@@ -74,7 +74,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from values to places in the drawing."""
+    """A scale that maps values to positions in the drawing."""
 
     low: float
     high: float
@@ -84,25 +84,25 @@ class Axis:
 
     @classmethod
     def exact(cls, low: float, high: float, begin: float, end: float) -> Axis:
-        """From `low` to `high`."""
+        """Returns an axis from `low` to `high`."""
         ticks = [tick for tick in _round_values(low, high) if low <= tick <= high]
         return cls(low, high, ticks, begin, end)
 
     @classmethod
     def rounded(cls, low: float, high: float, begin: float, end: float) -> Axis:
-        """From the last round value before `low` to the first behind `high`; one alone from 0."""
-        if low == high:  # what is above it there may not be, as of 100%
+        """Returns an axis between round values; if `low` equals `high`, it includes 0."""
+        if low == high:  # values above may be impossible, as above 100%
             low, high = min(low, 0.0), max(high, 0.0) or float(not low)
         ticks = _round_values(low, high)
         return cls(ticks[0], ticks[-1], ticks, begin, end)
 
     def position(self, value: float) -> float:
-        """Where a value lies."""
+        """Returns the position of a value."""
         fraction = (value - self.low) / (self.high - self.low)
         return self.begin + fraction * (self.end - self.begin)
 
     def grid(self, vertical: bool) -> list[str]:
-        """Lines and their numbers."""
+        """Returns grid lines and their labels."""
         parts = []
         for tick in self.ticks:
             at = f"{self.position(tick):.1f}"
@@ -116,10 +116,10 @@ class Axis:
 
 
 def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
-    """Accuracy over confidence, with the diagonal of a model that is right as often as it says.
+    """Draws accuracy over confidence, with the diagonal of perfect calibration.
 
     Args:
-        bins: as `Scores.reliability` gives them.
+        bins: bins from `Scores.reliability`.
     """
     x, y = Axis.exact(0.0, 1.0, LEFT, RIGHT), Axis.exact(0.0, 1.0, BOTTOM, TOP)
     parts = [*x.grid(vertical=True), *y.grid(vertical=False), _caption("confidence")]
@@ -130,14 +130,14 @@ def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
         parts.append(
             f'<rect class="bar" x="{begin:.1f}" y="{top:.1f}" width="{end - begin:.1f}" '
             f'height="{BOTTOM - top:.1f}" opacity="{0.3 + 0.7 * (count / most) ** 0.5:.2f}"/>'
-            f'<path class="said" d="M{begin:.1f} {confidence_y:.1f}H{end:.1f}"/>'
+            f'<path class="confidence" d="M{begin:.1f} {confidence_y:.1f}H{end:.1f}"/>'
         )
     parts.append(f'<path class="diagonal" d="M{LEFT} {BOTTOM}L{RIGHT} {TOP}"/>')
-    return _svg("Accuracy of the predictions, over the confidence they are made with", parts)
+    return _svg("Accuracy of the predictions over their confidence", parts)
 
 
 def downsample(points: Points) -> Points:
-    """About 600 of the points at most, with the least and the greatest of each stretch."""
+    """Returns about 600 points at most, with the smallest and the largest of each stretch."""
     if len(points) <= 2 * NUM_BUCKETS:
         return points
     size = -(-len(points) // NUM_BUCKETS)
@@ -149,7 +149,7 @@ def downsample(points: Points) -> Points:
 
 
 def number(value: float) -> str:
-    """Four digits, with separators for thousands: 0.0003, 2.187, 12,500."""
+    """Formats a value with four digits or thousands separators: 0.0003, 2.187, 12,500."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

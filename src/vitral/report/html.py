@@ -1,4 +1,4 @@
-"""report.html: a run, or several beside each other, as one page that needs nothing but itself."""
+"""Writes report.html: a self-contained page about a run, or a comparison of several runs."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from vitral.report.thumbnails import attention_pictures, data_uri, thumbnail
 from vitral.rundir import Row, Run, RunDir, duration
 from vitral.storage import replacing
 
-MAX_MATRIX_CLASSES = 50  # that a full confusion matrix is shown for
-MAX_LISTED_CLASSES = 20  # above that the ten best and the ten worst
+MAX_MATRIX_CLASSES = 50  # limit for showing the full confusion matrix
+MAX_LISTED_CLASSES = 20  # above this, only the ten best and the ten worst
 MAX_PAIRS, IMAGES_PER_PAIR = 12, 4
 MAX_MISTAKES = 24
 NUM_ATTENTION_IMAGES = 8  # images whose attention is shown
-MAX_PICTURE_SIZE = 1100  # pixels of the augmented batch
+MAX_PICTURE_SIZE = 1100  # of the augmented batch, in pixels
 
 
 def write_report(run: Run, out: Path, predictions: Predictions | None, missing: str = "") -> None:
-    """Writes the page of a run.
+    """Writes the report of a run.
 
     Args:
-        run: as `read_run` gives it.
-        out: the file to write.
-        predictions: what the run's weights say of the validation images.
+        run: run from `read_run`.
+        out: file to write.
+        predictions: predictions of the run's weights for the validation images.
         missing: why there are no predictions.
     """
     settings, defaults = flatten(run.config), flatten(Config())
@@ -62,14 +62,14 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
 
 
 def write_comparison(runs: Sequence[Run], out: Path) -> None:
-    """Writes a page of several runs: results, curves in one picture, and settings that differ."""
+    """Writes a comparison of runs: results, curves in shared charts, and settings that differ."""
     names = _names(runs)
     settings = [flatten(run.config) for run in runs]
     columns = {key: [each[key] for each in settings] for key in settings[0] if key != "train.out"}
     _write(
         out,
         "comparison.html",
-        title=f"{len(runs)} runs compared",
+        title=f"Comparison of {len(runs)} runs",
         runs=list(zip(names, runs, strict=True)),
         colors=NUM_COLORS,
         different={k: v for k, v in columns.items() if any(value != v[0] for value in v)},
@@ -79,31 +79,32 @@ def write_comparison(runs: Sequence[Run], out: Path) -> None:
 
 @dataclass(frozen=True)
 class PredictionReport:
-    """The part of a page that is about single predictions."""
+    """Contents of the report about individual predictions."""
 
     predictions: Predictions
 
     @property
     def scores(self) -> Scores:
-        """The scores themselves."""
+        """Scores of the predictions."""
         return self.predictions.scores
 
     @property
     def model(self) -> str:
-        """Which weights made the predictions."""
-        path, known = self.predictions.weights.path, self.predictions.weights.description
-        kind = "EMA" if known.default == "ema" else "raw"
-        return f"weights/{path.name} ({kind}, step {known.metrics['step']:,.0f})"
+        """Description of the weights that made the predictions."""
+        weights = self.predictions.weights
+        kind = "EMA" if weights.description.default == "ema" else "raw"
+        step = weights.description.metrics["step"]
+        return f"weights/{weights.path.name} ({kind}, step {step:,.0f})"
 
     @property
     def images(self) -> str:
-        """What was predicted, in words."""
+        """Description of the images."""
         held_out = self.predictions.weights.description.config.data.hold_out
         return "held-out training images" if held_out else "validation images"
 
     @cached_property
     def per_class(self) -> dict[str, list[tuple[str, int, float, float]]]:
-        """Tables of classes by title, the best first; above 20 classes their two ends."""
+        """Tables of classes by title; above 20 classes, only the best and the worst."""
         rows = sorted(self.scores.per_class(), key=lambda row: -row[2])
         if len(rows) <= MAX_LISTED_CLASSES:
             return {"All classes": rows}
@@ -111,7 +112,7 @@ class PredictionReport:
 
     @cached_property
     def matrix(self) -> list[list[tuple[int, int]]] | None:
-        """Images, and their share of the true class in percent, by true and predicted class."""
+        """Number of images and percentage of the true class, by true and predicted class."""
         if len(self.scores.classes) > MAX_MATRIX_CLASSES:
             return None
         counts = self.scores.confusion()
@@ -121,7 +122,7 @@ class PredictionReport:
 
     @cached_property
     def pairs(self) -> list[tuple[str, str, int, list[dict[str, Any]]]]:
-        """True class, predicted class and images of the commonest confusions, with examples."""
+        """True class, predicted class, images and examples of the most frequent confusions."""
         scores, found = self.scores, []
         for truth, other, count in scores.confused_pairs()[:MAX_PAIRS]:
             a, b = scores.classes.index(truth), scores.classes.index(other)
@@ -131,17 +132,17 @@ class PredictionReport:
 
     @cached_property
     def mistakes(self) -> list[dict[str, Any]]:
-        """The wrong predictions of the greatest confidence."""
+        """The most confident wrong predictions."""
         return self._shown(np.flatnonzero(~self.scores.hits(1)), MAX_MISTAKES)
 
     @cached_property
     def attention(self) -> list[dict[str, Any]]:
-        """A few images from all over the set, and what of them the model attends to."""
+        """Images evenly spaced over the set, and what the model attends to in them."""
         records, found = self.predictions.records, []
         for i in np.unique(np.linspace(0, len(records) - 1, NUM_ATTENTION_IMAGES).astype(int)):
             pictures = attention_pictures(self.predictions.weights, records, int(i))
             if pictures is not None:
-                found.append({"seen": pictures[0], "lit": pictures[1], **self._caption(i)})
+                found.append({"input": pictures[0], "lit": pictures[1], **self._caption(i)})
         return found
 
     @cached_property
@@ -150,14 +151,14 @@ class PredictionReport:
         return reliability(self.scores.reliability())
 
     def _shown(self, indices: NDArray[np.int64], count: int) -> list[dict[str, Any]]:
-        """The most confident of some images, with what is said below each."""
+        """Returns the most confident of the given images, with their captions."""
         scores = self.scores
         order = np.argsort(-scores.confidence[indices], kind="stable")[:count]
         records = self.predictions.records
         return [{"picture": thumbnail(records, int(i)), **self._caption(i)} for i in indices[order]]
 
     def _caption(self, i: int) -> dict[str, Any]:
-        """The true class of image i, and what is predicted."""
+        """Returns the true class of image i and its prediction."""
         scores = self.scores
         return {
             "truth": scores.classes[scores.labels[i]],
@@ -169,7 +170,7 @@ class PredictionReport:
 def _write(out: Path, template: str, **content: Any) -> None:
     pages = Environment(
         loader=PackageLoader("vitral.report", "pages"),
-        autoescape=True,  # names of classes, paths and settings are anybody's
+        autoescape=True,  # names of classes, paths and settings are untrusted
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -182,7 +183,7 @@ def _write(out: Path, template: str, **content: Any) -> None:
 
 
 def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
-    """Six charts; of several runs each has a colour, of one each quantity."""
+    """Returns six charts; colors identify runs if there are several, else quantities."""
     several = len(runs) > 1
 
     def chart(title: str, unit: str, factor: float, zero: bool, **columns: str) -> Chart:
@@ -204,30 +205,31 @@ def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
         chart("Accuracy", "top-1, %", 100, False, val_top1="raw weights", ema_top1="EMA"),
         chart("Learning rate", "", 1, True, lr="learning rate"),
         chart("Gradient norm", "before clipping", 1, True, grad_norm="gradient norm"),
-        chart("Throughput", "images/s", 1, True, images_per_second="images a second"),
-        chart("Waiting for data", "% of the time", 100, True, data_wait="waiting"),
+        chart("Throughput", "img/s", 1, True, images_per_second="throughput"),
+        chart("Data wait", "% of the time", 100, True, data_wait="data wait"),
     ]
 
 
 def _cost(run: Run) -> dict[str, str]:
-    """What the run took, by name."""
+    """Returns the cost of the run, by name."""
     if not run.rows:
         return {}
-    last, known = run.rows[-1], run.environment
+    last, environment = run.rows[-1], run.environment
     cost = {"Images seen": f"{last['images']:,.0f}"}
-    flops = known.get("training_flops_per_image")
+    flops = environment.get("training_flops_per_image")
     if flops:
         qualifier = "at most " if run.config.train.progressive else ""
         work = f"{flops * last['images']:.3g}".replace("e+", "e")
-        cost["Floating-point operations"] = f"{qualifier}{work}, three forward passes an image"
-    processes = known.get("resolved", {}).get("processes", 1)
-    device = known.get("gpu") or f"CPU with {known.get('cpu_cores', '?')} cores"
+        formula = "three forward passes per image"
+        cost["Floating-point operations"] = f"{qualifier}{work}, counted as {formula}"
+    processes = environment.get("resolved", {}).get("processes", 1)
+    device = environment.get("gpu") or f"CPU with {environment.get('cpu_cores', '?')} cores"
     hours = last["seconds"] * processes / 3600
     cost["Device hours"] = f"{hours:,.3g} on {processes} x {device}"
     if "energy_kwh" in last:
-        cost["Energy"] = f"{last['energy_kwh']:.3g} kWh of the GPUs, by the driver"
+        cost["Energy"] = f"{last['energy_kwh']:.3g} kWh for the GPUs, measured by the driver"
     if "mfu" in last:
-        cost["Model FLOPs utilisation"] = f"{last['mfu']:.0%} in the last log row"
+        cost["Model FLOPs utilization"] = f"{last['mfu']:.0%} in the last log row"
     return cost
 
 
@@ -235,26 +237,26 @@ def _size(config: Config) -> str:
     dim, depth, heads, kv_heads = config.model.shape
     return (
         f"{counted(depth, 'block')} of width {dim}, {counted(heads, 'head')} ({kv_heads} for keys "
-        "and values), "
-        f"patches of {config.model.patch_size} on images of {config.model.image_size} pixels"
+        f"and values), patch size {config.model.patch_size} and image size "
+        f"{config.model.image_size}"
     )
 
 
 def _command(environment: Mapping[str, Any]) -> list[str]:
-    """The words that started the run, as a shell takes them."""
+    """Returns the words of the command that started the run, quoted for a shell."""
     program, *words = environment.get("command") or [""]
     name = Path(program).name.replace("__main__.py", "vitral")
     return [shlex.quote(word) for word in (name, *words)] if name else []
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' own names, or where two are alike their paths."""
+    """Returns the names of the run directories, or their paths if two names are the same."""
     names = [printable(run.path.resolve().name) for run in runs]
     return names if len(set(names)) == len(names) else [printable(run.path) for run in runs]
 
 
 def _flattened(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested facts as one table."""
+    """Flattens nested facts into one table."""
     table = {}
     for key, value in facts.items():
         table |= _flattened(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -270,7 +272,7 @@ def _picture(path: Path) -> tuple[str, int, int] | None:
 
 
 def _value(value: Any) -> str:
-    """A setting as a person would write it."""
+    """Formats a setting for readers."""
     if isinstance(value, tuple | list):
         return " ".join(map(_value, value)) or "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The best weights of a run, evaluated on the images that it validates on."""
+"""Evaluates the best weights of a run on its validation images."""
 
 from __future__ import annotations
 
@@ -21,37 +21,38 @@ from vitral.weights import Weights, load
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of the validation images."""
+    """Predictions of a model for the validation images."""
 
     scores: Scores
     records: Records
     """The images, in the order of the scores."""
     weights: Weights
-    """What said it."""
+    """The weights that made the predictions."""
 
 
 def evaluate_best(run: Run, data: str | None = None) -> Predictions:
-    """Runs the best weights over the validation images of the run.
+    """Evaluates the best weights of a run on its validation images.
 
     Args:
-        data: where they are now; None takes the path that the weights name.
+        data: current path of the data set; None uses the path stored with the weights.
 
     Raises:
-        UserError: if weights or data cannot be read, or the data are others.
+        UserError: if weights or data cannot be read, or the data set is not that of the run.
     """
     device = pick_device("auto")
-    found = load(run.path, device=str(device))
-    known = found.description
-    settings = dataclasses.replace(known.config.data, path=data_path(known, data), workers=None)
-    config = dataclasses.replace(known.config, data=settings)
+    weights = load(run.path, device=str(device))
+    description = weights.description
+    path = data_path(description, data)
+    settings = dataclasses.replace(description.config.data, path=path, workers=None)
+    config = dataclasses.replace(description.config, data=settings)
     dataset = open_dataset(settings, config.model.image_size, config.train.seed)
-    if dataset.fingerprint != known.fingerprint:
+    if dataset.fingerprint != description.fingerprint:
         raise UserError(f"data: {settings.path} is not the set that the run was trained on")
     records = dataset.val
     assert records is not None
     workers = resolve_workers(settings, records)
     batches = eval_batches(records, config, EVAL_BATCH, workers, device)
     total = -(-len(records) // EVAL_BATCH)
-    checked = tqdm(batches, "evaluating", total, leave=False, disable=None)
-    scores = measure(found.model, checked, dataset.classes)
-    return Predictions(scores, records, found)
+    batches = tqdm(batches, "evaluating", total, leave=False, disable=None)
+    scores = measure(weights.model, batches, dataset.classes)
+    return Predictions(scores, records, weights)

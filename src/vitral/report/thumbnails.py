@@ -1,4 +1,4 @@
-"""Single images of a set, small enough to stand in a page."""
+"""Small images for embedding in a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THUMBNAIL_SIZE = 112  # pixels of the longer side
 
 
 def thumbnail(records: Records, index: int) -> str | None:
-    """A whole image of the set as a data URI; None if it cannot be read."""
+    """Returns an image of the set, uncropped, as a data URI; None if it cannot be read."""
     try:
         if isinstance(records, Pixels):
             image = _image(records.images[index])
@@ -37,23 +37,24 @@ def thumbnail(records: Records, index: int) -> str | None:
 
 
 def data_uri(image: Image.Image, size: int) -> str:
-    """An image as a JPEG of `size` pixels at its longer side, in an address that holds it.
+    """Encodes an image as a JPEG whose longer side has at most `size` pixels, in a data URI.
 
-    A small one is enlarged by a whole number without being blurred.
+    Small images are enlarged by an integer factor without blurring.
     """
     factor = size / max(image.size)
-    smooth = Image.Resampling.LANCZOS
-    how, factor = (Image.Resampling.NEAREST, int(factor)) if factor > 1 else (smooth, factor)
+    resampling = Image.Resampling.LANCZOS
+    if factor > 1:
+        resampling, factor = Image.Resampling.NEAREST, int(factor)
     W, H = (max(1, round(length * factor)) for length in image.size)
     content = io.BytesIO()
-    image.convert("RGB").resize((W, H), how).save(content, "JPEG", quality=80, optimize=True)
+    image.convert("RGB").resize((W, H), resampling).save(content, "JPEG", quality=80, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:
-    """What the model sees of an image, and the same lit by attention rollout, as data URIs.
+    """Returns the model's input, and the same image lit by attention rollout, as data URIs.
 
-    None if the image cannot be read.
+    Returns None if the image cannot be read.
     """
     config = weights.description.config
     (fetched,) = fetch_eval_crops(records, config, [np.array([index])], 0, torch.device("cpu"))
@@ -66,11 +67,11 @@ def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[
     flow = read(weights.model, rollout(attention)).view(1, 1, grid, grid).cpu()
     light = F.interpolate(flow, images.shape[-2:], mode="bilinear")[0]
     light = (light - light.min()) / (light.max() - light.min()).clamp_min(1e-9)
-    seen = fetched.images[0]
-    lit = (seen * (0.15 + 0.85 * light)).to(torch.uint8)
-    return data_uri(_image(seen), THUMBNAIL_SIZE), data_uri(_image(lit), THUMBNAIL_SIZE)
+    original = fetched.images[0]
+    lit = (original * (0.15 + 0.85 * light)).to(torch.uint8)
+    return data_uri(_image(original), THUMBNAIL_SIZE), data_uri(_image(lit), THUMBNAIL_SIZE)
 
 
 def _image(pixels: Tensor) -> Image.Image:
-    """Of shape (3, H, W), uint8."""
+    """Converts uint8 pixels, (3, H, W)."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
