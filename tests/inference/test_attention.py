@@ -60,9 +60,8 @@ def test_weights_recombine_to_the_output_of_each_layer(options, dtype):
         tolerance = 1e-4 if dtype == torch.float32 else 1e-12
         torch.testing.assert_close(recombined, output, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(logits, model(images))
-    assert all(
-        len(block.attention._forward_hooks) == 1 for block in model.blocks
-    )  # only the one above
+    # Only the hooks of this test are left.
+    assert all(len(block.attention._forward_hooks) == 1 for block in model.blocks)
 
 
 def test_a_layer_with_another_formula_is_detected():

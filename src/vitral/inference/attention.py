@@ -82,7 +82,7 @@ def rollout(weights: Sequence[Tensor]) -> Tensor:
 
 
 def read(model: ViT, weights: Tensor) -> Tensor:
-    """Returns the attention of the tokens that the head reads to each patch.
+    """Returns the attention to each patch from the tokens that the head reads.
 
     This is the row of the CLS token or, if the head reads the mean of the patches, the mean of
     their rows.
@@ -91,7 +91,7 @@ def read(model: ViT, weights: Tensor) -> Tensor:
         weights: attention or rollout, (..., N, N).
 
     Returns:
-        Weights (..., patches); the remainder to one belongs to the CLS token and the registers.
+        Weights (..., patches); the rest of the attention is to the CLS token and the registers.
     """
     read_by = slice(0, 1) if model.config.pooling == "cls" else slice(model.num_prefix, None)
     return weights[..., read_by, model.num_prefix :].mean(-2)
@@ -138,10 +138,10 @@ class Curve(NamedTuple):
 
 @torch.inference_mode()
 def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
-    """Computes the probability of a class as patches are replaced with the mean color, in order.
+    """Computes the probability of a class as patches are deleted, in order.
 
-    A meaningful map puts the patches that the prediction depends on first, which makes the area
-    under the curve small (Petsiuk et al. 2018).
+    Deleted patches get the mean color of the image. A meaningful map puts the patches that the
+    prediction depends on first, which makes the area under the curve small (Petsiuk et al. 2018).
 
     Args:
         image: normalized, (C, H, W).
@@ -164,10 +164,11 @@ def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
 
 @torch.inference_mode()
 def insertion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
-    """Computes the probability of a class as patches are revealed over the mean color, in order.
+    """Computes the probability of a class as patches are inserted into a blank image, in order.
 
-    A meaningful map makes the area under the curve large. The curve is that of deletion in reverse
-    order, read backwards, so the mean of both areas over random orders is the same.
+    The blank image has the mean color of the image. A meaningful map makes the area under the curve
+    large. The curve is that of deletion in reverse order, read backwards, so the mean of both areas
+    over random orders is the same.
     """
     fractions, probabilities = deletion(model, image, target, order.flip(0))
     return Curve(1 - fractions.flip(0), probabilities.flip(0))

@@ -121,13 +121,12 @@ def explain(
     Args:
         weights: weights from `load`; everything is computed on the device of the model.
         image: uint8, (3, H, W), of any size; the model sees its central square.
-        layer: layer of the maps of single layers, counted from 0; None uses the last.
+        layer: layer of the maps of heads and patch, counted from 0; None uses the last.
         patch: row and column, counted from 0; None uses the most attended patch in that layer.
         image_size: side of the model's input, in pixels; None uses the training size.
 
     Raises:
-        UserError: if the model does not have the layer or patch, or does not support the image
-            size.
+        UserError: if the model does not support the layer, the patch or the image size.
     """
     model, config = weights.model, weights.description.config
     size = resolve_image_size(config.model, image_size)
@@ -223,8 +222,7 @@ def save(explanation: Explanation, directory: Path, name: str) -> None:
 def _png(figure: Figure) -> bytes:
     box = io.BytesIO()
     with warnings.catch_warnings():
-        # Class names may be in Chinese, for example.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # as in Chinese names
         figure.savefig(box, format="png", dpi=100)
     return box.getvalue()
 
@@ -392,8 +390,7 @@ def _layers(shown: Explanation) -> Figure:
     axes = figure.subplots()
     scale = _common_scale(shown.heads)
     axes.imshow(mosaic, cmap=COLORMAP, clim=scale.get_clim())
-    title = f"{shown.reader} attention of every layer and head"
-    _bare(axes, f"{title}\nin multiples of uniform attention")
+    _bare(axes, f"{shown.reader} attention by layer and head\nin multiples of uniform attention")
     across, down = range(num_heads), range(depth)
     axes.set_xticks([(i + 0.5) * (columns + 1) - 1 for i in across], [str(i) for i in across])
     axes.set_yticks([(i + 0.5) * (rows + 1) - 1 for i in down], [str(i) for i in down])

@@ -101,8 +101,7 @@ class Classifier(weights.Weights):
     ) -> NDArray[np.float32]:
         """Returns the head's input for each image: CLS or the mean patch, after the last norm.
 
-        These feature vectors are useful for probes, search and clustering. The arguments are those
-        of `predict`.
+        Useful for probes, search and clustering. The arguments are those of `predict`.
 
         Returns:
             Vectors (n, D), float32, in the order of the images. The row of an image that cannot be
@@ -131,7 +130,7 @@ def load(
     """Loads weights for use with `predict(images)`, `embed(images)`, `model` and `description`.
 
     Args:
-        path: a weight directory, a run directory, to load its best weights, or weights on the
+        path: a weight directory, a run directory (its best weights are loaded), or weights on the
             Hugging Face Hub, as hf-hub:owner/name or hf-hub:owner/name@revision.
         which: "model" or "ema"; None uses the default of the weights.
         device: device for the model.
