@@ -91,7 +91,7 @@ def test_held_out_images_are_not_called_a_validation_split(make):
     text, usual = (card(make("cifar10", hold_out=held), "anna/x", "MIT") for held in (True, False))
     (result,) = front_matter(text)["model-index"][0]["results"]
     assert result["dataset"]["split"] == "train, held out"
-    assert "on held-out training images of the data set, not on" in section(text, "Results")
+    assert "on held-out training images of the dataset, not on" in section(text, "Results")
     assert "on the validation images of" in section(usual, "Results")
 
 

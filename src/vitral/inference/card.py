@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class DatasetSource(NamedTuple):
-    """Names of a data set."""
+    """Names of a dataset."""
 
     title: str
     hub: str | None = None
@@ -292,9 +292,9 @@ def _results(description: Description, curves: bool) -> str:
         return "## Results\n\nThe weights have not been evaluated."
     table = "\n".join(rows)
     picture = f"\n\n![Loss and accuracy during training]({CURVES})" if curves else ""
-    images = "the validation images of the data set"
+    images = "the validation images of the dataset"
     if description.config.data.hold_out:
-        images = "held-out training images of the data set, not on validation or test images,"
+        images = "held-out training images of the dataset, not on validation or test images,"
     return f"""## Results
 
 Evaluated on {images} at {description.config.model.image_size} pixels:

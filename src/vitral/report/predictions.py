@@ -34,10 +34,10 @@ def evaluate_best(run: Run, data: str | None = None) -> Predictions:
     """Evaluates the best weights of a run on its validation images.
 
     Args:
-        data: current path of the data set; None uses the path stored with the weights.
+        data: current path of the dataset; None uses the path stored with the weights.
 
     Raises:
-        UserError: if weights or data cannot be read, or the data set is not that of the run.
+        UserError: if weights or data cannot be read, or the dataset is not that of the run.
     """
     device = pick_device("auto")
     weights = load(run.path, device=str(device))
