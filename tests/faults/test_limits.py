@@ -253,7 +253,7 @@ def test_without_a_temporary_directory(tmp_path, monkeypatch, capsys):
         ("predict nowhere PHOTO", 2),
     ],
 )
-def test_messages_that_nobody_reads_stop_nothing(
+def test_commands_continue_when_no_one_reads_their_messages(
     directory, image_folder, photo, tmp_path, monkeypatch, words, expected, streams
 ):
     broken = tmp_path / "broken.jpg"
