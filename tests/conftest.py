@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Run the first backward pass before the compiler is imported. Otherwise autograd starts threads,
 # with which children cannot be forked safely.
 torch.zeros(1, requires_grad=True).sum().backward()
+# nohup ignores it, and children inherit that. Tests of signals expect the default.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
