@@ -219,13 +219,33 @@ class ViTConfig:
         return Shape(*(p if o is None else o for o, p in zip(own, preset, strict=True)))
 
 
+TABLE_COLUMNS = ("image_column", "label_column", "group_column", "split_column", "weight_column")
+"""Settings that name the columns of a table of labels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The dataset and how its images are read."""
 
     path: str = "digits"
-    """A folder of images, archives or Parquet files, a pack, or a known dataset: digits,
-    synthetic, cifar10, cifar100, imagenette."""
+    """A folder of images, archives or Parquet files, a table of labels (.csv, .tsv, .jsonl,
+    .parquet), a pack, or a known dataset: digits, synthetic, cifar10, cifar100, imagenette."""
+    image_column: str | None = None
+    """Column with the paths of the images, if the data is a table. None uses one with a common
+    name, such as image, file_name or path."""
+    label_column: str | None = None
+    """Column with the class of each image, if the data is a table. None uses one with a common
+    name, such as label, class or target."""
+    group_column: str | None = None
+    """Column with the group of each image, such as a patient or a camera, if the data is a table.
+    Groups are not divided when images are held out. None uses a column group, group_id or
+    patient_id, if there is one."""
+    split_column: str | None = None
+    """Column with the split of each image, train, val or test, if the data is a table. None uses a
+    column split or subset, if there is one."""
+    weight_column: str | None = None
+    """Column with the sample weight of each image, if the data is a table. None uses a column
+    sample_weight, if there is one."""
     val_fraction: float = 0.1
     """Fraction of each class to hold out for validation, chosen by seed, if the dataset has no
     validation split."""
@@ -254,6 +274,8 @@ class DataConfig:
         _check(
             self.path != "", "path: expected a folder or the name of a known dataset, got nothing"
         )
+        for name in TABLE_COLUMNS:
+            _check(getattr(self, name) != "", f"{name}: expected the name of a column, got nothing")
         _check(
             0 < self.val_fraction < 1,
             f"val_fraction: expected a fraction between 0 and 1, got {self.val_fraction}",
@@ -576,6 +598,7 @@ CHANGEABLE = frozenset(
     {
         "model.activation_checkpointing",
         "data.path",
+        *(f"data.{name}" for name in TABLE_COLUMNS),
         "data.workers",
         "train.out",
         "train.parallel",

@@ -34,6 +34,10 @@ OptionValues = Mapping[str, Sequence[str]]
 """The words given for each setting, by its path such as `optim.lr`."""
 SHORTCUTS = {
     "data.path": "data",
+    "data.image_column": "image-column",
+    "data.label_column": "label-column",
+    "data.group_column": "group-column",
+    "data.split_column": "split-column",
     "train.init": "init",
     "train.out": "out",
     "train.epochs": "epochs",
@@ -290,8 +294,11 @@ def fields(settings: Any, prefix: str = "") -> Iterator[Field]:
 
 
 def field_docs(settings: type) -> Mapping[str, str]:
-    """Returns the docstring under each field of a dataclass."""
-    return _module_docs(settings.__module__).get(settings.__name__, {})
+    """Returns the docstring under each field of a dataclass, including inherited fields."""
+    docs: dict[str, str] = {}
+    for each in reversed(settings.__mro__):
+        docs |= _module_docs(each.__module__).get(each.__name__, {}) if each is not object else {}
+    return docs
 
 
 def convert(kind: Any, words: Sequence[str]) -> Any:

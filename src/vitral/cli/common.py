@@ -1,4 +1,4 @@
-"""Shared by several commands: the settings of a run."""
+"""Shared by several commands: the settings of a run, and the columns of a table."""
 
 from __future__ import annotations
 
@@ -6,9 +6,32 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from vitral import settings
 from vitral.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Options of the commands that read a dataset and have no settings."""
+
+    image_column: str | None = None
+    """Column with the paths of the images, if the data is a table."""
+    label_column: str | None = None
+    """Column with the class of each image, if the data is a table."""
+    group_column: str | None = None
+    """Column with the group of each image, if the data is a table; groups are not divided."""
+    split_column: str | None = None
+    """Column with the split of each image, if the data is a table."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are given, by the name of their setting."""
+        given = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(TableOptions)
+        }
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 
+from vitral.cli.common import TableOptions
 from vitral.config import Config
 
 ARGUMENTS = {"path": "PATH"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TableOptions):
     """Options of `vitral data check`."""
 
     workers: int | None = None
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.data.tools.check import check, format_report
     from vitral.machine import available_cores
 
-    config = dataclasses.replace(Config().data, path=args.path)
+    config = dataclasses.replace(Config().data, path=args.path, **options.columns)
     workers = available_cores() if options.workers is None else options.workers
     report = check(config, Config().model.image_size, Config().train.seed, workers)
     print(format_report(report))

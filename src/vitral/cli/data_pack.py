@@ -7,6 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitral.cli.common import TableOptions
 from vitral.config import Config
 from vitral.errors import UserError
 
@@ -14,7 +15,7 @@ ARGUMENTS = {"src": "SRC", "dst": "DST"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TableOptions):
     """Options of `vitral data pack`."""
 
     size: int = 256
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     from vitral.data.tools.packing import pack
     from vitral.machine import available_cores
 
-    config = dataclasses.replace(Config().data, path=args.src)
+    config = dataclasses.replace(Config().data, path=args.src, **options.columns)
     workers = available_cores() if options.workers is None else options.workers
     print(pack(config, Config().train.seed, Path(args.dst), options.size, options.jpeg, workers))
     return 0

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from vitral.cli.common import TableOptions
 from vitral.errors import UserError, printable
 from vitral.files import check_output
 
@@ -14,7 +15,7 @@ ARGUMENTS = {"runs": "RUN+"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TableOptions):
     """Options of `vitral report`."""
 
     data: str | None = None
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     else:
         predictions, missing = None, ""
         try:
-            predictions = evaluate_best(runs[0], options.data)
+            predictions = evaluate_best(runs[0], options.data, options.columns)
         except UserError as error:
             missing = str(error)
             print(f"vitral: no predictions: {printable(str(error))}", file=sys.stderr)

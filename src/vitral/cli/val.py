@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from vitral.cli.common import TableOptions
 from vitral.config import Device
 from vitral.errors import UserError, printable
 from vitral.files import check_writable
@@ -23,11 +24,12 @@ ARGUMENTS = {"weights": "WEIGHTS"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TableOptions):
     """Options of `vitral val`."""
 
     data: str | None = None
-    """Image folder or known dataset; None uses the one that the weights were trained on."""
+    """Image folder, table of labels, or known dataset; None uses the one that the weights were
+    trained on."""
     image_sizes: tuple[int, ...] | None = None
     """Image sizes to evaluate at, multiples of the patch size, with the same relative crop."""
     suite: str | None = None
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     weights = require_head(load(args.weights, which=options.which))
     known = weights.description
     at_sizes(known, options.image_sizes or ())  # checks the sizes before the dataset is opened
-    dataset = None if options.suite else open_set(known, options.data)
+    dataset = None if options.suite else open_set(known, options.data, options.columns)
     heading = _heading(weights, dataset, options)
     if dataset is None or options.image_sizes:
         return _table(weights, dataset, options, heading)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitral.config import DataConfig
-from vitral.data.sampling import Integers, held_out
+from vitral.data.sampling import Integers, held_out, held_out_groups
 from vitral.data.skipped import kinds, note
 from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import MAX_IMAGE, descriptor_of, read_regular, require_regular
@@ -91,6 +91,10 @@ class Files:
     """Bytes of each file. Shape (N,)."""
     labels: Integers
     """Shape (N,)."""
+    groups: Integers | None = None
+    """Hash of the name of each image's group, if a hold-out must not divide groups. Shape (N,)."""
+    weights: NDArray[np.float32] | None = None
+    """Sample weight of each image, if there are weights. Shape (N,)."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,11 +109,16 @@ class Files:
 
     def take(self, chosen: NDArray[np.bool_]) -> Files:
         """Returns the images where `chosen`, shape (N,), is true."""
-        return Files(self.root, self.names[chosen], self.sizes[chosen], self.labels[chosen])
+        columns = {name: getattr(self, name) for name in ("groups", "weights")}
+        optional = {name: each[chosen] for name, each in columns.items() if each is not None}
+        required = self.names[chosen], self.sizes[chosen], self.labels[chosen]
+        return Files(self.root, *required, **optional)
 
     def identity(self) -> Iterator[bytes]:
-        """Yields names and sizes."""
-        return _names_and_sizes(self.names, self.sizes)
+        """Yields names, sizes and weights."""
+        yield from _names_and_sizes(self.names, self.sizes)
+        if self.weights is not None:
+            yield np.ascontiguousarray(self.weights, "<f4").tobytes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,18 +353,21 @@ def hold_out(
         why: reason, for the user.
 
     Raises:
-        UserError: if no class has two images.
+        UserError: if no class has two images, or two groups of images.
     """
     records = dataset.train
     assert records is not None
     held = _draw_held_out(records, fraction, seed)
+    grouped = isinstance(records, Files) and records.groups is not None
     if not held.any():
-        got = f"none: {why}, and no class has two images to hold one out"
+        kind = "groups" if grouped else "images"
+        got = f"none: {why}, and no class has two {kind} to hold one out"
         got += f"; skipped: {kinds(dataset.skipped)}" if dataset.skipped else ""
         raise data_error(place, "validation images", got, "add images")
+    share = f"{fraction:.0%} of each class" + (", without dividing groups" if grouped else "")
     choice = (
-        f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({fraction:.0%} of each "
-        f"class) {'is' if held.sum() == 1 else 'are'} held out, drawn with seed {seed}"
+        f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({share}) "
+        f"{'is' if held.sum() == 1 else 'are'} held out, drawn with seed {seed}"
     )
     train, val = records.take(~held), records.take(held)
     return replace(dataset, train=train, val=val, held_out=True, choices=(choice,))
@@ -367,4 +379,6 @@ def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.b
         keys = np.arange(len(records))
     else:  # by base names, which are the same in an archive and in the folder it was made from
         keys = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
+    if isinstance(records, Files) and records.groups is not None:
+        return held_out_groups(records.groups, records.labels, fraction, seed, "held out")
     return held_out(keys, records.labels, fraction, seed, "held out")

@@ -89,6 +89,40 @@ def held_out(
     return random_ranks(keys, labels, seed, purpose) < quota[labels]
 
 
+def held_out_groups(
+    groups: Integers, labels: Integers, fraction: float, seed: int, purpose: str
+) -> NDArray[np.bool_]:
+    """Selects groups of images to hold out of training: about a fraction of each class.
+
+    A group belongs to the rarest of its classes, because rare classes are the hardest to divide
+    (Sechidis et al. 2011). Of the groups of a class, in a random order, the first are held out, so
+    that as close as possible to the fraction of the class's images in these groups are.
+
+    Args:
+        groups: hash of the name of each image's group, shape (N,).
+        labels: shape (N,).
+        purpose: selects an independent draw.
+
+    Returns:
+        Mask of shape (N,), the same for all images of a group. At least one group of each class
+        that has two or more is held out, and never all.
+    """
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.bincount(labels)
+    by_rarity = np.lexsort((np.arange(len(counts)), counts))
+    rarity = np.argsort(by_rarity)[labels]  # 0 for the rarest class
+    rarest = np.full(len(names), len(counts))
+    np.minimum.at(rarest, group, rarity)
+    sizes = np.bincount(group, weights=rarity == rarest[group])  # images of that class
+    order = np.lexsort((hash64(seed, crc32(purpose.encode()), names), rarest))
+    held = np.zeros(len(names), bool)
+    for members in np.split(order, np.flatnonzero(np.diff(rarest[order])) + 1):
+        total = np.cumsum(sizes[members])
+        best = int(np.abs(total - fraction * total[-1]).argmin()) + 1
+        held[members[: min(best, len(members) - 1)]] = True
+    return held[group]
+
+
 def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> Integers:
     """Returns the position of each image in a random order of its class: 0, 1, ... Shape (N,).
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -164,16 +165,22 @@ def competing_classes(
     )
 
 
-def open_set(description: Description, data: str | None) -> Dataset:
+def open_set(
+    description: Description, data: str | None, columns: Mapping[str, str] = MappingProxyType({})
+) -> Dataset:
     """Opens the set to evaluate on; None opens the set that the weights were trained on.
 
     If training held out a part of that set, only that part is used, also when `data` is another
     path to the same set. All images of any other set without a validation split are used.
 
+    Args:
+        columns: settings of the columns, such as `label_column`, if the data is a table.
+
     Raises:
         UserError: if the data cannot be read, or has a class that the weights do not have.
     """
-    settings = dataclasses.replace(description.config.data, path=data_path(description, data))
+    path = data_path(description, data)
+    settings = dataclasses.replace(description.config.data, path=path, **columns)
     config = dataclasses.replace(description.config, data=settings)
     image_size, seed = config.model.image_size, config.train.seed
     trained_on = Path(description.config.data.path)

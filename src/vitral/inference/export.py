@@ -204,8 +204,8 @@ def _name(directory: Path) -> str:
 def _local_dataset(config: Config) -> str | None:
     """Returns the training set, or None if it no longer exists or has to be downloaded."""
     path = config.data.path
-    # Path.is_dir raises for a name that is too long.
-    exists = path in ("digits", "synthetic") or os.path.isdir(expand(path))  # noqa: PTH112
+    # Path.exists raises for a name that is too long.
+    exists = path in ("digits", "synthetic") or os.path.exists(expand(path))  # noqa: PTH110
     return path if exists else None
 
 

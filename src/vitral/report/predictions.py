@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -30,11 +32,14 @@ class Predictions:
     """The weights that made the predictions."""
 
 
-def evaluate_best(run: Run, data: str | None = None) -> Predictions:
+def evaluate_best(
+    run: Run, data: str | None = None, columns: Mapping[str, str] = MappingProxyType({})
+) -> Predictions:
     """Evaluates the best weights of a run on its validation images.
 
     Args:
         data: current path of the dataset; None uses the path stored with the weights.
+        columns: settings of the columns, such as `label_column`, if the data is a table.
 
     Raises:
         UserError: if weights or data cannot be read, or the dataset is not that of the run.
@@ -43,7 +48,7 @@ def evaluate_best(run: Run, data: str | None = None) -> Predictions:
     weights = load(run.path, device=str(device))
     description = weights.description
     path = data_path(description, data)
-    settings = dataclasses.replace(description.config.data, path=path, workers=None)
+    settings = dataclasses.replace(description.config.data, path=path, workers=None, **columns)
     config = dataclasses.replace(description.config, data=settings)
     dataset = open_dataset(settings, config.model.image_size, config.train.seed)
     if dataset.fingerprint != description.fingerprint:

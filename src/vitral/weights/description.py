@@ -106,6 +106,10 @@ def absolute_paths(config: Config) -> Config:
 
     def absolute(path: str) -> str:
         place = os.path.expanduser(path)  # noqa: PTH111
+        if os.path.isfile(place):  # noqa: PTH113
+            # Links of tables are not followed: the images are next to the link.
+            folder, name = os.path.split(place)
+            return os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
         return os.path.realpath(place) if os.path.exists(place) else path  # noqa: PTH110
 
     path, init = config.data.path, config.train.init

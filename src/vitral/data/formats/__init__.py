@@ -11,14 +11,15 @@ import difflib
 from pathlib import Path
 
 from vitral.config import DataConfig
-from vitral.data.formats import folder, ilsvrc, packed, parquet, shards
+from vitral.data.formats import folder, ilsvrc, packed, parquet, shards, table
 from vitral.data.formats.known import KNOWN_SETS, open_known
+from vitral.data.formats.labels import SUFFIXES
 from vitral.data.objects import PATH
 from vitral.data.records import Dataset, hold_out
 from vitral.errors import data_error, unreadable
 from vitral.files import expand
 
-FORMATS = (packed, parquet, ilsvrc, shards, folder)
+FORMATS = (packed, table, parquet, ilsvrc, shards, folder)
 
 
 def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool = True) -> Dataset:
@@ -55,7 +56,8 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
 
 def _not_found(root: Path, path: str) -> Exception:
     if root.exists():
-        return data_error(root, "an image folder", "a file", "if it is an archive, extract it")
+        expected = f"an image folder or a table ({', '.join(SUFFIXES)})"
+        return data_error(root, expected, "a file", "if it is an archive, extract it")
     near = difflib.get_close_matches(path.lower(), KNOWN_SETS, n=1)
     fix = f"did you mean {near[0]}?" if near else f"known datasets are {', '.join(KNOWN_SETS)}"
     return data_error(root, "an image folder", "nothing of that name", fix)

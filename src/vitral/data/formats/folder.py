@@ -79,13 +79,13 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
     if not named:
         return None, None
     with_classes = [name for name in named.values() if _holds_classes(root / name)]
-    flat = all(_holds_images(root / name) for name in named.values())
+    flat = all(holds_images(root / name) for name in named.values())
     others = _other_folders(root)
     classes = flat and not with_classes and bool(others)
     if classes:
         unclear = len(named) > 1 or len(others) == 1
     else:
-        image_folders = [name for name in others if _holds_images(root / name)]
+        image_folders = [name for name in others if holds_images(root / name)]
         unclear = bool(with_classes) and len(named) == 1 and len(image_folders) > 1
     if train and unclear:
         got = f"{first_few([*named.values()])} next to {first_few(others)}"
@@ -158,7 +158,7 @@ def _check_split_names(root: Path) -> None:
     for name in names:
         inside = _folders(root / name)
         first = first or inside
-        if len(inside) < 2 or inside != first or _holds_images(root / name):
+        if len(inside) < 2 or inside != first or holds_images(root / name):
             return
     got = f"{first_few(names)}, which contain the same folders {first_few(first)}"
     fix = "if they are splits, rename them to train/ and val/; if classes, move them into train/"
@@ -174,7 +174,7 @@ def _class_folders(base: Path, split: str, train: bool) -> list[str]:
         if len(inside) > 1:
             fix = f"if {first_few(inside)} in it are the classes, give {base / names[0]}"
         raise data_error(base, "two or more classes", f"only {names[0]}", fix)
-    if not names and _holds_images(base):
+    if not names and holds_images(base):
         if split.lower() in VALIDATION:
             fix += f" as in train/, or remove {split}/ to hold out a part of train/"
         raise data_error(base, "a folder for each class", "images directly in it", fix)
@@ -228,7 +228,7 @@ def _other_folders(root: Path) -> list[str]:
     return [
         folder.name
         for folder in others
-        if _holds_images(folder) or any(_holds_images(folder / name) for name in _folders(folder))
+        if holds_images(folder) or any(holds_images(folder / name) for name in _folders(folder))
     ]
 
 
@@ -237,7 +237,8 @@ def _holds_classes(folder: Path) -> bool:
     return any(next(walk_images(folder / name, b""), None) for name in _folders(folder))
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
+    """Whether there are images directly in a folder."""
     return any(_is_image(entry.name) and not entry.is_dir() for entry in _entries(folder))
 
 

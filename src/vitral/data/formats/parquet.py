@@ -116,8 +116,8 @@ class Rows:
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` or one of its split folders contains Parquet files."""
-    return bool(_find(root))
+    """Whether `root` is a Parquet file with images, or it or a split folder contains such files."""
+    return _may_hold_images(root) if root.is_file() else bool(_find(root))
 
 
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
@@ -155,8 +155,22 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     return dataclasses.replace(dataset, choices=(choice,))
 
 
+def _may_hold_images(path: Path) -> bool:
+    """Whether a file has a column of images; True for a Parquet file that cannot be read."""
+    if path.suffix.lower() != ".parquet":
+        return False
+    try:
+        import pyarrow.parquet as pq
+
+        return any(_holds_images(field.type) for field in pq.read_schema(path))
+    except (ImportError, OSError, ValueError):  # `open` raises the error
+        return True
+
+
 def _find(root: Path) -> list[Path]:
-    """Returns the Parquet files of the dataset in a folder."""
+    """Returns the Parquet files of the dataset in a folder, or the file itself."""
+    if root.is_file():
+        return [root]
     folders = [root, *(root / name for name in ("data", *SPLITS))]
     return [path for folder in folders for path in sorted(folder.glob("[!.]*.parquet"))]
 
