@@ -672,6 +672,59 @@ def test_preview_and_check(image_folder, tmp_path, capsys):
     assert "40" in out
 
 
+def test_a_table_of_labels_in_every_command(
+    image_folder, tmp_path, capsys, user_error, monkeypatch
+):
+    lines = ["picture,kind,camera"]
+    (tmp_path / "data").mkdir()
+    for i, path in enumerate(sorted((image_folder / "train").glob("*/*.jpg"))):
+        shutil.copy(path, tmp_path / "data" / f"{i:02d}.jpg")
+        lines.append(f"{i:02d}.jpg,{path.parent.name},{i % 10}")
+    table, out = tmp_path / "data/labels.csv", tmp_path / "run"
+    table.write_text("\n".join(lines))
+    columns = "--image-column picture --label-column kind --group-column camera".split()
+    monkeypatch.chdir(tmp_path)
+    words = folder_settings("data/labels.csv", out, "--data.val-fraction", "0.2")
+    user_error(words, "labels.csv", "a column for the image", out=out)
+    capsys.readouterr()
+
+    assert main([*words, *columns]) == 0
+    assert (
+        "32 training images, 8 validation images, 2 classes: dark, light" in capsys.readouterr().out
+    )
+    config = settings.load(str(out / "config.yaml"))
+    assert (config.data.path, config.data.group_column) == (str(table), "camera")
+    monkeypatch.chdir("/")
+    assert main(["val", str(out)]) == 0
+    result = capsys.readouterr().out
+    assert "held-out training images" in result
+
+    # The table may be moved, and its columns may have other names.
+    (tmp_path / "data").rename(tmp_path / "moved")
+    moved = tmp_path / "moved/labels.csv"
+    moved.write_text(moved.read_text().replace("kind", "group").replace("camera", "label"))
+    other = "--image-column picture --label-column group --group-column label".split()
+    user_error(["val", out, "--data", moved], "expected a column kind", "give --label-column")
+    assert main(["val", str(out), "--data", str(moved), *other]) == 0
+    assert capsys.readouterr().out.partition("\n")[2] == result.partition("\n")[2]
+    assert main(["report", str(out), "--data", str(moved), *other]) == 0
+    assert "no predictions" not in capsys.readouterr().err
+
+    assert main(["data", "check", str(moved), *other, "--workers", "0"]) == 0
+    checked = capsys.readouterr().out
+    assert "train: 36 images, 18 to 18 per class" in checked
+    assert "without dividing groups" in checked
+    pack = tmp_path / "pack"
+    assert (
+        main(["data", "pack", str(moved), str(pack), *other, "--size", "16", "--workers", "0"]) == 0
+    )
+    packed = open_dataset(dataclasses.replace(config.data, path=str(pack)), 16, 0)
+    assert (len(packed.train), len(packed.val), packed.classes) == (36, 4, ("dark", "light"))
+    picture = str(tmp_path / "preview.jpg")
+    preview = ["data", "preview", str(moved), *other, "--model.image-size", "16", "--out", picture]
+    assert main([*preview, "--model.patch-size", "4", "--data.workers", "0"]) == 0
+
+
 def test_characters_the_terminal_cannot_show_are_escaped(image_folder, tmp_path, monkeypatch):
     for name in ("dark", "light"):
         (tmp_path / f"{name[0]}ö").symlink_to(image_folder / "train" / name)

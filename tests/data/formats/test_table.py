@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from vitral import settings
+from vitral.config import Config, DataConfig
 from vitral.data.formats import labels
 from vitral.data.loader import train_batches
 from vitral.data.records import Files
 from vitral.data.sampling import held_out_groups
+from vitral.weights import absolute_paths
 
 from ..image_files import error_message, opened, paths, put, put_split
 
@@ -185,6 +187,16 @@ def test_paths_outside_the_folder_and_of_windows(tmp_path, rows):
     dataset = opened(write(tmp_path, csv_text([(str(outside), "a")])), train=False)
     assert paths(dataset.val) == [str(outside)]
     assert dataset.val.read(0) == outside.read_bytes()
+
+
+def test_a_link_to_a_table_is_relative_to_the_folder_of_the_link(tmp_path, rows):
+    (tmp_path / "link").symlink_to(tmp_path)
+    table = write(tmp_path, csv_text(rows), "elsewhere/table.csv")
+    (tmp_path / "labels.csv").symlink_to(table)
+    config = Config(data=DataConfig(path=str(tmp_path / "link/labels.csv")))
+    path = absolute_paths(config).data.path
+    assert path == str(tmp_path / "labels.csv")
+    assert everything(opened(path)) == sorted(rows)
 
 
 def test_names_that_are_not_utf8(tmp_path):

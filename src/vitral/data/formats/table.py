@@ -17,6 +17,7 @@ from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -207,7 +208,7 @@ def _classes(rows: _Rows, splits: Integers, train: bool) -> tuple[tuple[str, ...
     labels = np.array([position.get(name, -1) for name in names])[codes]
     if train:
         if len(classes) < 2:
-            got = f"only {classes[0]}"
+            got = f"only {first_few(classes)}"
             fix = "add images of other classes, or give --label-column"
             raise data_error(rows.root, "two or more classes", got, fix)
         known_classes = np.unique(labels[splits == TRAIN])
@@ -261,9 +262,7 @@ def _find_file(folder: bytes, path: str) -> tuple[bytes, int] | None:
     return (name, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
-def _groups_and_weights(
-    rows: _Rows, chosen: Integers, splits: Integers
-) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
+def _groups_and_weights(rows: _Rows, chosen: Integers, splits: Integers) -> dict[str, NDArray[Any]]:
     """Returns the hashed groups and the sample weights of the chosen rows, if there are columns."""
     columns = {}
     if rows.has("group"):
@@ -305,7 +304,7 @@ def _weight(rows: _Rows, i: int, cell: str) -> float:
 def _drop_duplicates(
     rows: _Rows,
     names: NDArray[np.bytes_],
-    columns: dict[str, NDArray[np.int64] | NDArray[np.float32]],
+    columns: dict[str, NDArray[Any]],
     chosen: Integers,
 ) -> Integers:
     """Returns the positions of the first row of each image.
