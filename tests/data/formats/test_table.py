@@ -168,20 +168,22 @@ def test_columns_can_be_given(tmp_path, rows):
 def test_paths_outside_the_folder_and_of_windows(tmp_path, rows):
     put(tmp_path, "sub/dir/x.png", "sub/dir/y.png")
     put(tmp_path.parent, f"{tmp_path.name}-2/z.png")
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(tmp_path)
     listed = [
         ("sub\\dir\\x.png", "sub/dir/x.png"),
         (str(tmp_path / "sub/dir/y.png"), "sub/dir/y.png"),
         (f"./sub/..//{rows[0][0]}", rows[0][0]),
         (f"../{tmp_path.name}-2/z.png", f"../{tmp_path.name}-2/z.png"),
         (str(tmp_path / rows[1][0]), rows[1][0]),
+        (str(link / rows[2][0]), rows[2][0]),
     ]
     text = csv_text([(path, "ab"[i % 2]) for i, (path, _) in enumerate(listed)])
     dataset = opened(write(tmp_path, text), train=False)
     assert sorted(paths(dataset.val)) == sorted(name for _, name in listed)
-    assert all(dataset.val.read(i) for i in range(5))
+    assert all(dataset.val.read(i) for i in range(6))
     # Absolute paths do not depend on how the folder is reached.
-    (tmp_path.parent / f"{tmp_path.name}-link").symlink_to(tmp_path)
-    through_link = opened(tmp_path.parent / f"{tmp_path.name}-link/labels.csv", train=False)
+    through_link = opened(link / "labels.csv", train=False)
     assert through_link.fingerprint == dataset.fingerprint
     outside = tmp_path.parent / f"{tmp_path.name}-2/z.png"
     dataset = opened(write(tmp_path, csv_text([(str(outside), "a")])), train=False)
@@ -373,6 +375,10 @@ def test_metadata_next_to_the_images(tmp_path, name, splits):
     assert everything(dataset) == sorted(row for rows in expected for row in rows)
     if len(splits) == 2:
         assert [pairs(dataset, dataset.train), pairs(dataset, dataset.val)] == expected
+        (tmp_path / expected[1][0][0]).unlink()
+        first = 2 if name.endswith("csv") else 1
+        place = f"{tmp_path}/{splits[1]}/{name}: row {first}, column file_name"
+        assert place in error_message(tmp_path)
         (tmp_path / "train" / name).write_text((tmp_path / "train" / name).read_text() + "\n,\n{")
         assert f"{tmp_path}/train/{name}: row" in error_message(tmp_path)
 
