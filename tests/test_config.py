@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -56,6 +57,8 @@ REJECTED = [
     *[(TrainConfig, name, (0, -1)) for name in ("log_every", "checkpoint_minutes")],
     *[(TrainConfig, name, (0, -1)) for name in ("micro_batch", "threads", "checkpoint_steps")],
     *[(TrainConfig, name, (-0.1, 1.0, NAN)) for name in ("label_smoothing", "ema_decay")],
+    (TrainConfig, "logit_adjustment", (-0.1, NAN, math.inf)),
+    (TrainConfig, "class_weights", ("", "blanced", "weights.txt")),
     *[(TrainConfig, name, (3, 7)) for name in ("batch_size", "micro_batch")],
 ]
 
@@ -143,6 +146,19 @@ def test_explicit_shape_overrides_the_preset():
 @pytest.mark.parametrize(("mixup", "cutmix", "mixes"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)])
 def test_mixes_if_mixup_or_cutmix_is_enabled(mixup, cutmix, mixes):
     assert AugmentConfig(mixup=mixup, cutmix=cutmix).mixes == bool(mixes)
+
+
+def test_corrections_for_rare_classes_are_not_combined():
+    balanced, sqrt = DataConfig(sampling="balanced"), DataConfig(sampling="sqrt")
+    adjusted, weighted = TrainConfig(logit_adjustment=0.5), TrainConfig(class_weights="effective")
+    for data, train in ((sqrt, adjusted), (balanced, weighted)):
+        check_error(
+            lambda d=data, t=train: Config(data=d, train=t), f"data.sampling {data.sampling}"
+        )
+    both = dataclasses.replace(adjusted, class_weights="balanced")
+    check_error(lambda: Config(train=both), "balanced and train.logit_adjustment 0.5")
+    check_error(lambda: dataclasses.replace(adjusted, loss="bce"), "with loss bce, got 0.5")
+    Config(data=balanced, train=TrainConfig(class_weights="costs.yaml"))
 
 
 def test_batch_size_is_a_multiple_of_twice_the_repeats():

@@ -35,7 +35,9 @@ PRESETS: dict[str, Shape] = {
 }
 
 MAX_PATCHES = 256  # per side
+Sampling = Literal["uniform", "balanced", "sqrt"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+TABLES = (".yaml", ".yml", ".csv")  # suffixes of files with a weight for each class
 Policy = Literal[
     "none",
     "autoaugment-imagenet",
@@ -253,6 +255,11 @@ class DataConfig:
     """Hold out val_fraction of the training images even if there is a validation split, which is
     then not used. This is for choosing settings, so that the validation split is evaluated only
     once, after they are chosen."""
+    sampling: Sampling = "uniform"
+    """How often the images of each class occur in an epoch. uniform: every image once. balanced:
+    every class equally often. sqrt: in proportion to the square root of the number of its images.
+    The length of an epoch remains the number of training images; images of rare classes are
+    repeated, each time with other augmentation."""
     workers: int | None = None
     """Number of data loading processes. None uses all cores but one, at most 16; 0 loads in the
     main process."""
@@ -449,6 +456,14 @@ class TrainConfig:
     """Soft-target cross-entropy, or binary cross-entropy over every class."""
     label_smoothing: float = 0.0
     """Fraction of the target that is distributed uniformly over the classes."""
+    class_weights: str = "none"
+    """Factor on the loss of an image by its class, scaled to a mean of 1 over the training images.
+    balanced: one over the number of images of the class. effective: one over the effective number
+    of images (Cui et al. 2019) with beta 0.999. Or a .yaml or .csv file with a weight for each
+    class name. A soft target has the mean weight of its classes."""
+    logit_adjustment: float = 0.0
+    """Factor tau on the logarithm of the class frequencies that is added to the logits in the
+    training loss (Menon et al. 2021); 1 trains for balanced accuracy, 0 disables it."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; 0 disables it."""
     init: str | None = None
@@ -504,6 +519,17 @@ class TrainConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
         _check_fraction(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
+        _check_not_negative(logit_adjustment=self.logit_adjustment)
+        _check(
+            self.class_weights in ("none", "balanced", "effective")
+            or self.class_weights.endswith(TABLES),
+            "class_weights: expected none, balanced, effective, or a .yaml or .csv file, got "
+            f"{self.class_weights!r}",
+        )
+        _check(
+            self.loss == "ce" or not self.logit_adjustment,
+            f"logit_adjustment: expected 0 with loss bce, got {self.logit_adjustment:g}",
+        )
         self._check_frozen()
         total = sum(fraction for _, fraction in self.progressive)
         _check(
@@ -564,6 +590,7 @@ class Config:
             f"optim.warmup_epochs: expected fewer than train.epochs {self.train.epochs}, "
             f"got {self.optim.warmup_epochs:g}; change either, or use --optim.warmup-epochs 0",
         )
+        self._check_imbalance()
         depth, trainable = self.model.shape.depth, self.train.trainable
         _check(
             not isinstance(trainable, int) or trainable <= depth,
@@ -581,6 +608,21 @@ class Config:
                 f"train.progressive: expected multiples of model.patch_size {patch}, got "
                 f"{image_size}",
             )
+
+    def _check_imbalance(self) -> None:
+        train, sampling = self.train, self.data.sampling
+        used = {
+            f"data.sampling {sampling}": sampling != "uniform",
+            f"train.class_weights {train.class_weights}": train.class_weights
+            in ("balanced", "effective"),
+            f"train.logit_adjustment {train.logit_adjustment:g}": train.logit_adjustment > 0,
+        }
+        names = [name for name, found in used.items() if found]
+        _check(
+            len(names) < 2,
+            "train: expected one correction for rare classes, because their effects add up, got "
+            f"{' and '.join(names)}; use one of them",
+        )
 
     def image_size_at(self, progress: float) -> int:
         """Side of the training images, in pixels, after a fraction `progress` of the steps."""

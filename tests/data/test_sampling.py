@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from vitral.data.sampling import Order, derive_seed, hash64, permutation, uniforms
+from vitral.data.sampling import (
+    Order,
+    Repetition,
+    derive_seed,
+    hash64,
+    permutation,
+    quotas,
+    uniforms,
+)
 
 INDICES = np.arange(20_000)
 
@@ -133,3 +141,62 @@ def test_partners_are_different_images(batch_size, repeats):
 def test_end_of_epoch_by_hand(size, batch_size, repeats, ends):
     order = Order(0, size, batch_size, repeats)
     assert [order.end_of_epoch(epoch) for epoch in range(5)] == ends
+
+
+LABELS = np.repeat([0, 1, 3], [40, 9, 4])[np.random.default_rng(0).permutation(53)]  # 2 is empty
+QUOTAS = {"balanced": [53 / 3] * 3, "sqrt": [53 * root / (40**0.5 + 5) for root in (40**0.5, 3, 2)]}
+
+
+def epoch_of(order, epoch, size):
+    """Returns the epochs to draw for and the indices of the samples of an epoch in batches of 1."""
+    pairs = [order.samples(step, 0, 1) for step in range(epoch * size, (epoch + 1) * size)]
+    return (np.concatenate(part) for part in zip(*pairs, strict=True))
+
+
+@pytest.mark.parametrize("sampling", QUOTAS)
+def test_images_are_repeated_by_the_quota_of_their_class(sampling):
+    order = Order(5, 53, 1, 1, Repetition.of(LABELS, sampling))
+    totals, drawn_for = np.zeros((200, 53)), []
+    for epoch in range(200):
+        drawn, indices = epoch_of(order, epoch, 53)
+        drawn_for.append(set(zip(drawn.tolist(), indices.tolist(), strict=True)))
+        assert len(drawn_for[-1]) == 53  # copies of an image are drawn for different epochs
+        totals[epoch] = np.bincount(indices, minlength=53)
+    assert len(set.union(*drawn_for)) == 200 * 53
+    for label, quota in zip((0, 1, 3), QUOTAS[sampling], strict=True):
+        times = totals[:, label == LABELS]
+        classes = times.sum(1)
+        assert set(classes) == {np.floor(quota), np.ceil(quota)}
+        assert classes.mean() == pytest.approx(quota, abs=0.15)  # four standard errors
+        assert (times.max(1) - times.min(1) <= 1).all()
+        # Every image is equally likely to occur once more.
+        assert np.abs(times.mean(0) - quota / len(times[0])).max() < 4 * 0.5 / 200**0.5
+
+
+def test_repetition_is_pure_and_independent_of_batches():
+    for repeats in (1, 2):
+        orders = [Order(5, 53, 12, repeats, Repetition.of(LABELS, "balanced")) for _ in range(2)]
+        for step in (0, 3, 70, 4):
+            whole = np.array(orders[0].samples(step, 0, 12))
+            parts = [orders[1].samples(step, start, start + 4) for start in (8, 0, 4)]
+            assert np.array_equal(np.hstack([parts[1], parts[2], parts[0]]), whole)
+        distinct = 12 // repeats
+        drawn, indices = orders[0].samples(9, 0, 12)
+        for copy in range(1, repeats):
+            assert np.array_equal(indices[:distinct], indices[copy * distinct :])
+            assert np.array_equal(drawn[:distinct] + copy, drawn[copy * distinct :])
+
+
+def test_repetition_of_equal_classes_changes_nothing():
+    labels = np.arange(60) % 6
+    for sampling in ("balanced", "sqrt"):
+        plain, repeated = Order(3, 60, 8), Order(3, 60, 8, 1, Repetition.of(labels, sampling))
+        for step in range(30):
+            assert np.array_equal(plain.samples(step, 0, 8), repeated.samples(step, 0, 8))
+
+
+def test_quotas_by_hand():
+    counts = np.array([16, 0, 4, 1])
+    assert quotas(counts, "uniform").tolist() == [16, 0, 4, 1]
+    assert quotas(counts, "balanced").tolist() == [7, 0, 7, 7]
+    assert quotas(counts, "sqrt").tolist() == [12, 0, 6, 3]

@@ -76,7 +76,7 @@ def train_batches(
     seed, smoothing = config.train.seed, config.train.label_smoothing
     size = config.train.batch_size // (shard[1] * num_slices)
     starts = range(shard[0] * num_slices * size, (shard[0] + 1) * num_slices * size, size)
-    order = Order(seed, len(records), config.train.batch_size, config.augment.repeats)
+    order = Order.of(config, records.labels)
 
     def requests() -> Iterator[Request]:
         for step in steps:

@@ -8,11 +8,14 @@ mixing function is that of SplitMix64 (Steele et al. 2014).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Self
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vitral.config import Config, Sampling
 
 Integers = NDArray[np.int64]
 
@@ -136,19 +139,92 @@ def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> I
     return ranks
 
 
+def quotas(counts: Integers, sampling: Sampling) -> NDArray[np.float64]:
+    """Returns the expected number of images of each class in an epoch, for `data.sampling`.
+
+    Args:
+        counts: number of images of each class, shape (classes,).
+    """
+    shares = {"uniform": np.positive, "balanced": np.sign, "sqrt": np.sqrt}[sampling](counts)
+    return counts.sum() * shares / shares.sum()
+
+
+@dataclass(frozen=True, eq=False)
+class Repetition:
+    """Number of times that each image occurs in an epoch, if `data.sampling` is not uniform.
+
+    An epoch has as many samples as there are images. A class gets its quota of them, rounded up or
+    down by systematic sampling over the classes in random order (Madow 1949). Each image of a class
+    occurs equally often, or once more; which ones occur once more is drawn for each epoch.
+    """
+
+    labels: Integers
+    """Positions in `counts`, shape (N,)."""
+    counts: Integers
+    """Images of each class that has any, shape (classes,)."""
+    quotas: NDArray[np.float64]
+    """Expected samples of each of these classes in an epoch, shape (classes,)."""
+
+    @classmethod
+    def of(cls, labels: Integers, sampling: Sampling) -> Self:
+        """Returns the repetition of images with these labels, shape (N,)."""
+        _, positions, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        return cls(positions, counts, quotas(counts, sampling))
+
+    @cached_property
+    def most(self) -> int:
+        """Largest number of times that an image can occur in an epoch."""
+        return int(np.max(np.ceil(np.ceil(self.quotas) / self.counts)))
+
+    def times(self, seed: int, epoch: int) -> Integers:
+        """Returns how often each image occurs in an epoch, shape (N,)."""
+        seed, size = derive_seed("repetition", seed, epoch), len(self.labels)
+        classes = permutation(seed, 0, len(self.counts))
+        offset = uniforms(seed, 0, np.zeros(1, np.int64), 1, "systematic").item()
+        bounds = np.floor(np.cumsum(self.quotas[classes]) + offset).astype(np.int64)
+        bounds[-1] = size  # whatever the rounding of the sum
+        totals = np.empty_like(bounds)
+        totals[classes] = np.diff(bounds, prepend=0)
+        times, more = np.divmod(totals, self.counts)
+        ranks = random_ranks(np.arange(size), self.labels, seed, "once more")
+        return times[self.labels] + (ranks < more[self.labels])
+
+
+@lru_cache(maxsize=2)
+def repeated(seed: int, epoch: int, repetition: Repetition) -> tuple[Integers, Integers]:
+    """Returns the order of samples in `epoch` if images are repeated.
+
+    Returns:
+        Index of each sample, and number of its copy of this image: 0, 1, ... Both of shape (N,).
+    """
+    times, everything = repetition.times(seed, epoch), np.arange(len(repetition.labels))
+    copies = everything - np.repeat(np.cumsum(times) - times, times)
+    order = permutation(seed, epoch, len(everything))
+    return np.repeat(everything, times)[order], copies[order]
+
+
 @dataclass(frozen=True)
 class Order:
     """An endless sequence of permuted epochs, divided into global batches.
 
     With `repeats` R > 1, a batch of G contains G / R images, R times each. Position j contains
     image j mod (G / R), so that within an epoch, positions j and j xor 1, which Mixup pairs,
-    contain different images. Each copy is augmented with the random numbers of a different epoch.
+    contain different images. Each copy is augmented with the random numbers of a different epoch,
+    also the copies of `repetition`. These are in random positions, so that Mixup may combine two.
     """
 
     seed: int
     size: int
     batch_size: int
     repeats: int = 1
+    repetition: Repetition | None = None
+
+    @classmethod
+    def of(cls, config: Config, labels: Integers) -> Self:
+        """Returns the order of a run on images with these labels, shape (N,)."""
+        sampling, size = config.data.sampling, config.train.batch_size
+        repetition = None if sampling == "uniform" else Repetition.of(labels, sampling)
+        return cls(config.train.seed, len(labels), size, config.augment.repeats, repetition)
 
     def samples(self, step: int, start: int, stop: int) -> tuple[Integers, Integers]:
         """Returns the samples at positions start to stop of global batch `step`.
@@ -159,11 +235,15 @@ class Order:
         distinct = self.batch_size // self.repeats
         j = np.arange(start, stop)
         epochs, places = np.divmod(step * distinct + j % distinct, self.size)
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
+        indices, copies, most = np.empty_like(places), np.zeros_like(places), 1
+        for epoch in map(int, np.unique(epochs)):
             chosen = epochs == epoch
-            indices[chosen] = permutation(self.seed, int(epoch), self.size)[places[chosen]]
-        return epochs * self.repeats + j // distinct, indices
+            if self.repetition is None:
+                indices[chosen] = permutation(self.seed, epoch, self.size)[places[chosen]]
+            else:
+                most, order = self.repetition.most, repeated(self.seed, epoch, self.repetition)
+                indices[chosen], copies[chosen] = (part[places[chosen]] for part in order)
+        return (epochs * most + copies) * self.repeats + j // distinct, indices
 
     def end_of_epoch(self, epoch: int) -> int:
         """Returns the number of steps in `epoch` passes over the dataset, counting repeats."""

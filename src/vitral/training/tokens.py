@@ -92,7 +92,7 @@ class TokenCache:
     def batches(self, num_classes: int, steps: range) -> Iterator[Batch]:
         """Yields the micro-batches of the given steps, in the order of `train_batches`."""
         train = self.config.train
-        order = Order(train.seed, len(self.labels), train.batch_size, self.config.augment.repeats)
+        order = Order.of(self.config, self.labels.numpy())
         for step in steps:
             for first in range(0, train.batch_size, self.micro_batch):
                 stop = min(first + self.micro_batch, train.batch_size)
