@@ -550,14 +550,19 @@ def _read_file(path: str) -> str:
         ) from None
 
 
-def _values(content: str) -> Iterator[tuple[str, list[str]]]:
-    """Iterates over the paths and values in a YAML document."""
+def parse_yaml(content: str) -> Any:
+    """Returns the value of a YAML document, which may be hostile. Raises UserError."""
     try:
-        document = yaml.load(content, _StrictLoader) or {}
+        return yaml.load(content, _StrictLoader)
     except yaml.YAMLError as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError("expected sections of 'key: value' lines, got deeper nesting") from None
+
+
+def _values(content: str) -> Iterator[tuple[str, list[str]]]:
+    """Iterates over the paths and values in a YAML document."""
+    document = parse_yaml(content) or {}
     if not isinstance(document, dict):
         raise UserError(f"expected sections such as 'model:', got {short(document)}")
     known = flatten(Config())

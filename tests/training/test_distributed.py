@@ -178,6 +178,26 @@ def test_reproducible_runs_are_bit_identical(pictures, tmp_path, reproduced, siz
     assert (digests(out), samples(tmp_path / "samples")) == reproduced
 
 
+def test_balanced_sampling_is_the_same_in_two_processes(pictures, tmp_path):
+    """Five classes of seven images and one of one image, each six times per epoch."""
+    few = tmp_path / "few"
+    shutil.copytree(pictures, few)
+    for image in sorted((few / "train" / "class0").iterdir())[1:]:
+        image.unlink()
+    changes = {"data__sampling": "balanced", "train__epochs": 8, **REPRODUCIBLE}
+    outs, found = [], []
+    for size in (1, 2):
+        command = words(few, tmp_path / f"run{size}", **changes)
+        outs.append(run(command, size, log_samples(tmp_path / f"samples{size}")))
+        found.append(samples(tmp_path / f"samples{size}"))
+    assert found[0] == found[1]
+    assert digests(outs[0]) == digests(outs[1])
+    assert len(found[0]) == 48 * 6  # 8 epochs of 36 images
+    # Each copy of image 0, the only one of its class, is augmented differently.
+    rare = [epoch for *_, epoch, index in found[0] if index == 0]
+    assert len(rare) == len(set(rare)) == 48
+
+
 def test_sharded_tensors_are_gathered_only_on_the_main_process(tmp_path):
     """The other processes keep no memory for them, which is scarce on a GPU."""
 

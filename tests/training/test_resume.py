@@ -110,6 +110,28 @@ def test_muon_resumes_exactly(image_folder, tmp_path, whole):
     assert digests(tmp_path / "killed") == digests(tmp_path / "uninterrupted") != whole
 
 
+def test_corrections_for_rare_classes_resume_exactly(pictures, tmp_path):
+    table = tmp_path / "weights.csv"
+    table.write_text("".join(f"class{i},{i + 1}\n" for i in range(6)))
+    few = tmp_path / "few"
+    shutil.copytree(pictures, few)
+    for image in sorted((few / "train" / "class0").iterdir())[1:]:
+        image.unlink()
+    uninterrupted, killed = (
+        make_config(few, tmp_path / name, data__sampling="balanced", train__class_weights=table)
+        for name in ("uninterrupted", "killed")
+    )
+    assert finish_single(uninterrupted) == 0
+    assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
+    content = table.read_text()
+    table.write_text(content.replace("class0,1", "class0,2"))
+    with pytest.raises(UserError, match=r"class_weights: .*weights.csv has changed since"):
+        train(killed)
+    table.write_text(content)
+    assert finish_single(killed) == 0
+    assert digests(tmp_path / "killed") == digests(tmp_path / "uninterrupted")
+
+
 @pytest.fixture(scope="module")
 def half_done(image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("half") / "run"

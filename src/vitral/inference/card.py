@@ -105,7 +105,8 @@ def _strip_paths(description: Description) -> Description:
     config = description.config
     init = config.train.init and strip(config.train.init)
     data = dataclasses.replace(config.data, path=strip(config.data.path))
-    train = dataclasses.replace(config.train, out=None, init=init)
+    table = strip(config.train.class_weights)
+    train = dataclasses.replace(config.train, out=None, init=init, class_weights=table)
     return dataclasses.replace(
         description, config=dataclasses.replace(config, data=data, train=train)
     )

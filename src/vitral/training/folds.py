@@ -16,6 +16,7 @@ from vitral.data.sampling import random_ranks
 from vitral.errors import UserError, counted
 from vitral.evaluation.table import write_csv
 from vitral.rundir import RunDir
+from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.frozen import Features, read_features
 from vitral.training.probe import fit
 
@@ -40,7 +41,10 @@ def cross_validate(path: Path, count: int) -> str:
     known = weights.read_description(path)[1]
     features, seed = read_features(run.features), known.config.train.seed
     names = [display(name) for name in known.classes]
-    right, labels, fold = predict_folds(features, len(names), count, seed, names)
+    _, first = np.unique(features.images, return_index=True)
+    labels = features.labels.numpy()[first]
+    balance = Balance.of(known.config, known.classes, labels, each_once=True)
+    right, labels, fold = predict_folds(features, len(names), count, seed, names, balance)
     groups = {"all": np.ones(len(labels), bool)}
     groups |= {name: labels == i for i, name in enumerate(names)}
     table = {
@@ -61,7 +65,12 @@ def cross_validate(path: Path, count: int) -> str:
 
 
 def predict_folds(
-    features: Features, num_classes: int, count: int, seed: int, names: Sequence[str]
+    features: Features,
+    num_classes: int,
+    count: int,
+    seed: int,
+    names: Sequence[str],
+    balance: Balance = NO_BALANCE,
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64]]:
     """Classifies each image with a head that is fitted to the other folds.
 
@@ -82,6 +91,6 @@ def predict_folds(
         rows = torch.from_numpy(fold[inverse] != k)
         part = Features(features.vectors[rows], features.labels[rows], features.images[rows], {})
         own = fold == k
-        predicted = fit(part, num_classes, seed).predict(features.vectors[first[own]])
-        right[own] = predicted.numpy() == labels[own]
+        head = fit(part, num_classes, seed, balance=balance)
+        right[own] = head.predict(features.vectors[first[own]]).numpy() == labels[own]
     return right, labels, fold

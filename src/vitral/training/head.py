@@ -12,6 +12,7 @@ from vitral.data.records import Dataset
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, duration
+from vitral.training.balance import Balance
 from vitral.training.broken import BrokenImages
 from vitral.training.distributed import Interrupted, World, distribute_like
 from vitral.training.frozen import FeaturePass, Features
@@ -86,6 +87,9 @@ class HeadFit:
             raise UserError("train.trainable: expected all for a model that is not a ViT")
         sharded = world.size > 1 and config.train.parallel == "fsdp"
         self.model, self.config, self.dataset, self.world = model, config, dataset, world
+        assert dataset.train is not None
+        labels = dataset.train.labels
+        self.balance = Balance.of(config, dataset.classes, labels, each_once=True)
         self.compute = FeaturePass(
             copy.deepcopy(model) if sharded else model,
             config,
@@ -114,7 +118,7 @@ class HeadFit:
         def fit_head() -> Probe:
             device = self.model.device if self.model.device.type == "cuda" else "cpu"
             num_classes, seed = len(self.dataset.classes), self.config.train.seed
-            return fit(features, num_classes, seed, check, device)
+            return fit(features, num_classes, seed, check, device, self.balance)
 
         found = fit_head() if self.world.is_main else None
         head = self.world.broadcast(found)
@@ -122,7 +126,8 @@ class HeadFit:
         console.message(
             f"head fitted to {len(features.labels):,} vectors in "
             f"{duration(time.monotonic() - started)}: L2 strength {head.strength:.3g}, "
-            f"held-out top-1 {head.held_out:.2%}"
+            f"held-out {'' if self.balance.importance is None else 'weighted '}top-1 "
+            f"{head.held_out:.2%}"
         )
         set_head(self.model, head)
         return head.loss

@@ -21,6 +21,7 @@ from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
 from vitral.training import checkpoint as checkpoints
 from vitral.training import resume
+from vitral.training.balance import Balance
 from vitral.training.broken import BrokenImages
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import (
@@ -74,6 +75,12 @@ class Trainer:
         prepare_device(config, device)
         self.config, self.dataset, self.model, self.device = config, dataset, model, device
         self.run, self.world, self.parts, self.records = run, world, parts, dataset.train
+        balance = Balance.of(config, dataset.classes, self.records.labels)
+        balance = balance.to(device, torch.float32)
+        class_weights = () if balance.weights is None else (*balance.weights.tolist(),)
+        if checkpoint is not None:
+            old = checkpoint.state.get("class_weights", ())
+            resume.check_class_weights(config, run, old, class_weights)
         self.plan = Plan.of(config, len(self.records))
         self.workers = resolve_workers(config.data, self.records, world.local_size)
         model.to(device)
@@ -88,13 +95,14 @@ class Trainer:
         accumulator = FixedOrderReduction if config.train.reproducible else AveragedGradients
         self.cached = can_cache(config, len(self.records), world.size)
         trained = TrainedBlocks(model, config) if self.cached else model
-        self.accumulator = accumulator(trained, config.train, self.resolved, world)
+        self.accumulator = accumulator(trained, config.train, self.resolved, world, balance)
         self.optimizer = parts.optimizer(model, config.optim)
         self.ema = EMA(model, config.train.ema_decay) if config.train.ema_decay else None
         self.counters, self.progress = Counters(device), Progress()
         self.state = State(
             config, dataset, self.resolved, parts.name,
             model, self.optimizer, self.ema, self.counters, self.progress,
+            class_weights,
         )  # fmt: skip
         if checkpoint is not None:
             self.state.restore(checkpoint)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from vitral.compat import lerp_all
 from vitral.config import OptimConfig
 from vitral.model import ViT, matrices
+from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.distributed import distribute_like
 from vitral.training.muon import MatrixGroup, Muon
 
@@ -124,18 +125,32 @@ class Optimizer:
         return self.muon.state.get(parameter) or self.adamw.state[parameter]
 
 
-def loss_sum(logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"]) -> Tensor:
+def loss_sum(
+    logits: Tensor, targets: Tensor, kind: Literal["ce", "bce"], balance: Balance = NO_BALANCE
+) -> Tensor:
     """Computes the loss against soft targets, summed over the images, in float32.
+
+    The weight of an image is the mean of the class weights, weighted by its targets.
 
     Args:
         logits: (B, classes).
         targets: (B, classes), with rows that sum to one.
         kind: cross-entropy, or binary cross-entropy averaged over the classes.
+        balance: in float32, on the device of the logits.
     """
     logits = logits.float()
+    if balance.shift is not None:
+        logits = logits + balance.shift
+    reduction = "sum" if balance.weights is None else "none"
     if kind == "ce":
-        return F.cross_entropy(logits, targets, reduction="sum")
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / logits.shape[1]
+        loss = F.cross_entropy(logits, targets, reduction=reduction)
+    else:
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction=reduction)
+        loss = loss / logits.shape[1]
+    if balance.weights is None:
+        return loss
+    weights = (targets * balance.weights).sum(1)
+    return (loss * (weights if kind == "ce" else weights[:, None])).sum()
 
 
 class EMA:

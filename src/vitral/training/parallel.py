@@ -16,6 +16,7 @@ from vitral.compat import add_all, allow_recompiles
 from vitral.config import TrainConfig
 from vitral.data.loader import Batch
 from vitral.model import ViT
+from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.resolved import Resolved, compiled
@@ -29,9 +30,14 @@ class AveragedGradients:
     """
 
     def __init__(
-        self, model: nn.Module, train: TrainConfig, resolved: Resolved, world: World
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        resolved: Resolved,
+        world: World,
+        balance: Balance = NO_BALANCE,
     ) -> None:
-        self.train, self.resolved, self.world = train, resolved, world
+        self.train, self.resolved, self.world, self.balance = train, resolved, world, balance
         self.wrapped: DistributedDataParallel | FSDPModule | None = None
         if world.size > 1 and train.parallel == "fsdp":
             assert isinstance(model, ViT)
@@ -53,7 +59,7 @@ class AveragedGradients:
         call = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else self.forward
         with no_sync:
             with self.resolved.autocast():
-                loss = loss_sum(call(batch.images), batch.targets, self.train.loss)
+                loss = loss_sum(call(batch.images), batch.targets, self.train.loss, self.balance)
                 loss = loss / self.train.batch_size
             # DDP and FSDP2 average the gradients over the processes; this makes it a sum.
             (loss * self.world.size).backward()
@@ -75,9 +81,14 @@ class FixedOrderReduction:
     """
 
     def __init__(
-        self, model: nn.Module, train: TrainConfig, resolved: Resolved, world: World
+        self,
+        model: nn.Module,
+        train: TrainConfig,
+        resolved: Resolved,
+        world: World,
+        balance: Balance = NO_BALANCE,
     ) -> None:
-        self.train, self.resolved, self.world = train, resolved, world
+        self.train, self.resolved, self.world, self.balance = train, resolved, world, balance
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.forward = compiled(model, resolved)
         self.shard = train.batch_size // NUM_SHARDS
@@ -87,7 +98,9 @@ class FixedOrderReduction:
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
         """Adds the gradient of a micro-batch; `last` marks the last of a step. Returns its loss."""
         with self.resolved.autocast():
-            loss = loss_sum(self.forward(batch.images), batch.targets, self.train.loss)
+            loss = loss_sum(
+                self.forward(batch.images), batch.targets, self.train.loss, self.balance
+            )
             loss = loss / self.train.batch_size
         loss.backward()
         self.loss = self.loss + loss.detach()

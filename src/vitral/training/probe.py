@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitral.data.sampling import random_ranks
+from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.frozen import Features
 
 STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # L2 strengths to try, from 3 to 1e-5
@@ -40,9 +41,10 @@ class Probe(NamedTuple):
     strength: float
     """Strength of the L2 penalty, relative to the mean cross-entropy."""
     held_out: float
-    """Accuracy on the held-out images that the strength was selected on."""
+    """Accuracy on the held-out images that the strength was selected on, weighted by
+    `Balance.importance`."""
     loss: float
-    """Mean cross-entropy of all images, in nats."""
+    """Mean cross-entropy of all images, in nats, by the weights of their classes."""
 
     def predict(self, vectors: Tensor) -> Tensor:
         """Returns the most likely class of each vector: (n, D) to (n,)."""
@@ -55,6 +57,7 @@ def fit(
     seed: int,
     check: Check | None = None,
     device: str | torch.device = "cpu",
+    balance: Balance = NO_BALANCE,
 ) -> Probe:
     """Fits a head to standardized features, with the L2 strength that is best on held-out images.
 
@@ -65,7 +68,9 @@ def fit(
     Args:
         check: called before each evaluation of the loss; may raise to stop.
         device: where to compute the loss; must support float64.
+        balance: changes to the loss, which also select by which accuracy a strength is best.
     """
+    balance = balance.to(device, torch.float64)
     vectors, labels = features.vectors.to(device), features.labels.to(device)
     mean, deviation = standardization(vectors)
     small = len(labels) * max(num_classes, vectors.shape[1]) <= MAX_FLOAT64
@@ -76,7 +81,7 @@ def fit(
     def problem(rows: NDArray[Any]) -> Problem:
         chosen = torch.from_numpy(rows).to(device)
         standardized = (vectors[chosen].double() - mean) / deviation
-        return Problem(standardized.to(dtype), labels[chosen], num_classes, check)
+        return Problem(standardized.to(dtype), labels[chosen], num_classes, check, balance)
 
     folds = FOLDS if len(images) <= MAX_CROSS_VALIDATED else 1
     used = [k for k in range(folds) if (fold == k).any() and (fold != k).any()]
@@ -117,7 +122,7 @@ def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tens
             for (fitted, _), head in zip(folds, heads, strict=True)
         ]
         right = sum(held.num_right(head) for (_, held), head in zip(folds, heads, strict=True))
-        accuracy = right / sum(len(held.labels) for _, held in folds)
+        accuracy = right / sum(held.count(held.labels) for _, held in folds)
         since = 0 if accuracy > best[1] else since + 1
         best = (strength, accuracy, heads[0]) if since == 0 else best
         if since == PATIENCE:
@@ -132,13 +137,19 @@ class Problem:
         vectors: (n, D); logits are computed in this dtype, and losses are added in float64.
         labels: (n,).
         check: called before each evaluation.
+        balance: changes to the cross-entropy, in float64.
     """
 
     def __init__(
-        self, vectors: Tensor, labels: Tensor, num_classes: int, check: Check | None = None
+        self,
+        vectors: Tensor,
+        labels: Tensor,
+        num_classes: int,
+        check: Check | None = None,
+        balance: Balance = NO_BALANCE,
     ) -> None:
-        self.vectors, self.labels, self.num_classes, self.check = (
-            vectors, labels, num_classes, check,
+        self.vectors, self.labels, self.num_classes, self.check, self.balance = (
+            vectors, labels, num_classes, check, balance,
         )  # fmt: skip
         self.rows = max(1, LOGITS_PER_BATCH // num_classes)
 
@@ -181,20 +192,34 @@ class Problem:
         if self.check is not None:
             self.check()
         total, gradient = head.new_zeros(()), torch.zeros_like(head)
-        weight, bias = head[:, :-1].to(self.vectors.dtype), head[:, -1].to(self.vectors.dtype)
+        weight, bias = head[:, :-1].to(self.vectors.dtype), head[:, -1]
+        bias = bias if self.balance.shift is None else bias + self.balance.shift
+        bias, weights = bias.to(self.vectors.dtype), self.balance.weights
         for x, y in zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True):
             log_p = F.log_softmax(F.linear(x, weight, bias), 1)
-            total -= log_p.gather(1, y[:, None]).sum(dtype=head.dtype)
+            own = log_p.gather(1, y[:, None])
             error = log_p.exp_()
             error[torch.arange(len(y)), y] -= 1
+            if weights is not None:
+                factors = weights[y, None].to(error.dtype)
+                own, error = own * factors, error * factors
+            total -= own.sum(dtype=head.dtype)
             gradient[:, :-1] += error.T @ x
             gradient[:, -1] += error.sum(0)
         return total / len(self.labels), gradient / len(self.labels)
 
-    def num_right(self, head: Tensor) -> int:
-        """Returns the number of vectors that a head (classes, D + 1) classifies correctly."""
+    def num_right(self, head: Tensor) -> float:
+        """Returns the `count` of vectors that a head (classes, D + 1) classifies correctly."""
         head = head.to(self.vectors.dtype)
-        parts = zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True)
-        return sum(
-            int((F.linear(x, head[:, :-1], head[:, -1]).argmax(1) == y).sum()) for x, y in parts
-        )
+        parts = self.vectors.split(self.rows)
+        classes = torch.cat([F.linear(x, head[:, :-1], head[:, -1]).argmax(1) for x in parts])
+        return self.count(self.labels[classes == self.labels])
+
+    def count(self, labels: Tensor) -> float:
+        """Returns the number of labels (n,), each counted by the importance of its class."""
+        importance = self.balance.importance
+        if importance is None:
+            return len(labels)
+        # Counts first, so that equal counts give equal results.
+        counts = torch.bincount(labels.cpu(), minlength=self.num_classes)
+        return float(counts.to(importance.dtype) @ importance.cpu())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -55,6 +55,7 @@ class Values(TypedDict):
     fingerprint: str
     config: Config
     parts: NotRequired[str]
+    class_weights: NotRequired[tuple[float, ...]]
 
 
 @dataclass
@@ -92,6 +93,8 @@ class State:
     ema: EMA | None
     counters: Counters
     progress: Progress
+    class_weights: tuple[float, ...] = ()
+    """Those of the loss, which may come from a file; empty if there are none."""
 
     def weights(self, world: World) -> dict[str, dict[str, torch.Tensor]]:
         """Full tensors of "model" and, if the run keeps one, "ema"; every process takes part."""
@@ -119,6 +122,7 @@ class State:
             "fingerprint": self.dataset.fingerprint,
             "config": dataclasses.asdict(self.config),
             "parts": self.parts,
+            "class_weights": self.class_weights,
         }
         return Checkpoint(self.progress.step, tensors, state)
 
@@ -331,6 +335,17 @@ def check_parts(run: RunDir, old: str, new: str) -> None:
         raise UserError(
             f"parts: the run in {run.path} uses {old or own}, not {new or own}; resume it with the "
             "same parts, or start another run with --out"
+        )
+
+
+def check_class_weights(
+    config: Config, run: RunDir, old: Sequence[float], new: Sequence[float]
+) -> None:
+    """Raises UserError unless the weights of the classes are those that the run started with."""
+    if [*old] != [*new]:
+        raise UserError(
+            f"train.class_weights: {config.train.class_weights} has changed since the run in "
+            f"{run.path} started; restore it, or start another run with --out"
         )
 
 

@@ -20,6 +20,7 @@ from vitral.rundir import RunDir, RunPath
 from vitral.settings import Request
 from vitral.training import budget, resume
 from vitral.training import checkpoint as checkpoints
+from vitral.training.balance import Balance
 from vitral.training.distributed import World, check_processes, exclusive_training, process_world
 from vitral.training.frozen import freeze
 from vitral.training.loop import Trainer
@@ -106,6 +107,8 @@ def prepare(
     check_room(run.path)
     changes = resume.check_settings(run, config) if world.is_main else []
     dataset = open_data(config, datasets)
+    assert dataset.train is not None
+    Balance.of(config, dataset.classes, dataset.train.labels)  # reads the table of weights
     with torch.device(device):
         model = build_model(config, len(dataset.classes), parts.model)
     path, notes = config.train.init, [*dataset.notes, *changes]

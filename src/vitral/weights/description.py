@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from vitral.config import Config
+from vitral.config import TABLES, Config
 from vitral.documents import convert_json
 from vitral.errors import UserError, printable, short
 from vitral.model import ViT
@@ -98,7 +98,7 @@ def require_head(weights: Weights) -> Weights:
 
 
 def absolute_paths(config: Config) -> Config:
-    """Returns the settings with absolute paths of the data and initial weights, if they exist.
+    """Returns the settings with absolute paths of data, weights and tables that exist.
 
     This allows repeating a run from another directory.
     """
@@ -114,7 +114,9 @@ def absolute_paths(config: Config) -> Config:
 
     path, init = config.data.path, config.train.init
     data = dataclasses.replace(config.data, path=path if path in KNOWN_SETS else absolute(path))
-    train = dataclasses.replace(config.train, init=init and absolute(init))
+    table = config.train.class_weights
+    table = absolute(table) if table.endswith(TABLES) else table
+    train = dataclasses.replace(config.train, init=init and absolute(init), class_weights=table)
     return dataclasses.replace(config, data=data, train=train)
 
 

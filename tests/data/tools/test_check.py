@@ -70,8 +70,8 @@ def test_the_text_of_a_report(root):
     total = f"{report.sizes.sum() / 1e6:.1f} MB in total"
     for expected in (
         f"{root.name}: 2 classes",
-        "train: 4 images, 2 to 2 per class (median 2)",
-        "val: 4 images, 1 to 3 per class (median 2)",
+        "train: 4 images, 2 to 2 per class (median 2), imbalance ratio 1.0",
+        "val: 4 images, 1 to 3 per class (median 2), imbalance ratio 3.0",
         "  rarest first: cat 1, dog 3",
         "short side: 5 to 70 pixels (median 30)",
         "long side: 20 to 90 pixels (median 60)",
@@ -110,6 +110,17 @@ def test_long_lists_of_classes_are_shortened(root):
         "  rarest first: class1 1, class2 2, class3 3, class4 4, class5 5, ..., "
         "class996 996, class997 997, class998 998, class999 999, class1000 1,000"
     )
+
+
+def test_options_are_suggested_for_rare_classes(root):
+    report = checked(root)
+    for counts, suggested in (([2, 20], False), ([2, 21], True), ([0, 11], True)):
+        changed = dataclasses.replace(report, counts={"train": np.array(counts)})
+        text = format_report(changed)
+        assert ("imbalance ratio above 10: " in text) == suggested
+        assert ("--data.sampling balanced" in text) == suggested
+    changed = dataclasses.replace(report, counts={"val": np.array([1, 11])})
+    assert "above 10" not in format_report(changed)
 
 
 def test_a_dataset_of_only_broken_files(root):

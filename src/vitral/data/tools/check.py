@@ -20,6 +20,9 @@ from vitral.errors import counted
 from vitral.files import expand
 
 MAX_LISTED_CLASSES = 30
+MAX_IMBALANCE = (
+    10  # ratio of the most frequent to the rarest class above which options are suggested
+)
 BATCH = 64  # files that a worker checks at a time
 FileCheck = tuple[int, int, int, str, float]  # width, height, bytes, error, seconds
 
@@ -115,11 +118,21 @@ def format_report(report: Report) -> str:
     """Formats the report as text; of over thirty classes, lists the rarest and most frequent."""
     lines = [f"{report.name}: {counted(len(report.classes), 'class')}", *report.notes]
     for split, counts in report.counts.items():
-        lines += [f"{split}: {counted(int(counts.sum()), 'image')}, {_range(counts, 'per class')}"]
+        imbalance = counts.max() / max(counts.min(), 1)
+        lines += [
+            f"{split}: {counted(int(counts.sum()), 'image')}, {_range(counts, 'per class')}, "
+            f"imbalance ratio {imbalance:.1f}"
+        ]
         rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
         if len(rising) > MAX_LISTED_CLASSES:
             rising[5:-5] = ["..."]
         lines += [f"  rarest first: {', '.join(rising)}"]
+        if split == "train" and imbalance > MAX_IMBALANCE:
+            lines += [
+                f"  imbalance ratio above {MAX_IMBALANCE}: if rare classes matter, try "
+                "--data.sampling balanced, --train.class-weights balanced or "
+                "--train.logit-adjustment 1, and compare the accuracy of each class"
+            ]
     if len(report.dimensions):
         for side, values in zip(
             ("short", "long"), np.sort(report.dimensions, axis=1).T, strict=True
