@@ -58,7 +58,7 @@ REJECTED = [
     *[(TrainConfig, name, (0, -1)) for name in ("micro_batch", "threads", "checkpoint_steps")],
     *[(TrainConfig, name, (-0.1, 1.0, NAN)) for name in ("label_smoothing", "ema_decay")],
     (TrainConfig, "logit_adjustment", (-0.1, NAN, math.inf)),
-    (TrainConfig, "class_weights", ("", "blanced", "weights.txt")),
+    (TrainConfig, "class_weights", ("", "balance", "weights.txt")),
     *[(TrainConfig, name, (3, 7)) for name in ("batch_size", "micro_batch")],
 ]
 

@@ -33,7 +33,7 @@ def test_weights_by_hand():
     found = balance("--train.class-weights", "balanced")
     assert found.weights.tolist() == pytest.approx([10 / 18, 10 / 9, 10 / 3])
     found = balance("--train.class-weights", "effective").weights
-    numbers = [sum(0.999**i for i in range(n)) for n in (6, 3, 1)]  # Cui et al. 2019, section 3
+    numbers = [sum(0.999**i for i in range(n)) for n in (6, 3, 1)]  # Cui et al. 2019, proposition 1
     assert (found / found[2]).tolist() == pytest.approx([1 / number for number in numbers])
     assert found[LABELS].mean().item() == pytest.approx(1)
     for sampling, quotas in (("balanced", [1, 1, 1]), ("sqrt", [6**0.5, 3**0.5, 1])):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from vitral.cli import main
 from vitral.errors import UserError
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.training import frozen, probe, tokens, train
+from vitral.training.balance import Balance
 from vitral.training.folds import cross_validate
 
 from .processes import DISTRIBUTED, digests, finish_single, fork, options, run, signal_at
@@ -101,6 +103,21 @@ def test_the_head_is_the_fit_to_the_features(uninterrupted):
     head = weights.load(uninterrupted).model.head
     torch.testing.assert_close(head.weight, expected.weight, rtol=0, atol=0)
     torch.testing.assert_close(head.bias, expected.bias, rtol=0, atol=0)
+
+
+def test_sampling_becomes_weights_of_the_fit(image_folder, pretrained, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "few")
+    for image in sorted((tmp_path / "few" / "train" / "dark").iterdir())[5:]:
+        image.unlink()
+    config = head_config(tmp_path / "few", tmp_path / "run", pretrained, data__sampling="balanced")
+    assert finish_single(config) == 0
+    features = frozen.read_features(RunDir(tmp_path / "run").features)
+    assert features.labels.bincount().tolist() == [5, 20]
+    weights_of_classes = torch.tensor([2.5, 0.625]).double()
+    expected = probe.fit(features, 2, seed=0, balance=Balance(weights_of_classes))
+    torch.testing.assert_close(weights.load(tmp_path / "run").model.head.weight, expected.weight)
+    assert "held-out weighted top-1" in (tmp_path / "run" / "train.log").read_text()
+    assert cross_validate(tmp_path / "run", 2).startswith("2 folds of 25 training images")
 
 
 def kill_at(config, moment):

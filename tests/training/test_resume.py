@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import random
 import shutil
@@ -13,10 +14,12 @@ import torch
 
 from vitral import settings, storage, weights
 from vitral.data.formats import open_dataset
+from vitral.data.sampling import Order
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 from vitral.training import checkpoint, resume, train
+from vitral.training.balance import Balance
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.monitor import Counters
@@ -122,6 +125,14 @@ def test_corrections_for_rare_classes_resume_exactly(pictures, tmp_path):
         for name in ("uninterrupted", "killed")
     )
     assert finish_single(uninterrupted) == 0
+    # The new head predicts equal probabilities, and mixing does not change the mean weight.
+    dataset = open_dataset(killed.data, 16, 0)
+    labels, smoothing = dataset.train.labels, killed.train.label_smoothing
+    weights = Balance.of(killed, dataset.classes, labels).weights.numpy()
+    _, indices = Order.of(killed, labels).samples(0, 0, 12)
+    mean = (1 - smoothing) * weights[labels[indices]].mean() + smoothing * weights.mean()
+    row = read_rows(tmp_path / "uninterrupted" / "metrics.jsonl")[0]
+    assert row["loss"] == pytest.approx(mean * math.log(6), rel=1e-5)
     assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
     content = table.read_text()
     table.write_text(content.replace("class0,1", "class0,2"))

@@ -102,8 +102,8 @@ def class_weights(
     if kind == "none":
         return None
     if kind == "balanced":
-        return 1 / counts
-    if kind == "effective":  # Cui et al. 2019, equation 2
+        return 1 / counts.astype(np.float64)
+    if kind == "effective":  # Cui et al. 2019, proposition 1
         return (1 - BETA) / (1 - BETA**counts)
     return _read_table(kind, [class_name(name) for name in classes])
 
@@ -159,4 +159,4 @@ def _entries(path: str) -> Iterator[tuple[str, Any, Any]]:
                 f"train.class_weights: {printable(path)}: row {number}: expected two columns, "
                 f"class and weight, got {len(cells)}"
             )
-        yield f"row {number}", *cells
+        yield f"row {number}", cells[0], cells[1]
