@@ -221,7 +221,7 @@ class ViTConfig:
         return Shape(*(p if o is None else o for o, p in zip(own, preset, strict=True)))
 
 
-TABLE_COLUMNS = ("image_column", "label_column", "group_column", "split_column", "weight_column")
+TABLE_COLUMNS = ("image_column", "label_column", "group_column", "split_column")
 """Settings that name the columns of a table of labels."""
 
 
@@ -245,9 +245,6 @@ class DataConfig:
     split_column: str | None = None
     """Column with the split of each image, train, val or test, if the data is a table. None uses a
     column split or subset, if there is one."""
-    weight_column: str | None = None
-    """Column with the sample weight of each image, if the data is a table. None uses a column
-    sample_weight, if there is one."""
     val_fraction: float = 0.1
     """Fraction of each class to hold out for validation, chosen by seed, if the dataset has no
     validation split."""

@@ -93,8 +93,6 @@ class Files:
     """Shape (N,)."""
     groups: Integers | None = None
     """Hash of the name of each image's group, if a hold-out must not divide groups. Shape (N,)."""
-    weights: NDArray[np.float32] | None = None
-    """Sample weight of each image, if there are weights. Shape (N,)."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -109,16 +107,13 @@ class Files:
 
     def take(self, chosen: NDArray[np.bool_]) -> Files:
         """Returns the images where `chosen`, shape (N,), is true."""
-        columns = {name: getattr(self, name) for name in ("groups", "weights")}
-        optional = {name: each[chosen] for name, each in columns.items() if each is not None}
+        groups = None if self.groups is None else self.groups[chosen]
         required = self.names[chosen], self.sizes[chosen], self.labels[chosen]
-        return Files(self.root, *required, **optional)
+        return Files(self.root, *required, groups)
 
     def identity(self) -> Iterator[bytes]:
-        """Yields names, sizes and weights."""
-        yield from _names_and_sizes(self.names, self.sizes)
-        if self.weights is not None:
-            yield np.ascontiguousarray(self.weights, "<f4").tobytes()
+        """Yields names and sizes."""
+        return _names_and_sizes(self.names, self.sizes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -463,26 +463,9 @@ def test_the_held_out_fraction_of_groups_of_different_sizes():
         assert abs(held.mean() - 0.2) <= 50 / sizes.sum()  # half of the largest group
 
 
-def test_sample_weights(tmp_path, rows):
-    text = csv_text([(*row, f"{i / 2}") for i, row in enumerate(rows)], "image,label,sample_weight")
-    table = write(tmp_path, text)
-    dataset = opened(table, train=False)
-    assert dataset.val.weights.dtype == np.float32
-    assert dataset.val.weights.tolist() == [i / 2 for i in range(8)]
-    taken = dataset.val.take(dataset.val.labels == 1)
-    assert taken.weights.tolist() == [2, 2.5, 3, 3.5]
-    unweighted = opened(write(tmp_path, csv_text(rows)), train=False)
-    assert unweighted.val.weights is None
-    assert unweighted.fingerprint != dataset.fingerprint
-    for weight in ("-1", "x", "nan", "inf", ""):
-        text = csv_text([(*row, weight) for row in rows], "image,label,w")
-        message = error_message(write(tmp_path, text), weight_column="w")
-        assert "row 2, column w: expected a number of 0 or more, got " in message
-
-
-def test_weights_and_groups_are_not_needed_to_validate(tmp_path, rows):
+def test_groups_are_not_needed_to_validate(tmp_path, rows):
     table = write(tmp_path, csv_text(rows))
-    options = {"group_column": "patient", "weight_column": "w"}
+    options = {"group_column": "patient"}
     assert len(opened(table, train=False, **options).val) == 8
     assert "expected a column patient" in error_message(table, **options)
 

@@ -28,12 +28,8 @@ COLUMNS = {
     "label": ("label", "labels", "class", "class_name", "target", "category"),
     "split": ("split", "subset"),
     "group": ("group", "group_id", "patient_id"),
-    "weight": ("sample_weight",),
 }
-"""Common names of each column, in lower case with underscores, the preferred ones first.
-
-A column `weight` is not a sample weight unless the settings say so: it may be that of an animal.
-"""
+"""Common names of each column, in lower case with underscores, the preferred ones first."""
 REQUIRED = ("image", "label")
 
 
@@ -59,7 +55,7 @@ def read_table(path: Path, config: DataConfig, train: bool) -> Table:
     """Reads the columns that `config` names, or those with common names.
 
     Args:
-        train: whether to train on the images; otherwise group and weight columns may be missing.
+        train: whether to train on the images; otherwise the group column may be missing.
 
     Raises:
         UserError: if a column is missing or a row is malformed; the message names file and row.
@@ -110,7 +106,7 @@ def find_columns(
     for column, names in COLUMNS.items():
         given: str | None = getattr(config, f"{column}_column")
         if given is not None and given not in header:
-            if not train and column in ("group", "weight"):
+            if not train and column == "group":
                 continue
             hint = did_you_mean(given, header).removeprefix("; ")
             fix = hint or f"give {_option(column)} with one of these names"
@@ -128,7 +124,7 @@ def find_columns(
 
 
 def _option(column: str) -> str:
-    return f"--{'data.' * (column == 'weight')}{column}-column"
+    return f"--{column}-column"
 
 
 def _read_csv(path: Path, text: TextIO, config: DataConfig, train: bool) -> Table:

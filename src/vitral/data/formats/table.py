@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import math
 import os
 import stat
 from bisect import bisect
@@ -62,7 +61,8 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     chosen = np.flatnonzero(splits == VAL if has_val and not train else splits != UNUSED)
     names, sizes = _locate(rows, chosen)
     columns = {"label": labels[chosen], "split": splits[chosen]}
-    columns |= _groups_and_weights(rows, chosen, splits[chosen])
+    if rows.has("group"):
+        columns["group"] = _groups(rows, chosen, splits[chosen])
     first = _drop_duplicates(rows, names, columns, chosen)
     if len(first) < len(chosen):
         rows_merged = counted(len(chosen) - len(first), "duplicate row")
@@ -75,7 +75,6 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         sizes[order],
         parts["label"],
         parts.get("group"),
-        parts.get("weight"),
     )
     by_split = [records.take(parts["split"] == split) for split in (TRAIN, VAL)]
     training, val = ((classes, each) if len(each) else None for each in by_split)
@@ -262,43 +261,27 @@ def _find_file(folder: bytes, path: str) -> tuple[bytes, int] | None:
     return (name, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
-def _groups_and_weights(rows: _Rows, chosen: Integers, splits: Integers) -> dict[str, NDArray[Any]]:
-    """Returns the hashed groups and the sample weights of the chosen rows, if there are columns."""
-    columns = {}
-    if rows.has("group"):
-        cells = rows.cells("group")
-        for i in chosen.tolist():
-            if not cells[i]:
-                fix = "give images without a known group a group of their own"
-                raise rows.error(i, "group", "a group", "nothing", fix)
-        hashes = {cell: _hash(cell) for cell in {*cells}}
-        groups = columns["group"] = np.array([hashes[cells[i]] for i in chosen.tolist()])
-        both = np.intersect1d(groups[splits == TRAIN], groups[splits == VAL])
-        if len(both):
-            place = chosen[(splits == VAL) & np.isin(groups, both)][0]
-            got = f"{short(cells[place])}, which is in both splits"
-            raise rows.error(place, "group", "a group in one split", got, "move its images")
-    if rows.has("weight"):
-        cells = rows.cells("weight")
-        columns["weight"] = np.array([_weight(rows, i, cells[i]) for i in chosen], np.float32)
-    return columns
+def _groups(rows: _Rows, chosen: Integers, splits: Integers) -> Integers:
+    """Returns the hashed group of each chosen row."""
+    cells = rows.cells("group")
+    for i in chosen.tolist():
+        if not cells[i]:
+            fix = "give images without a known group a group of their own"
+            raise rows.error(i, "group", "a group", "nothing", fix)
+    hashes = {cell: _hash(cell) for cell in {*cells}}
+    groups = np.array([hashes[cells[i]] for i in chosen.tolist()])
+    both = np.intersect1d(groups[splits == TRAIN], groups[splits == VAL])
+    if len(both):
+        place = chosen[(splits == VAL) & np.isin(groups, both)][0]
+        got = f"{short(cells[place])}, which is in both splits"
+        raise rows.error(place, "group", "a group in one split", got, "move its images")
+    return groups
 
 
 def _hash(name: str) -> int:
     """Returns 64 bits of a hash, so that two of a million groups do not get the same one."""
     digest = blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def _weight(rows: _Rows, i: int, cell: str) -> float:
-    try:
-        weight = float(cell)
-    except ValueError:
-        weight = math.nan
-    if not 0 <= weight < math.inf:
-        got = short(cell) if cell else "nothing"
-        raise rows.error(i, "weight", "a number of 0 or more", got, "correct it")
-    return weight
 
 
 def _drop_duplicates(
