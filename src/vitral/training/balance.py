@@ -98,13 +98,13 @@ def class_weights(
     Raises:
         UserError: if the table of weights cannot be used.
     """
-    counts = np.maximum(counts, 1)
+    number = np.maximum(counts, 1).astype(np.float64)
     if kind == "none":
         return None
     if kind == "balanced":
-        return 1 / counts.astype(np.float64)
+        return np.reciprocal(number)
     if kind == "effective":  # Cui et al. 2019, proposition 1
-        return (1 - BETA) / (1 - BETA**counts)
+        return (1 - BETA) / (1 - np.power(BETA, number))
     return _read_table(kind, [class_name(name) for name in classes])
 
 
