@@ -30,7 +30,7 @@ def members(
 ) -> Iterator[tuple[str, tarfile.TarInfo]]:
     """Yields the files with one of `suffixes` in a tar archive, as name and header.
 
-    System files are left out. `offset_data` of a header counts from the beginning of `file`. The
+    System files are skipped. `offset_data` of a header counts from the beginning of `file`. The
     caller may read from `file` between two members.
 
     Args:
@@ -39,8 +39,8 @@ def members(
         skipped: counts the other files, by kind.
 
     Raises:
-        UserError: if it is not a tar archive, is cut off, or a member is not a regular file or has
-            an unsafe name.
+        UserError: if `file` is not a tar archive or is cut off, or if a member is not a regular
+            file or has an unsafe name.
     """
     end = file.seek(0, 2) if end is None else end
     file.seek(start)
@@ -53,7 +53,7 @@ def members(
             # Damaged sizes can be negative, and would lead back to an earlier member.
             if not 0 <= member.size <= end - member.offset_data:
                 raise tarfile.ReadError
-            # Otherwise it keeps all headers, at a kilobyte each.
+            # Otherwise the archive would keep all headers in memory, a kilobyte each.
             tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
             kind = system_part(last)
             if kind is None and last.lower().endswith(suffixes):
@@ -99,7 +99,7 @@ def check_unique(place: Path | str, names: Iterable[str]) -> None:
 def progress(
     items: Iterable[T], what: str = "indexing", unit: str = "tar", total: int | None = None
 ) -> Iterator[T]:
-    """Iterates over items, with a progress bar if that takes more than two seconds.
+    """Iterates over items and shows a progress bar after two seconds.
 
     The bar appears on stderr, in a terminal or a notebook.
     """

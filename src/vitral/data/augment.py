@@ -1,4 +1,4 @@
-"""Augmentation after cropping: drawn on the host, applied on the device of the images.
+"""Augmentation after cropping. Parameters are drawn on the host and applied on the images' device.
 
 An `AugmentPlan` contains all random parameters of a batch, each row a pure function of (seed,
 epoch, index). The policies and their ranges are torchvision's.
@@ -57,8 +57,9 @@ _AUTOAUGMENT = {
     "autoaugment-imagenet": _parse(_IMAGENET),
     "autoaugment-cifar10": _parse(_CIFAR10),
 }
-CPU_CHUNK = 1 << 20  # values that a CPU augments together, so that they stay in its caches
-CPU_LARGE = 1 << 16  # values above which one image at a time is faster: it needs no gather
+CPU_CHUNK = 1 << 20  # elements processed together on a CPU, so that they stay in cache
+# Elements per image above which processing one image at a time is faster: it needs no gather.
+CPU_LARGE = 1 << 16
 _RANDAUGMENT_OPS = 14
 _BINS = 31
 _SIGNED = np.isin(np.arange(len(Op)), np.arange(Op.SHEAR_X, Op.SHARPNESS + 1))
@@ -75,11 +76,11 @@ class AugmentPlan:
     affine: Floats | None
     """Angle in degrees, scale, x shear in degrees, x and y shift in pixels, shape (B, 5)."""
     ops: Ops
-    """Operations (`Op`) of the policy and of Color Jitter, slot by slot, shape (B, slots)."""
+    """Operations (`Op`) of the policy and of color jitter, slot by slot, shape (B, slots)."""
     values: Floats
     """Values of the operations, shape (B, slots)."""
     erase: Integers
-    """Top, left, height and width of the erased box, zeros for none, shape (B, 4)."""
+    """Top, left, height and width of the erased box, zeros if there is none, shape (B, 4)."""
 
     def rows(self, chunk: slice) -> AugmentPlan:
         """Returns the plan of a part of the batch."""
@@ -94,9 +95,9 @@ def draw_plan(
     """Draws the plan of a batch, each row a pure function of (seed, epoch, index).
 
     Args:
-        image_size: side of the images, in pixels.
+        image_size: size of the images, in pixels.
         epochs: epoch of all samples, or of each sample, shape (B,).
-        indices: positions of the samples in the dataset, shape (B,).
+        indices: indices of the samples in the dataset, shape (B,).
     """
 
     def draw(count: int, purpose: str) -> Floats:
@@ -120,12 +121,13 @@ def draw_plan(
 
 
 def magnitudes(num_bins: int, image_size: int, *, wide: bool = False) -> Floats:
-    """Returns the strengths of each operation in ascending order, without sign.
+    """Returns the unsigned magnitudes of each operation, in ascending order.
 
     Args:
         num_bins: number of levels.
-        image_size: in pixels; without `wide`, translations are proportional to it.
-        wide: use TrivialAugment's ranges instead of those of AutoAugment and RandAugment.
+        image_size: image size in pixels; translations are proportional to it unless `wide`.
+        wide: whether to use TrivialAugment's ranges instead of those of AutoAugment and
+            RandAugment.
 
     Returns:
         Shape (number of operations, num_bins).
@@ -135,7 +137,8 @@ def magnitudes(num_bins: int, image_size: int, *, wide: bool = False) -> Floats:
     table = np.zeros((len(Op), num_bins))
 
     def rise(stop: float) -> Floats:
-        # torch's float32 steps: a threshold must be on the same side of a gray level.
+        # Uses torch.linspace in float32, so that thresholds round to the same gray levels as
+        # torchvision's.
         return torch.linspace(0.0, stop, num_bins).double().numpy()
 
     table[[Op.SHEAR_X, Op.SHEAR_Y]] = rise(shear)
@@ -206,7 +209,7 @@ def _draw_erase(chance: float, image_size: int, uniform: Floats) -> Integers:
 
 
 def augment(images: Tensor, plan: AugmentPlan) -> Tensor:
-    """Applies flips, affine transforms, the slots of the policy, and Color Jitter, in this order.
+    """Applies flips, affine transforms, the slots of the policy, and color jitter, in this order.
 
     Args:
         images: uint8, shape (B, 3, S, S), on any device; not modified.
@@ -231,11 +234,11 @@ def _augment(images: Tensor, plan: AugmentPlan) -> None:
 def finish(
     images: Tensor, plan: AugmentPlan | None, mean: Sequence[float], std: Sequence[float]
 ) -> Tensor:
-    """Scales to [0, 1], normalizes, and erases the boxes of the plan with zeros.
+    """Scales to [0, 1], normalizes, and fills the boxes to be erased with zeros.
 
     Args:
         images: uint8, shape (B, 3, S, S).
-        mean, std: of the three channels, on a scale of 0 to 1.
+        mean, std: mean and standard deviation of the three channels, on a scale of 0 to 1.
 
     Returns:
         float32, shape (B, 3, S, S).
@@ -260,7 +263,7 @@ def _erase(pixels: Tensor, box: Integers) -> Tensor:
 
 
 def _chunks(images: Tensor) -> Iterator[slice]:
-    """Yields one slice on a GPU; on a CPU slices of a few images, which is up to twice as fast."""
+    """Yields one slice on a GPU, and small slices on a CPU, which is up to twice as fast."""
     size = len(images)
     if images.device.type == "cpu":
         values = images[0].numel()
@@ -274,7 +277,7 @@ class Mix:
     """How to mix the images of a batch with their partners."""
 
     fraction: float
-    """Fraction that an image keeps of itself: the weight of its own target."""
+    """Fraction that is kept of an image, and the weight of its target. Its partner has the rest."""
     box: tuple[int, int, int, int] | None
     """For CutMix, top, left, bottom and right of the region from the partner. For Mixup, None."""
 
@@ -282,7 +285,7 @@ class Mix:
 def draw_mix(config: AugmentConfig, image_size: int, seed: int, step: int) -> Mix | None:
     """Draws Mixup (Zhang et al. 2017) or CutMix (Yun et al. 2019) for global batch `step`.
 
-    A pure function of (seed, step). Returns None if both are off.
+    A pure function of (seed, step). Returns None if both are disabled.
     """
     if not config.mixes:
         return None
@@ -300,7 +303,7 @@ def draw_mix(config: AugmentConfig, image_size: int, seed: int, step: int) -> Mi
 
 
 def mix(images: Tensor, targets: Tensor, mix: Mix) -> tuple[Tensor, Tensor]:
-    """Mixes position i of a batch, or of an even slice of one, with position i xor 1.
+    """Mixes image i of a batch, or of an even slice of one, with image i xor 1.
 
     Args:
         images: float, shape (B, 3, S, S).

@@ -1,4 +1,4 @@
-"""Crop boxes, and how crops are resampled.
+"""Draws crop boxes and resamples crops.
 
 Boxes are int64 arrays of shape (B, 4): top, left, height and width in pixels of the source. A box
 may extend beyond its image, where pixels are black. Boxes that are scaled to squashed images are
@@ -26,10 +26,10 @@ NUM_TRIES = 10
 
 
 def eval_boxes(sizes: Integers, fraction: float, fit: Fit = "crop") -> Integers:
-    """Returns the central squares with a side of `fraction` times the short side.
+    """Returns the central squares whose side is `fraction` times the shorter side.
 
-    With `fit` "squash", returns the central boxes with sides of `fraction` times the image's sides,
-    to be squashed.
+    If `fit` is "squash", returns the central boxes whose sides are `fraction` times the image's
+    sides, to be squashed.
 
     Args:
         sizes: height and width of each image, shape (B, 2).
@@ -54,14 +54,14 @@ def random_boxes(
     indices: Integers,
     fit: Fit = "crop",
 ) -> Integers:
-    """Draws the crop of each sample, a pure function of (seed, epoch, index) and the image's size.
+    """Draws the crop of each sample, a pure function of (seed, epoch, index) and the image size.
 
     Args:
-        fraction: fraction of the short side that evaluation crops.
-        image_size: side of the model's image, in pixels.
+        fraction: side of the evaluation crop as a fraction of the shorter side.
+        image_size: size of the model's input, in pixels.
         sizes: height and width of each image, shape (B, 2).
         epochs: epoch of all samples, or of each sample, shape (B,).
-        indices: positions of the samples in the dataset, shape (B,).
+        indices: indices of the samples in the dataset, shape (B,).
 
     Returns:
         Boxes, shape (B, 4).
@@ -81,13 +81,13 @@ def random_boxes(
 def rectangles(
     uniform: Floats, area: Floats | float, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Floats, Floats]:
-    """Returns the candidate rectangles of Inception-style crops and Random Erasing, sides a and b.
+    """Returns sides a and b of candidate rectangles for Inception-style crops and Random Erasing.
 
     Args:
         uniform: numbers in [0, 1), shape (B, 2 * NUM_TRIES).
         area: area of the image, in pixels, a number or shape (B, 1).
-        scale: range of the rectangle's fraction of `area`, uniform.
-        ratio: range of a / b, log-uniform.
+        scale: range of the rectangle's area as a fraction of `area`, sampled uniformly.
+        ratio: range of a / b, sampled log-uniformly.
 
     Returns:
         Sides a and b as integers, both of shape (B, NUM_TRIES).
@@ -132,7 +132,7 @@ def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> 
     Args:
         image: uint8, shape (3, H, W), with any strides.
         box: top, left, height and width, shape (4,).
-        size: side of the result, in pixels.
+        size: side length of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
@@ -153,7 +153,7 @@ def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> 
 
 
 def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation: str) -> Tensor:
-    """Crops and resizes a batch with antialiasing on any device, as two batched matrix products.
+    """Crops and resizes a batch with antialiasing on any device, as two batched matmuls.
 
     Matches `crop_resize` within one gray level (two in a few pixels of a bicubic enlargement), and
     exactly if nothing is resized.
@@ -161,7 +161,7 @@ def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation:
     Args:
         images: uint8, shape (B, 3, H, W).
         boxes: on the host, in whole or fractional pixels, shape (B, 4).
-        size: side of the result, in pixels.
+        size: side length of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
@@ -184,14 +184,14 @@ def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation:
 
 
 def _margin(starts: Integers | Floats, lengths: Integers | Floats, source: int) -> int:
-    """Returns the largest number of pixels by which a box exceeds an axis of `source` pixels."""
+    """Returns the most pixels by which a box extends beyond an axis of `source` pixels."""
     return math.ceil(max(0, -starts.min(), (starts + lengths).max() - source))
 
 
 def _filter_weights(
     start: Tensor, length: Tensor, source: int, margin: int, size: int, interpolation: str
 ) -> Tensor:
-    """Computes antialiasing weights of one axis, from `length` pixels at `start` to `size` pixels.
+    """Computes antialiasing weights along an axis, from `length` pixels at `start` to `size`.
 
     The filter is widened by the downscaling factor and normalized over the pixels of the box. These
     include pixels outside the image, which count as black. A pixel on an edge of the box belongs to
@@ -202,7 +202,7 @@ def _filter_weights(
     Args:
         start, length: in source pixels, both of shape (B,).
         source: pixels of the image along the axis.
-        margin: how many pixels a box may extend beyond the image.
+        margin: number of pixels that a box may extend beyond the image.
 
     Returns:
         Shape (B, size, source).

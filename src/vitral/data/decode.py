@@ -37,7 +37,7 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
     *(HEIC if find_spec("pillow_heif") else ()),
 )  # fmt: skip
-"""File name extensions of images."""
+"""File name suffixes of images."""
 
 
 class DecodeError(ValueError):
@@ -55,8 +55,8 @@ def decode(data: bytes) -> torch.Tensor:
         Shape (3, H, W), uint8 RGB, values 0 to 255, with channels innermost in memory.
 
     Raises:
-        DecodeError: if the data is not an image, is broken, or, according to its header, takes more
-            work to decode than MAX_PIXELS pixels.
+        DecodeError: if the data is not an image, is broken, or would take more work to decode than
+            an image of MAX_PIXELS pixels.
     """
     if not data:
         raise DecodeError("empty file")
@@ -69,7 +69,7 @@ def decode(data: bytes) -> torch.Tensor:
         raise DecodeError(f"not an image in a known format ({', '.join(_FORMATS)})") from None
     except Image.DecompressionBombError as error:
         claim = str(error).partition(" exceeds")[0]
-        raise DecodeError(f"{claim} exceeds the cap of {MAX_PIXELS:,} pixels") from None
+        raise DecodeError(f"{claim} exceeds the limit of {MAX_PIXELS:,} pixels") from None
     except Exception as error:
         # Broken files make both libraries raise nearly any exception, even SyntaxError.
         raise DecodeError(_reason(error)) from error
@@ -84,7 +84,7 @@ def gpu_can_decode(data: bytes) -> bool:
             upright = header.getexif().get(ExifTags.Base.Orientation, 1) == 1
     except Exception:
         return False
-    # RGB is stored without conversion if Adobe's marker or the names of the channels say so.
+    # Adobe's marker or the names of the channels can indicate RGB without conversion.
     names = [name for name, *_ in getattr(header, "layer", ())]
     rgb = header.info.get("adobe_transform") == 0 or names == [*b"RGB"]
     supported = header.mode == "L" or (header.mode == "RGB" and not rgb)
@@ -99,7 +99,7 @@ def decode_on_gpu(
 
     Args:
         contents: encoded bytes, each uint8 of shape (length,), on the CPU.
-        gpu_readable: result of `gpu_can_decode` for each, shape (B,).
+        gpu_readable: results of `gpu_can_decode`, shape (B,).
 
     Returns:
         Images as from `decode`, on `device`; None for images that cannot be decoded.
@@ -140,31 +140,31 @@ def _check_decoding_cost(header: Image.Image, data: bytes) -> None:
     """
     W, H = header.size
     if W * H > MAX_PIXELS:
-        raise DecodeError(f"Image size ({W}x{H} pixels) exceeds the cap of {MAX_PIXELS:,} pixels")
+        raise DecodeError(f"Image size ({W}x{H} pixels) exceeds the limit of {MAX_PIXELS:,} pixels")
     if isinstance(header, TiffImagePlugin.TiffImageFile):
         w, h = (int(header.tag_v2.get(tag, side)) for tag, side in ((322, W), (323, H)))
         area = math.ceil(W / w) * w * math.ceil(H / h) * h
         if area > MAX_PIXELS:
-            raise DecodeError(f"tiles of {area:,} pixels exceed the cap of {MAX_PIXELS:,} pixels")
+            raise DecodeError(f"tiles of {area:,} pixels exceed the limit of {MAX_PIXELS:,} pixels")
     elif isinstance(header, JpegImagePlugin.JpegImageFile):
-        cap = MAX_SCANS * MAX_PIXELS
-        # Counting reads the entire file, so it is skipped if there is no room for too many scans,
-        # which take at least 10 bytes each.
-        many = len(data) // 10 * W * H > cap and not _has_one_scan(header, data)
+        limit = MAX_SCANS * MAX_PIXELS
+        # Counting scans reads the entire file, so it is skipped if the file is too small to contain
+        # too many of them; each scan takes at least 10 bytes.
+        many = len(data) // 10 * W * H > limit and not _has_one_scan(header, data)
         scans = data.count(b"\xff\xda") if many else 1
-        if many and scans * W * H > cap:
-            raise DecodeError(f"{scans:,} scans of {W}x{H} pixels exceed the cap of {cap:,}")
+        if many and scans * W * H > limit:
+            raise DecodeError(f"{scans:,} scans of {W}x{H} pixels exceed the limit of {limit:,}")
 
 
 def _has_one_scan(header: JpegImagePlugin.JpegImageFile, data: bytes) -> bool:
-    """Whether a JPEG's header ends with that of a scan that contains all channels completely."""
+    """Whether the first scan of a JPEG contains all channels completely, as in baseline JPEGs."""
     assert header.fp is not None
     start = header.fp.tell() - 8 - 2 * header.layers
     return "progressive" not in header.info and data[start : start + 2] == b"\xff\xda"
 
 
 def _is_heic(data: bytes) -> bool:
-    """Whether the brands at the beginning of a file are those of HEIC and not those of AVIF."""
+    """Whether the file's brands identify it as HEIC, not AVIF."""
     end = min(int.from_bytes(data[:4], "big"), 256)
     brands = [data[i : i + 4] for i in (8, *range(16, end, 4))] if data[4:8] == b"ftyp" else []
     return b"avif" not in brands and any(brand[:3] in (b"hei", b"hev") for brand in brands)
@@ -175,7 +175,8 @@ def _heif() -> tuple[str]:
     try:
         import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise DecodeError("HEIC; pip install 'vitral[heic]' to read it") from None
+        fix = "run `pip install 'vitral[heic]'`"
+        raise DecodeError(f"HEIC images need pillow-heif; {fix}") from None
     pillow_heif.register_heif_opener()
     return ("HEIF",)
 
@@ -194,7 +195,7 @@ def _torchcodec_can_decode(header: Image.Image) -> bool:
             # torchcodec multiplies the colors of an AVIF by its alpha.
             return header.mode == "RGB" and not getattr(header, "is_animated", False)
         case _:
-            return False  # torchcodec decodes every frame of a GIF, which can fill the memory
+            return False  # torchcodec decodes every frame of a GIF, which can exhaust memory
 
 
 def decode_pillow(image: Image.Image) -> torch.Tensor:

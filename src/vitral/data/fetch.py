@@ -1,7 +1,7 @@
 """Fetches records as cropped uint8 images.
 
 Worker processes decode and crop encoded images, or read them for the GPU to decode. Workers gather
-the squares of packs, and pixel datasets are kept on the device; both are cropped on the device.
+the squares of packs, and pixel datasets stay on the device; both are cropped on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GPU_CHUNK = 32  # images that the GPU decodes and crops together
 
 
 def resolve_workers(config: DataConfig, records: Records, processes: int = 1) -> int:
-    """Returns the number of fetching processes: none for pixel datasets, which are on the device.
+    """Returns the number of data workers: none for pixel datasets, which are on the device.
 
     Args:
         processes: training processes on this machine, which share its cores.
@@ -51,7 +51,7 @@ class Request:
     first: int
     """Position of the first sample in the global batch."""
     image_size: int
-    """Side of the requested images, in pixels."""
+    """Size of the requested images, in pixels."""
     epochs: Integers
     indices: Integers
 
@@ -96,7 +96,7 @@ def fetch(
 
 
 def describe(records: Records, index: int) -> str:
-    """Returns the name of a record in messages: its place, or its number."""
+    """Returns the name of a record in messages: its location, or its number."""
     if isinstance(records, Packed | Pixels):
         return f"image {index}"
     return records.where(index)
@@ -153,7 +153,7 @@ class _DecodingDataset(_FetchDataset[Fetched]):
 def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tuple[Tensor, int]:
     """Returns image and label of a record, or of the next one that can be decoded.
 
-    If more records in a row fail than a run tolerates, the image is black, because the run will
+    If more consecutive records fail than a run tolerates, the image is black, because the run will
     stop.
     """
     for _ in range(CHUNK + len(records) // 1000):
@@ -223,7 +223,7 @@ class _EncodedBatch:
     content: Tensor
     lengths: list[int]
     gpu_readable: NDArray[np.bool_]
-    """Whether the GPU's decoder can read each of them. Shape (B,)."""
+    """Whether the GPU's decoder can read each sample. Shape (B,)."""
 
 
 class _EncodedDataset(_FetchDataset[_EncodedBatch]):
@@ -272,7 +272,7 @@ def _decode_on_gpu(
 
 
 def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, interpolation: str) -> Tensor:
-    """Crops images of different sizes, and resizes them together. (B, 3, size, size), uint8."""
+    """Crops images of different sizes and resizes them together; returns (B, 3, size, size)."""
     height, width = (max(int(n), 1) for n in boxes[:, 2:].max(0))
     stacked = images[0].new_zeros(len(images), 3, height, width)
     for place, image, (top, left, h, w) in zip(stacked, images, boxes.tolist(), strict=True):

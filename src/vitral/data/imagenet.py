@@ -1,4 +1,4 @@
-"""Facts about ImageNet-1K (ILSVRC2012) that are missing from its archives or in a MATLAB file."""
+"""Class names and validation labels of ImageNet-1K (ILSVRC2012), which its image archives lack."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def short_name(name: str) -> str:
 
 @lru_cache
 def validation_labels() -> NDArray[np.int64]:
-    """Returns the validation labels as positions in `wnids()`, in file name order. Shape (50000,).
+    """Returns the validation labels as indices into `wnids()`, in file name order. Shape (50000,).
 
     The first label is that of ILSVRC2012_val_00000001.JPEG. The labels are the ground truth of the
     development kit, which numbers the classes in a different order.

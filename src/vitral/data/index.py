@@ -1,4 +1,4 @@
-"""Indexes of archives: built once, then kept in the user's cache folder."""
+"""Builds indexes of archives and stores them in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vitral.caches import cache_dir
 from vitral.data.records import Names, Spans, stamp
 from vitral.data.sampling import Integers
 
-SCHEMA = 3  # increase with every change to what is stored or how it is found
+SCHEMA = 3  # increase whenever the stored columns or their computation change
 COLUMNS = ("archive", "offsets", "sizes", "names")
 KEYS = ("values", "wnids", "skipped")
 Row = tuple[bytes, bytes, int, int, int]
-"""An image: label value, name, position of its archive, first byte, size in bytes."""
+"""An image: label value, name, index of its archive, first byte, size in bytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class ArchiveIndex:
     wnids: Names
     """WordNet ID in the names of all images with a value, or empty. Shape (L,)."""
     spans: Spans
-    """The images; their labels are positions in `values`."""
+    """The images; their labels are indices into `values`."""
     skipped: Mapping[str, int]
     """Number of unused files in the archives, by kind."""
 
@@ -46,14 +46,14 @@ class ArchiveIndex:
 
 
 Reader = Callable[[Sequence[Path]], tuple[list[Row], dict[bytes, bytes], Counter[str]]]
-"""Reads archives: one row per image, wnids by value, and counts of unused files by kind."""
+"""Reads archives; returns one row per image, wnids by value, and unused files by kind."""
 
 
 def index_archives(archives: Sequence[Path], read: Reader) -> ArchiveIndex:
-    """Returns the images in `archives` as found by `read`, or from the cache.
+    """Returns the images in `archives` from the cache or, if they are not there, from `read`.
 
-    Several processes may call this at the same time. A cache that is damaged or cannot be written
-    only costs time.
+    Several processes may call this at the same time. If the cache is damaged
+    or cannot be written, this only takes longer.
 
     Raises:
         UserError: from `read`.

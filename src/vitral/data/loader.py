@@ -1,4 +1,4 @@
-"""Turns requests into batches on the device: fetched, copied and augmented one step ahead.
+"""Turns requests into batches on the device, which are prepared one step ahead.
 
 Fetched images are uint8 crops. All further processing, from flips to normalization, is batched and
 runs on the device.
@@ -33,9 +33,9 @@ class Batch:
     """A micro-batch for training, or a batch for evaluation, on the device."""
 
     step: int
-    """Global batch that it is part of; in evaluation, its own number."""
+    """Index of its global batch; in evaluation, its own index."""
     first: int
-    """Position of its first image in the global batch; in evaluation, in the dataset."""
+    """Index of its first image in the global batch; in evaluation, in the dataset."""
     images: Tensor
     """(B, C, S, S), float32, normalized."""
     targets: Tensor
@@ -43,7 +43,7 @@ class Batch:
     broken: list[tuple[int, str]]
     """Index and reason of each record that could not be decoded; other records replaced them."""
     waited: float = 0.0
-    """Seconds that the device was idle because the images were not fetched yet."""
+    """Seconds that the device was idle because images had not been fetched yet."""
 
 
 def train_batches(
@@ -67,10 +67,10 @@ def train_batches(
     micro-batches or processes.
 
     Args:
-        shard: index of this process's shard of every global batch, and number of shards. Shards are
-            equal, of even size.
-        num_slices: number of equal parts of a shard, of even size, whose boundaries no micro-batch
-            crosses.
+        shard: index of this process's shard of every global batch, and number of shards. Shards
+            have equal, even sizes.
+        num_slices: number of equal slices of a shard, each of even size; a micro-batch never
+            crosses their boundaries.
     """
     data_device = input_device(device)
     seed, smoothing = config.train.seed, config.train.label_smoothing
@@ -167,7 +167,7 @@ def fetch_eval_crops(
     device: torch.device,
     decoder: Decoder = "cpu",
 ) -> Iterator[Fetched]:
-    """Yields evaluation crops of records, not normalized: one batch for each of `index_batches`."""
+    """Yields unnormalized evaluation crops, one batch per element of `index_batches`."""
     config = dataclasses.replace(config, augment=NO_AUGMENTATION)
     image_size = config.model.image_size
     requests = [

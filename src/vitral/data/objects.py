@@ -1,4 +1,4 @@
-"""Items of a Python dataset as records: of torchvision, torch, Hugging Face, or any other."""
+"""Items of a Python dataset as records, such as one of torchvision, torch or Hugging Face."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Objects:
 
     source: Source
     rows: Integers
-    """Positions of the items in `source`. Shape (N,)."""
+    """Indices of the items in `source`. Shape (N,)."""
     labels: Integers
     """Label of each item. Shape (N,)."""
     digest: str
@@ -51,14 +51,14 @@ class Objects:
 
     @property
     def names(self) -> NDArray[np.bytes_]:
-        """Positions of the items in decimal. Shape (N,)."""
+        """Indices of the items in decimal. Shape (N,)."""
         return self.rows.astype(np.bytes_)
 
     def image(self, i: int) -> Tensor:
         """Returns image `i` as `decode` does: uint8, (3, H, W), channels innermost in memory.
 
         Raises:
-            DecodeError: if it cannot be read, or its label has changed since it was first read.
+            DecodeError: if the item cannot be read, or its label has changed since the first read.
         """
         image, label = read_item(self.source, int(self.rows[i]))
         if label != self.labels[i]:
@@ -72,7 +72,7 @@ class Objects:
         return content.getvalue()
 
     def where(self, i: int) -> str:
-        """Returns the position of image `i`, for messages."""
+        """Returns the location of image `i`, for messages."""
         return f"item {self.rows[i]}"
 
     def take(self, chosen: NDArray[np.bool_]) -> Objects:
@@ -80,7 +80,7 @@ class Objects:
         return replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
 
     def identity(self) -> Iterator[bytes]:
-        """Yields the digest, and the positions of the items."""
+        """Yields the digest and the indices of the items."""
         yield self.digest.encode()
         yield np.ascontiguousarray(self.rows, "<i8").tobytes()
 
@@ -89,7 +89,7 @@ def read_item(source: Source, index: int) -> tuple[Tensor, int]:
     """Returns the image of an item, as `decode` does, and its label.
 
     Raises:
-        DecodeError: if it is not an image with a label.
+        DecodeError: if the item is not an image with a label.
     """
     try:
         item = source[index]

@@ -1,9 +1,9 @@
-"""Operations of AutoAugment, Color Jitter and similar policies, on batches with a value per image.
+"""Operations of AutoAugment, color jitter and similar policies, on batches with a value per image.
 
 Each operation equals torchvision's functional for a single uint8 image. Operations that map gray
 levels to gray levels become one table of 256 entries per image and channel. Operations that move
-pixels become one matrix per image. A slot with any mixture of operations thus costs a lookup and a
-gather. The host knows the operation of each image, so nothing here waits for the device.
+pixels become one matrix per image. Any mixture of operations thus takes one lookup and one gather.
+The host stores the operation of each image, so this module never waits for the device.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def warp(images: Tensor, matrices: Floats, mode: str) -> Tensor:
         mode: "nearest" or "bilinear".
     """
     S = images.shape[-1]
-    # Elementwise, because a matrix product may run in TF32 on a GPU. Rounds where torchvision's
-    # product rounds, so that positions halfway between pixels go to the same side.
+    # Elementwise, because a matmul may run in TF32 on a GPU. Rounds where torchvision's
+    # matmul rounds, so that positions halfway between pixels go to the same side.
     theta = to_device(matrices.astype(np.float32), images.device)[..., None, None] / (0.5 * S)
     x = torch.arange(S, device=images.device) - 0.5 * (S - 1)
     grid = torch.addcmul(theta[:, :, 0] * x, theta[:, :, 1], x[:, None]) + theta[:, :, 2]
@@ -147,7 +147,7 @@ def _geometric(images: Tensor, ops: Ops, values: Floats) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    """Returns the luma with the weights of ITU-R 601-2, not rounded, shape (B, S, S)."""
+    """Returns the unrounded luma with the weights of ITU-R 601-2, shape (B, S, S)."""
     r, g, b = images.unbind(1)
     return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
@@ -246,12 +246,12 @@ def _hue(images: Tensor, ops: Ops, values: Floats) -> Tensor:
     )
     hue = sector[:, None] / 6 + turn  # (B, 1, S, S)
     sixth = 6 * hue.sub_(hue.floor())
-    # How far each channel falls below the brightest one, as a fraction of the chroma: red from 1
-    # to 5, green more than one sixth from 2, blue more than one sixth from 4.
+    # Difference of each channel from the brightest one, as a fraction of the chroma: positive for
+    # red from 1 to 5, for green more than 1 from 2, and for blue more than 1 from 4.
     drop = torch.cat(
         [2 - (sixth - 3).abs_(), (sixth - 2).abs_() - 1, (sixth - 4).abs_() - 1], dim=1
     ).clamp_(0, 1)
-    # As torchvision converts to uint8: times slightly less than 256, truncated.
+    # Converted to uint8 as in torchvision: multiplied by slightly less than 256 and truncated.
     return _to_uint8((value[:, None] - chroma[:, None] * drop).mul_(255.999))
 
 

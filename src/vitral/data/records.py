@@ -1,4 +1,4 @@
-"""Tables of images with random access, and datasets of two such tables.
+"""Random-access tables of images, and datasets made of two such tables.
 
 A table is encoded (files, byte ranges of archives, or rows of Parquet), packed (squares in a
 memory-mapped file), or pixels in memory. In each of them, record i is image i of a split.
@@ -34,7 +34,7 @@ VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first one foun
 
 
 def max_archives() -> int:
-    """Returns the number of archives that a process keeps open; small if few files may be open."""
+    """Returns how many archives a process keeps open; fewer if the limit on open files is low."""
     return max(1, min(64, max_open_files() // 8))
 
 
@@ -43,7 +43,7 @@ Stamp = tuple[int, int]
 
 
 def stamp(path: Path, status: os.stat_result | None = None) -> Stamp:
-    """Returns the stamp of a regular file. Raises OSError, also for other kinds of files."""
+    """Returns the stamp of a file. Raises OSError, including for files that are not regular."""
     status = require_regular(path.stat() if status is None else status, path)
     return status.st_size, status.st_mtime_ns
 
@@ -53,12 +53,15 @@ class Encoded(Protocol):
 
     @property
     def labels(self) -> Integers:
-        """Positions in the dataset's classes. Shape (N,)."""
+        """Indices into the dataset's classes. Shape (N,)."""
         ...
 
     @property
     def names(self) -> Names:
-        """Names of the images, as bytes of paths; they and the labels set the order. Shape (N,)."""
+        """Names of the images, as bytes of paths. Shape (N,).
+
+        Images in files and archives are ordered by label and name.
+        """
         ...
 
     def __len__(self) -> int: ...
@@ -68,7 +71,7 @@ class Encoded(Protocol):
         ...
 
     def where(self, i: int) -> str:
-        """Returns the place of image `i`, for messages."""
+        """Returns the location of image `i`, for messages."""
         ...
 
     def take(self, chosen: NDArray[np.bool_]) -> Self:
@@ -76,7 +79,7 @@ class Encoded(Protocol):
         ...
 
     def identity(self) -> Iterator[bytes]:
-        """Yields what distinguishes these images from others, except labels and location."""
+        """Yields data that identifies these images, without labels and location."""
         ...
 
 
@@ -86,9 +89,9 @@ class Files:
 
     root: Path
     names: Names
-    """Paths relative to root, as returned by `os.fsencode`. Shape (N,)."""
+    """Paths relative to `root`, as returned by `os.fsencode`. Shape (N,)."""
     sizes: Integers
-    """Bytes of each file. Shape (N,)."""
+    """Size of each file in bytes. Shape (N,)."""
     labels: Integers
     """Shape (N,)."""
     groups: Integers | None = None
@@ -112,7 +115,7 @@ class Files:
         return Files(self.root, *required, groups)
 
     def identity(self) -> Iterator[bytes]:
-        """Yields names and sizes."""
+        """Yields the names and sizes."""
         return _names_and_sizes(self.names, self.sizes)
 
 
@@ -124,11 +127,11 @@ class Spans:
     stamps: tuple[Stamp, ...]
     """Stamp of each archive when it was indexed."""
     archive: Integers
-    """Position in `archives` of each image. Shape (N,)."""
+    """Index into `archives` for each image. Shape (N,)."""
     offsets: Integers
     """First byte of each image. Shape (N,)."""
     sizes: Integers
-    """Bytes of each image. Shape (N,)."""
+    """Size of each image in bytes. Shape (N,)."""
     names: Names
     """Names inside the archives. Shape (N,)."""
     labels: Integers
@@ -139,11 +142,11 @@ class Spans:
 
     @cached_property
     def _open(self) -> OrderedDict[int, int]:
-        """Descriptors of archives, the most recently used last; `pread` shares no position."""
+        """Descriptors of archives, the most recently used last; `pread` does not move a position."""
         return OrderedDict()
 
     def read(self, i: int) -> bytes:
-        """Returns the encoded bytes of image `i`. Raises OSError, also if the archive changed."""
+        """Returns the bytes of image `i`. Raises OSError, including if the archive has changed."""
         which = int(self.archive[i])
         if which not in self._open:
             path = self.archives[which]
@@ -160,7 +163,7 @@ class Spans:
         return os.pread(self._open[which], int(self.sizes[i]), int(self.offsets[i]))
 
     def where(self, i: int) -> str:
-        """Returns archive and name of image `i`, for messages."""
+        """Returns the archive and name of image `i`, for messages."""
         archive = printable(self.archives[int(self.archive[i])])
         return f"{archive}: {printable(self.names[i])}"
 
@@ -170,7 +173,7 @@ class Spans:
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     def identity(self) -> Iterator[bytes]:
-        """Yields names and sizes."""
+        """Yields the names and sizes."""
         return _names_and_sizes(self.names, self.sizes)
 
 
@@ -194,7 +197,7 @@ class Packed:
     digest: str
     """SHA-256 over the SHA-256 of all chunks in the pack's index."""
     rows: Integers
-    """Position of each image in `images`. Shape (N,)."""
+    """Index into `images` for each image. Shape (N,)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -233,7 +236,7 @@ class Pixels:
         return Pixels(self.images[torch.from_numpy(chosen)], self.labels[chosen])
 
     def identity(self) -> Iterator[bytes]:
-        """Yields shape and values of the pixels."""
+        """Yields the shape and values of the pixels."""
         yield str(tuple(self.images.shape)).encode()
         yield self.images.contiguous().numpy().tobytes()
 
@@ -244,7 +247,7 @@ Split = tuple[tuple[str, ...], Encoded]
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Two splits with the same classes; a label is a position in `classes`."""
+    """Two splits with the same classes; a label is an index into `classes`."""
 
     name: str
     classes: tuple[str, ...]
@@ -253,7 +256,7 @@ class Dataset:
     held_out: bool = False
     """Whether `val` is a held-out part of the training images."""
     choices: tuple[str, ...] = ()
-    """How the splits were chosen, if the user may have meant others."""
+    """How the splits were chosen, if the user may have meant different ones."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Number of unused files, by kind."""
 
@@ -264,7 +267,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of classes, labels, and what identifies the images, but not of their location."""
+        """SHA-256 of classes, labels, and data that identifies the images, but not their location."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for split, records in (("train", self.train), ("val", self.val)):
             if records is not None:
@@ -283,9 +286,9 @@ def merge_splits(
     seed: int,
     skipped: Mapping[str, int] | None = None,
 ) -> Dataset:
-    """Returns the dataset of the splits in `root`; without `val`, holds out a part of `training`.
+    """Returns the dataset of the splits in `root`; if `val` is None, holds out a part of `training`.
 
-    `training` is None if only the validation split is needed. Class names become those of
+    `training` is None if only the validation split is needed. Class names are normalized by
     `class_name`.
 
     Raises:
@@ -317,14 +320,14 @@ def merge_splits(
 def class_name(name: str) -> str:
     """Returns the name of a class as it is compared, stored and printed.
 
-    Unicode is composed, because file systems spell accented letters differently. Control
-    characters, which terminals would act on, are escaped.
+    Names are normalized to NFC, because file systems encode accented letters differently. Control
+    characters, which terminals would interpret, are escaped.
     """
     return printable(unicodedata.normalize("NFC", name))
 
 
 def _with_class_names(root: Path, split: Split | None) -> Split | None:
-    """Returns a split with `class_name` names. Raises UserError if two of them become the same."""
+    """Normalizes class names with `class_name`. Raises UserError if two of them become the same."""
     if split is None:
         return None
     spellings: dict[str, list[str]] = {}
@@ -332,7 +335,7 @@ def _with_class_names(root: Path, split: Split | None) -> Split | None:
         spellings.setdefault(class_name(name), []).append(name)
     for several in spellings.values():
         if len(several) > 1:
-            got = f"{' and '.join(map(ascii, several))}, which are the same in Unicode"
+            got = f"{' and '.join(map(ascii, several))}, which are equal after Unicode normalization"
             raise data_error(root, "each class once", got, "rename or merge them")
     return tuple(spellings), split[1]
 
@@ -345,7 +348,7 @@ def hold_out(
     Args:
         place: path of the dataset, for messages.
         fraction: fraction of each class to hold out.
-        why: reason, for the user.
+        why: the reason, for messages.
 
     Raises:
         UserError: if no class has two images, or two groups of images.
@@ -356,7 +359,7 @@ def hold_out(
     grouped = isinstance(records, Files) and records.groups is not None
     if not held.any():
         kind = "groups" if grouped else "images"
-        got = f"none: {why}, and no class has two {kind} to hold one out"
+        got = f"none: {why}, and no class has enough {kind} to hold one out"
         got += f"; skipped: {kinds(dataset.skipped)}" if dataset.skipped else ""
         raise data_error(place, "validation images", got, "add images")
     share = f"{fraction:.0%} of each class" + (", without dividing groups" if grouped else "")
@@ -369,10 +372,10 @@ def hold_out(
 
 
 def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Selects the images to hold out. Shape (N,)."""
+    """Returns a mask of the images to hold out. Shape (N,)."""
     if isinstance(records, Pixels):
         keys = np.arange(len(records))
-    else:  # by base names, which are the same in an archive and in the folder it was made from
+    else:  # by base name, which is the same in an archive and in the folder it was made from
         keys = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
     if isinstance(records, Files) and records.groups is not None:
         return held_out_groups(records.groups, records.labels, fraction, seed, "held out")

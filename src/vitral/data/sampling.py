@@ -1,6 +1,6 @@
-"""The order of the samples, and the random numbers of each sample.
+"""Computes the order of the samples, and the random numbers of each sample.
 
-Nothing random is saved. Every random number is recomputed from (seed, epoch, index) with a
+No random state is saved. Every random number is recomputed from (seed, epoch, index) with a
 counter-based hash, as in Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". The
 mixing function is that of SplitMix64 (Steele et al. 2014).
 """
@@ -52,8 +52,8 @@ def uniforms(
 
     Args:
         epoch: epoch of all samples, or of each sample, shape (B,).
-        indices: positions of the samples in the dataset, shape (B,).
-        count: numbers per sample; the first k columns do not depend on it.
+        indices: indices of the samples in the dataset, shape (B,).
+        count: number of values per sample; the first k columns do not depend on it.
         purpose: selects an independent stream.
 
     Returns:
@@ -82,7 +82,7 @@ def held_out(
     Args:
         keys: keys of the images, shape (N,); the selection depends on them and not on their order.
         labels: shape (N,).
-        purpose: selects an independent draw.
+        purpose: selects an independent stream.
 
     Returns:
         Mask of shape (N,): the rounded fraction of each class, but at least one and never all.
@@ -207,7 +207,7 @@ def repeated(seed: int, epoch: int, repetition: Repetition) -> tuple[Integers, I
 class Order:
     """An endless sequence of permuted epochs, divided into global batches.
 
-    With `repeats` R > 1, a batch of G contains G / R images, R times each. Position j contains
+    With `repeats` R > 1, a batch of size G contains G / R images, R times each. Position j contains
     image j mod (G / R), so that within an epoch, positions j and j xor 1, which Mixup pairs,
     contain different images. Each copy is augmented with the random numbers of a different epoch,
     also the copies of `repetition`. These are in random positions, so that Mixup may combine two.
@@ -230,7 +230,7 @@ class Order:
         """Returns the samples at positions start to stop of global batch `step`.
 
         Returns:
-            Epoch to draw each sample for, and index of each sample, both of shape (stop - start,).
+            The epoch to draw each sample for, and the index of each sample, both of shape (stop - start,).
         """
         distinct = self.batch_size // self.repeats
         j = np.arange(start, stop)

@@ -1,4 +1,4 @@
-"""Unused files of a dataset: which names are skipped, and how they are reported."""
+"""Identifies and reports the files of a dataset that are skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ dot, such as .git and .DS_Store.
 """
 
 OUTSIDE_CLASSES = "images outside class folders"
-INSTALL_HINT = "pip install 'vitral[heic]' to read {}"
+INSTALL_HINT = "run `pip install 'vitral[heic]'` to read {}"
 
 
 def is_system(name: str) -> bool:
@@ -36,13 +36,13 @@ def is_system(name: str) -> bool:
 
 
 def system_part(path: str) -> str | None:
-    """Returns the first part of a path in an archive that is skipped, or None."""
+    """Returns the first component of an archive path that is skipped, or None."""
     return next(filter(is_system, path.split("/")), None)
 
 
 def file_kind(name: str) -> str:
-    """Returns the kind of a file that is not an image, by its name."""
-    return os.path.splitext(name)[1].lower() or "no extension"  # noqa: PTH122
+    """Returns the kind of a file that is not an image: its suffix."""
+    return os.path.splitext(name)[1].lower() or "no suffix"  # noqa: PTH122
 
 
 def count_files(entry: os.DirEntry[str]) -> int:
@@ -53,7 +53,7 @@ def count_files(entry: os.DirEntry[str]) -> int:
 
 
 def kinds(skipped: Mapping[str, int]) -> str:
-    """Lists skipped files by kind, the most frequent first, and what to install for HEIC."""
+    """Lists skipped files by kind, most frequent first, with an installation hint for HEIC."""
     counts = sorted(Counter(skipped).items(), key=lambda item: (-item[1], item[0]))
     text = first_few([f"{printable(kind)} {n:,}" for kind, n in counts if n])
     heic = [kind for kind in HEIC if skipped.get(kind)]  # images if the library is installed

@@ -1,4 +1,4 @@
-"""Worker processes that fetch items of a dataset: starts, monitors and terminates them."""
+"""Starts, monitors and terminates worker processes that fetch items of a dataset."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def in_workers(
 ) -> Iterator[T]:
     """Yields the item of `dataset` for each request, in order, fetched by worker processes.
 
-    If they cannot be started, fewer or none are used, and a line on stderr says so. If nothing
-    arrives for a minute, another line names the request with the dataset's `locations(request)`.
+    If they cannot be started, fewer or none are used, and a line on stderr reports it. If nothing
+    arrives for a minute, another line reports the request with the dataset's `locations(request)`.
     """
     pending: deque[Any] = deque()
     requested, reason = workers, ""
     if workers and multiprocessing.current_process().daemon:
-        workers, reason = 0, "a daemonic process may not have children"
+        workers, reason = 0, "daemonic processes cannot have children"
 
     def recorded_requests() -> Iterator[Any]:
         for request in requests:
@@ -65,7 +65,7 @@ def in_workers(
 def _start(
     dataset: Dataset[T], requests: Iterator[Any], workers: int, pin_memory: bool
 ) -> Iterator[T]:
-    """Starts a DataLoader. Raises OSError or RuntimeError, with no worker left."""
+    """Starts a DataLoader. If it raises OSError or RuntimeError, no worker remains."""
     before = {*multiprocessing.active_children()}
     with warnings.catch_warnings():
         # The user asked for more workers than cores. CUDA starts threads in every process that
@@ -115,11 +115,11 @@ def _monitored(
                     what = first_few(locations(pending[0])) if locations else "the data workers"
                     _print_warning(f"waiting for {what} ({REPORT_AFTER} s so far)")
                 continue
-            # Not by the reason in the message, which is wrong in torch 2.11.
+            # Does not use the reason in the message, which is wrong in torch 2.11.
             if "unable to allocate shared memory" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/dev/shm") from None
             if "Too many open files" in str(error):
-                fix = "raise the limit, for example with `ulimit -n 4096`, or give --data.workers 0"
+                fix = "raise the limit, for example with `ulimit -n 4096`, or pass --data.workers 0"
                 raise UserError(f"data: too many open files; {fix}") from None
             raise
         if isinstance(batch, _Failed):
@@ -130,7 +130,7 @@ def _monitored(
 
 
 class _ReturnErrors(Dataset[Any]):
-    """A dataset that returns its errors, which torch would replace with multi-line ones."""
+    """A dataset that returns its errors; torch would replace raised ones with multi-line errors."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -189,7 +189,7 @@ def _send_error(
     """Sends the error instead of a batch that could not be sent, for example in full shared memory.
 
     The sending thread would drop the batch, and the reader would wait for it forever. If the worker
-    terminated, torch would raise an error at an arbitrary place in the reader.
+    terminated, torch would raise an error at an arbitrary point in the reader.
     """
     known = isinstance(error, OSError)
     queue.put((batch[0], _Failed(error) if known else wrap_exception(error)))
@@ -203,6 +203,6 @@ def _end_workers() -> None:
     """
     left = [child for child in multiprocessing.active_children() if child in _started]
     if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would call it an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would treat it as an error
     for child in left:
         child.kill()

@@ -1,7 +1,7 @@
 """Dataset formats: one module per format, and the order in which they are tried.
 
 A format is a module with `matches(root)`, which returns whether the format applies, and `open(root,
-config, seed, train)`, which returns a Dataset. With `train` False, only the validation split is
+config, seed, train)`, which returns a Dataset. If `train` is False, only the validation split is
 opened.
 """
 
@@ -26,16 +26,16 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
     """Opens the dataset that `config.path` names: a known dataset, or the data at that path.
 
     Args:
-        image_size: side of the images of the synthetic dataset, in pixels.
+        image_size: size of the images of the synthetic dataset, in pixels.
         seed: selects the held-out images if there is no validation split.
         train: False if only the validation split is needed; all images in a folder of class folders
             are then validation images.
 
     Raises:
-        UserError: if the dataset cannot be used; the message says why and how to fix it.
+        UserError: if the dataset cannot be used; the message contains the reason and the fix.
     """
     if config.path == PATH:
-        fix = "call vitral.train(..., dataset=...) in Python to resume its run, or give --data PATH"
+        fix = "call vitral.train(..., dataset=...) in Python to resume its run, or pass --data PATH"
         raise data_error(PATH, "a path", "a Python dataset", fix)
     try:
         if config.path in KNOWN_SETS:

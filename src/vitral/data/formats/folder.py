@@ -17,7 +17,7 @@ from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_syst
 from vitral.errors import counted, data_error, first_few, printable
 
 SPLITS = ("train", *VALIDATION)
-DEPTH = 3  # nested single folders in which splits are searched
+DEPTH = 3  # levels of single nested folders that are searched for splits
 
 
 def matches(root: Path) -> bool:
@@ -28,7 +28,7 @@ def matches(root: Path) -> bool:
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     """Opens the dataset in class folders; without a validation split, a part is held out.
 
-    With `train` False, there may be a single class, or empty classes, as in a test set.
+    If `train` is False, there may be a single class, or empty classes, as in a test set.
 
     Raises:
         UserError: if the folder cannot be used.
@@ -57,17 +57,18 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
 
 
 def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
-    """Returns the names of the training and the validation folder; None twice if root has classes.
+    """Returns the names of the training and validation folders; each is None if there is none.
 
     A folder named like a split is a split if it contains class folders. If none of them does, all
-    folders may be classes: CIFAR-100, for example, has a class named train.
+    folders may be classes, and the result is (None, None): CIFAR-100, for example, has a class
+    named train.
 
     Args:
         train: whether to train on the images; ambiguous folders are then rejected.
 
     Raises:
         UserError: if it is ambiguous which folders are splits and which are classes.
-        OSError: if root is not a folder, or cannot be read.
+        OSError: if `root` is not a folder, or cannot be read.
     """
     named: dict[str, str] = {}
     for name in _folders(root):
@@ -89,7 +90,7 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
         unclear = bool(with_classes) and len(named) == 1 and len(image_folders) > 1
     if train and unclear:
         got = f"{first_few([*named.values()])} next to {first_few(others)}"
-        fix = "if all are classes, move them into train/; if not, move the others elsewhere"
+        fix = "if all of them are classes, move them into train/; otherwise, move the other folders elsewhere"
         raise data_error(root, "either splits or classes", got, fix)
     val = next((named[name] for name in VALIDATION if name in named), None)
     return (None, None) if classes else (named.get("train"), val)
@@ -102,7 +103,7 @@ def holds_only_validation(root: Path) -> bool:
 
 
 def _enter_single_folder(root: Path) -> Path:
-    """Returns `root`, or a single nested folder with splits, as unpacked archives often have."""
+    """Returns `root`, or a nested folder with splits, a common layout of extracted archives."""
     folder = root
     for _ in range(DEPTH):
         names = _folders(folder)
@@ -120,7 +121,7 @@ def _split_notes(root: Path, name: str, training: str | None, val: str | None) -
         yield f"{name} has no val/: using {val}/ for validation"
     others = _other_folders(root) if training or val else []
     if others:
-        yield f"{name}: not used, next to {training or val}/: {first_few(others)}"
+        yield f"{name}: skipped folders next to {training or val}/: {first_few(others)}"
 
 
 def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
@@ -137,7 +138,7 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     if len(empty) == len(names):
         expected = f"images ({', '.join(SUFFIXES)}) in a folder for each class"
         got = f"other files: {kinds(skipped)}" if skipped else "none"
-        raise data_error(base, expected, got, "put images there, or give another folder")
+        raise data_error(base, expected, got, "put images there, or specify another folder")
     if empty and train:
         got = f"none for {first_few(empty)}" + (f", but {kinds(skipped)}" if skipped else "")
         raise data_error(base, "images for each class", got, "add images or remove the folder")
@@ -152,7 +153,7 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
 
 
 def _check_split_names(root: Path) -> None:
-    """Rejects splits with other names, such as `training` and `testing`, that look like classes."""
+    """Rejects folders such as `training` and `testing`, which are probably splits, not classes."""
     names = _folders(root)
     first: list[str] = []
     for name in names:
@@ -168,15 +169,15 @@ def _check_split_names(root: Path) -> None:
 def _class_folders(base: Path, split: str, train: bool) -> list[str]:
     """Returns the names of the class folders, sorted by the bytes of their class names."""
     names = sorted(_folders(base), key=lambda name: os.fsencode(class_name(name)))
-    fix = "make one folder a class"
+    fix = "create one folder per class"
     if len(names) == 1 and train:
         inside = _folders(base / names[0])
         if len(inside) > 1:
-            fix = f"if {first_few(inside)} in it are the classes, give {base / names[0]}"
+            fix = f"if {first_few(inside)} in it are the classes, pass {base / names[0]}"
         raise data_error(base, "two or more classes", f"only {names[0]}", fix)
     if not names and holds_images(base):
         if split.lower() in VALIDATION:
-            fix += f" as in train/, or remove {split}/ to hold out a part of train/"
+            fix += f", as in train/, or remove {split}/ to hold out a part of train/"
         raise data_error(base, "a folder for each class", "images directly in it", fix)
     return names
 
@@ -184,7 +185,7 @@ def _class_folders(base: Path, split: str, train: bool) -> list[str]:
 def walk_images(
     folder: Path, prefix: bytes, skipped: Counter[str] | None = None
 ) -> Iterator[tuple[bytes, int]]:
-    """Yields path below the root, and size, of each image in a class folder and its subfolders.
+    """Yields the relative path and size of each image in a class folder and its subfolders.
 
     Other files are counted in `skipped`, by kind.
     """
@@ -192,7 +193,7 @@ def walk_images(
         path = prefix + b"/" + os.fsencode(entry.name)
         if entry.is_dir():
             loop = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
-            if not loop:  # such a link would be followed forty times
+            if not loop:  # such a link would be followed up to the system's limit of 40
                 yield from walk_images(folder / entry.name, path, skipped)
         elif _is_image(entry.name):
             yield path, entry.stat().st_size if entry.is_file() else 0  # a broken link
@@ -208,7 +209,7 @@ def _count_files(folder: Path, skipped: Counter[str]) -> None:
 
 
 def _entries(folder: Path, skipped: Counter[str] | None = None) -> Iterator[os.DirEntry[str]]:
-    """Yields the entries of a folder except system files; counts the latter in `skipped`."""
+    """Yields the entries of a folder except system files, which are counted in `skipped`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if not is_system(entry.name):

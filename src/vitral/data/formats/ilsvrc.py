@@ -1,6 +1,6 @@
 """ILSVRC2012 as downloaded: a tar of a thousand tars, a flat tar, and a development kit.
 
-Without the development kit, the ground truth that comes with this package is used.
+Without the development kit, the ground truth included in this package is used.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
 
 
 def _locate(root: Path) -> tuple[Path, Path]:
-    """Returns the archives' folder and the training tar, which may have any name if given."""
+    """Returns the archives' folder and the training tar, which may have any name if it is `root`."""
     if root.name.endswith(".tar") and root.is_file():
         return root.parent, root if root.name != VAL else root.with_name(TRAIN)
     return root, root / TRAIN
@@ -76,12 +76,12 @@ def _class_names(archive: Path) -> tuple[str, ...]:
 def _class_tars(
     archive: Path, file: BinaryIO, skipped: Counter[str] | None = None
 ) -> list[tuple[str, str, tarfile.TarInfo]]:
-    """Returns class, name and header of each tar in the training tar."""
+    """Returns the class, name and header of each tar in the training tar."""
     found = list(members(file, printable(archive), (".tar", *SUFFIXES), skipped=skipped))
     others = [name for name, _ in found if not name.lower().endswith(".tar")]
     if others or len(found) < 2:
         got = first_few(others or [name for name, _ in found])
-        fix = "for shards, give their folder; otherwise download it again"
+        fix = "for shards, specify their folder; otherwise, download it again"
         raise data_error(archive, "a tar inside it for each of two or more classes", got, fix)
     classes = [(PurePosixPath(name).stem, name, tar) for name, tar in found]
     check_unique(archive, (name for name, _, _ in classes))
@@ -113,7 +113,7 @@ def read_train(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes],
 
 
 def _open_val(folder: Path, classes: tuple[str, ...] | None, skipped: Counter[str]) -> Split:
-    """Opens the validation images; `classes` are those of the training tar, None without it."""
+    """Opens the validation images; `classes` are those of the training tar, or None."""
     found = index_archives([folder / VAL], read_val)
     skipped.update(found.skipped)
     numbers = [_number(folder, os.fsdecode(name)) for name in found.spans.names.tolist()]
@@ -172,7 +172,7 @@ def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None
         wnid = {str(number): str(name) for number, name in leaves[["ILSVRC2012_ID", "WNID"]]}
     except Exception as error:  # loadmat raises nearly any exception for other files
         expected = f"synsets with ILSVRC2012_ID, WNID and num_children in {META}"
-        raise data_error(place, expected, str(error) or "another file", REDOWNLOAD) from error
+        raise data_error(place, expected, str(error) or "a different file", REDOWNLOAD) from error
     lines = truth.decode("ascii", "replace").split()
     unknown = [line for line in lines if line not in wnid]
     if unknown or not lines:
@@ -182,7 +182,7 @@ def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None
 
 
 def _devkit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
-    """Returns the path of the development kit, packed or not, and the contents of its two files."""
+    """Returns the path of the development kit, extracted or not, and the contents of its two files."""
     kit, packed = folder / DEVKIT, folder / f"{DEVKIT}.tar.gz"
     if kit.is_dir():
         return kit, read_regular(kit / META), read_regular(kit / GROUND_TRUTH)

@@ -25,10 +25,10 @@ def open_known(config: DataConfig, image_size: int, seed: int, train: bool) -> D
     """Opens the dataset that `config.path`, one of KNOWN_SETS, names; downloads it if necessary.
 
     Args:
-        image_size: side of the images of the synthetic dataset, in pixels.
+        image_size: size of the images of the synthetic dataset, in pixels.
 
     Raises:
-        UserError: if it cannot be downloaded.
+        UserError: if the dataset cannot be downloaded.
     """
     match config.path:
         case "digits":
@@ -42,7 +42,7 @@ def open_known(config: DataConfig, image_size: int, seed: int, train: bool) -> D
 
 
 def _digits() -> Dataset:
-    """scikit-learn's handwritten digits; the last 360, from other writers, are held out."""
+    """Opens scikit-learn's handwritten digits; the last 360, by different writers, are held out."""
     from sklearn.datasets import load_digits
 
     raw, labels = load_digits(return_X_y=True)
@@ -53,12 +53,12 @@ def _digits() -> Dataset:
 
 
 def _synthetic(image_size: int) -> Dataset:
-    """Ten coarse color patterns with noise, for trials and measurements without files."""
+    """Creates ten coarse color patterns with noise, for tests and measurements without files."""
     coarse = torch.rand(10, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
     patterns = torch.nn.functional.interpolate(
         coarse * 127, (image_size, image_size), mode="bilinear"
     ).byte()
-    # Each draw gives eight pixels. This takes 0.2 s for images of 224 pixels, random_ 1.8 s.
+    # Each draw yields eight pixels. This takes 0.2 s for images of 224 pixels, random_ 1.8 s.
     noise = np.random.PCG64(0).random_raw(3072 * 3 * image_size * image_size // 8).view(np.uint8)
     images, labels = (
         torch.from_numpy(noise).view(3072, 3, image_size, image_size),
@@ -82,9 +82,9 @@ def _downloading(name: str, archive: str) -> Iterator[Path]:
             yield place
     except (OSError, RuntimeError, HTTPException) as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
-        fix = f"put {archive} into that folder, or point --data at an image folder"
+        fix = f"put {archive} into that folder, or pass an image folder with --data"
         if Path(name).is_dir():
-            fix = f"for the local folder of that name, give ./{name}"
+            fix = f"for the local folder of that name, pass ./{name}"
         raise data_error(name, f"it in {place}, or a network connection", got, fix) from error
     finally:
         socket.setdefaulttimeout(timeout)

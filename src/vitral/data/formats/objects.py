@@ -32,9 +32,9 @@ class PythonDatasets:
 
     train: Source
     val: Source | None = None
-    """None holds out a part of `train`."""
+    """Validation images; if None, a part of `train` is held out."""
     classes: Sequence[str] | None = None
-    """Class names; None takes those of the dataset."""
+    """Class names; None uses those of the dataset."""
     fingerprint: str | None = None
     """Identifies the images; None hashes all of them."""
 
@@ -46,10 +46,10 @@ def python_datasets(
     classes: Sequence[str] | None,
     fingerprint: str | None,
 ) -> tuple[Config, PythonDatasets | None]:
-    """Returns a run's settings and datasets; `data.path` becomes PATH if a dataset is given.
+    """Returns a run's settings and datasets; `data.path` becomes PATH if a dataset is passed.
 
     Raises:
-        UserError: if other arguments are given without a training dataset.
+        UserError: if other arguments are passed without a training dataset.
     """
     if train is not None:
         settings = replace(config, data=replace(config.data, path=PATH))
@@ -60,7 +60,7 @@ def python_datasets(
 
 
 def open_data(config: Config, datasets: PythonDatasets | None) -> Dataset:
-    """Opens the dataset of a run: the given one, or the one at `data.path`. Raises UserError."""
+    """Opens the datasets that were passed, or the one at `data.path`. Raises UserError."""
     if datasets is not None:
         return open_objects(datasets, config.data, config.train.seed)
     return open_dataset(config.data, config.model.image_size, config.train.seed)
@@ -78,7 +78,7 @@ def open_objects(datasets: PythonDatasets, config: DataConfig, seed: int) -> Dat
     if datasets.val is not None:
         if own_names(datasets.val) not in (None, classes) and datasets.classes is None:
             got = "different ones"
-            raise data_error("val_dataset", "the classes of dataset", got, "give classes=")
+            raise data_error("val_dataset", "the classes of dataset", got, "pass classes=")
         val = records_of("val_dataset", datasets.val, classes, config, datasets.fingerprint)
         dataset = replace(dataset, val=val)
     if datasets.val is None or config.hold_out:
@@ -88,7 +88,7 @@ def open_objects(datasets: PythonDatasets, config: DataConfig, seed: int) -> Dat
 
 
 def class_names(source: Source, given_names: Sequence[str] | None) -> tuple[str, ...]:
-    """Returns the given names, or those of the dataset.
+    """Returns `given_names`, or those of the dataset.
 
     Raises:
         UserError: if there are none, fewer than two, or duplicates.
@@ -99,10 +99,10 @@ def class_names(source: Source, given_names: Sequence[str] | None) -> tuple[str,
         else tuple(class_name(str(name)) for name in given_names)
     )
     if names is None:
-        raise data_error("dataset", "class names in .classes or .features", "none", "give classes=")
+        raise data_error("dataset", "class names in .classes or .features", "none", "pass classes=")
     if len({*names}) != len(names) or len(names) < 2:
         got = f"{len(names)}: {first_few(names)}"
-        raise data_error("dataset", "two or more different class names", got, "give classes=")
+        raise data_error("dataset", "two or more different class names", got, "pass classes=")
     return names
 
 
@@ -123,7 +123,7 @@ def records_of(
 ) -> Objects:
     """Returns the records of a Python dataset.
 
-    Every item is read once, to hash its image and to get its label, unless a fingerprint is given
+    Every item is read once, to hash its image and to get its label, unless a fingerprint is passed
     and the dataset lists its labels.
 
     Args:
@@ -134,7 +134,7 @@ def records_of(
     """
     rows = np.arange(len(source))
     if not len(rows):
-        raise data_error(what, "images", "an empty dataset", "give another dataset")
+        raise data_error(what, "images", "an empty dataset", "pass another dataset")
     records = Objects(source, rows, np.zeros_like(rows), fingerprint or "")
     labels = None if fingerprint is None else _listed_labels(source)
     if labels is None:
@@ -143,7 +143,7 @@ def records_of(
     invalid = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(invalid):
         got = f"{labels[invalid[0]]} for item {invalid[0]}"
-        fix = "correct the label or give all class names"
+        fix = "correct the label or pass all class names"
         raise data_error(what, f"labels from 0 to {len(classes) - 1}", got, fix)
     return replace(records, labels=labels)
 
@@ -176,7 +176,7 @@ def _read_all(what: str, records: Objects, workers: int) -> tuple[Integers, str]
 
 
 class _ItemDataset(TorchDataset[tuple[list[int], bytes] | str]):
-    """Labels and image digests of chunks of items, or an error; runs in worker processes."""
+    """Computes labels and image digests of chunks of items; runs in worker processes."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -194,7 +194,7 @@ class _ItemDataset(TorchDataset[tuple[list[int], bytes] | str]):
             if again not in (None, digests[-1]):
                 return (
                     f"item {i}: expected the same image each time, got two different ones; remove "
-                    "random transforms, which vitral's augmentation replaces, or give fingerprint="
+                    "random transforms, which vitral's augmentation replaces, or pass fingerprint="
                 )
         return labels, b"".join(digests)
 

@@ -41,10 +41,10 @@ def matches(root: Path) -> bool:
 
 
 def open(root: Path, _: DataConfig, __: int, train: bool) -> Dataset:
-    """Opens the dataset in a pack; its training split only if `train` is True.
+    """Opens the dataset in a pack; the training split only if `train` is True.
 
     Raises:
-        UserError: if the pack is unfinished, incomplete, altered, or of another version.
+        UserError: if the pack is unfinished, incomplete, altered, or of a different version.
         OSError: if a file is missing.
     """
     index = read_index(root)
@@ -56,10 +56,10 @@ def open(root: Path, _: DataConfig, __: int, train: bool) -> Dataset:
 
 
 def verify(root: Path) -> list[str]:
-    """Reads all images of a pack; returns a line for each chunk that differs from what was written.
+    """Reads all images of a pack; returns a line for each chunk that has changed since packing.
 
     Raises:
-        UserError, OSError: as `open`.
+        UserError, OSError: as for `open`.
     """
     index, lines = read_index(root), []
     for split, chunks in index["chunks"].items():
@@ -77,10 +77,10 @@ def images_path(root: Path, split: str, jpeg: bool) -> Path:
 
 
 def damaged(path: Path, chunks: Sequence[Chunk]) -> list[int]:
-    """Returns the positions of the chunks that differ from what was written to the file."""
+    """Returns the indices of the chunks that differ from what was written to the file."""
     wrong = []
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # otherwise fresh data is read from the page cache
+        if hasattr(os, "posix_fadvise"):  # otherwise recent data is read from the page cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for k, chunk in enumerate(tqdm(chunks, f"verifying {path.name}", disable=None)):
             try:
@@ -96,7 +96,7 @@ def read_index(root: Path) -> dict[str, Any]:
     """Returns the settings, classes and chunks of a finished pack.
 
     Raises:
-        UserError: if the pack is unfinished, altered, or of another version.
+        UserError: if the pack is unfinished, altered, or of a different version.
     """
     if not finished(root):
         fix = "to finish it, repeat the `vitral data pack` command that started it"

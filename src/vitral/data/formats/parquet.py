@@ -1,4 +1,4 @@
-"""Parquet as on the Hugging Face Hub: each row has an image, `{bytes, path}`, and a label.
+"""Parquet files as on the Hugging Face Hub: each row has an image, `{bytes, path}`, and a label.
 
 Files are in the folder itself, in its `data/`, or in a folder per split. The names of files or
 folders determine the split: `data/train-00000-of-00294.parquet`.
@@ -29,15 +29,15 @@ from vitral.data.sampling import Integers
 from vitral.errors import counted, data_error, printable
 
 SPLITS = ("train", *VALIDATION)
-MAX_CACHE_BYTES = 256 << 20  # of row groups per process; small datasets fit completely
+MAX_CACHE_BYTES = 256 << 20  # row groups cached per process; small datasets fit completely
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Encoded images in rows of Parquet files, one image per row.
 
-    Reading a row reads its row group, which is fast in the order of the files and slow in other
-    orders. Files are not kept open, so that a process can be forked at any time.
+    Reading a row reads its row group, which is fast in file order and slow in any other order.
+    Files are not kept open, so that a process can be forked at any time.
     """
 
     files: tuple[Path, ...]
@@ -48,9 +48,9 @@ class Rows:
     column: str
     """Path of the column with the encoded images."""
     places: Integers
-    """Position in `files`, row group, and row in the group, of each image. Shape (N, 3)."""
+    """For each image: index into `files`, row group, and row in the group. Shape (N, 3)."""
     names: Names
-    """Base names of the images' paths, or their places if there are none. Shape (N,)."""
+    """Base names of the images' paths, or their locations if there are none. Shape (N,)."""
     labels: Integers
     """Shape (N,)."""
 
@@ -63,9 +63,10 @@ class Rows:
         return OrderedDict()
 
     def read(self, i: int) -> bytes:
-        """Returns the encoded bytes of image `i`. Raises OSError, also if its file has changed.
+        """Returns the encoded bytes of image `i`.
 
         Raises:
+            OSError: if the file cannot be read or has changed.
             DecodeError: if the row group is damaged, or the row contains no bytes.
         """
         file, group, row = self.places[i].tolist()
@@ -99,7 +100,7 @@ class Rows:
         return table.flatten().column(0)
 
     def where(self, i: int) -> str:
-        """Returns file, row group and row of image `i`, for messages."""
+        """Returns the file, row group and row of image `i`, for messages."""
         file, group, row = self.places[i].tolist()
         return f"{printable(self.files[file])}: row group {group}, row {row}"
 
@@ -109,7 +110,7 @@ class Rows:
         return dataclasses.replace(self, **columns)
 
     def identity(self) -> Iterator[bytes]:
-        """Yields names, places, and sizes of the files; sizes of the images are not known."""
+        """Yields names, locations, and sizes of the files; the sizes of the images are not known."""
         yield b"\0".join(self.names.tolist())
         yield np.ascontiguousarray(self.places, "<i8").tobytes()
         yield np.array([size for size, _ in self.stamps], "<i8").tobytes()
@@ -129,8 +130,8 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     try:
         import pyarrow  # noqa: F401
     except ImportError:
-        fix = "pip install 'vitral[parquet]'"
-        raise data_error(root, "pyarrow, to read Parquet", "none", fix) from None
+        fix = "run `pip install 'vitral[parquet]'`"
+        raise data_error(root, "the package pyarrow to read Parquet files", "none", fix) from None
     splits: dict[str, list[Path]] = {}
     for path in _find(root):
         splits.setdefault(_split_of(path.relative_to(root)), []).append(path)
@@ -187,7 +188,7 @@ def _scan(files: Sequence[Path]) -> Split:
     first = shards[0]
     for path, shard in zip(files, shards, strict=True):
         if shard.kind != first.kind:
-            expected = f"columns, labels and class names as in {files[0].name}"
+            expected = f"the same columns, labels and class names as in {files[0].name}"
             raise data_error(path, expected, "different ones", "remove one of the files")
     values = np.concatenate([shard.labels for shard in shards])
     if not len(values):
@@ -201,7 +202,8 @@ def _scan(files: Sequence[Path]) -> Split:
     places = [np.insert(shard.places, 0, k, axis=1) for k, shard in enumerate(shards)]
     names = np.array([name for shard in shards for name in shard.names])
     if classes == wnids():
-        # On the Hub, n01440764_10026.JPEG is n01440764_10026_n01440764.JPEG: a different order.
+        # On the Hub, n01440764_10026.JPEG is named n01440764_10026_n01440764.JPEG, which sorts
+        # differently.
         names = np.array([re.sub(rb"_n\d{8}(?=\.)", b"", name) for name in names.tolist()])
     order = np.lexsort((names, labels))
     places, names = np.concatenate(places)[order], names[order]
@@ -214,7 +216,7 @@ def _scan(files: Sequence[Path]) -> Split:
 
 
 def _is_imagenet(names: tuple[str, ...]) -> bool:
-    """Whether these are ImageNet-1K's names; the Hub spells a few differently, such as `crane2`."""
+    """Whether these are ImageNet-1K's names; the Hub spells some differently, such as `crane2`."""
     if len(names) != len(wnids()):
         return False
     pairs = zip(names, map(human_name, wnids()), strict=True)
@@ -229,13 +231,13 @@ class _Shard:
     column: str
     """Path of the column with the encoded images."""
     classes: tuple[str, ...] | None
-    """Names of the labels, if the file lists them."""
+    """Class names, if the file lists them."""
     places: Integers
-    """Row group, and row in the group, of each image. Shape (n, 2)."""
+    """For each image: row group, and row in the group. Shape (n, 2)."""
     labels: NDArray[Any]
     """Integers or strings. Shape (n,)."""
     names: list[bytes]
-    """Base name of each image's path, or empty."""
+    """Base name of each image's path; empty if there is none."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -302,7 +304,7 @@ def _holds_labels(kind: Any) -> bool:
 
 
 def _described_classes(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
-    """Returns the names of the labels from a file's Hub metadata; None if they are not listed."""
+    """Returns the class names from a file's Hub metadata; None if they are not listed."""
     try:
         found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     except (ValueError, RecursionError) as error:

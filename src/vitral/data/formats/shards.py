@@ -35,7 +35,7 @@ def matches(root: Path) -> bool:
 
 
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
-    """Opens the dataset in the shards in `root`, or in its folders `train` and `val`.
+    """Opens the dataset in the shards in `root`, or in its folders, such as `train` and `val`.
 
     Classes are sorted by name, or by number if they have no other names. Their names are the lines
     of `classes.txt`, the labels if these are text, or the wnids in the names of the images.
@@ -64,7 +64,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
 
 
 def _find_splits(root: Path) -> dict[str, list[Path]]:
-    """Returns the shards by split; under an empty name if nothing determines the split."""
+    """Returns the shards by split; the key is "" if the file names do not contain a split."""
     if not root.is_dir():
         return {}
     folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
@@ -84,7 +84,7 @@ def _find_splits(root: Path) -> dict[str, list[Path]]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Returns the archives in a folder; none if it has folders of images, which take precedence."""
+    """Returns the archives in a folder; none if there are folders of images, which take precedence."""
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     found = [path for path in entries if path.name.lower().endswith(ARCHIVES)]
     files = (file for path in entries if found and path.is_dir() for file in path.iterdir())
@@ -94,7 +94,7 @@ def _shards(folder: Path) -> list[Path]:
 def _open(
     root: Path, splits: Sequence[Sequence[Path]], count: int, skipped: Counter[str]
 ) -> list[Split]:
-    """Opens the first `count` splits; reads another one only if it has to name their classes."""
+    """Opens the first `count` splits; indexes others only if they are needed to name the classes."""
     found = [index_archives(shards, read_shards) for shards in splits[:count]]
     for each in found:
         skipped.update(each.skipped)
@@ -150,7 +150,7 @@ def _label(root: Path, found: ArchiveIndex, names: dict[bytes, bytes]) -> Split:
 
 
 def _number(digits: bytes) -> tuple[int, bytes]:
-    """Sort key that orders numbers without leading zeros by value, for any length."""
+    """Returns a sort key that orders numbers without leading zeros by value, for any length."""
     return len(digits), digits
 
 
@@ -159,7 +159,7 @@ def _composed(name: bytes) -> bytes:
 
 
 def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
-    """Reads the images in shards with their label values, and the common wnid of each value."""
+    """Reads the images in shards, with label values, and the wnid shared by all images of a value."""
     rows: list[Row] = []
     called: dict[bytes, set[str]] = defaultdict(set)
     skipped = Counter[str]()
@@ -233,7 +233,7 @@ def _labeled_images(
     """Returns name and header of each image by the key of its label.
 
     The key is the part of the image's name before the last dot or, as in webdataset, before the
-    first dot: KEY for KEY.left.jpg. An image is left out if its label belongs to KEY.jpg.
+    first dot: KEY for KEY.left.jpg. An image is skipped if its label belongs to KEY.jpg.
     """
     found = {key: image for key, image in images.items() if "label" in metadata.get(key, {})}
     image_keys = {*found}
@@ -268,21 +268,21 @@ def _parse(content: bytes, place: str) -> dict[str, Any]:
 
 
 def _value(label: Any, place: str, key: str) -> bytes:
-    """Returns a label as bytes; a number without leading zeros."""
+    """Returns a label as bytes; numbers without leading zeros."""
     if type(label) in (int, str):  # isinstance would accept bool
         label = str(label).encode("utf-8", "backslashreplace")
     if isinstance(label, bytes) and len(label.strip()) > MAX_NAME:
         got = f"one of {len(label):,} bytes"
         raise data_error(place, f"a label of at most {MAX_NAME} bytes", got, REDOWNLOAD)
     if not isinstance(label, bytes) or not label.strip():
-        expected = f"a number or text in {key}.cls, or as label in {key}.json"
+        expected = f"a number or text in {key}.cls, or as \"label\" in {key}.json"
         raise data_error(place, expected, repr(label), REDOWNLOAD)
     text = label.strip()
     return (text.lstrip(b"0") or b"0") if text.isdigit() else text
 
 
 def _wnid(path: str) -> str:
-    """Returns the wnid of an ImageNet image by its file name; empty for other names."""
+    """Returns the wnid of an ImageNet image from its file name, or an empty string."""
     match = re.match("(n[0-9]{8})_|ILSVRC2012_val_([0-9]{8})", path.rpartition("/")[2])
     if match is None or match[1]:
         return match[1] if match else ""

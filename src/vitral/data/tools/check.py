@@ -37,11 +37,11 @@ class Report:
     counts: dict[str, Integers]
     """Number of images per class by split, each of shape (classes,)."""
     broken: tuple[tuple[str, str], ...]
-    """Path and reason of each file that cannot be decoded."""
+    """Location and reason for each file that cannot be decoded."""
     dimensions: Integers
     """Width and height of each decodable image, in pixels. Shape (images, 2)."""
     sizes: Integers
-    """Bytes of each file, or of each image of a pixel dataset. Shape (images,)."""
+    """Size in bytes of each file, or of each image of a pixel dataset. Shape (images,)."""
     rate: float | None
     """Images decoded per second of one core's CPU time; None if nothing needs decoding."""
 
@@ -50,9 +50,9 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     """Decodes every file of the dataset that `config.path` names.
 
     Args:
-        image_size: side of synthetic images, in pixels.
+        image_size: size of synthetic images, in pixels.
         seed: selects the held-out images if there is no validation split.
-        workers: decoding processes; 0 decodes in the current process.
+        workers: number of decoding processes; 0 decodes in the current process.
 
     Raises:
         UserError: if the dataset cannot be opened.
@@ -115,7 +115,7 @@ class _CheckDataset(Dataset[list[FileCheck]]):
 
 
 def format_report(report: Report) -> str:
-    """Formats the report as text; of over thirty classes, lists the rarest and most frequent."""
+    """Formats the report as text; for over 30 classes, lists only the rarest and most frequent."""
     lines = [f"{report.name}: {counted(len(report.classes), 'class')}", *report.notes]
     for split, counts in report.counts.items():
         imbalance = counts.max() / max(counts.min(), 1)
@@ -135,7 +135,7 @@ def format_report(report: Report) -> str:
             ]
     if len(report.dimensions):
         for side, values in zip(
-            ("short", "long"), np.sort(report.dimensions, axis=1).T, strict=True
+            ("shorter", "longer"), np.sort(report.dimensions, axis=1).T, strict=True
         ):
             lines += [f"{side} side: {_range(values, 'pixels')}"]
     total = f"{report.sizes.sum() / 1e6:,.1f} MB in total"

@@ -1,4 +1,4 @@
-"""Writes packs: decodes images, makes them smaller, writes them in chunks, and reads them back.
+"""Writes packs: decodes images, resizes them, writes them in chunks, and reads them back.
 
 progress.jsonl contains the settings, and a line for each chunk whose bytes have reached the disk.
 If the process is killed, only the chunks in progress are lost.
@@ -38,14 +38,14 @@ from vitral.errors import counted, data_error, how_to_fix, printable
 from vitral.files import check_room
 
 CHUNK = 128  # images; 25 MB for squares of 256 pixels. Each worker keeps two or three chunks.
-NUM_SAMPLED = 64  # images that are encoded to estimate the size of all
+NUM_SAMPLED = 64  # images that are encoded to estimate the total size
 QUALITY = 90
 # Random crops of 224 pixels from bicubic squares of 256 differ by 2.8 gray levels from those of the
 # originals and keep 47% of their energy above half of the highest frequency. For bilinear squares,
-# these figures are 3.3 and 36% (142 photographs of ImageNet).
+# these figures are 3.3 and 36% (142 photos of ImageNet).
 INTERPOLATION = "bicubic"
 SETTINGS = ("version", "size", "jpeg")
-OTHER_FOLDER_HINT = "give another folder, or remove that one"
+OTHER_FOLDER_HINT = "specify another folder, or remove that one"
 
 
 def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, workers: int) -> str:
@@ -53,19 +53,19 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
 
     Args:
         seed: selects the held-out images if there is no validation split.
-        dst: folder of the pack; it need not exist.
-        size: side of the squares or, for JPEGs, the short side, which is never enlarged. In pixels.
-        jpeg: store JPEGs that keep their aspect ratio, instead of squares of pixels.
-        workers: decoding processes; 0 decodes in the current process.
+        dst: folder of the pack, which is created if it does not exist.
+        size: side length of the squares in pixels or, for JPEGs, maximum length of the shorter side.
+        jpeg: whether to store JPEGs that keep their aspect ratio, instead of squares of pixels.
+        workers: number of decoding processes; 0 decodes in the current process.
 
     Returns:
-        Summary of what was done, as text.
+        A summary, as text.
 
     Raises:
-        UserError: if the source cannot be packed, or differs from the one of an unfinished pack; if
-            there is something else at `dst`; if the disk has too little space. In these cases,
-            nothing is written. Also if images are broken, after writing the others.
-        OSError: if the disk is full nevertheless; the same call resumes once there is space.
+        UserError: if the source cannot be packed, or differs from that of an unfinished pack; if
+            there is something else at `dst`; or if the disk has too little space. In these cases,
+            nothing is written. If images are broken, it is raised after the others are written.
+        OSError: if the disk is full nevertheless; repeating the call resumes once there is space.
     """
     dataset = open_dataset(config, size, seed)
     splits: dict[str, _ChunkEncoder] = {}
@@ -82,7 +82,7 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
     summary = f"{printable(dst)}: {counted(sum(header['images'].values()), 'image')}"
     if packed.finished(dst):
         _require_same(dst, index, packed.read_index(dst))
-        (dst / PROGRESS).unlink(missing_ok=True)  # it remains after a kill
+        (dst / PROGRESS).unlink(missing_ok=True)  # it remains if the process was killed
         return f"{summary}, already packed"
     if not packed.matches(dst):
         print(*dataset.notes, sep="\n", end="\n" * bool(dataset.notes))
@@ -93,7 +93,7 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
         broken = unfinished.write(workers)
         if broken:
             got = f"{len(broken):,} broken: {'; '.join(broken[:10])}"
-            fix = "fix or replace them and repeat the command, which packs what is missing"
+            fix = "fix or replace them and repeat the command, which packs the missing images"
             raise data_error(config.path, "images that can be decoded", got, fix)
         unfinished.read_back()
         unfinished.finish(index)
@@ -112,14 +112,14 @@ def _require_same(dst: Path, new: Mapping[str, Any], existing: Mapping[str, Any]
 
 
 def _changed_error(dst: Path) -> Exception:
-    got = "a pack of other images, or the source has changed"
+    got = "a pack of different images, or the source has changed"
     return data_error(dst, "a pack of these images", got, OTHER_FOLDER_HINT)
 
 
 def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
     """Prints the estimated size of a pack, and creates its folder if there is enough space."""
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise data_error(dst, "an empty folder, or none", "something else", "give another folder")
+        raise data_error(dst, "an empty folder, or none", "something else", "specify another folder")
     check_room(dst)
     images = sum(len(encoder.records) for encoder in splits.values())
     need = sum(len(encoder.records) * encoder.mean_bytes() for encoder in splits.values())
@@ -134,7 +134,7 @@ def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
         dst.mkdir(parents=True, exist_ok=True)
         (dst / PROGRESS).touch()
     except OSError as error:
-        fix = how_to_fix(error, "give another folder")
+        fix = how_to_fix(error, "specify another folder")
         raise data_error(dst, "a writable folder", str(error.strerror), fix) from None
 
 
@@ -146,7 +146,7 @@ class _EncodedChunk:
     data: Tensor
     """All images, one after another. Shape (bytes,), uint8."""
     broken: list[str]
-    """Place and reason for each image that cannot be decoded."""
+    """Location and reason for each image that cannot be decoded."""
 
 
 class _ChunkEncoder(Dataset[_EncodedChunk]):
@@ -188,7 +188,7 @@ class _ChunkEncoder(Dataset[_EncodedChunk]):
         return digest.hexdigest()
 
     def mean_bytes(self) -> float:
-        """Returns the mean bytes per image in the pack; an estimate for JPEGs."""
+        """Returns the mean number of bytes per image in the pack; an estimate for JPEGs."""
         if not self.jpeg:
             return 3 * self.size**2
         N = len(self.records)
@@ -224,7 +224,7 @@ class _PackWriter:
         """Reads progress.jsonl, or starts it if it is empty.
 
         Raises:
-            UserError: if it is for other settings or images, or another process is packing there.
+            UserError: if it is for different settings or images, or another process is packing.
         """
         try:
             # flock would outlive a SIGKILL in forked workers; this lock dies with its process.
@@ -246,7 +246,7 @@ class _PackWriter:
                     raise _changed_error(self.dst)
 
     def _complete_lines(self) -> list[Any]:
-        """Returns the lines of progress.jsonl; cuts off an incomplete one left by a kill."""
+        """Returns the lines of progress.jsonl; truncates an incomplete one left by a killed process."""
         self.progress.seek(0)
         lines = [line for line in self.progress if line.endswith(b"\n")]
         self.progress.truncate(sum(map(len, lines)))
@@ -269,7 +269,7 @@ class _PackWriter:
         """Writes the missing chunks.
 
         Returns:
-            Place and reason of each image that cannot be decoded; its chunk remains missing.
+            Location and reason for each image that cannot be decoded; its chunk remains missing.
         """
         broken: list[str] = []
         total = sum(len(encoder.records) for encoder in self.splits.values())
@@ -293,7 +293,7 @@ class _PackWriter:
         return broken
 
     def _allocate(self, file: IO[bytes], split: str) -> None:
-        """Allocates space for all squares; for JPEGs, cuts off unrecorded data left by a kill."""
+        """Allocates space for all squares; for JPEGs, truncates unrecorded data of a killed process."""
         encoder, written = self.splits[split], self.chunks[split].values()
         squares = len(encoder.records) * 3 * encoder.size**2
         if encoder.jpeg:
@@ -317,7 +317,7 @@ class _PackWriter:
         self._record_chunk(**line)
 
     def read_back(self) -> None:
-        """Compares the files with what was written; raises UserError if they differ."""
+        """Verifies that the files contain what was written; raises UserError otherwise."""
         count = 0
         for split, encoder in self.splits.items():
             path, chunks = images_path(self.dst, split, encoder.jpeg), self._in_order(split)
@@ -325,7 +325,7 @@ class _PackWriter:
                 self._append({"split": split, "first": chunks[k]["first"]})
                 count += 1
         if count:
-            got = f"other data in {counted(count, 'chunk')} of images"
+            got = f"different data in {counted(count, 'chunk')} of images"
             fix = "check the disk and repeat the command, which packs them again"
             raise data_error(self.dst, "what was written", got, fix)
 
@@ -347,7 +347,7 @@ class _PackWriter:
 
 
 def _columns(encoder: _ChunkEncoder, chunks: Sequence[Chunk]) -> dict[str, Tensor]:
-    """Returns the index's columns of the images in a split."""
+    """Returns the index columns for the images in a split."""
     records = encoder.records
     names = np.ascontiguousarray(records.names).view(np.uint8).reshape(len(records), -1)
     columns = {"names": names, "labels": records.labels.astype(np.int64)}

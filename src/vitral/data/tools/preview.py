@@ -25,7 +25,7 @@ def to_pixels(images: Tensor, config: DataConfig) -> Tensor:
 
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:
-    """Arranges images (B, C, H, W), uint8, in a picture (C, H, W), uint8; enlarges small ones."""
+    """Arranges images (B, C, H, W), uint8, in one image (C, H, W), uint8; enlarges small ones."""
     factor = max(1, -(-MIN_TILE_SIZE // images.shape[-1]))
     tiles = F.interpolate(images, scale_factor=factor, mode="nearest")
     tiles = F.pad(tiles, (GAP, 0, GAP, 0), value=255)
@@ -38,12 +38,12 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 
 def save(picture: Tensor, path: Path) -> None:
-    """Writes a picture (C, H, W), uint8, in the format of the path's extension."""
+    """Writes an image (C, H, W), uint8, in the format of the path's suffix."""
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
 
 
 def preview(config: Config, path: Path, count: int = 16) -> None:
-    """Writes a picture of the first training images; below each row, the same images augmented."""
+    """Draws the first training images and, below each row, the same images after augmentation."""
     dataset = open_dataset(config.data, config.model.image_size, config.train.seed)
     assert dataset.train is not None
     plain = dataclasses.replace(NO_AUGMENTATION, repeats=config.augment.repeats)

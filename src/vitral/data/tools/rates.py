@@ -33,7 +33,7 @@ def choose_decoder(
         The decoder, and the images per second of each measured decoder.
 
     Raises:
-        UserError: if "gpu" is selected, but there is no GPU, or it cannot decode these images.
+        UserError: if "gpu" is selected, but there is no GPU or it cannot decode these images.
     """
     asked, found = config.data.decode, decoders(records, device)
     if asked == "gpu" and "gpu" not in found:
@@ -44,7 +44,7 @@ def choose_decoder(
             got = "a torchcodec without nvJPEG"
         raise UserError(
             f"data.decode: gpu: expected JPEGs and a GPU that decodes them, got {got}; "
-            "give --data.decode cpu"
+            "pass --data.decode cpu"
         )
     if asked != "auto":
         return asked, {}
@@ -72,7 +72,7 @@ def decoders(records: Records, device: torch.device) -> tuple[Decoder, ...]:
 def measure_rates(
     records: Records, config: Config, workers: int, device: torch.device, seconds: float = 2.0
 ) -> dict[Decoder, float]:
-    """Measures img/s of each decoder, from the records to augmented batches on the device."""
+    """Measures the img/s of each decoder, from the records to augmented batches on the device."""
     return {
         decoder: measure_rate(records, config, workers, device, decoder, seconds, part)
         for part, decoder in enumerate(decoders(records, device))
@@ -88,12 +88,12 @@ def measure_rate(
     seconds: float,
     part: int = 0,
 ) -> float:
-    """Measures img/s of one decoder, from the records to augmented batches on the device.
+    """Measures the img/s of one decoder, from the records to augmented batches on the device.
 
     Args:
         seconds: minimum duration of the measurement, in addition to starting the workers.
-        part: part of the order to read, so that a second measurement does not read files that the
-            first one cached.
+        part: part of the order to read; a second measurement uses a different one, because the
+            first one caches files.
     """
     size, classes = min(config.train.batch_size, BATCH), int(np.max(records.labels)) + 1
     batches = endless_batches(records, config, classes, size, workers, device, decoder, part)
@@ -110,7 +110,7 @@ def endless_batches(
     decoder: Decoder,
     part: int = 0,
 ) -> Iterator[Batch]:
-    """Yields batches as at the start of training, from another `part` of the order."""
+    """Yields batches as at the start of training, from a `part` of the order."""
     return train_batches(
         records,
         config,
@@ -152,5 +152,5 @@ def input_speed_message(waited: float, *, packed: bool) -> str:
     fix = "" if packed else ", or pack the images with `vitral data pack`"
     return (
         f"input slows the model down {1 / (1 - waited):.1f}x: the model waits {waited:.0%} of the "
-        f"time; give more --data.workers if cores are idle{fix}"
+        f"time; increase --data.workers if cores are idle{fix}"
     )
