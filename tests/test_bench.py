@@ -59,7 +59,7 @@ def test_a_single_decoder_is_not_measured(image_folder, decode):
 def test_requesting_a_missing_gpu_is_an_error(image_folder):
     config = make_config(image_folder, decode="gpu")
     records = open_dataset(config.data, 16, 0).train
-    with pytest.raises(UserError, match=r"^data\.decode: gpu: .* got a cpu device; give --data"):
+    with pytest.raises(UserError, match=r"^data\.decode: gpu: .* got a cpu device; pass --data"):
         choose_decoder(records, config, 0, CPU)
     for device in (CPU, torch.device("cuda")):
         with pytest.raises(UserError, match="got images that are already decoded"):

@@ -1,4 +1,4 @@
-"""Crops: boxes against torchvision's distribution, resampling against F.interpolate."""
+"""Tests crop boxes against torchvision's distribution and resampling against F.interpolate."""
 
 import math
 
@@ -131,8 +131,8 @@ def test_both_resizers_equal_interpolate(boxes, size, interpolation):
     for image, box, ours in zip(images, boxes, batched, strict=True):
         expected = reference(image, box, size, interpolation)
         difference = (ours.int() - expected.int()).abs()
-        # Torch's 16-bit weights change a few roundings between the passes, which the cubic filter
-        # can amplify.
+        # torch uses 16-bit weights, so a few values round differently between the passes; the cubic
+        # filter can amplify this.
         assert difference.max() <= (1 if interpolation == "bilinear" else 2)
         assert (difference > 1).float().mean() < 1e-3
         for strides in (torch.contiguous_format, torch.channels_last):

@@ -57,7 +57,7 @@ def test_classes_that_differ(tmp_path):
 
 def test_nothing_to_hold_out(tmp_path):
     put_split(tmp_path, "train", 1)
-    assert "no class has two images" in error_message(tmp_path)
+    assert "no class has enough images" in error_message(tmp_path)
 
 
 def test_the_fingerprint_distinguishes_datasets(tmp_path):

@@ -107,7 +107,18 @@ def test_model_table_states_size_and_compute(make):
     assert f"| compute | {flops / 1e9:.3g} GFLOPs per image" in text
     assert "| encoder | 3 blocks of width 16 |" in text
     assert "| attention | 4 query heads, 2 key/value heads, RoPE in x and y |" in text
-    assert "87.5% of the short side, resized to 24 by 24 pixels (bilinear, antialiased)" in text
+
+
+@pytest.mark.parametrize(
+    ("fit", "region"),
+    [
+        ("crop", "square whose side is 87.5% of the shorter side"),
+        ("squash", "rectangle whose sides are 87.5% of the image's sides"),
+    ],
+)
+def test_model_table_states_the_preprocessing(make, fit, region):
+    text = card(make(fit=fit), "anna/x")
+    assert f"RGB; central {region}, resized to 24 by 24 pixels (bilinear, antialiased)" in text
 
 
 def test_installation_is_from_source(make):
@@ -176,11 +187,11 @@ def test_base_model_is_stated(make):
     base = TrainConfig(init="hf-hub:bo/base@v1")
     text = card(make(train=base), "anna/x")
     assert front_matter(text)["base_model"] == "bo/base"
-    assert "Trained from `hf-hub:bo/base@v1`" in section(text, "Training")
+    assert "Initialized from `hf-hub:bo/base@v1` and trained for" in section(text, "Training")
     local = card(make(train=TrainConfig(init="/home/anna/older")), "anna/x")
     assert "base_model" not in front_matter(local)
-    assert "Trained from `./older`" in section(local, "Training")
-    assert "Trained from random weights" in card(make(), "anna/x")
+    assert "Initialized from `./older`" in section(local, "Training")
+    assert "Initialized from random weights" in card(make(), "anna/x")
 
 
 @pytest.mark.parametrize(("name", "called"), [("adamw", "AdamW"), ("muon", "Muon")])

@@ -42,10 +42,14 @@ PLAIN = {**TINY, "num_kv_heads": 4, "patch_size": 1, "image_size": 5, "pooling":
 CLASSES = ("n01440764", "dark", "n02012849")
 
 
-def save(folder, data, seed=0, **model):
-    """Saves weights without neutral values, which an export could drop unnoticed."""
+def save(folder, data, seed=0, fit="crop", **model):
+    """Saves weights in which no parameter has a neutral value (0 or 1).
+
+    If an export dropped such a parameter, this would go unnoticed.
+    """
     torch.manual_seed(seed)
-    config = Config(model=ViTConfig(**model), data=DataConfig(path=str(data), eval_crop=0.9))
+    data_config = DataConfig(path=str(data), eval_crop=0.9, fit=fit)
+    config = Config(model=ViTConfig(**model), data=data_config)
     vit = ViT(config.model, len(CLASSES))
     with torch.no_grad():
         for parameter in vit.parameters():
@@ -118,7 +122,7 @@ def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp
 
 
 def unpacked(path):
-    """The bytes of a file or of the members of an archive, which must not contain a pickle."""
+    """Returns the bytes of a file or of an archive's members, which must not contain a pickle."""
     if path.suffix == ".onnx":
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -159,8 +163,11 @@ def test_the_command_exports_and_reports_the_comparisons(
     assert json.loads(open_exported(Path("tiny.pt2"))[1])["weights"] == "ema"
 
 
-def test_the_documented_program_matches_the_command(run, capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+def test_the_documented_program_matches_the_command(capsys, monkeypatch, tmp_path, fit):
     monkeypatch.chdir(tmp_path)
+    run = tmp_path / "weights"
+    save(run, "digits", fit=fit, **TINY)
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     photo = Image.fromarray(pixels).resize((61, 42))
     exif = photo.getexif()

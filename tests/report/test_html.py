@@ -146,7 +146,7 @@ def test_settings_that_differ_from_the_defaults_come_first(page):
     assert all(value != default for _, value, default in changed[1:])
     every = [row for row in page.cells["configuration"] if len(row) == 2]
     assert ["train.seed", "0"] in every
-    assert ["model.qkv_bias", "yes"] in every
+    assert ["model.qkv_bias", "on"] in every
     assert ["packages.torch", torch.__version__.split("+")[0]] in [
         [name, value.split("+")[0]] for name, value in page.cells["environment"]
     ]
@@ -168,7 +168,7 @@ def test_predictions_match_a_plain_loop(page, answers):
 
     wrong = [i for i in range(360) if labels[i] != predicted[i]]
     wrong.sort(key=lambda i: -confidence[i])
-    expected = [f"{predicted[i]} {confidence[i]:.1%} truth: {labels[i]}" for i in wrong[:24]]
+    expected = [f"{predicted[i]} {confidence[i]:.1%} true class: {labels[i]}" for i in wrong[:24]]
     assert " ".join(expected) in page.words["mistakes"]
 
     edges = np.arange(1, 16) / 15
@@ -256,7 +256,7 @@ def test_names_are_escaped(run, tmp_path):
 def test_wnids_are_shown_with_their_names(run, tmp_path):
     page = write(run, tmp_path / "page.html", predictions_of(run, ("n01440764", "n02012849")))
     assert {row[0] for row in page.cells["classes"][1:]} == {"tench n01440764", "crane n02012849"}
-    assert "truth: tench n01440764" in page.words["mistakes"]
+    assert "true class: tench n01440764" in page.words["mistakes"]
 
 
 def test_a_single_image_without_mistakes(run, tmp_path):
@@ -268,7 +268,7 @@ def test_a_single_image_without_mistakes(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"), [("/nowhere", "nothing of that name"), ("synthetic", "is not the set")]
+    ("data", "reason"), [("/nowhere", "nothing of that name"), ("synthetic", "is not the dataset")]
 )
 def test_other_sections_are_shown_without_the_images(run, page, tmp_path, capsys, data, reason):
     out = tmp_path / "new" / "page.html"

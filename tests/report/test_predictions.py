@@ -35,7 +35,7 @@ def test_predictions_are_from_the_best_weights(run, predictions):
 def test_the_images_may_have_moved_but_not_changed(run, predictions):
     moved = evaluate_best(read_run(run), "digits")
     assert moved.scores.ranked.tolist() == predictions.scores.ranked.tolist()
-    with pytest.raises(UserError, match="synthetic is not the set that the run was trained on"):
+    with pytest.raises(UserError, match="synthetic is not the dataset that the run was trained on"):
         evaluate_best(read_run(run), "synthetic")
 
 

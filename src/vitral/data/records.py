@@ -142,7 +142,7 @@ class Spans:
 
     @cached_property
     def _open(self) -> OrderedDict[int, int]:
-        """Descriptors of archives, the most recently used last; `pread` does not move a position."""
+        """Descriptors of archives, most recently used last; `pread` does not move a position."""
         return OrderedDict()
 
     def read(self, i: int) -> bytes:
@@ -267,7 +267,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of classes, labels, and data that identifies the images, but not their location."""
+        """SHA-256 of classes, labels, and data that identifies the images, without locations."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         for split, records in (("train", self.train), ("val", self.val)):
             if records is not None:
@@ -286,7 +286,7 @@ def merge_splits(
     seed: int,
     skipped: Mapping[str, int] | None = None,
 ) -> Dataset:
-    """Returns the dataset of the splits in `root`; if `val` is None, holds out a part of `training`.
+    """Returns the dataset of two splits; if `val` is None, holds out a part of `training`.
 
     `training` is None if only the validation split is needed. Class names are normalized by
     `class_name`.
@@ -335,7 +335,8 @@ def _with_class_names(root: Path, split: Split | None) -> Split | None:
         spellings.setdefault(class_name(name), []).append(name)
     for several in spellings.values():
         if len(several) > 1:
-            got = f"{' and '.join(map(ascii, several))}, which are equal after Unicode normalization"
+            names = " and ".join(map(ascii, several))
+            got = f"{names}, which are equal after Unicode normalization"
             raise data_error(root, "each class once", got, "rename or merge them")
     return tuple(spellings), split[1]
 

@@ -230,7 +230,7 @@ class Order:
         """Returns the samples at positions start to stop of global batch `step`.
 
         Returns:
-            The epoch to draw each sample for, and the index of each sample, both of shape (stop - start,).
+            The epoch to draw each sample for, and its index, both of shape (stop - start,).
         """
         distinct = self.batch_size // self.repeats
         j = np.arange(start, stop)

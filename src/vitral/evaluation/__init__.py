@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, per-class accuracy and calibration, counting each image once."""
+"""Evaluates accuracy, per-class accuracy and calibration, counting each image once."""
 
 from vitral.evaluation.evaluate import at_sizes, evaluate, open_set, sweep
 from vitral.evaluation.scores import Scores, measure, merge, summarize

@@ -1,4 +1,4 @@
-"""Evaluates weights on a labeled set, at one image size or several."""
+"""Evaluates weights on a labeled dataset, at one image size or several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vitral.data.formats.objects import own_names, records_of
 from vitral.data.loader import EVAL_BATCH, eval_batches
 from vitral.data.objects import PATH, Source
 from vitral.data.records import Dataset, Records, class_name, hold_out
-from vitral.errors import UserError, first_few, printable
+from vitral.errors import UserError, counted, data_error, first_few
 from vitral.evaluation.scores import Scores, measure
 from vitral.files import expand
 from vitral.machine import pick_device
@@ -41,23 +41,24 @@ def evaluate(
 ) -> Scores:
     """Evaluates weights on a validation set: top-1, top-5, per-class accuracy and calibration.
 
-    Each validation image counts exactly once. If the set has only some of the classes of the
-    weights, `classes` selects the classes that predictions can choose from.
+    Each validation image counts exactly once. If the dataset has only some of the weights'
+    classes, `classes` selects the candidate classes.
 
     Args:
-        weights: loaded weights, or a weight or run directory.
-        data: an image folder, the name of a known set, the result of `open_set`, or a Python
-            dataset as for `train`; None uses the set that the weights were trained on.
+        weights: loaded weights, or anything that `load` accepts: a weight or run directory,
+            hf-hub:owner/name, or timm:NAME.
+        data: an image folder, the name of a known dataset, the result of `open_set`, or a Python
+            dataset as for `train`; None uses the dataset that the weights were trained on.
         which: "model" or "ema"; None uses the default of the weights.
-        classes: "subset" removes the logits of classes that are not in the set; "all" keeps them,
-            after the classes of the set in `Scores.classes`. None means "all" for a set with a
-            single class and "subset" otherwise.
+        classes: "subset" removes the logits of classes that are not in the dataset; "all" keeps
+            them, after the classes of the dataset in `Scores.classes`. None means "all" for a
+            dataset with a single class and "subset" otherwise.
         batch_size: images per forward pass.
-        workers: decoding processes; None uses all cores but one.
+        workers: number of decoding processes; None uses all cores but one.
         device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.
 
     Raises:
-        UserError: if the weights or the data cannot be read, or the set has a class that the
+        UserError: if the weights or the data cannot be read, or the dataset has a class that the
             weights do not have.
     """
     weights = prepare(weights, which, device)
@@ -80,18 +81,18 @@ def sweep(
     """Evaluates weights at several image sizes; returns an iterator over sizes and scores.
 
     Images of any size are mapped to the range of rotary positions used in training, so any multiple
-    of the patch size works. The crop covers the same fraction of the short side at every size; only
-    the size it is resized to changes. Objects appear larger in the random crops of training than in
-    the crops of evaluation, so the best size is often above the training size (Touvron et al.
-    2019).
+    of the patch size works. The crop covers the same fraction of the image at every size; only the
+    size to which it is resized changes. Objects appear larger in the random crops of training than
+    in the crops of evaluation, so the best size is often larger than the training size (Touvron et
+    al. 2019).
 
     Args:
-        image_sizes: sides of the model's input, in pixels.
+        image_sizes: side lengths of the model's input, in pixels.
         data, which, classes, batch_size, workers, device: as for `evaluate`.
 
     Raises:
-        UserError: if a size is not a multiple of the patch size, before anything is evaluated, and
-            as for `evaluate`.
+        UserError: as for `evaluate`, and if a size is not a multiple of the patch size, which is
+            checked before anything is evaluated.
     """
     weights = prepare(weights, which, device)
     models = at_sizes(weights.description, image_sizes)
@@ -106,7 +107,11 @@ def sweep(
 
 
 def at_sizes(description: Description, image_sizes: Sequence[int]) -> list[ViTConfig]:
-    """Returns the model config for each size; raises UserError if patches do not fit."""
+    """Returns the model config for each size.
+
+    Raises:
+        UserError: if a size is not a multiple of the patch size.
+    """
     model = description.config.model
     try:
         return [dataclasses.replace(model, image_size=image_size) for image_size in image_sizes]
@@ -137,9 +142,9 @@ def score(
 
     Args:
         weights: weights on the device to evaluate on.
-        records: images whose labels are positions in `classes`.
-        classes: classes that predictions can choose from, some or all of those of the weights; the
-            logits of the others are removed.
+        records: images whose labels are indices into `classes`.
+        classes: candidate classes: some or all of the classes of the weights. The logits of the
+            others are removed.
         config: settings for reading and cropping images; `model.image_size` is the input size.
         batch_size: images per forward pass.
 
@@ -157,7 +162,7 @@ def score(
 def competing_classes(
     description: Description, classes: tuple[str, ...], which: CompetingClasses | None
 ) -> tuple[str, ...]:
-    """Returns the classes of a set, followed by the others that predictions can choose."""
+    """Returns the classes of the dataset, followed by the other candidate classes."""
     if which == "subset" or (which is None and len(classes) > 1):
         return classes
     return classes + tuple(
@@ -168,10 +173,10 @@ def competing_classes(
 def open_set(
     description: Description, data: str | None, columns: Mapping[str, str] = MappingProxyType({})
 ) -> Dataset:
-    """Opens the set to evaluate on; None opens the set that the weights were trained on.
+    """Opens the dataset to evaluate on; None opens the one that the weights were trained on.
 
-    If training held out a part of that set, only that part is used, also when `data` is another
-    path to the same set. All images of any other set without a validation split are used.
+    If training held out a part of that dataset, only that part is used, even if `data` is another
+    path to the same dataset. All images of other datasets without a validation split are used.
 
     Args:
         columns: settings of the columns, such as `label_column`, if the data is a table.
@@ -194,25 +199,25 @@ def open_set(
 
 
 def data_path(description: Description, data: str | None) -> str:
-    """Returns `data`, or else the training set; raises UserError if that no longer exists."""
+    """Returns `data`, or the training set if it is None; raises UserError if that is missing."""
     trained_on = description.config.data.path
     exists = trained_on in KNOWN_SETS or os.path.exists(expand(trained_on))  # noqa: PTH110
     if data is None and not exists:
         raise UserError(
             f"data: {trained_on}, which the weights were trained on, does not exist; "
-            "give its new location as --data PATH"
+            "pass its new location with --data PATH"
         )
     return data or trained_on
 
 
 def _as_trained_on(dataset: Dataset, description: Description, config: Config) -> Dataset | None:
-    """Splits a set as in training; returns None if it is not the training set."""
+    """Splits a dataset as in training; returns None if it is not the training set."""
     if dataset.held_out:
         return None  # already split as in training
-    with contextlib.suppress(UserError):  # a set that cannot be split is not the training set
+    with contextlib.suppress(UserError):  # a dataset that cannot be split is not the training set
         if config.data.hold_out:
             split = open_dataset(config.data, config.model.image_size, config.train.seed)
-        else:  # all images are open already, so there is no need to read the set again
+        else:  # the images are already open, so there is no need to read the dataset again
             unsplit = dataclasses.replace(dataset, train=dataset.val, val=None)
             split = hold_out(
                 unsplit, config.data.path, config.data.val_fraction, config.train.seed, ""
@@ -224,7 +229,7 @@ def _as_trained_on(dataset: Dataset, description: Description, config: Config) -
 def _open(
     description: Description, data: str | Dataset | Source | None, workers: int | None
 ) -> tuple[Dataset, Config]:
-    """Returns the set to evaluate on and the settings for reading it."""
+    """Returns the dataset to evaluate on and the settings for reading it."""
     settings = dataclasses.replace(description.config.data, workers=workers)
     if data is None or isinstance(data, str | Dataset):
         dataset = data if isinstance(data, Dataset) else open_set(description, data)
@@ -241,16 +246,10 @@ def _validation_records(dataset: Dataset) -> Records:
 
 
 def _check_classes(expected: tuple[str, ...], found: tuple[str, ...], config: Config) -> None:
-    expected = tuple(map(class_name, expected))
-    unknown = [name for name in found if name not in expected]
-    if not unknown:
-        return
-    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b]
-    first = ", ".join(f"class {i} is {b!r}, not {a!r}" for i, a, b in pairs[:3])
-    if len(expected) != len(found):
-        first = f"{first_few(unknown)}, which they do not have"
-    place = printable(config.data.path)
-    raise UserError(
-        f"data: {place}: expected the {len(expected)} classes of the weights, got "
-        f"{len(found)}: {printable(first)}; evaluate on a set with the same classes"
-    )
+    known = {*map(class_name, expected)}
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        got = f"{first_few(unknown)}, which the weights do not have"
+        fix = "evaluate on a dataset whose classes are among those of the weights"
+        classes = counted(len(known), "class")
+        raise data_error(config.data.path, f"only the {classes} of the weights", got, fix)

@@ -1,4 +1,4 @@
-"""Predictions of a model on a labeled set, and the metrics computed from them."""
+"""Predictions of a model on a labeled dataset, and the metrics computed from them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
-    """The predictions for n images, in the order of the set."""
+    """The predictions for n images, in the order of the dataset."""
 
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     """(n,)"""
     ranked: NDArray[np.int64]
-    """(n, min(5, classes)): the most likely classes, best first."""
+    """(n, min(5, classes)): the most likely classes, most likely first."""
     confidence: NDArray[np.float64]
     """(n,): the probability of the most likely class; NaN if the model's output is not finite,
     which counts as wrong."""
@@ -58,7 +58,7 @@ class Scores:
         return calibration_error(self.confidence, self.hits(1))
 
     def reliability(self) -> list[tuple[float, int, float, float]]:
-        """Returns upper edge, images, mean confidence and accuracy of each nonempty bin.
+        """Returns the upper edge, images, mean confidence and accuracy of each nonempty bin.
 
         Images whose confidence is NaN are not in any bin.
         """
@@ -79,7 +79,7 @@ class Scores:
         return found & ~np.isnan(self.confidence)
 
     def metrics(self) -> dict[str, float]:
-        """Returns loss, top-1, top-5 and calibration error by name."""
+        """Returns the loss, top-1, top-5 and calibration error by name."""
         return {
             "loss": self.loss,
             "top1": self.top1,
@@ -93,7 +93,7 @@ class Scores:
         return Row(name, images, classes, self.top1, self.top5, self.calibration_error)
 
     def per_class(self) -> list[tuple[str, int, float, float]]:
-        """Returns name, images, top-1 and top-5 of each class that has images."""
+        """Returns the name, images, top-1 and top-5 of each class that has images."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
         first, five = (np.bincount(self.labels, self.hits(k), len(self.classes)) for k in (1, 5))
         return [
@@ -103,12 +103,12 @@ class Scores:
         ]
 
     def confusion(self) -> NDArray[np.int64]:
-        """Returns images by true class (row) and predicted class (column): (classes, classes)."""
+        """Returns image counts by true (row) and predicted (column) class: (classes, classes)."""
         C = len(self.classes)
         return np.bincount(self.labels * C + self.ranked[:, 0], minlength=C * C).reshape(C, C)
 
     def confused_pairs(self) -> list[tuple[str, str, int]]:
-        """Returns true class, predicted class and images per confusion, most frequent first."""
+        """Returns the true class, predicted class and images per confusion, most frequent first."""
         wrong = ~self.hits(1)
         pairs = Counter(zip(self.labels[wrong], self.ranked[wrong, 0], strict=True))
         ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
@@ -130,8 +130,8 @@ class Scores:
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
     """Computes the expected calibration error over 15 bins of equal width (Guo et al. 2017).
 
-    It is the absolute difference between mean confidence and accuracy in a bin (low, high],
-    averaged over the bins in proportion to their numbers of images.
+    This is the absolute difference between mean confidence and accuracy in a bin (low, high],
+    averaged over the bins and weighted by their number of images.
 
     Args:
         confidence: probability of the most likely class of each image, shape (n,).
@@ -162,7 +162,7 @@ def measure(
         classes: names of the logits.
     """
     k = min(5, len(classes))
-    # Start with an empty part, because with many processes one may have no images.
+    # Starts with an empty part, because one of many processes may have no images.
     empty = torch.zeros(0)
     parts: list[tuple[Tensor, ...]] = [
         (empty.long(), torch.zeros(0, k).long(), empty.double(), empty.double())
@@ -179,14 +179,14 @@ def measure(
 
 
 def merge(parts: Sequence[Scores]) -> Scores:
-    """Concatenates the scores of several parts of a set, in order."""
+    """Concatenates the scores of several parts of a dataset, in order."""
     columns = ("labels", "ranked", "confidence", "losses")
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
     return Scores(parts[0].classes, *joined)
 
 
 def summarize(scores: Scores) -> str:
-    """Formats the metrics and a table of the classes: above 20, only the worst and the best."""
+    """Formats the metrics and a table of classes; for over 20, only the worst and the best."""
     lines = [
         f"{counted(len(scores.labels), 'image')}, {counted(len(scores.classes), 'class')}",
         f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}   "

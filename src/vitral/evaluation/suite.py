@@ -21,7 +21,7 @@ from vitral.weights import Weights, Which
 
 NO_SCORES = (float("nan"),) * 3
 Truth = NDArray[np.bool_]
-"""Correct classes of each image; images without any do not count. Shape (N, classes)."""
+"""Correct classes of each image; images without any are not scored. Shape (N, classes)."""
 
 
 def evaluate_suite(
@@ -35,18 +35,18 @@ def evaluate_suite(
 ) -> Iterator[Row]:
     """Evaluates weights on each test set of ImageNet-1K in a folder, one set at a time.
 
-    Each set is evaluated on the classes that it shares with the weights: images and logits of other
+    Each set is evaluated on the classes that it shares with the weights; images and logits of other
     classes are removed. For ImageNet-A and ImageNet-R, these are 200 classes, as in their paper
     (Hendrycks et al. 2021), or fewer if the weights have only some of ImageNet's classes. ReaL
     (Beyer et al. 2020) uses the classes of the available validation images. A prediction is correct
     if it is among the labels of the image; images without labels are skipped.
 
     Args:
-        weights: loaded weights, or a weight or run directory, with classes named by wnid.
+        weights: loaded weights, or anything that `load` accepts, with classes named by wnid.
         suite: the result of `find_suite`, or the folder to search.
         which: "model" or "ema"; None uses the default of the weights.
         batch_size: images per forward pass.
-        workers: decoding processes; None uses all cores but one.
+        workers: number of decoding processes; None uses all cores but one.
         device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.
 
     Returns:
@@ -54,7 +54,7 @@ def evaluate_suite(
         two classes are shared.
 
     Raises:
-        UserError: if weights or sets cannot be read, or the weights have other classes.
+        UserError: if the weights or sets cannot be read, or the weights have different classes.
     """
     weights = prepare(weights, which, device)
     suite = suite if isinstance(suite, Suite) else find_suite(suite)
@@ -143,6 +143,6 @@ def _check_classes(weights: Weights, suite: Suite) -> None:
         )
     if all(len(_common_classes(weights, each)) < 2 for each in suite.sets):
         raise UserError(
-            f"suite: {suite.root}: expected a set with two or more of the {len(classes):,} classes "
-            f"of the weights, got only {', '.join(suite.names())}; give another folder"
+            f"suite: {suite.root}: expected a test set with two or more of the {len(classes):,} "
+            f"classes of the weights, got only {', '.join(suite.names())}; specify another folder"
         )

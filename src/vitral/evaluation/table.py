@@ -12,13 +12,13 @@ from vitral.storage import replacing
 
 @dataclass(frozen=True)
 class Row:
-    """Results of a model on a set of images; fractions are NaN if no image was scored."""
+    """Results of a model on a dataset; fractions are NaN if no image was scored."""
 
     name: str
     images: int
     """Number of images that were scored."""
     classes: int
-    """Number of classes that predictions can choose from."""
+    """Number of candidate classes."""
     top1: float
     top5: float
     calibration_error: float

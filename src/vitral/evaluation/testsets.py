@@ -24,8 +24,8 @@ from vitral.data.skipped import is_system
 from vitral.errors import data_error, first_few, printable, unreadable
 from vitral.files import expand, read_regular
 
-MAX_REAL_BYTES = 1 << 26  # bytes; the file of ReaL's labels has a hundredth of that
-DEPTH = 4  # levels of folders below the given one, as in ILSVRC/Data/CLS-LOC/val
+MAX_REAL_BYTES = 1 << 26  # ReaL's label file is a hundredth of this size
+DEPTH = 4  # levels of folders to search, as in ILSVRC/Data/CLS-LOC/val
 WNID = "n[0-9]{8}"
 CLASS = f"{WNID}|[0-9]{{1,3}}"  # does not match a year, as in imagenet/2012
 NUMBERED = re.compile(rb"ILSVRC2012_val_([0-9]{8})")
@@ -33,7 +33,7 @@ NUMBERED = re.compile(rb"ILSVRC2012_val_([0-9]{8})")
 
 @dataclass(frozen=True)
 class Kind:
-    """A test set, and how to recognize it."""
+    """A test set, and the folder name that identifies it."""
 
     name: str
     pattern: str
@@ -77,10 +77,13 @@ class LabeledSet:
     classes: tuple[str, ...]
     """Wnids of the classes that have images, sorted."""
     records: Files | Spans | Rows
-    """Labels are positions in `classes`."""
+    """Labels are indices into `classes`."""
 
     def numbers(self) -> Integers:
-        """Returns each image's number in ImageNet's validation set, from its name, or 0. (N,)."""
+        """Returns each image's number in ImageNet's validation set, from its name. Shape (N,).
+
+        The number is 0 if the name does not contain one.
+        """
         found = [NUMBERED.search(name) for name in self.records.names.tolist()]
         numbers = np.array([int(match[1]) if match else 0 for match in found], np.int64)
         return np.where(numbers <= len(validation_labels()), numbers, 0)
@@ -93,7 +96,7 @@ class Suite:
     root: Path
     sets: tuple[LabeledSet, ...]
     real: Path | None
-    """ReaL's labels; None without the images of ImageNet's validation set that they belong to."""
+    """ReaL's labels; None if they or the ImageNet validation images that they label are missing."""
 
     def names(self) -> list[str]:
         """Returns the names of the rows of results, in order."""
@@ -122,20 +125,20 @@ def find_suite(path: str | Path) -> Suite:
 
     These are ImageNet's validation set (Russakovsky et al. 2015), ReaL's labels for it (Beyer et
     al. 2020), the three sets of ImageNet-V2 (Recht et al. 2019), ImageNet-A and ImageNet-R
-    (Hendrycks et al. 2021) and ImageNet-Sketch (Wang et al. 2019), unpacked as published, with one
+    (Hendrycks et al. 2021) and ImageNet-Sketch (Wang et al. 2019), extracted as published, with one
     folder per class. The validation set can also be a single folder of images, the tar as
     downloaded, or shards or Parquet files in a separate folder.
 
     Args:
-        path: folder to search, down to four levels below it, or the folder of one set.
+        path: folder to search, up to four levels deep, or the folder of one set.
 
     Raises:
-        UserError: if there is no set, a set is found twice, or a set cannot be used.
+        UserError: if no test set is found, one is found twice, or one cannot be used.
     """
     root = expand(path).resolve()
     if not root.is_dir():
         got = "a file" if root.exists() else "a path that does not exist"
-        raise data_error(root, "a folder that contains test sets", got, "give another")
+        raise data_error(root, "a folder that contains test sets", got, "specify another folder")
     try:
         found = _locate(root)
         sets = tuple(_open(kind, found[kind]) for kind in KINDS if kind in found and kind != REAL)
@@ -143,14 +146,14 @@ def find_suite(path: str | Path) -> Suite:
         raise unreadable(root, error) from error
     if not sets:
         expected = ", ".join(f"{kind.example} ({kind.name})" for kind in KINDS)
-        fix = "give the folder that contains them"
+        fix = "specify the folder that contains them"
         raise data_error(root, f"one or more of {expected}", "none", fix)
     numbered = sets[0].kind == IMAGENET and sets[0].numbers().any()
     return Suite(root, sets, found.get(REAL) if numbered else None)
 
 
 def read_real(path: Path) -> list[list[int]]:
-    """Reads ReaL's labels of each validation image, in order of number: positions in `wnids()`.
+    """Reads ReaL's labels of each validation image, in order of number: indices into `wnids()`.
 
     Some images have no labels (Beyer et al. 2020).
 
@@ -167,7 +170,7 @@ def read_real(path: Path) -> list[list[int]]:
     except (OSError, ValueError, RecursionError) as error:
         raise data_error(path, expected, str(error), fix) from error
     if not isinstance(labels, list) or len(labels) != count:
-        raise data_error(path, expected, "another structure or length", fix)
+        raise data_error(path, expected, "a different structure or length", fix)
     for number, each in enumerate(labels, 1):
         if not isinstance(each, list) or any(
             type(label) is not int or not 0 <= label <= max_label for label in each
@@ -191,7 +194,7 @@ def _locate(root: Path) -> dict[Kind, Path]:
             _add(found, kind, folder)
         elif VAL in files or (kind == IMAGENET and _holds_archives(folder, files)):
             _add(archives, IMAGENET, folder)
-    # An unpacked set takes precedence over its archive, which users often keep.
+    # An extracted set takes precedence over its archive, which users often keep.
     return {**archives, **found}
 
 
@@ -202,7 +205,7 @@ def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
 
 
 def _add(found: dict[Kind, Path], kind: Kind, place: Path) -> None:
-    # Links can lead to the same place twice.
+    # Links can lead to the same location twice.
     if kind in found and not found[kind].samefile(place):
         got = f"{printable(found[kind])} and {printable(place)}"
         raise data_error(place, f"one location of {kind.name}", got, "move one of them elsewhere")
@@ -246,12 +249,12 @@ def _is_image(name: str) -> bool:
 
 
 def _class_folders(kind: Kind, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns name and wnid of each class folder, without other folders."""
+    """Returns the name and wnid of each class folder, ignoring other folders."""
     found = [(name, name) for name in names if re.fullmatch(WNID, name)]
     if found or "V2" not in kind.name:
         return found
-    # ImageNet-V2 names folders by position in the sorted wnids. The order of these names as text,
-    # with 10 before 2, is meaningless.
+    # ImageNet-V2 names folders by index into the sorted wnids. Sorting these names as text puts 10
+    # before 2.
     numbers = [name for name in names if name.isdecimal()]
     return [(name, wnids()[int(name)]) for name in numbers if int(name) < len(wnids())]
 
@@ -273,11 +276,11 @@ def _open(kind: Kind, place: Path) -> LabeledSet:
         return LabeledSet(kind, place, tuple(classes.tolist()), records)
     if kind == IMAGENET:
         return _open_archives(place)
-    raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", "unpack them there")
+    raise data_error(place, f"images ({', '.join(SUFFIXES)})", "none", "extract them there")
 
 
 def _flat_images(folder: Path) -> Iterator[tuple[str, bytes, int]]:
-    """Yields wnid, path and size of each validation image directly in `folder`."""
+    """Yields the wnid, path and size of each validation image directly in `folder`."""
     truth = validation_labels()
     for entry in folder.iterdir():
         name = os.fsencode(entry.name)
@@ -294,7 +297,7 @@ def _open_archives(place: Path) -> LabeledSet:
     unknown = [name for name in classes if name not in wnids()]
     if unknown or dataset.choices or not isinstance(records, Files | Spans | Rows):
         expected = "ImageNet's validation images, labeled by wnid"
-        got = f"classes {first_few(unknown)}" if unknown else "other images"
+        got = f"classes {first_few(unknown)}" if unknown else "different images"
         raise data_error(place, expected, got, "move them elsewhere")
     seen, labels = np.unique(records.labels, return_inverse=True)
     named = tuple(classes[i] for i in seen.tolist())

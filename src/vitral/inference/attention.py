@@ -1,4 +1,4 @@
-"""Attention weights of a model, and whether they are relevant to its prediction.
+"""Computes attention weights of a model, and measures their relevance to its prediction.
 
 Fused kernels do not return attention weights, so they are recomputed from the queries and keys of
 each layer, and must reproduce the output of the layer.
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vitral.model import GroupedQueryAttention, ViT
 
-STEPS = 20  # of a deletion curve, or one per patch if there are fewer patches
+STEPS = 20  # steps of a deletion curve, or one per patch if there are fewer patches
 BATCH = 32  # images per forward pass
 
 
 @torch.inference_mode()
 def attention_weights(model: ViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Computes logits, and the attention weights of every layer and head.
+    """Computes the logits, and the attention weights of every layer and head.
 
     Args:
         model: model in evaluation mode, not under autocast.
@@ -40,7 +40,7 @@ def attention_weights(model: ViT, images: Tensor) -> tuple[Tensor, list[Tensor]]
     layers = [m for m in model.modules() if isinstance(m, GroupedQueryAttention)]
     hooks = [layer.register_forward_hook(partial(_recompute, weights)) for layer in layers]
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # training lowers it, and TF32 has 3 digits
+    torch.set_float32_matmul_precision("highest")  # training lowers it, and TF32 has only 3 digits
     try:
         return model(images), weights
     finally:
@@ -140,12 +140,13 @@ class Curve(NamedTuple):
 def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
     """Computes the probability of a class as patches are deleted, in order.
 
-    Deleted patches get the mean color of the image. A meaningful map puts the patches that the
-    prediction depends on first, which makes the area under the curve small (Petsiuk et al. 2018).
+    Deleted patches are filled with the mean color of the image. A meaningful map puts the patches
+    that the prediction depends on first, which makes the area under the curve small (Petsiuk et
+    al. 2018).
 
     Args:
         image: normalized, (C, H, W).
-        target: the class.
+        target: index of the class.
         order: order of the patches, (patches,), on the device of the image.
     """
     _, H, W = image.shape
@@ -167,8 +168,8 @@ def insertion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
     """Computes the probability of a class as patches are inserted into a blank image, in order.
 
     The blank image has the mean color of the image. A meaningful map makes the area under the curve
-    large. The curve is that of deletion in reverse order, read backwards, so the mean of both areas
-    over random orders is the same.
+    large. The curve is that of deletion in reverse order, read backwards, so both mean areas over
+    random orders are the same.
     """
     fractions, probabilities = deletion(model, image, target, order.flip(0))
     return Curve(1 - fractions.flip(0), probabilities.flip(0))

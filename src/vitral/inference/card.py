@@ -1,7 +1,7 @@
 """Pushes weights to the Hugging Face Hub, with a model card and other files.
 
 README.md           model card: front matter for the Hub, and text for readers
-config.yaml         settings, as a recipe that reproduces the training
+config.yaml         settings, as a recipe that reproduces the training run
 curves.png          curves of the run, if the weights belong to one
 and the files of the weight directory, without local paths.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class DatasetSource(NamedTuple):
-    """Names of a dataset."""
+    """Title and Hub name of a dataset."""
 
     title: str
     hub: str | None = None
@@ -52,7 +52,7 @@ def push(weights: Weights, name: str, *, private: bool = False, license: str | N
 
     Args:
         name: owner/name of the repository, which is created if it does not exist.
-        private: create a private repository; an existing public one is refused.
+        private: whether to create a private repository; an existing public one is rejected.
         license: SPDX identifier of the license of the weights.
 
     Returns:
@@ -95,12 +95,12 @@ def card(weights: Weights, name: str, license: str | None = None) -> str:
 
 
 def _strip_paths(description: Description) -> Description:
-    """Shortens absolute paths to their last part, so that no local directories are published."""
+    """Shortens absolute paths to their last component, so that no local paths are published."""
 
     def strip(path: str) -> str:
         if not expand(path).is_absolute():
             return path
-        return f"./{Path(path).name}"  # ./ because a folder named cifar10 is not the known set
+        return f"./{Path(path).name}"  # ./ because a folder named cifar10 is not the known dataset
 
     config = description.config
     init = config.train.init and strip(config.train.init)
@@ -204,9 +204,12 @@ def _overview(weights: Weights) -> str:
 
 def _preprocessing(data: DataConfig, size: int) -> str:
     mean, std = (", ".join(f"{x:g}" for x in values) for values in (data.mean, data.std))
+    fraction = f"{100 * data.eval_crop:g}%"
+    region = f"square whose side is {fraction} of the shorter side"
+    if data.fit == "squash":
+        region = f"rectangle whose sides are {fraction} of the image's sides"
     return (
-        f"RGB; central square with {100 * data.eval_crop:g}% of the short side, resized to "
-        f"{size} by {size} pixels ({data.interpolation}, antialiased), scaled to [0, 1], and "
+        f"RGB; central {region}, resized to {size} by {size} pixels ({data.interpolation}, antialiased), scaled to [0, 1], and "
         f"normalized with mean ({mean}) and standard deviation ({std})"
     )
 
@@ -237,7 +240,8 @@ import vitral.timm
 model = timm.create_model("vitral", weights="{hub.PREFIX}{name}").eval()
 ```
 
-The files contain no pickles. Each is checked against its SHA-256 in `{MANIFEST}` before use."""
+The files contain no pickles. Each file is verified against its SHA-256 checksum in `{MANIFEST}` \
+before use."""
 
 
 def _data(description: Description, source: DatasetSource) -> str:
@@ -268,9 +272,9 @@ def _training(config: Config, name: str) -> str:
     epochs = counted(train.epochs, "epoch")
     return f"""## Training
 
-Trained from {start} for {epochs} with batch size {train.batch_size}, using {optimizer} with a \
-peak learning rate of {config.optim.lr:g}, a cosine schedule and seed {train.seed}. `{CONFIG}` \
-contains all settings and reproduces the training:
+Initialized from {start} and trained for {epochs} with batch size {train.batch_size}, using \
+{optimizer} with a peak learning rate of {config.optim.lr:g}, a cosine schedule and seed \
+{train.seed}. `{CONFIG}` contains all settings and reproduces the training run:
 
 ```sh
 hf download {name} {CONFIG} --local-dir .
@@ -321,7 +325,8 @@ applies.
 {description.config.model.image_size}. It accepts any multiple of {patch}, but was not evaluated \
 at other sizes.
 * It was evaluated on images similar to its training images. It was not evaluated on images from \
-other cameras, places or styles, on corrupted or adversarial images, or for fairness to people."""
+other cameras, places or styles, on corrupted or adversarial images, and not evaluated for \
+fairness."""
 
 
 def _license_terms(description: Description, license: str | None) -> str:

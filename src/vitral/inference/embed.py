@@ -18,7 +18,7 @@ from vitral.storage import replacing
 
 @dataclass(frozen=True)
 class Features:
-    """A vector for each image that could be read, in the order of the paths."""
+    """Feature vectors of the images that could be read, in the order of the paths."""
 
     paths: list[str]
     vectors: NDArray[np.float32]
@@ -40,17 +40,19 @@ def embed(
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Features:
-    """Computes the head's input for each image: CLS or the mean patch, after the last norm.
+    """Computes the head's input for each image.
+
+    This is the CLS token or the mean of the patch tokens, after the last norm.
 
     Args:
         paths: image files. Files that cannot be read are reported and skipped.
-        normalize: scale each vector to length 1.
-        image_size: side of the model's input, in pixels; None uses the training size.
+        normalize: whether to scale each vector to length 1.
+        image_size: side length of the model's input, in pixels; None uses the training size.
         batch_size: images per forward pass.
-        workers: decoding processes; None uses all cores but one.
+        workers: number of decoding processes; None uses all cores but one.
 
     Raises:
-        UserError: if a setting cannot be used.
+        UserError: if an argument is invalid.
     """
     options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
     vectors = weights.embed(list(paths), **options)
@@ -89,7 +91,8 @@ def write(features: Features, path: Path) -> None:
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(
-            f"out: {path}: expected the package pyarrow, got none; pip install 'vitral[parquet]'"
+            f"out: {path}: expected the package pyarrow, got none; "
+            "run `pip install 'vitral[parquet]'`"
         ) from None
     vectors = pa.FixedSizeListArray.from_arrays(
         pa.array(features.vectors.ravel()), features.vectors.shape[1]

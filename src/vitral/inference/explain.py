@@ -1,4 +1,4 @@
-"""Pictures of what a model attends to in an image, and a measure of how meaningful they are.
+"""Draws the attention of a model to an image, and measures how meaningful it is.
 
 NAME_explained.png   everything in one figure
 NAME_rollout.png     attention rollout over the image
@@ -67,23 +67,23 @@ class Explanation:
     pixels: Pixels
     """Input of the model, (H, W, 3)."""
     classes: tuple[str, ...]
-    """Names of the most likely classes, best first."""
+    """Names of the most likely classes, most likely first."""
     probabilities: tuple[float, ...]
     """Probabilities of these classes."""
     reader: str
     """Token whose attention is shown: the CLS token or the mean patch."""
     rollout: Map
-    """Contribution of each patch to it through all layers, divided by the mean."""
+    """Contribution of each patch to this token through all layers, divided by the mean."""
     heads: Map
-    """Its attention to each patch, divided by uniform attention: (depth, Q, rows, columns)."""
+    """Its attention to each patch relative to uniform attention: (depth, Q, rows, columns)."""
     layer: int
     """Layer of `patch_attention` and `similarity`, counted from 0."""
     patch: tuple[int, int]
     """Row and column of the chosen patch, counted from 0."""
     patch_attention: Map
-    """Its attention to each patch, divided by uniform attention, averaged over the heads."""
+    """Attention of the chosen patch relative to uniform attention, averaged over the heads."""
     similarity: Map
-    """Similarity of each patch to it by position alone, from -1 to 1."""
+    """Similarity of each patch to the chosen one by position alone, from -1 to 1."""
     deletion: Curve
     """Deletion curve of the most likely class, with patches in the order of the rollout."""
     insertion: Curve
@@ -99,7 +99,7 @@ class Explanation:
 
     @property
     def summary(self) -> str:
-        """One line: the prediction, and how much better than chance the rollout orders patches."""
+        """One line with the prediction, and the areas for the rollout order and random orders."""
         mean, deviation = self.chance
         return (
             f"{self.classes[0]} {self.probabilities[0]:.1%}; rollout: deletion "
@@ -116,14 +116,14 @@ def explain(
     patch: tuple[int, int] | None = None,
     image_size: int | None = None,
 ) -> Explanation:
-    """Computes what a model attends to in an image.
+    """Computes the attention of a model to an image, and its relevance to the prediction.
 
     Args:
         weights: weights from `load`; everything is computed on the device of the model.
-        image: uint8, (3, H, W), of any size; the model sees its central square.
-        layer: layer of the maps of heads and patch, counted from 0; None uses the last.
+        image: uint8, (3, H, W), of any size; the model's input is the evaluation crop.
+        layer: layer of the head and patch maps, counted from 0; None uses the last.
         patch: row and column, counted from 0; None uses the most attended patch in that layer.
-        image_size: side of the model's input, in pixels; None uses the training size.
+        image_size: side length of the model's input, in pixels; None uses the training size.
 
     Raises:
         UserError: if the model does not support the layer, the patch or the image size.
@@ -179,10 +179,10 @@ def _numpy(values: Tensor) -> Map:
 def explanations(
     weights: Weights, images: Sequence[str], **options: Any
 ) -> Iterator[tuple[str, Explanation | None]]:
-    """Calls `explain` for image files; yields a name for the pictures of each, and the result.
+    """Calls `explain` for image files; yields a name for the files of each, and the result.
 
-    Names are those of the files without extension, shortened if they are long and numbered if they
-    are not unique. If a file cannot be read, the result is None and an error is printed.
+    The names are those of the images without suffix, shortened if they are long and numbered if
+    they are not unique. If a file cannot be read, the result is None and an error is printed.
     """
     used: set[str] = set()
     for image in images:
@@ -202,7 +202,7 @@ def explanations(
 
 
 def save(explanation: Explanation, directory: Path, name: str) -> None:
-    """Writes the pictures of an explanation, each atomically."""
+    """Writes the images of an explanation, each atomically."""
     shown = explanation
     overlays = {
         "rollout": shown.rollout,
@@ -250,7 +250,7 @@ def _overlay(pixels: Pixels, values: Map, scale: ScalarMappable) -> Pixels:
 
 
 def _figure(shown: Explanation, title: str) -> Figure:
-    """Draws input, prediction and curves, then the maps, then the heads of one layer."""
+    """Draws the input, prediction and curves, then the maps, then the heads of one layer."""
     num_heads = min(shown.heads.shape[1], SHOWN_HEADS)
     rows = -(-num_heads // 8)
     columns = max(-(-num_heads // rows), 4)
@@ -279,7 +279,7 @@ def _bare(axes: Axes, title: str) -> None:
 
 
 def _frame(axes: Axes, shown: Explanation, extent: float) -> None:
-    """Draws a frame around the chosen patch of a picture with sides of length `extent`."""
+    """Draws a frame around the chosen patch of an image with sides of length `extent`."""
     size = extent / len(shown.rollout)
     corner = (shown.patch[1] * size - 0.5, shown.patch[0] * size - 0.5)
     for color, width in (("black", 3.5), ("white", 1.5)):
@@ -356,7 +356,7 @@ def _draw_maps(figure: SubFigure, shown: Explanation) -> None:
     picture = axes[3].imshow(shown.similarity, cmap=COLORMAP, vmax=1)
     _frame(axes[3], shown, len(shown.similarity))
     figure.colorbar(picture, ax=axes[3], fraction=0.046, pad=0.02)
-    _bare(axes[3], f"RoPE similarity to it, layer {layer}\nby position alone")
+    _bare(axes[3], f"RoPE similarity to the framed patch, layer {layer}\nby position alone")
 
 
 def _draw_heads(

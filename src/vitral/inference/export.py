@@ -2,12 +2,12 @@
 
 onnx    for onnxruntime and other ONNX runtimes, written by torch's exporter
 pt2     for torch: an archive of torch.export, a zip of raw weights and JSON. torch.export.load
-        unpickles if an archive contains a pickle: do not load archives from untrusted sources
+        also loads pickles: do not load archives from untrusted sources
 
 Both take normalized float32 images "images" (B, C, H, W) and return logits (B, classes). B, H and W
-are dynamic; H and W are multiples of the patch size and at least two patches. The rotary tables are
-part of the graph. The file contains metadata for its use as JSON: in property "vitral" of ONNX
-files, and in extra file "vitral.json" of pt2 archives.
+are dynamic; H and W are multiples of the patch size and at least two patches long. The rotary
+tables are part of the graph. The file contains metadata for its use as JSON, in the property
+"vitral" of ONNX files and the extra file "vitral.json" of pt2 archives.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How closely the file matches the model in float32 on some images."""
+    """Agreement of the file with the model in float32 on some images."""
 
     what: str
     """Description of the images."""
@@ -85,7 +85,7 @@ class Exported:
     """The files that were written, and the comparisons with the model."""
 
     files: tuple[Path, ...]
-    """The exported file, and a second file for weights above 2 GB."""
+    """The exported file, and a second file if the weights exceed 2 GB."""
     agreements: tuple[Agreement, ...]
 
 
@@ -101,22 +101,22 @@ def export(
 ) -> Exported:
     """Exports weights to one file, and keeps it only if its outputs match those of the model.
 
-    The two are compared on random images of three sizes, in batches of one and three, and on
-    validation images. An existing file is replaced only if the new one matches. ONNX weights above
-    2 GB go into a second file, whose name is that of the first plus `.data`.
+    The outputs are compared on random images of three sizes, in batches of one and three, and on
+    validation images. An existing file is replaced only if the new one matches. ONNX weights that
+    exceed 2 GB are written to a second file, whose name is that of the first plus `.data`.
 
     Args:
         path: a weight or run directory.
         format: "onnx", or "pt2" for torch.
         out: file to write; None uses the name of the run, in the current directory.
         which: "model" or "ema"; None uses the default of the weights.
-        opset: opset of ONNX.
-        data: an image folder or a known set to compare on; None uses the set that the weights were
-            trained on, if it exists.
-        images: number of its validation images to compare on, evenly spaced; 0 for none.
+        opset: ONNX opset version.
+        data: an image folder or a known dataset to compare on; None uses the dataset that the
+            weights were trained on, if it exists.
+        images: number of validation images to compare on, evenly spaced; 0 for none.
 
     Raises:
-        UserError: if weights, data or file name cannot be used, or a package is missing.
+        UserError: if the weights, data or file name is invalid, or a package is missing.
         ExportError: if the file does not match the model.
     """
     if format == "onnx":
@@ -175,7 +175,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _require_onnx() -> None:
-    """Imports the packages for ONNX, without the telemetry that importing onnxruntime starts.
+    """Imports the packages for ONNX, without the telemetry that onnxruntime starts on import.
 
     Raises:
         UserError: if a package is not installed.
@@ -212,8 +212,10 @@ def _local_dataset(config: Config) -> str | None:
 def _describe(weights: Weights, which: Which) -> dict[str, Any]:
     """Returns the metadata for using the file.
 
-    Its input is the central square of `eval_crop` times the short side, resized to `image_size`
-    with antialiasing, scaled to [0, 1], minus `mean`, divided by `std`.
+    With `fit` "crop", the input of the model is the central square whose side is `eval_crop` times
+    the shorter side. With "squash", it is the central rectangle whose sides are `eval_crop` times
+    the image's sides. It is resized to a square of `image_size` pixels with antialiasing, scaled to
+    [0, 1], and normalized with `mean` and `std`.
     """
     description = weights.description
     config = description.config
@@ -241,7 +243,7 @@ def _trace(model: ViT) -> ExportedProgram:
     sample = torch.zeros(2, CHANNELS, 3 * P, 4 * P)
     program = torch.export.export(model, (sample,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it would put paths of this machine in the file
+        node.meta.pop("stack_trace", None)  # it would leak local paths into the file
     return program
 
 
@@ -290,7 +292,7 @@ def _cannot_run(error: Exception) -> ExportError:
 
 
 def _random_images(config: Config) -> Comparison:
-    """Random images of the training size, a larger size and a rectangle, in batches of 1 and 3."""
+    """Returns random images of the training size, a larger size and a rectangle, by 1 and 3."""
     P = config.model.patch_size
     grid_size = max(2, config.model.image_size // P)
     larger_grid = grid_size + max(1, grid_size // 2)
@@ -307,7 +309,7 @@ def _random_images(config: Config) -> Comparison:
 
 
 def _validation_images(config: Config, path: str, count: int) -> Comparison:
-    """Validation images as in evaluation, evenly spaced over the set."""
+    """Returns validation images, cropped as in evaluation and evenly spaced over the dataset."""
     data = dataclasses.replace(config.data, path=path)
     dataset = open_dataset(data, config.model.image_size, config.train.seed, train=False)
     assert dataset.val is not None

@@ -1,4 +1,4 @@
-"""Classification and embedding of images, from files or in memory."""
+"""Classifies and embeds images, from files or in memory."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 Format = Literal["text", "json", "csv"]
 T = TypeVar("T")
 _Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the most likely classes, their probabilities
-_Result = tuple[T | None, str | None]  # result for an image, or why it cannot be read
+_Result = tuple[T | None, str | None]  # result for an image, or the reason why it cannot be read
 CSV_HEADER = "path,rank,class,name,probability,error\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The most likely classes of an image, best first; empty if it could not be read."""
+    """The most likely classes of an image, most likely first; empty if it could not be read."""
 
     path: str | None
     """Path of the file; None for an image in memory."""
     classes: tuple[int, ...] = ()
-    """Positions in the classes of the weights."""
+    """Indices into the classes of the weights."""
     names: tuple[str, ...] = ()
     """Names of these classes, as stored with the weights."""
     probabilities: tuple[float, ...] = ()
     """Probabilities of these classes, from 0 to 1."""
     error: str | None = None
-    """Why the image could not be read."""
+    """Reason why the image could not be read."""
 
 
 class Classifier(weights.Weights):
@@ -79,13 +79,13 @@ class Classifier(weights.Weights):
             images: one image or several, each the path of a file, a PIL image, or uint8 RGB as an
                 array or tensor of shape (H, W, 3) or (3, H, W).
             top: number of classes per image.
-            image_size: side of the model's input, in pixels; None uses the training size.
+            image_size: side length of the model's input, in pixels; None uses the training size.
             batch_size: images per forward pass.
-            workers: decoding processes for files; None uses all cores but one.
+            workers: number of decoding processes for files; None uses all cores but one.
 
         Raises:
-            UserError: if a setting, an array or another object cannot be used. If an image cannot
-                be read, its Prediction contains the reason.
+            UserError: if an argument is invalid. If an image cannot be read, its Prediction
+                contains the reason.
         """
         options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
         return list(predictions(self, _as_list(images), top, **options))
@@ -99,16 +99,16 @@ class Classifier(weights.Weights):
         batch_size: int = 64,
         workers: int | None = None,
     ) -> NDArray[np.float32]:
-        """Returns the head's input for each image: CLS or the mean patch, after the last norm.
+        """Returns the head's input: the CLS token or the mean of the patch tokens, after the norm.
 
-        Useful for probes, search and clustering. The arguments are those of `predict`.
+        It is useful for probes, search and clustering. The arguments are those of `predict`.
 
         Returns:
             Vectors (n, D), float32, in the order of the images. The row of an image that cannot be
             read is NaN; `predict` reports why.
 
         Raises:
-            UserError: if a setting, an array or another object cannot be used.
+            UserError: if an argument is invalid.
         """
         many = _as_list(images)
         model = for_inference(self.model)
@@ -130,13 +130,13 @@ def load(
     """Loads weights for use with `predict(images)`, `embed(images)`, `model` and `description`.
 
     Args:
-        path: a weight directory, a run directory (its best weights are loaded), or weights on the
-            Hugging Face Hub, as hf-hub:owner/name or hf-hub:owner/name@revision.
+        path: a weight directory, a run directory (its best weights are loaded), weights on the Hub,
+            hf-hub:owner/name or hf-hub:owner/name@revision, or a pretrained model, timm:NAME.
         which: "model" or "ema"; None uses the default of the weights.
         device: device for the model.
 
     Raises:
-        UserError: if the path has no weights, or they are corrupt or from a newer vitral.
+        UserError: if the path has no weights, or they are corrupt or from a newer version.
     """
     found = weights.load(path, which=which, device=device)
     return Classifier(found.model, found.description, found.path)
@@ -145,11 +145,11 @@ def load(
 def find_images(places: Iterable[str]) -> list[str]:
     """Returns paths of the images in files, folders and glob patterns, in the given order.
 
-    A folder stands for all images in it and its subfolders, sorted; a file for itself, even if it
-    does not exist; `-` for the lines of standard input, each a file or folder.
+    A folder is replaced by all images in it and its subfolders, sorted. A file is returned as is,
+    even if it does not exist. `-` reads paths from standard input, one per line.
 
     Raises:
-        UserError: if one of the places contains no images.
+        UserError: if one of the paths contains no images.
     """
     images: list[str] = []
     for place in places:
@@ -164,7 +164,7 @@ def find_images(places: Iterable[str]) -> list[str]:
             found = _images_in(place)
         if not found:
             expected = f"images ({', '.join(SUFFIXES)})"
-            raise data_error(place, expected, "none", "give files, or a folder that contains some")
+            raise data_error(place, expected, "none", "pass image files or a folder of them")
         images += found
     return images
 
@@ -266,7 +266,7 @@ def _results(
 
 
 def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
-    """Returns the input size in pixels; raises UserError if patches do not fit."""
+    """Returns the input size; raises UserError if it is not a multiple of the patch size."""
     if image_size is None:
         return config.image_size
     P = config.patch_size
@@ -287,7 +287,7 @@ def _rank(model: ViT, top: int, images: Tensor) -> list[_Ranked]:
 
 
 class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
-    """Crops of the readable images, and errors of the others; runs in worker processes."""
+    """Crops readable images, and collects errors of the others; runs in worker processes."""
 
     def __init__(self, images: Sequence[ImageLike], config: DataConfig, image_size: int) -> None:
         self.images = images
@@ -329,12 +329,12 @@ def to_pixels(image: ImageLike) -> Tensor:
 def write(found: Iterable[Prediction], count: int, format: Format, place: Path | None) -> int:
     """Writes predictions for files as they arrive, and errors to standard error.
 
-    Text has one line for each image that could be read. JSON has one line with an object, and CSV
-    one or more lines, for every image.
+    Text has one line for each image that could be read. For every image, JSON has one line with an
+    object, and CSV has one or more lines.
 
     Args:
         count: number of predictions, for the progress bar.
-        place: file to write atomically; None is standard output.
+        place: file to write atomically; None writes to standard output.
 
     Returns:
         Number of images that could be read.

@@ -1,4 +1,4 @@
-"""Charts as inline SVG whose text and lines use the colors of the page, light or dark."""
+"""Draws charts as inline SVG whose text and lines use the colors of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of values over epochs."""
+    """A chart of values by epoch."""
 
     title: str
     unit: str
@@ -90,8 +90,8 @@ class Axis:
 
     @classmethod
     def rounded(cls, low: float, high: float, begin: float, end: float) -> Axis:
-        """Returns an axis between round values; if `low` equals `high`, it includes 0."""
-        if low == high:  # values above may be impossible, as above 100%
+        """Returns an axis between round values; if `low` equals `high`, the axis includes 0."""
+        if low == high:  # larger values may be impossible, such as accuracy above 100%
             low, high = min(low, 0.0), max(high, 0.0) or float(not low)
         ticks = _round_values(low, high)
         return cls(ticks[0], ticks[-1], ticks, begin, end)
@@ -116,7 +116,7 @@ class Axis:
 
 
 def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
-    """Draws accuracy over confidence, with the diagonal of perfect calibration.
+    """Draws accuracy against confidence, with the diagonal of perfect calibration.
 
     Args:
         bins: bins from `Scores.reliability`.
@@ -133,18 +133,18 @@ def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
             f'<path class="confidence" d="M{begin:.1f} {confidence_y:.1f}H{end:.1f}"/>'
         )
     parts.append(f'<path class="diagonal" d="M{LEFT} {BOTTOM}L{RIGHT} {TOP}"/>')
-    return _svg("Accuracy of the predictions over their confidence", parts)
+    return _svg("Accuracy against confidence of the predictions", parts)
 
 
 def downsample(points: Points) -> Points:
-    """Returns about 600 points at most, with the smallest and the largest of each stretch."""
+    """Returns at most about 600 points, with the minimum and maximum of each bucket."""
     if len(points) <= 2 * NUM_BUCKETS:
         return points
     size = -(-len(points) // NUM_BUCKETS)
     kept = [points[0]]
     for first in range(0, len(points), size):
-        stretch = points[first : first + size]
-        kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
+        bucket = points[first : first + size]
+        kept += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
     return [*kept, points[-1]]
 
 

@@ -40,7 +40,7 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
         run: run from `read_run`.
         out: file to write.
         predictions: predictions of the run's weights for the validation images.
-        missing: why there are no predictions.
+        missing: the reason why there are no predictions.
     """
     settings, defaults = flatten(run.config), flatten(Config())
     _write(
@@ -104,7 +104,7 @@ class PredictionReport:
 
     @cached_property
     def per_class(self) -> dict[str, list[tuple[str, int, float, float]]]:
-        """Tables of classes by title; above 20 classes, only the best and the worst."""
+        """Tables of classes by title; for more than 20 classes, only the best and the worst."""
         rows = sorted(self.scores.per_class(), key=lambda row: -row[2])
         if len(rows) <= MAX_LISTED_CLASSES:
             return {"All classes": rows}
@@ -137,12 +137,12 @@ class PredictionReport:
 
     @cached_property
     def attention(self) -> list[dict[str, Any]]:
-        """Images evenly spaced over the set, and what the model attends to in them."""
+        """Evenly spaced images of the dataset, and the attention of the model to them."""
         records, found = self.predictions.records, []
         for i in np.unique(np.linspace(0, len(records) - 1, NUM_ATTENTION_IMAGES).astype(int)):
             pictures = attention_pictures(self.predictions.weights, records, int(i))
             if pictures is not None:
-                found.append({"input": pictures[0], "lit": pictures[1], **self._caption(i)})
+                found.append({"input": pictures[0], "attended": pictures[1], **self._caption(i)})
         return found
 
     @cached_property
@@ -151,7 +151,7 @@ class PredictionReport:
         return reliability(self.scores.reliability())
 
     def _shown(self, indices: NDArray[np.int64], count: int) -> list[dict[str, Any]]:
-        """Returns the most confident of the given images, with their captions."""
+        """Returns the most confidently classified of some images, with their captions."""
         scores = self.scores
         order = np.argsort(-scores.confidence[indices], kind="stable")[:count]
         records = self.predictions.records
@@ -183,7 +183,7 @@ def _write(out: Path, template: str, **content: Any) -> None:
 
 
 def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
-    """Returns six charts; colors identify runs if there are several, else quantities."""
+    """Returns six charts; colors identify runs if there are several, and quantities otherwise."""
     several = len(runs) > 1
 
     def chart(title: str, unit: str, factor: float, zero: bool, **columns: str) -> Chart:
@@ -272,11 +272,11 @@ def _picture(path: Path) -> tuple[str, int, int] | None:
 
 
 def _value(value: Any) -> str:
-    """Formats a setting for readers."""
+    """Formats a setting for display."""
     if isinstance(value, tuple | list):
         return " ".join(map(_value, value)) or "none"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return "on" if value else "off"
     if isinstance(value, float):
         return f"{value:.6g}"
     return "–" if value is None else str(value)  # noqa: RUF001

@@ -42,7 +42,7 @@ def evaluate_best(
         columns: settings of the columns, such as `label_column`, if the data is a table.
 
     Raises:
-        UserError: if weights or data cannot be read, or the dataset is not that of the run.
+        UserError: if the weights or the data cannot be read, or the dataset is not that of the run.
     """
     device = pick_device("auto")
     weights = load(run.path, device=str(device))
@@ -52,7 +52,7 @@ def evaluate_best(
     config = dataclasses.replace(description.config, data=settings)
     dataset = open_dataset(settings, config.model.image_size, config.train.seed)
     if dataset.fingerprint != description.fingerprint:
-        raise UserError(f"data: {settings.path} is not the set that the run was trained on")
+        raise UserError(f"data: {settings.path} is not the dataset that the run was trained on")
     records = dataset.val
     assert records is not None
     workers = resolve_workers(settings, records)

@@ -1,4 +1,4 @@
-"""Small images for embedding in a page."""
+"""Creates small images for embedding in a page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THUMBNAIL_SIZE = 112  # pixels of the longer side
 
 
 def thumbnail(records: Records, index: int) -> str | None:
-    """Returns an image of the set, uncropped, as a data URI; None if it cannot be read."""
+    """Returns an uncropped image of the dataset as a data URI; None if it cannot be read."""
     try:
         if isinstance(records, Pixels):
             image = _image(records.images[index])
@@ -52,9 +52,9 @@ def data_uri(image: Image.Image, size: int) -> str:
 
 
 def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:
-    """Returns the model's input, and the same image lit by attention rollout, as data URIs.
+    """Returns the model's input, and the same image with brightness given by attention rollout.
 
-    Returns None if the image cannot be read.
+    Both are data URIs. Returns None if the image cannot be read.
     """
     config = weights.description.config
     (fetched,) = fetch_eval_crops(records, config, [np.array([index])], 0, torch.device("cpu"))
@@ -68,10 +68,10 @@ def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[
     light = F.interpolate(flow, images.shape[-2:], mode="bilinear")[0]
     light = (light - light.min()) / (light.max() - light.min()).clamp_min(1e-9)
     original = fetched.images[0]
-    lit = (original * (0.15 + 0.85 * light)).to(torch.uint8)
-    return data_uri(_image(original), THUMBNAIL_SIZE), data_uri(_image(lit), THUMBNAIL_SIZE)
+    attended = (original * (0.15 + 0.85 * light)).to(torch.uint8)
+    return data_uri(_image(original), THUMBNAIL_SIZE), data_uri(_image(attended), THUMBNAIL_SIZE)
 
 
 def _image(pixels: Tensor) -> Image.Image:
-    """Converts uint8 pixels, (3, H, W)."""
+    """Converts uint8 pixels, (3, H, W), to an image."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())

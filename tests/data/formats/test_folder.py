@@ -185,7 +185,7 @@ def test_a_flat_val(tmp_path):
     (tmp_path / "docs").mkdir()
     message = error_message(tmp_path)
     assert str(tmp_path / "val") in message
-    assert "images directly in it; make one folder a class as in train/" in message
+    assert "images directly in it; create one folder per class, as in train/" in message
 
 
 @pytest.mark.parametrize("split", ["train", ""])
@@ -195,7 +195,7 @@ def test_a_flat_train(tmp_path, split):
         put_split(tmp_path, "val")
     message = error_message(tmp_path)
     assert f"{tmp_path / split}: " in message
-    assert message.endswith("images directly in it; make one folder a class")
+    assert message.endswith("images directly in it; create one folder per class")
 
 
 def test_only_a_validation_split(tmp_path):
@@ -251,7 +251,7 @@ def test_folders_of_classes_are_splits_despite_other_folders(tmp_path, val):
     used = paths(dataset.train) + paths(dataset.val)
     assert len(used) == (8 + 6 if val else 8)
     assert not any("stray" in path or "unlabeled" in path for path in used)
-    assert f"{tmp_path.name}: not used, next to train/: unlabeled" in dataset.notes
+    assert f"{tmp_path.name}: skipped folders next to train/: unlabeled" in dataset.notes
     files = "2 files are" if val else "1 file is"
     count = 2 if val else 1
     line = f"{tmp_path.name}: {files} skipped: images outside class folders {count}"

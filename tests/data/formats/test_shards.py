@@ -154,9 +154,9 @@ def test_validation_only_does_not_read_training_archives(tmp_path):
     ("content", "words"),
     [
         (two(("c.jpg", b"?")), "a number or text in c.cls"),
-        (two(("c.jpg", b"?"), ("c.json", b'{"caption": "dog"}')), "as label in c.json, got None"),
-        (two(("c.jpg", b"?"), ("c.json", b'{"label": 1.5}')), "as label in c.json, got 1.5"),
-        (two(("c.jpg", b"?"), ("c.json", b'{"label": true}')), "as label in c.json, got True"),
+        (two(("c.jpg", b"?"), ("c.json", b'{"caption": "dog"}')), 'as "label" in c.json, got None'),
+        (two(("c.jpg", b"?"), ("c.json", b'{"label": 1.5}')), 'as "label" in c.json, got 1.5'),
+        (two(("c.jpg", b"?"), ("c.json", b'{"label": true}')), 'as "label" in c.json, got True'),
         (two(("c.jpg", b"?"), ("c.json", b"{label: 3}")), "c.json: expected JSON"),
         (two(("c.jpg", b"?"), ("c.cls", b" \n")), "a number or text in c.cls"),
         (two(("c.cls", b"1"), ("d.cls", b"1")), "an image for each label"),

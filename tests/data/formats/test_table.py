@@ -433,7 +433,7 @@ def test_errors_of_groups(tmp_path, rows):
         return error_message(write(tmp_path, text), **options)
 
     assert "row 4, column group: expected a group, got nothing" in message(["a", "b", "", *"cdefg"])
-    assert "no class has two groups" in message([*"aaaabbbb"])
+    assert "no class has enough groups" in message([*"aaaabbbb"])
     got = message([*"aabbaabb"], "image,label,camera", group_column="kamera")
     assert "expected a column kamera" in got
     splits = [f"{group},train" for group in "abcdefg"] + ["a,val"]

@@ -162,7 +162,7 @@ def test_corrupted_chunks_are_detected_and_repacked(source, tmp_path, jpeg):
     content = bytearray(images.read_bytes())
     content[70] ^= 1
     images.write_bytes(content)
-    with pytest.raises(UserError, match="other data in 1 chunk of images; check the disk"):
+    with pytest.raises(UserError, match="different data in 1 chunk of images; check the disk"):
         packed(source, dst, jpeg)
     assert not (dst / "index").exists()
     packed(source, dst, jpeg)
@@ -256,9 +256,9 @@ def test_a_pack_in_use_is_rejected(source, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 32}, "expected a pack with size 32, got size 24; give another"),
+        ({"size": 32}, "expected a pack with size 32, got size 24; specify another"),
         ({"jpeg": True}, "expected a pack with jpeg True, got jpeg False"),
-        ({"source": "other"}, "expected a pack of these images, got a pack of other images"),
+        ({"source": "other"}, "expected a pack of these images, got a pack of different images"),
     ],
 )
 def test_nothing_else_is_overwritten(source, tmp_path, begun, change, message):

@@ -75,7 +75,7 @@ def test_a_gpu_decodes_if_torchcodec_can(folder, monkeypatch):
     assert decoders(records, GPU) == ("cpu",)
     asked = dataclasses.replace(config, data=dataclasses.replace(config.data, decode="gpu"))
     with pytest.raises(
-        UserError, match=r"got a torchcodec without nvJPEG; give --data\.decode cpu"
+        UserError, match=r"got a torchcodec without nvJPEG; pass --data\.decode cpu"
     ):
         choose_decoder(records, asked, 0, GPU)
     monkeypatch.setattr(rates, "decode_jpeg", lambda contents, mode, device: [])

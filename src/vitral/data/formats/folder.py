@@ -90,7 +90,10 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
         unclear = bool(with_classes) and len(named) == 1 and len(image_folders) > 1
     if train and unclear:
         got = f"{first_few([*named.values()])} next to {first_few(others)}"
-        fix = "if all of them are classes, move them into train/; otherwise, move the other folders elsewhere"
+        fix = (
+            "if all of them are classes, move them into train/; "
+            "otherwise, move the other folders elsewhere"
+        )
         raise data_error(root, "either splits or classes", got, fix)
     val = next((named[name] for name in VALIDATION if name in named), None)
     return (None, None) if classes else (named.get("train"), val)

@@ -110,7 +110,7 @@ class Rows:
         return dataclasses.replace(self, **columns)
 
     def identity(self) -> Iterator[bytes]:
-        """Yields names, locations, and sizes of the files; the sizes of the images are not known."""
+        """Yields names, locations, and file sizes; the sizes of the images are not known."""
         yield b"\0".join(self.names.tolist())
         yield np.ascontiguousarray(self.places, "<i8").tobytes()
         yield np.array([size for size, _ in self.stamps], "<i8").tobytes()

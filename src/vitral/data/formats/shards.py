@@ -84,7 +84,7 @@ def _find_splits(root: Path) -> dict[str, list[Path]]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Returns the archives in a folder; none if there are folders of images, which take precedence."""
+    """Returns the archives in a folder; none if it has image folders, which take precedence."""
     entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     found = [path for path in entries if path.name.lower().endswith(ARCHIVES)]
     files = (file for path in entries if found and path.is_dir() for file in path.iterdir())
@@ -94,7 +94,7 @@ def _shards(folder: Path) -> list[Path]:
 def _open(
     root: Path, splits: Sequence[Sequence[Path]], count: int, skipped: Counter[str]
 ) -> list[Split]:
-    """Opens the first `count` splits; indexes others only if they are needed to name the classes."""
+    """Opens the first `count` splits; indexes others only if needed to name the classes."""
     found = [index_archives(shards, read_shards) for shards in splits[:count]]
     for each in found:
         skipped.update(each.skipped)
@@ -159,7 +159,7 @@ def _composed(name: bytes) -> bytes:
 
 
 def read_shards(archives: Sequence[Path]) -> tuple[list[Row], dict[bytes, bytes], Counter[str]]:
-    """Reads the images in shards, with label values, and the wnid shared by all images of a value."""
+    """Reads the images in shards, their label values, and the wnid shared by images of a value."""
     rows: list[Row] = []
     called: dict[bytes, set[str]] = defaultdict(set)
     skipped = Counter[str]()
@@ -275,7 +275,7 @@ def _value(label: Any, place: str, key: str) -> bytes:
         got = f"one of {len(label):,} bytes"
         raise data_error(place, f"a label of at most {MAX_NAME} bytes", got, REDOWNLOAD)
     if not isinstance(label, bytes) or not label.strip():
-        expected = f"a number or text in {key}.cls, or as \"label\" in {key}.json"
+        expected = f'a number or text in {key}.cls, or as "label" in {key}.json'
         raise data_error(place, expected, repr(label), REDOWNLOAD)
     text = label.strip()
     return (text.lstrip(b"0") or b"0") if text.isdigit() else text

@@ -54,7 +54,7 @@ def pack(config: DataConfig, seed: int, dst: Path, size: int, jpeg: bool, worker
     Args:
         seed: selects the held-out images if there is no validation split.
         dst: folder of the pack, which is created if it does not exist.
-        size: side length of the squares in pixels or, for JPEGs, maximum length of the shorter side.
+        size: side length of the squares or, for JPEGs, maximum shorter side, in pixels.
         jpeg: whether to store JPEGs that keep their aspect ratio, instead of squares of pixels.
         workers: number of decoding processes; 0 decodes in the current process.
 
@@ -119,7 +119,8 @@ def _changed_error(dst: Path) -> Exception:
 def _begin(dst: Path, splits: Mapping[str, _ChunkEncoder]) -> None:
     """Prints the estimated size of a pack, and creates its folder if there is enough space."""
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise data_error(dst, "an empty folder, or none", "something else", "specify another folder")
+        fix = "specify another folder"
+        raise data_error(dst, "an empty folder, or none", "something else", fix)
     check_room(dst)
     images = sum(len(encoder.records) for encoder in splits.values())
     need = sum(len(encoder.records) * encoder.mean_bytes() for encoder in splits.values())
@@ -246,7 +247,7 @@ class _PackWriter:
                     raise _changed_error(self.dst)
 
     def _complete_lines(self) -> list[Any]:
-        """Returns the lines of progress.jsonl; truncates an incomplete one left by a killed process."""
+        """Returns the lines of progress.jsonl, without an incomplete one of a killed process."""
         self.progress.seek(0)
         lines = [line for line in self.progress if line.endswith(b"\n")]
         self.progress.truncate(sum(map(len, lines)))
@@ -293,7 +294,7 @@ class _PackWriter:
         return broken
 
     def _allocate(self, file: IO[bytes], split: str) -> None:
-        """Allocates space for all squares; for JPEGs, truncates unrecorded data of a killed process."""
+        """Allocates space for squares; for JPEGs, removes unrecorded data of a killed process."""
         encoder, written = self.splits[split], self.chunks[split].values()
         squares = len(encoder.records) * 3 * encoder.size**2
         if encoder.jpeg:
