@@ -382,7 +382,8 @@ def test_val_selects_the_competing_classes(three_classes, user_error, tmp_path, 
     (some / "dark").mkdir()  # a class without images
     assert evaluate(out, str(some)).loss == pytest.approx(scores.loss)
     shutil.copytree(some / "white", some / "gray")
-    user_error(["val", out, "--data", some], "got gray, which the weights do not have", out=one / "x")
+    message = "got gray, which the weights do not have"
+    user_error(["val", out, "--data", some], message, out=one / "x")
     words = ["val", out, "--suite", some, "--classes", "all"]
     user_error(words, "suite, classes: expected one of the two, got both", out=one / "x")
 

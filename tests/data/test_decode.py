@@ -285,7 +285,8 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)
 
 def test_heic_without_its_library_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(DecodeError, match=r"^HEIC images need pillow-heif; run `pip install 'vitral\[heic\]'`$"):
+    message = r"^HEIC images need pillow-heif; run `pip install 'vitral\[heic\]'`$"
+    with pytest.raises(DecodeError, match=message):
         decode(HEIC)
 
 

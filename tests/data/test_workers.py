@@ -102,9 +102,7 @@ def in_daemon(_):
 def test_a_daemonic_process_fetches_without_workers(capfd):
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.map(in_daemon, [0]) == [[0, 2, 4]]
-    output = (
-        "vitral: 0 of 2 data workers can be started: a daemonic process may not have children\n"
-    )
+    output = "vitral: 0 of 2 data workers can be started: daemonic processes cannot have children\n"
     assert capfd.readouterr().err == output
 
 

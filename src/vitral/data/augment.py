@@ -277,7 +277,7 @@ class Mix:
     """How to mix the images of a batch with their partners."""
 
     fraction: float
-    """Fraction that is kept of an image, and the weight of its target. Its partner has the rest."""
+    """Fraction of an image that is kept, and weight of its target; the partner has the rest."""
     box: tuple[int, int, int, int] | None
     """For CutMix, top, left, bottom and right of the region from the partner. For Mixup, None."""
 

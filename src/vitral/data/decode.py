@@ -76,7 +76,7 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def gpu_can_decode(data: bytes) -> bool:
-    """Whether the GPU's decoder matches `decode`: for complete, upright JPEGs in gray or YCbCr."""
+    """Returns whether the GPU's decoder matches `decode`: for complete upright gray or YCbCr JPEGs."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = Image.open(io.BytesIO(data), formats=["JPEG"])
@@ -157,14 +157,14 @@ def _check_decoding_cost(header: Image.Image, data: bytes) -> None:
 
 
 def _has_one_scan(header: JpegImagePlugin.JpegImageFile, data: bytes) -> bool:
-    """Whether the first scan of a JPEG contains all channels completely, as in baseline JPEGs."""
+    """Returns whether the first scan contains all channels completely, as in baseline JPEGs."""
     assert header.fp is not None
     start = header.fp.tell() - 8 - 2 * header.layers
     return "progressive" not in header.info and data[start : start + 2] == b"\xff\xda"
 
 
 def _is_heic(data: bytes) -> bool:
-    """Whether the file's brands identify it as HEIC, not AVIF."""
+    """Returns whether the file's brands identify it as HEIC, not AVIF."""
     end = min(int.from_bytes(data[:4], "big"), 256)
     brands = [data[i : i + 4] for i in (8, *range(16, end, 4))] if data[4:8] == b"ftyp" else []
     return b"avif" not in brands and any(brand[:3] in (b"hei", b"hev") for brand in brands)
@@ -182,7 +182,7 @@ def _heif() -> tuple[str]:
 
 
 def _torchcodec_can_decode(header: Image.Image) -> bool:
-    """Whether torchcodec decodes this image correctly, and only one frame of it."""
+    """Returns whether torchcodec decodes this image correctly, and only one frame of it."""
     match header.format:
         case "JPEG" | "MPO":
             return True

@@ -52,8 +52,8 @@ Reader = Callable[[Sequence[Path]], tuple[list[Row], dict[bytes, bytes], Counter
 def index_archives(archives: Sequence[Path], read: Reader) -> ArchiveIndex:
     """Returns the images in `archives` from the cache or, if they are not there, from `read`.
 
-    Several processes may call this at the same time. If the cache is damaged
-    or cannot be written, this only takes longer.
+    Several processes may call this at the same time. If the cache is damaged or cannot be written,
+    this only takes longer.
 
     Raises:
         UserError: from `read`.

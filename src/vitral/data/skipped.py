@@ -31,7 +31,7 @@ INSTALL_HINT = "run `pip install 'vitral[heic]'` to read {}"
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder of this name is skipped, with everything in it."""
+    """Returns whether a file or folder of this name is skipped, with everything in it."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 

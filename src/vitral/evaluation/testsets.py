@@ -199,7 +199,7 @@ def _locate(root: Path) -> dict[Kind, Path]:
 
 
 def _holds_archives(folder: Path, files: Sequence[str]) -> bool:
-    """Whether these are shards or Parquet files of ImageNet; other sets also have a `val`."""
+    """Returns whether these are tar or Parquet files of ImageNet; other sets also have a `val`."""
     imagenet_name = re.search("imagenet|ilsvrc|in1k", _normalized(str(folder)))
     return imagenet_name is not None and any(name.endswith((".tar", ".parquet")) for name in files)
 

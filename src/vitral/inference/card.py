@@ -209,8 +209,9 @@ def _preprocessing(data: DataConfig, size: int) -> str:
     if data.fit == "squash":
         region = f"rectangle whose sides are {fraction} of the image's sides"
     return (
-        f"RGB; central {region}, resized to {size} by {size} pixels ({data.interpolation}, antialiased), scaled to [0, 1], and "
-        f"normalized with mean ({mean}) and standard deviation ({std})"
+        f"RGB; central {region}, resized to {size} by {size} pixels ({data.interpolation}, "
+        f"antialiased), scaled to [0, 1], and normalized with mean ({mean}) and standard deviation "
+        f"({std})"
     )
 
 
@@ -325,8 +326,8 @@ applies.
 {description.config.model.image_size}. It accepts any multiple of {patch}, but was not evaluated \
 at other sizes.
 * It was evaluated on images similar to its training images. It was not evaluated on images from \
-other cameras, places or styles, on corrupted or adversarial images, and not evaluated for \
-fairness."""
+other cameras, places or styles, or on corrupted or adversarial images, and it was not evaluated \
+for fairness."""
 
 
 def _license_terms(description: Description, license: str | None) -> str:

@@ -75,7 +75,7 @@ class Explanation:
     rollout: Map
     """Contribution of each patch to this token through all layers, divided by the mean."""
     heads: Map
-    """Its attention to each patch relative to uniform attention: (depth, Q, rows, columns)."""
+    """Attention of this token relative to uniform attention: (depth, Q, rows, columns)."""
     layer: int
     """Layer of `patch_attention` and `similarity`, counted from 0."""
     patch: tuple[int, int]

@@ -292,7 +292,7 @@ def _cannot_run(error: Exception) -> ExportError:
 
 
 def _random_images(config: Config) -> Comparison:
-    """Returns random images of the training size, a larger size and a rectangle, by 1 and 3."""
+    """Returns random images of three sizes, one not square, in batches of 1 and 3."""
     P = config.model.patch_size
     grid_size = max(2, config.model.image_size // P)
     larger_grid = grid_size + max(1, grid_size // 2)

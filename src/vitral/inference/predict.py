@@ -99,7 +99,7 @@ class Classifier(weights.Weights):
         batch_size: int = 64,
         workers: int | None = None,
     ) -> NDArray[np.float32]:
-        """Returns the head's input: the CLS token or the mean of the patch tokens, after the norm.
+        """Returns the head's input: the CLS token or the mean patch token, after the last norm.
 
         It is useful for probes, search and clustering. The arguments are those of `predict`.
 

@@ -305,7 +305,7 @@ def test_unreadable_heic_is_counted(tmp_path):
     (note,) = opened(tmp_path).notes[1:]
     assert note == (
         f"{tmp_path.name}: 101 files are skipped: .heic 100, .txt 1; "
-        "pip install 'vitral[heic]' to read .heic"
+        "run `pip install 'vitral[heic]'` to read .heic"
     )
     put(tmp_path, "eel/1.heif")
     assert "got none for eel, but .heic 100, .heif 1, .txt 1; pip install" in error_message(

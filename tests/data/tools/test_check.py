@@ -96,7 +96,7 @@ def test_unused_files_are_counted_by_extension(root):
     report = checked(root)
     line = f"{root.name}: 5 files are skipped: .heic 2, .DS_Store 1, .csv 1 and 1 more; "
     assert [note for note in report.notes if "skipped" in note] == [
-        f"{line}pip install 'vitral[heic]' to read .heic"
+        f"{line}run `pip install 'vitral[heic]'` to read .heic"
     ]
     assert line in format_report(report)
 

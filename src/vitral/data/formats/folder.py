@@ -21,7 +21,7 @@ DEPTH = 3  # levels of single nested folders that are searched for splits
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` is a folder."""
+    """Returns whether `root` is a folder."""
     return root.is_dir()
 
 
@@ -100,7 +100,7 @@ def find_splits(root: Path, train: bool) -> tuple[str | None, str | None]:
 
 
 def holds_only_validation(root: Path) -> bool:
-    """Whether `root` has a validation split but no training split."""
+    """Returns whether `root` has a validation split but no training split."""
     training, val = find_splits(_enter_single_folder(root), train=False)
     return training is None and val is not None
 
@@ -237,7 +237,7 @@ def _other_folders(root: Path) -> list[str]:
 
 
 def _holds_classes(folder: Path) -> bool:
-    """Whether a folder in this folder contains images, at any depth."""
+    """Returns whether a folder in this folder contains images, at any depth."""
     return any(next(walk_images(folder / name, b""), None) for name in _folders(folder))
 
 

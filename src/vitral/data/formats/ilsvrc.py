@@ -33,7 +33,7 @@ USE_MATCHING = "use archives and a development kit of the same release"
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` contains the archives, or is one of them.
+    """Returns whether `root` contains the archives, or is one of them.
 
     False if both splits also exist as folders.
     """
@@ -61,7 +61,7 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
 
 
 def _locate(root: Path) -> tuple[Path, Path]:
-    """Returns the archives' folder and the training tar, which may have any name as `root`."""
+    """Returns the folder of the archives and the training tar; `root` may be a tar of any name."""
     if root.name.endswith(".tar") and root.is_file():
         return root.parent, root if root.name != VAL else root.with_name(TRAIN)
     return root, root / TRAIN
@@ -182,7 +182,7 @@ def _read_devkit(folder: Path) -> tuple[Path, tuple[str, ...], list[str]] | None
 
 
 def _devkit_files(folder: Path) -> tuple[Path, bytes, bytes] | None:
-    """Returns the path of the development kit, extracted or not, and the contents of two files."""
+    """Returns the path of the development kit, extracted or not, and the contents of its files."""
     kit, packed = folder / DEVKIT, folder / f"{DEVKIT}.tar.gz"
     if kit.is_dir():
         return kit, read_regular(kit / META), read_regular(kit / GROUND_TRUTH)

@@ -31,12 +31,12 @@ Chunk = dict[str, Any]
 
 
 def finished(root: Path) -> bool:
-    """Whether `root` is a complete pack."""
+    """Returns whether `root` is a complete pack."""
     return (root / INDEX / "pack.json").is_file()
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` is a pack, complete or not."""
+    """Returns whether `root` is a pack, complete or not."""
     return finished(root) or (root / PROGRESS).is_file()
 
 

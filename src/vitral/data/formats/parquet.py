@@ -117,7 +117,9 @@ class Rows:
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` is a Parquet file with images, or it or a split folder contains such files."""
+    """Returns whether `root` is a Parquet file with images, or contains such files, also in its
+    split folders.
+    """
     return _may_hold_images(root) if root.is_file() else bool(_find(root))
 
 
@@ -216,7 +218,7 @@ def _scan(files: Sequence[Path]) -> Split:
 
 
 def _is_imagenet(names: tuple[str, ...]) -> bool:
-    """Whether these are ImageNet-1K's names; the Hub spells some differently, such as `crane2`."""
+    """Returns whether these are ImageNet-1K's names; the Hub changes some, such as `crane2`."""
     if len(names) != len(wnids()):
         return False
     pairs = zip(names, map(human_name, wnids()), strict=True)

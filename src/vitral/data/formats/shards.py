@@ -30,7 +30,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def matches(root: Path) -> bool:
-    """Whether `root` or its split folders contain shards."""
+    """Returns whether `root` or its split folders contain shards."""
     return bool(_find_splits(root))
 
 

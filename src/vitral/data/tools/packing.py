@@ -247,7 +247,7 @@ class _PackWriter:
                     raise _changed_error(self.dst)
 
     def _complete_lines(self) -> list[Any]:
-        """Returns the lines of progress.jsonl, without an incomplete one of a killed process."""
+        """Returns the complete lines of progress.jsonl; removes one that a killed process left."""
         self.progress.seek(0)
         lines = [line for line in self.progress if line.endswith(b"\n")]
         self.progress.truncate(sum(map(len, lines)))
