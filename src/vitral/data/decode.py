@@ -76,7 +76,7 @@ def decode(data: bytes) -> torch.Tensor:
 
 
 def gpu_can_decode(data: bytes) -> bool:
-    """Returns whether the GPU's decoder matches `decode`: for complete upright gray or YCbCr JPEGs."""
+    """Returns whether the GPU decodes as `decode` does: complete upright gray or YCbCr JPEGs."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = Image.open(io.BytesIO(data), formats=["JPEG"])
