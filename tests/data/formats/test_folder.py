@@ -308,7 +308,7 @@ def test_unreadable_heic_is_counted(tmp_path):
         "run `pip install 'vitral[heic]'` to read .heic"
     )
     put(tmp_path, "eel/1.heif")
-    assert "got none for eel, but .heic 100, .heif 1, .txt 1; pip install" in error_message(
+    assert "got none for eel, but .heic 100, .heif 1, .txt 1; run `pip install" in error_message(
         tmp_path
     )
 
@@ -343,8 +343,8 @@ def test_splits_in_a_single_nested_folder_are_found(tmp_path, depth):
 def test_classes_in_a_single_nested_folder_are_found(tmp_path):
     put_split(tmp_path, "flowers", 2, ("daisy", "rose"))
     message = error_message(tmp_path)
-    assert "got only flowers; if daisy, rose in it are the classes, give " in message
-    assert message.endswith(f"give {tmp_path / 'flowers'}")
+    assert "got only flowers; if daisy, rose in it are the classes, pass " in message
+    assert message.endswith(f"pass {tmp_path / 'flowers'}")
 
 
 def test_a_test_set_may_have_one_class_or_an_empty_one(tmp_path):

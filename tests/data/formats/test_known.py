@@ -116,7 +116,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path, name
     assert f"put {archive} into that folder, or point --data at an image folder" in message
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
-    assert f"for the local folder of that name, give ./{name}" in error_message(name)
+    assert f"for the local folder of that name, pass ./{name}" in error_message(name)
 
 
 def test_a_broken_archive_is_an_error(monkeypatch, tmp_path):
