@@ -82,8 +82,9 @@ def _rows(fields: Iterable[Field]) -> str:
         if value is True:  # the option is only useful to turn it off
             section, dot, key = word.rpartition(".")
             option += f" (off: `--{section}{dot}no-{key}`)"
+        default = "" if "Default: " in doc else f"`{shown(value)}`"
         meaning = doc.replace("<", "&lt;")
-        lines.append(f"| {option} | {_value(kind)} | `{shown(value)}` | {meaning} |")
+        lines.append(f"| {option} | {_value(kind)} | {default} | {meaning} |")
     return "\n".join(lines)
 
 

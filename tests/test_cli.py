@@ -81,10 +81,10 @@ def user_error(capsys, tmp_path):
         ("train digits --init /no/weights", ["/no/weights"]),
         (
             "train digits --resume",
-            ["--resume: no such option; the same command without it resumes"],
+            ["--resume: not needed: repeating the command without it resumes"],
         ),
-        ("recipes digits cifar10", ["recipes: expected no more arguments, got cifar10"]),
-        ("recipes digits -x", ["-x: no such option"]),
+        ("recipes digits cifar10", ["recipes: unexpected arguments: cifar10"]),
+        ("recipes digits -x", ["-x: unknown option"]),
         ("train nothing.yaml", ["nothing.yaml", "No such file"]),
         ("train digits --train.device cuda", ["GPU"]),
         ("train digits --train.device mps", ["expected an mps device that torch can use"]),
@@ -123,7 +123,7 @@ def test_user_errors_in_yaml(user_error, tmp_path):
         "train:\n  epochs: ten\n": "ten",
         "model: [": "not valid YAML",
         "- model\n": "expected sections",
-        "optim: {lr: 1, lr: 2}\n": "'lr' is given twice",
+        "optim: {lr: 1, lr: 2}\n": "duplicate key 'lr'",
         "data:\n  path: yes\n": "data.path: expected text, got True",
         "optim:\n  lr: .inf\n": "lr: expected a number above 0, got inf",
     }.items():
@@ -275,7 +275,7 @@ def test_val_at_several_sizes(run, capsys, tmp_path):
     words = ["val", str(run), "--image-sizes", "8", "16", "24", "--out", str(tmp_path / "tables")]
     assert main(words) == 0
     output = capsys.readouterr().out
-    assert "the central 100% of the short side at every size" in output
+    assert "the central 100% of the shorter side at every size" in output
     rows = [line.split() for line in output.splitlines()[2:]]
     assert [row[0] for row in rows] == ["8", "16", "24"]
     assert rows[1] == ["16", "12", "2", *plain.groups()]
@@ -650,6 +650,13 @@ def test_help_shows_the_values_of_the_default_recipe(words, capsys):
             re.search(r"image-size.*?default: (\d+)", capsys.readouterr().out, re.DOTALL)[1]
         )
     assert shown == ["8", "128"]
+
+
+def test_help_of_data_preview_describes_its_output(capsys):
+    assert main(["data", "preview", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--out TEXT, --train.out TEXT Image file to write. (default: preview.jpg)" in text
+    assert "Run directory" not in text
 
 
 def test_profile_writes_a_trace(image_folder, tmp_path):

@@ -148,15 +148,15 @@ def test_every_command_and_option_is_documented(tables):
 
 def test_tables_contain_defaults_choices_and_how_to_turn_off_an_option(tables):
     model, val = tables.table("model"), tables.table("vitral val")
-    assert "| `--model.patch-size` | integer | `16` | Side of the square patches, in" in model
+    assert "| `--model.patch-size` | integer | `16` | Side length of the square patches" in model
     assert (
         "| `--model.ffn-bias` (off: `--model.no-ffn-bias`) | switch | `on` | "
         "Use biases in the feed-forward network. |" in model
     )
-    assert "| `--which` | `model`, `ema` | `None` | Raw or averaged weights; None uses" in val
+    assert "| `--which` | `model`, `ema` |  | Weights to use: raw (model) or" in val
     train = tables.table("vitral train")
     assert "| `--lr` or `--optim.lr` | number | `0.001` | Peak learning rate. |" in train
-    assert "| `--gpus` | integer | `None` | Number of processes to train with" in train
+    assert "| `--gpus` | integer | `None` | Number of GPUs of this machine" in train
     title, facts = tables.header("digits")
     assert title == "Handwritten digits of 8x8 pixels, learned from scratch in about a minute"
     assert facts["hardware"] == "two CPU cores"

@@ -41,7 +41,7 @@ def test_held_out_images_are_reported(image_folder, tmp_path, capsys):
         ("", "expected SRC, DST"),
         ("SRC", "expected DST"),
         ("SRC DST --size 0", "size: expected 1 or more, got 0"),
-        ("SRC DST --sise 3", "--sise: no such option; did you mean --size"),
+        ("SRC DST --sise 3", "--sise: unknown option; did you mean --size"),
         ("SRC SRC", "an empty folder, or none, got something else"),
         ("SRC FILE/pack", "expected a writable folder, got Not a directory"),
         ("/no/such DST", "/no/such"),

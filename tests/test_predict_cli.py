@@ -148,7 +148,7 @@ def test_image_size_changes_the_prediction(directory, photos, expected, tmp_path
     [
         ("", "expected WEIGHTS, PATH"),
         ("DIR", "expected PATH"),
-        ("DIR IMAGES --tpo 3", "--tpo: no such option; did you mean --top"),
+        ("DIR IMAGES --tpo 3", "--tpo: unknown option; did you mean --top"),
         ("DIR IMAGES --top 0", "top: expected 1 or more, got 0"),
         ("DIR IMAGES --image-size 15", "got 15; the nearest is 16"),
         ("DIR IMAGES --which ema", "contains no ema weights"),
@@ -157,7 +157,7 @@ def test_image_size_changes_the_prediction(directory, photos, expected, tmp_path
         ("DIR *.nothing", "*.nothing: expected images"),
         ("/no/such IMAGES", "/no/such: no such directory"),
         ("PICKLE IMAGES", "no weights found; expected a directory with config.json"),
-        ("TAMPERED IMAGES", "model.safetensors: its content is not what was written"),
+        ("TAMPERED IMAGES", "model.safetensors: its content differs from what was written"),
         ("NEWER IMAGES", f"expected schema {SCHEMA}, got {SCHEMA + 1}"),
         ("DIR IMAGES --out EMPTY", "expected a file to write, got"),
         ("DIR IMAGES --out /dev/null", "expected a file to write, got /dev/null"),

@@ -78,7 +78,7 @@ def test_own_folder_is_trained_evaluated_and_predicted(image_folder, tmp_path, r
     ("words", "message"),
     [
         ("own_folder.py --help", "python examples/own_folder.py FOLDER"),
-        ("own_folder.py SET --train.epoch 3", "--train.epoch: no such option"),
+        ("own_folder.py SET --train.epoch 3", "--train.epoch: unknown option"),
         ("linear_probe.py WEIGHTS SET/train", "train/train: expected images in two or more"),
         ("search.py WEIGHTS none SET/val/dark/00.jpg", "none: expected a folder with photos"),
     ],

@@ -67,7 +67,7 @@ def _check(condition: bool, message: str) -> None:
 
 def _check_fraction(**values: float) -> None:
     for name, value in values.items():
-        _check(0 <= value < 1, f"{name}: expected 0 or more and below 1, got {value}")
+        _check(0 <= value < 1, f"{name}: expected a number from 0 to 1 (exclusive), got {value}")
 
 
 def _check_positive(**values: float) -> None:
@@ -81,14 +81,14 @@ def _check_not_negative(**values: float) -> None:
 
 
 def _check_at_most(limit: int, **values: float) -> None:
-    """Rejects values that can only be mistakes, before a model of that size is built."""
+    """Rejects implausibly large values before a model of that size is built."""
     for name, value in values.items():
         _check(value <= limit, f"{name}: expected at most {limit:,}, got {value:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """The architecture. Dimensions that are None use the value of the size preset."""
+    """The architecture. Dimensions that are None are taken from the size preset."""
 
     size: Literal["ti", "s", "b", "l", "h"] = "s"
     """Preset for dim, depth, num_heads and num_kv_heads."""
@@ -102,11 +102,11 @@ class ViTConfig:
     """Number of key/value heads, each shared by a group of query heads; equal to num_heads for
     standard multi-head attention."""
     mlp_ratio: float = 4.0
-    """Hidden width of the feed-forward network, divided by dim."""
+    """Ratio of the hidden width of the feed-forward network to dim."""
     patch_size: int = 16
-    """Side of the square patches, in pixels."""
+    """Side length of the square patches, in pixels."""
     image_size: int = 224
-    """Side of the training images, in pixels. The trained model accepts any multiple of
+    """Side length of the training images, in pixels. The trained model accepts any multiple of
     patch_size."""
     num_registers: int = 0
     """Number of register tokens, in addition to the CLS token (Darcet et al. 2023)."""
@@ -117,23 +117,23 @@ class ViTConfig:
     mean of the patch tokens."""
     activation: Literal["gelu-tanh", "gelu", "quick-gelu", "swiglu"] = "gelu-tanh"
     """Activation of the feed-forward network: GELU in its tanh or exact form, x sigmoid(1.702 x),
-    or SwiGLU (Shazeer 2020). vitral's own kernels support only gelu-tanh."""
+    or SwiGLU (Shazeer 2020). The custom kernels support only gelu-tanh."""
     positions: Literal["none", "learned"] = "none"
     """Learned absolute position embeddings, one vector per patch, resampled for other image
     sizes."""
     embed_norm: Literal["none", "patches", "tokens"] = "none"
     """RMSNorm of the patch embeddings, or of all tokens with a bias and centering, as in CLIP."""
     norm_bias: bool = False
-    """Use a bias in the last norm, as many public models do."""
+    """Use a bias in the last norm, as many pretrained models do."""
     rope: Literal["axial", "mixed", "none"] = "axial"
     """Rotary position embedding: fixed frequencies along x and y, learned frequencies in mixed
     directions (Heo et al. 2024), or none."""
     rope_theta: float = 100.0
     """Base of the rotary frequencies, for positions in units of the patches of rope_grid."""
     rope_grid: float | None = None
-    """Number of patches per side over which rotary positions are distributed, at every image size.
-    None uses that of image_size. Weights fine-tuned at another image size keep their original
-    grid."""
+    """Number of patches per side over which rotary positions are distributed, at every image size;
+    if not set, the number of patches per side at image_size. Weights that are fine-tuned at a
+    different image size keep their original grid."""
     rope_origin: float = 0.5
     """Origin of the rotary positions: patch i of n is at (i + 0.5) rope_grid / n - rope_origin."""
     qk_norm: bool = False
@@ -148,14 +148,15 @@ class ViTConfig:
     """Dropout probability after attention and after the feed-forward network."""
     stochastic_depth: float = 0.0
     """Fraction of the images that skip the branches of the last block, increasing linearly from 0
-    at the first block (Huang et al. 2016). Where a tenth or more of the images skip a branch, it is
+    at the first block (Huang et al. 2016). If a tenth or more of the images skip a branch, it is
     not computed for them (Oquab et al. 2023)."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward pass, for less memory and a third more computation."""
+    """Recompute each block in the backward pass, to save memory at the cost of a third more
+    computation."""
     kernels: Literal["auto", "plain"] = "auto"
-    """auto: vitral's own kernels on GPUs that support them, if training measures them to be faster,
-    and oneDNN on AMD processors. plain: only torch's kernels. Weights have the same names and
-    shapes in both cases."""
+    """auto: custom kernels on GPUs that support them, if a measurement at the start of training
+    shows that they are faster, and oneDNN on AMD processors. plain: only PyTorch's built-in
+    kernels. Weights have the same names and shapes in both cases."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape
@@ -205,7 +206,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> float:
-        """Patches per side for rotary positions: rope_grid, or else those of image_size."""
+        """Patches per side for rotary positions: rope_grid if set, else those of image_size."""
         return self.rope_grid or self.image_size // self.patch_size
 
     @property
@@ -215,7 +216,7 @@ class ViTConfig:
 
     @property
     def shape(self) -> Shape:
-        """dim, depth, num_heads and num_kv_heads, with the preset's value for fields of None."""
+        """dim, depth, num_heads and num_kv_heads; fields that are None have the preset's value."""
         own = (self.dim, self.depth, self.num_heads, self.num_kv_heads)
         preset = PRESETS[self.size]
         return Shape(*(p if o is None else o for o, p in zip(own, preset, strict=True)))
@@ -258,16 +259,16 @@ class DataConfig:
     The length of an epoch remains the number of training images; images of rare classes are
     repeated, each time with other augmentation."""
     workers: int | None = None
-    """Number of data loading processes. None uses all cores but one, at most 16; 0 loads in the
-    main process."""
+    """Number of data loading processes; if not set, all cores but one, at most 16. With 0, the main
+    process loads the data."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to decode JPEGs; auto measures both at the start of a run and uses the faster one."""
     fit: Literal["crop", "squash"] = "crop"
-    """Input of evaluation: the central square, or the entire image squashed to a square."""
+    """Evaluation input: the central square, or the entire image squashed to a square."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Interpolation when crops are resized, always with antialiasing."""
+    """Interpolation used to resize crops (always antialiased)."""
     eval_crop: float = 0.875
-    """Side of the central square for evaluation, as a fraction of the image's shorter side."""
+    """Side length of the central evaluation crop, as a fraction of the image's shorter side."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue channels for normalization, on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -286,7 +287,8 @@ class DataConfig:
         )
         _check_not_negative(workers=self.workers or 0)
         _check(
-            0 < self.eval_crop <= 1, f"eval_crop: expected above 0, at most 1, got {self.eval_crop}"
+            0 < self.eval_crop <= 1,
+            f"eval_crop: expected a number above 0 and at most 1, got {self.eval_crop}",
         )
         finite = all(map(math.isfinite, (*self.mean, *self.std)))
         _check(finite, f"mean, std: expected numbers, got {self.mean} and {self.std}")
@@ -298,8 +300,8 @@ class AugmentConfig:
     """Random augmentation of each sample, as a pure function of (seed, epoch, index)."""
 
     crop: Literal["none", "resized", "padded"] = "resized"
-    """resized: random resized crop. none: the crop of evaluation. padded: the crop of evaluation,
-    shifted by up to crop_padding."""
+    """resized: random resized crop. none: the evaluation crop. padded: the evaluation crop, shifted
+    by up to crop_padding."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Minimum and maximum area of a random resized crop, as a fraction of the image's area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -360,7 +362,10 @@ class AugmentConfig:
         for name in ("brightness", "contrast", "saturation"):
             _check_not_negative(**{name: getattr(self, name)})
         _check_fraction(zoom=self.zoom)
-        _check(0 <= self.shear < 90, f"shear: expected 0 to below 90 degrees, got {self.shear}")
+        _check(
+            0 <= self.shear < 90,
+            f"shear: expected degrees from 0 to 90 (exclusive), got {self.shear}",
+        )
         _check(0 <= self.hue <= 0.5, f"hue: expected a fraction from 0 to 0.5, got {self.hue}")
         _check(
             0 <= self.randaugment_magnitude <= 30,
@@ -375,7 +380,7 @@ class AugmentConfig:
 
     @property
     def off(self) -> bool:
-        """Whether training images are identical to evaluation images."""
+        """Whether all augmentation is disabled."""
         strengths = (
             self.flip, self.rotation, self.zoom, self.shear, self.shift, self.brightness,
             self.contrast, self.saturation, self.hue, self.erasing, self.mixup, self.cutmix,
@@ -405,9 +410,9 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Maximum global gradient norm; 0 disables clipping."""
     layer_decay: float = 1.0
-    """Factor on the learning rate per block below the head, for fine-tuning (Clark et al. 2020)."""
+    """Learning rate multiplier per block below the head, for fine-tuning (Clark et al. 2020)."""
     head_lr_factor: float = 1.0
-    """Factor on the learning rate of the head, for fine-tuning."""
+    """Learning rate multiplier for the head, for fine-tuning."""
 
     def __post_init__(self) -> None:
         _check_positive(lr=self.lr, eps=self.eps, head_lr_factor=self.head_lr_factor)
@@ -415,7 +420,7 @@ class OptimConfig:
         _check_not_negative(clip_norm=self.clip_norm)
         _check(
             all(0 <= beta < 1 for beta in self.betas),
-            f"betas: expected two numbers from 0 to below 1, got {self.betas}",
+            f"betas: expected two numbers from 0 to 1 (exclusive), got {self.betas}",
         )
         _check(
             0 <= self.final_lr <= 1,
@@ -423,7 +428,7 @@ class OptimConfig:
         )
         _check(
             0 < self.layer_decay <= 1,
-            f"layer_decay: expected above 0, at most 1, got {self.layer_decay}",
+            f"layer_decay: expected a number above 0 and at most 1, got {self.layer_decay}",
         )
 
 
@@ -432,22 +437,22 @@ class TrainConfig:
     """The training run."""
 
     out: str | None = None
-    """Run directory; None uses runs/<recipe>."""
+    """Run directory; if not set, runs/<recipe>."""
     seed: int = 0
     """Seed of all random numbers."""
     time_budget: Seconds | None = None
     """Time limit of the run, such as 600, 90s, 10m or 1h30m. The run measures its speed at the
-    start and chooses the number of epochs. None uses epochs; only one of the two may be given."""
+    start and chooses the number of epochs. Cannot be combined with epochs."""
     epochs: int = 90
     """Number of passes over the training images. With augment.repeats R, each pass contains one in
     R images, R times each."""
     batch_size: int = 1024
     """Number of images per optimizer step, over all processes and micro-batches."""
     micro_batch: int | None = None
-    """Number of images per forward pass. None uses the largest part of the batch that fits in the
+    """Number of images per forward pass; if not set, the largest part of the batch that fits in the
     memory of a CUDA GPU, and 64 on other devices."""
     progressive: tuple[tuple[int, float], ...] = ()
-    """Successive image sizes, each with its fraction of the steps; none uses model.image_size
+    """Successive image sizes, each with its fraction of the steps; by default, model.image_size
     throughout."""
     loss: Literal["ce", "bce"] = "ce"
     """Soft-target cross-entropy, or binary cross-entropy over every class."""
@@ -465,37 +470,38 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights; 0 disables it."""
     init: str | None = None
     """Weights to start from: a path, hf-hub:owner/name or timm:name. A recipe without a model uses
-    the model of the weights. For a different number of classes, the head is newly initialized."""
+    the model of the weights. If the number of classes differs, the head is reinitialized."""
     trainable: int | Literal["all", "head"] = "all"
     """Parameters to train. all: every parameter. head: only the head, fitted to features that are
-    computed once per image and epoch (in the first epoch without augmentation). N: the head, the
+    computed once per image in each epoch; the first epoch uses no augmentation. N: the head, the
     last norm and the last N blocks."""
     probe_first: bool = False
     """Fit the head to frozen features before the first step (Kumar et al. 2022)."""
     device: Device = "auto"
-    """Device to train on; auto uses a GPU if there is one. mps (Apple) and xpu (Intel) train in
-    float32 with torch's own kernels, in one process, and are untested on hardware."""
+    """Device to train on; auto uses a GPU if one is available. mps (Apple) and xpu (Intel) train in
+    float32 with PyTorch's built-in kernels, in one process, and are untested on hardware."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or float32; auto uses bf16 on CUDA GPUs that support it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Compile the model with torch.compile; auto does so on a CUDA GPU if there is a C compiler."""
+    """Compile the model with torch.compile; auto compiles on a CUDA GPU if a C compiler is
+    available."""
     deterministic: bool = False
-    """Make resuming bit-identical on a GPU too, at a cost in speed; on a CPU it always is."""
+    """Make resuming bit-identical on a GPU, at a cost in speed; on a CPU, resuming is always
+    bit-identical."""
     reproducible: bool = False
-    """Produce bit-identical weights for any number of processes (a power of two, at most 8);
-    slower."""
+    """Produce bit-identical weights with 1, 2, 4 or 8 processes; slower."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Parallelism over processes: a copy of the model in each (ddp), or parameters sharded over
     them (fsdp, FSDP2)."""
     threads: int | None = None
-    """Number of CPU threads per training process. None uses one per core, at most 16; with
-    reproducible it uses one."""
+    """Number of CPU threads per training process; if not set, one per core, at most 16, or a single
+    one with train.reproducible."""
     eval_every: int = 1
     """Epochs between validations."""
     log_every: int = 50
     """Steps between rows of the metrics log."""
     checkpoint_steps: int | None = None
-    """Steps between checkpoints; None uses only checkpoint_minutes."""
+    """Steps between checkpoints; if not set, only checkpoint_minutes applies."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints."""
     timeout_minutes: float = 30.0
@@ -562,7 +568,7 @@ class TrainConfig:
         )
         _check(
             not (head and self.progressive),
-            "progressive: expected none with trainable head, got some; use model.image_size",
+            "progressive: cannot be combined with trainable head; use model.image_size",
         )
 
 
@@ -622,7 +628,7 @@ class Config:
         )
 
     def image_size_at(self, progress: float) -> int:
-        """Side of the training images, in pixels, after a fraction `progress` of the steps."""
+        """Side length of the training images, in pixels, after a fraction `progress` of steps."""
         elapsed = 0.0
         for image_size, fraction in self.train.progressive:
             elapsed += fraction
@@ -631,8 +637,8 @@ class Config:
         return self.train.progressive[-1][0] if self.train.progressive else self.model.image_size
 
 
-# Settings that may change when a run resumes, because they do not affect the mathematics. The data
-# may move: its fingerprint is compared instead of its path.
+# Settings that may change when a run resumes, because they do not affect the training computation.
+# The data may move: its fingerprint is compared instead of its path.
 CHANGEABLE = frozenset(
     {
         "model.activation_checkpointing",
@@ -652,7 +658,7 @@ CHANGEABLE = frozenset(
 
 
 def flatten(settings: Any) -> dict[str, Any]:
-    """Returns a dataclass's settings as {"key": value}, those of sections as "section.key"."""
+    """Returns a dataclass as {"key": value}; keys of nested sections are "section.key"."""
     flat = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -1,6 +1,6 @@
 """The Vision Transformer, in one file because a model is easiest to read from top to bottom.
 
-A ViT (Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words") with pre-normalization by RMSNorm,
+A ViT (Dosovitskiy et al. 2020, "An Image is Worth 16x16 Words") with pre-normalization (RMSNorm),
 two-dimensional rotary position embedding and grouped-query attention.
 
 Shapes in comments and docstrings:
@@ -138,7 +138,7 @@ class ViT(nn.Module):
         return x
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pools tokens (B, N, D) to the head's input (B, D): CLS token or mean of the patches."""
+        """Pools tokens (B, N, D) into the head's input (B, D): CLS token or patch mean."""
         if self.config.pooling == "cls":
             return x[:, 0]
         mean = x[:, self.num_prefix :].mean(1)
@@ -174,7 +174,7 @@ class ViT(nn.Module):
             self.rope.mixed[:, 1] = magnitudes * angles.sin()
 
     def fuse(self, fused: bool) -> None:
-        """Enables or disables vitral's own kernels, on a device that has them.
+        """Enables or disables the custom kernels, on a device that supports them.
 
         They stay disabled if `kernels` is "plain".
         """
@@ -410,7 +410,8 @@ class RoPE2D(nn.Module):
         Both are float32, (1, N, S) for axial and (Q + K, N, S) for mixed frequencies.
         """
         x = self.positions(columns, device).expand(rows, -1).flatten()
-        # expand, as torch exports repeat_interleave with a dynamic size to an incorrect ONNX graph
+        # Use expand: torch exports repeat_interleave with a dynamic size as an incorrect ONNX
+        # graph.
         y = self.positions(rows, device)[:, None].expand(-1, columns).flatten()
         frequencies = self.axial(device) if self.mixed is None else self.mixed.float()
         fx, fy = frequencies[:, 0, :, None], frequencies[:, 1, :, None]
@@ -435,7 +436,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """
     exact = x.float() if x.dtype.itemsize < 4 else x
     # Two products of full heads instead of half heads: torch.compile generates one kernel for each
-    # direction, and a CPU takes two thirds of the time.
+    # direction, and on a CPU it takes two thirds of the time.
     return (exact * cosine + exact.roll(x.shape[-1] // 2, dims=-1) * sine).to(x.dtype)
 
 
@@ -482,9 +483,9 @@ class PreNorm(RMSNorm):
 class Normed(NamedTuple):
     """The output of a norm before a linear layer, tokens * scale, as its two factors.
 
-    The layer multiplies its weights by the scale, since it has fewer weights than tokens have
-    values. The gradient of the scale then follows from that of the weights, without a sum over all
-    tokens.
+    The layer multiplies its weights, rather than the tokens, by the scale, because they have fewer
+    elements. The gradient of the scale then follows from that of the weights, without a sum over
+    all tokens.
     """
 
     tokens: Tensor
@@ -501,9 +502,10 @@ class Linear(nn.Linear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor | Normed
     ) -> Tensor:
-        """Takes tokens, or the output of a norm, whose scale it multiplies into the weights."""
+        """Applies the layer to tokens or a norm's output, whose scale multiplies the weights."""
         x, weight = (x.tokens, self.weight * x.scale) if isinstance(x, Normed) else (x, self.weight)
-        # Not in evaluation, so that validation during training gives the same results as later.
+        # oneDNN is not used in evaluation, so that validation gives the same results during and
+        # after training.
         use_onednn = self.training and self.fused and kernels.can_train_by_onednn(x)
         return (kernels.onednn_linear if use_onednn else F.linear)(x, weight, self.bias)
 
@@ -523,14 +525,14 @@ def count_flops(
 ) -> float:
     """Returns the floating-point operations (FLOPs) of the forward pass for one image.
 
-    Only matrix products count, a multiply-add as two operations. A training step takes three times
-    as many.
+    Only matrix multiplications are counted, and a multiply-add counts as two operations. A training
+    step takes three times as many.
 
     Args:
         config: the architecture.
         num_classes: number of classes.
-        image_size: side of the image in pixels; None uses that of `config`.
-        training: do not count what stochastic depth skips in training.
+        image_size: side length of the image, in pixels. Default: the image size of `config`.
+        training: whether to exclude operations that stochastic depth skips.
         build: constructs the model from `config` and `num_classes`.
     """
     with torch.device("meta"):
@@ -539,9 +541,9 @@ def count_flops(
 
 
 def forward_flops(model: nn.Module, image_size: int) -> float:
-    """Returns the same count for any model on the meta device, in its current mode.
+    """Returns `count_flops` for any model that is already on the meta device, in its current mode.
 
-    For a model in training mode it is the mean over a batch of 1,024 images.
+    In training mode, the count is the mean over a batch of 1,024 images.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 

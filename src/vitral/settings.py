@@ -1,7 +1,7 @@
 """Settings: conversion of YAML recipes and command-line options to a Config, and back.
 
-Values in a YAML file and values on the command line go through the same conversion, so that the
-same error gets the same message. The options of commands are dataclasses too and use the same code.
+Values in a YAML file and values on the command line go through the same conversion, so errors have
+the same messages in both. The options of commands are also dataclasses and use the same code.
 Both are in one file because they share the conversion of words to values.
 """
 
@@ -31,7 +31,7 @@ from vitral.files import read_regular
 
 T = TypeVar("T")
 OptionValues = Mapping[str, Sequence[str]]
-"""The words given for each setting, by its path such as `optim.lr`."""
+"""The words given for each setting, by its dotted name, such as `optim.lr`."""
 SHORTCUTS = {
     "data.path": "data",
     "data.image_column": "image-column",
@@ -96,7 +96,7 @@ class Request:
 
     config: Config
     given: frozenset[str] = frozenset()
-    """Paths of the settings that were given as options."""
+    """Dotted names of the settings that were given as options."""
     notes: tuple[str, ...] = ()
     """Messages to print when the run starts."""
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -117,9 +117,9 @@ def request(
 
     Args:
         source: the name of a recipe, or the path of a YAML file.
-        given: values by path, or options as on the command line.
-        default: settings that neither the recipe nor the options give; `Config()` if None. A
-            `train.out` of None becomes runs/<recipe>.
+        given: values by dotted name, or options as on the command line.
+        default: settings to use where neither the recipe nor the options set a value; `Config()`
+            if None. A `train.out` of None becomes runs/<recipe>.
 
     Raises:
         UserError: for an unknown recipe, key or value.
@@ -145,43 +145,46 @@ def request(
     epochs = config.train.epochs
     note = f"adjusted to {counted(epochs, 'epoch')}: {', '.join(changes)}"
     names = {*given}
-    if "train.epochs" not in {*recipe, *given}:  # with epochs, it records how they were chosen
+    if "train.epochs" not in {
+        *recipe,
+        *given,
+    }:  # together with epochs, it records how they were chosen
         names |= {"train.time_budget"} & {*recipe}
     return Request(config, frozenset(names), (note,) if changes else ())
 
 
 def _clear_time_budget(given: Mapping[str, Any]) -> dict[str, None]:
-    """Clears the recipe's time budget if options give the epochs. Raises UserError for both."""
+    """Clears the recipe's time budget if options set the epochs. Raises UserError for both."""
     if "train.epochs" not in given:
         return {}
     if given.get("train.time_budget") is not None:
         raise UserError(
-            "train.time_budget: expected no train.epochs with it, got "
-            f"{given['train.epochs']}; give one of the two"
+            f"train.time_budget: cannot be combined with train.epochs {given['train.epochs']}; set "
+            "only one of them"
         )
     return {"train.time_budget": None}
 
 
 def adjust_to_epochs(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Adjusts settings to fewer epochs than the recipe has, unless options give these settings.
+    """Adjusts settings to fewer epochs than in the recipe, unless they are given as options.
 
     With r the fraction of the recipe's epochs, warmup_epochs is multiplied by r. ema_decay d
     becomes 1 - (1 - d) / r, at least 0, which multiplies its span of 1 / (1 - d) steps by r.
     eval_every is lowered until there are four validations, or one per epoch.
 
     Args:
-        recipe: all values of the recipe, by path.
-        given: the values given as options, by path.
+        recipe: all values of the recipe, by dotted name.
+        given: the values given as options, by dotted name.
 
     Returns:
-        The values that change, by path.
+        The values that change, by dotted name.
     """
     epochs = given.get("train.epochs", 0)
     if not 0 < epochs < recipe["train.epochs"]:
         return {}
     fraction = epochs / recipe["train.epochs"]
     adjusted = {
-        # Rounded so that they read well in config.yaml.
+        # Rounded for readability in config.yaml.
         "optim.warmup_epochs": float(f"{recipe['optim.warmup_epochs'] * fraction:.6g}"),
         "train.eval_every": min(recipe["train.eval_every"], max(1, epochs // 4)),
         "train.ema_decay": round(max(0.0, 1 - (1 - recipe["train.ema_decay"]) / fraction), 6),
@@ -238,7 +241,7 @@ def build(default: T, given: OptionValues) -> T:
 
 
 def converted(default: Any, given: OptionValues) -> dict[str, Any]:
-    """Converts words to values for the fields of a dataclass, by path.
+    """Converts words to values for the fields of a dataclass, by dotted name.
 
     Raises:
         UserError: for a value of the wrong type.
@@ -254,7 +257,7 @@ def converted(default: Any, given: OptionValues) -> dict[str, Any]:
 
 
 def replaced(default: T, values: Mapping[str, Any]) -> T:
-    """Returns a dataclass, possibly of sections, with the fields at the given paths replaced.
+    """Returns a dataclass, possibly of sections, with the fields of the given names replaced.
 
     Raises:
         UserError: for a value that the dataclass rejects.
@@ -273,7 +276,7 @@ def replaced(default: T, values: Mapping[str, Any]) -> T:
 
 
 class Field(NamedTuple):
-    """A setting: its dotted path, type, value, and docstring."""
+    """A setting: its dotted name, type, value, and docstring."""
 
     path: str
     kind: Any
@@ -362,7 +365,7 @@ def _convert_tuple(args: tuple[Any, ...], words: Sequence[str]) -> tuple[Any, ..
         return tuple(convert(arg, [word]) for arg, word in zip(args, words, strict=True))
     size = len(typing.get_args(args[0])) or 1
     if len(words) % size:
-        raise ValueError(f"expected groups of {size} values, got {len(words)} in all")
+        raise ValueError(f"expected groups of {size} values, got {len(words)} values in total")
     return tuple(convert(args[0], words[i : i + size]) for i in range(0, len(words), size))
 
 
@@ -391,9 +394,13 @@ class Parser(argparse.ArgumentParser):
         for field in fields(options):
             self._add(self.groups.get(group, self), field)
 
-    def add_settings(self, config: Config) -> None:
-        """Adds all settings: first those with a shortcut, then one group per section."""
-        settings = {field.path: field for field in fields(config)}
+    def add_settings(self, config: Config, replacements: Sequence[Field] = ()) -> None:
+        """Adds all settings: first those with a shortcut, then one group per section.
+
+        Args:
+            replacements: settings to describe differently from `config`.
+        """
+        settings = {field.path: field for field in (*fields(config), *replacements)}
         order = [*SHORTCUTS, *(path for path in settings if path not in SHORTCUTS)]
         for path in order:
             title = f"{'common' if path in SHORTCUTS else path.partition('.')[0]} settings"
@@ -423,9 +430,9 @@ class Parser(argparse.ArgumentParser):
             name = word.partition("=")[0]
             if name.startswith("-") and name != "-":
                 hint = did_you_mean(name, self.names)
-                raise UserError(f"{name}: no such option{hint}; `{self.prog} --help` lists all")
+                raise UserError(f"{name}: unknown option{hint}; `{self.prog} --help` lists all")
         if rest:
-            raise UserError(f"{self.prog}: expected no more arguments, got {' '.join(rest)}")
+            raise UserError(f"{self.prog}: unexpected arguments: {' '.join(rest)}")
         args.words = list(words)
         return args
 
@@ -457,7 +464,8 @@ class Parser(argparse.ArgumentParser):
         if field.path in SHORTCUTS:
             flags.insert(0, f"--{SHORTCUTS[field.path]}")
         self.names += flags
-        text = f"{field.doc} (default: {shown(field.value)})".replace("%", "%%")
+        default = "" if field.value is None else f" (default: {shown(field.value)})"
+        text = f"{field.doc}{default}".replace("%", "%%")
         if field.kind is bool:
             section, dot, key = name.rpartition(".")
             off = f"--{section}{dot}no-{key}"
@@ -528,7 +536,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="an alias; write the value again instead")
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not supported; repeat the value instead"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -536,7 +546,7 @@ class _StrictLoader(yaml.SafeLoader):
         mapping = super().construct_mapping(node, deep)  # rejects unhashable keys
         for key, count in Counter(keys).items():
             if count > 1:  # SafeLoader keeps the last one
-                raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice")
+                raise yaml.constructor.ConstructorError(problem=f"duplicate key {key!r}")
         return mapping
 
 
@@ -551,7 +561,7 @@ def _read_file(path: str) -> str:
 
 
 def parse_yaml(content: str) -> Any:
-    """Returns the value of a YAML document, which may be hostile. Raises UserError."""
+    """Returns the value of an untrusted YAML document. Raises UserError."""
     try:
         return yaml.load(content, _StrictLoader)
     except yaml.YAMLError as error:

@@ -2,11 +2,12 @@
 
 A directory contains NAME.safetensors and NAME.json files and, written last, manifest.json with the
 size and SHA-256 of every other file. safetensors loads a flipped bit without an error; the manifest
-detects it. Each file is read and written once, one tensor at a time, and hashed on the way. There
+detects it. Each file is read and written once, one tensor at a time, and hashed on the fly. There
 are no pickles.
 
-The input may be hostile: names in a manifest must be plain and files must be regular, and nothing
-is read or allocated beyond the sizes that were checked.
+The input is untrusted: names in a manifest must be plain, files must be regular, and nothing is
+read or allocated beyond the sizes that were checked.
+
 Reading and writing are in one file because they share the layout and the checks.
 """
 
@@ -39,7 +40,7 @@ CHUNK = 1 << 22
 MAX_JSON = 1 << 25  # bytes
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
-# In the reverse of the order in which safetensors stores tensors.
+# In reverse of the order in which safetensors stores tensors.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -65,9 +66,10 @@ def write(
 ) -> None:
     """Writes or replaces `directory`: builds it under another name, flushes it, and renames it.
 
-    If the process is killed, either the old or the new content remains. Readers also find one of
-    the two if the system can exchange two directories. Otherwise the old directory is briefly at
-    the second of `places`, and after a kill it stays there until `recover` renames it.
+    If the process is killed, either the old or the new content remains. Readers likewise see one of
+    the two versions if the system supports atomic exchange of directories. Otherwise, the old
+    directory is briefly at the second path of `places`; if the process is killed then, it stays
+    there until `recover` restores it.
 
     Args:
         directory: where to write; its parent must exist.
@@ -77,7 +79,7 @@ def write(
     Raises:
         OSError: if writing fails; the previous content is kept and no other files remain.
     """
-    building, retired = _prepare_ahead(directory, "new"), _prepare_ahead(directory, "old")
+    building, retired = _temporary_path(directory, "new"), _temporary_path(directory, "old")
     recover(directory)
     building.mkdir()
     try:
@@ -111,9 +113,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields an empty file next to `path`; flushes and renames it unless an exception is raised.
 
     Raises:
-        OSError: if writing fails; it has the name of the file, also on a full disk.
+        OSError: if writing fails; its `filename` is set even if the disk is full.
     """
-    building = _prepare_ahead(path, "new")
+    building = _temporary_path(path, "new")
     with naming(path):
         remove(building)
         os.close(os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))  # follows no link
@@ -168,19 +170,19 @@ def sync(path: Path) -> None:
 
 def places(directory: Path) -> tuple[Path, ...]:
     """Returns the paths to search, in order, for a directory that `write` may be replacing."""
-    return directory, _prepare_ahead(directory, "old"), directory
+    return directory, _temporary_path(directory, "old"), directory
 
 
 def recover(directory: Path) -> None:
     """Completes or undoes a `write` that was killed."""
-    retired = _prepare_ahead(directory, "old")
+    retired = _temporary_path(directory, "old")
     if retired.exists() and not os.path.lexists(directory):
         retired.rename(directory)
-    remove(_prepare_ahead(directory, "new"))
+    remove(_temporary_path(directory, "new"))
     remove(retired)
 
 
-def _prepare_ahead(path: Path, ending: str) -> Path:
+def _temporary_path(path: Path, ending: str) -> Path:
     """Returns the temporary path for the new or old content while `path` is replaced."""
     name = f".{path.name}.{ending}"
     if len(os.fsencode(name)) > MAX_NAME:
@@ -189,7 +191,7 @@ def _prepare_ahead(path: Path, ending: str) -> Path:
 
 
 def consistent(directory: Path, read: Callable[[], T]) -> T:
-    """Calls `read` until everything it reads is of one version, even if the directory changes."""
+    """Calls `read` until everything it read comes from one version of the directory."""
     while True:
         version = _version(directory)
         try:
@@ -203,10 +205,10 @@ def consistent(directory: Path, read: Callable[[], T]) -> T:
 
 
 def check_files(directory: Path) -> dict[str, Any]:
-    """Compares names and sizes of the files with the manifest, and returns the manifest.
+    """Compares the names and sizes of the files with the manifest, and returns the manifest.
 
     Raises:
-        CorruptError: if a file is missing, has another size, or is not listed.
+        CorruptError: if a file is missing, has a different size, or is not listed.
     """
     manifest = _manifest(directory)
     for path in [*directory.glob(f"*{TENSORS}"), *directory.glob("*.json")]:
@@ -222,7 +224,11 @@ def check_files(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path) -> None:
-    """Compares names, sizes and SHA-256 of all files with the manifest. Raises CorruptError."""
+    """Compares the names, sizes and SHA-256 checksums of all files with the manifest.
+
+    Raises:
+        CorruptError: if a file is missing, differs, or is not listed.
+    """
     for name, expected in check_files(directory).items():
         digest, left = hashlib.sha256(), expected["bytes"]
         with _opened(directory / name, expected) as file:
@@ -255,7 +261,7 @@ def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
 
 
 def read_shapes(directory: Path, name: str) -> dict[str, Tensor]:
-    """Reads only the header of NAME.safetensors, unverified, to tensors on the meta device.
+    """Reads only the header of NAME.safetensors, unverified, into tensors on the meta device.
 
     Raises:
         CorruptError: if the file is missing or has no valid header.
@@ -345,7 +351,7 @@ def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _version(directory: Path) -> bytes | None:
-    """Returns the manifest, which is different for different contents, or None without one."""
+    """Returns the manifest, which differs for different contents, or None if there is none."""
     try:
         return _read_bytes(directory / MANIFEST)
     except CorruptError:
@@ -362,7 +368,7 @@ def _listed(directory: Path, name: str) -> dict[str, Any]:
 
 def _compare(path: Path, sha256: str, expected: Mapping[str, Any]) -> None:
     if sha256 != expected["sha256"]:
-        raise CorruptError(f"{path}: its content is not what was written")
+        raise CorruptError(f"{path}: its content differs from what was written")
 
 
 @contextmanager
@@ -392,7 +398,7 @@ def _opened_tensors(path: Path, expected: Mapping[str, Any] | None = None) -> It
 
 def _check_size(path: Path, facts: os.stat_result, expected: Mapping[str, Any] | None) -> None:
     if expected is not None and facts.st_size != expected["bytes"]:
-        raise CorruptError(f"{path}: its content is not what was written")
+        raise CorruptError(f"{path}: its content differs from what was written")
 
 
 def _read_bytes(path: Path, expected: Mapping[str, Any] | None = None) -> bytes:
@@ -407,7 +413,7 @@ def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
     try:
         document = parse_json(content.decode("utf-8"))
     except ValueError:
-        raise CorruptError(f"{path}: not valid JSON, or a key is given twice") from None
+        raise CorruptError(f"{path}: not valid JSON, or a duplicate key") from None
     if not isinstance(document, dict):
         raise CorruptError(f"{path}: not a JSON object")
     return document

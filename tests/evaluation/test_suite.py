@@ -399,7 +399,7 @@ def test_the_table_contains_the_printed_scores(data, tmp_path, capsys):
     rows = list(evaluate_suite(data.weights, sets))
     with (out / "suite.csv").open(newline="") as file:
         header, *written = csv.reader(file)
-    assert header == ["set", "images", "classes", "top1", "top5", "ece"]
+    assert header == ["test set", "images", "classes", "top1", "top5", "ece"]
     assert written == [[str(value) for value in dataclasses.astuple(row)] for row in rows]
     assert [row.name for row in rows] == [*NAMES[:2], NAMES[-1]]
     for row in rows:

@@ -162,7 +162,7 @@ def test_initial_weights_are_compared_by_shape(saved):
     try:
         model = weights.load(saved, device="meta").model
         assert all(p.is_meta for p in model.parameters())
-        with pytest.raises(UserError, match="its content is not what was written"):
+        with pytest.raises(UserError, match="its content differs from what was written"):
             weights.load(saved)
         assert weights.initialize(model, saved) == []
         other = estimate.meta_model(Config(model=model.config), 5)

@@ -44,16 +44,18 @@ STEPS = 27  # of a run
 
 
 @pytest.fixture(scope="module")
-def whole(image_folder, tmp_path_factory):
-    """The digests of an uninterrupted run."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(image_folder, tmp_path_factory):
+    """Returns the digests of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert finish_single(make_config(image_folder, out, data__workers=0)) == 0
     assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, STEPS + 1))
     return digests(out)
 
 
 @pytest.mark.parametrize("workers", [(0, 1, 0), (1, 3, 0), (3, 0, 1)])
-def test_a_run_killed_at_random_steps_resumes_exactly(image_folder, tmp_path, whole, workers):
+def test_a_run_killed_at_random_steps_resumes_exactly(
+    image_folder, tmp_path, uninterrupted, workers
+):
     at = sorted(random.sample(range(1, STEPS - 5), 2))
     print("killed at", at)
     for step, count in zip(at, workers, strict=False):
@@ -62,11 +64,13 @@ def test_a_run_killed_at_random_steps_resumes_exactly(image_folder, tmp_path, wh
     assert (
         finish_single(make_config(image_folder, tmp_path / "run", data__workers=workers[-1])) == 0
     )
-    assert digests(tmp_path / "run") == whole
+    assert digests(tmp_path / "run") == uninterrupted
 
 
 @pytest.mark.parametrize("number", SIGNAL_NUMBERS)
-def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_path, whole, number):
+def test_signal_writes_a_checkpoint_and_exits_with_its_code(
+    image_folder, tmp_path, uninterrupted, number
+):
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     assert signal_at(config, 5, number) == 128 + number
     last = int(newest(tmp_path / "run").name.removeprefix("step_"))
@@ -74,12 +78,12 @@ def test_signal_writes_a_checkpoint_and_exits_with_its_code(image_folder, tmp_pa
     assert last >= 5
     assert steps[-1] <= last
     assert finish_single(config) == 0
-    assert digests(tmp_path / "run") == whole
+    assert digests(tmp_path / "run") == uninterrupted
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
 def test_a_signal_drops_the_unfinished_step(
-    image_folder, tmp_path, whole, micro_batch, monkeypatch
+    image_folder, tmp_path, uninterrupted, micro_batch, monkeypatch
 ):
     """A step has two micro-batches of 8 and 4 images."""
     accumulate, calls = AveragedGradients.accumulate, []
@@ -99,18 +103,18 @@ def test_a_signal_drops_the_unfinished_step(
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"SIGTERM: stopped at step {complete}; " in log
     assert finish_single(config) == 0
-    assert digests(tmp_path / "run") == whole
+    assert digests(tmp_path / "run") == uninterrupted
 
 
-def test_muon_resumes_exactly(image_folder, tmp_path, whole):
-    uninterrupted, killed = (
+def test_muon_resumes_exactly(image_folder, tmp_path, uninterrupted):
+    complete, killed = (
         make_config(image_folder, tmp_path / name, optim__name="muon")
-        for name in ("uninterrupted", "killed")
+        for name in ("complete", "killed")
     )
-    assert finish_single(uninterrupted) == 0
+    assert finish_single(complete) == 0
     assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
     assert finish_single(killed) == 0
-    assert digests(tmp_path / "killed") == digests(tmp_path / "uninterrupted") != whole
+    assert digests(tmp_path / "killed") == digests(tmp_path / "complete") != uninterrupted
 
 
 def test_corrections_for_rare_classes_resume_exactly(pictures, tmp_path):
@@ -151,20 +155,20 @@ def half_done(image_folder, tmp_path_factory):
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
-    image_folder, half_done, tmp_path, whole
+    image_folder, half_done, tmp_path, uninterrupted
 ):
     shutil.copytree(half_done, tmp_path / "run")
     last = newest(tmp_path / "run")
     damage(last / "model.safetensors", "flipped")
     assert finish_single(make_config(image_folder, tmp_path / "run")) == 0
-    assert digests(tmp_path / "run") == whole
+    assert digests(tmp_path / "run") == uninterrupted
     log = (tmp_path / "run" / "train.log").read_text()
     assert "passed over" in log
     assert str(last) in log
 
 
 def test_an_interrupted_validation_is_logged_once(image_folder, tmp_path):
-    """Stopped before its validation was saved, then killed after its row was written."""
+    """The run is stopped before its validation is saved, then killed after its row is written."""
     out = tmp_path / "run"
     config = make_config(image_folder, out, train__eval_every=100)
     assert finish_single(config) == 0
@@ -196,7 +200,10 @@ def test_a_run_without_a_usable_checkpoint_is_left_untouched(image_folder, half_
 def test_a_run_whose_checkpoints_were_removed_is_left_untouched(
     image_folder, finished, tmp_path, kept
 ):
-    """Either distinguishes it from a run killed before its first checkpoint, which has rows too."""
+    """Either file shows that the run had checkpoints.
+
+    The log of a run that was killed before its first checkpoint also has rows.
+    """
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     shutil.rmtree(out / "checkpoints")
@@ -218,7 +225,7 @@ def killed_before(monkeypatch, module, name, config):
 
 
 def test_a_run_killed_at_its_first_validation_starts_over(
-    image_folder, tmp_path, whole, monkeypatch
+    image_folder, tmp_path, uninterrupted, monkeypatch
 ):
     config = make_config(image_folder, tmp_path / "run", train__checkpoint_steps=1000)
     killed_before(monkeypatch, checkpoint, "save", config)
@@ -226,11 +233,11 @@ def test_a_run_killed_at_its_first_validation_starts_over(
     killed_before(monkeypatch, weights, "save", config)
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     assert finish_single(config) == 0
-    assert digests(tmp_path / "run") == whole
+    assert digests(tmp_path / "run") == uninterrupted
 
 
-def test_init_applies_until_there_is_a_checkpoint(image_folder, finished, tmp_path, whole):
-    """A kill during the first write leaves an empty directory of checkpoints."""
+def test_init_applies_until_there_is_a_checkpoint(image_folder, finished, tmp_path, uninterrupted):
+    """If the process is killed during the first write, the directory of checkpoints is empty."""
     digests_of = []
     for name in ("fresh", "begun"):
         config = make_config(image_folder, tmp_path / name, train__init=finished)
@@ -238,10 +245,12 @@ def test_init_applies_until_there_is_a_checkpoint(image_folder, finished, tmp_pa
             (tmp_path / name / "checkpoints").mkdir(parents=True)
         assert finish_single(config) == 0
         digests_of.append(digests(tmp_path / name))
-    assert digests_of[0] == digests_of[1] != whole
+    assert digests_of[0] == digests_of[1] != uninterrupted
 
 
-def test_training_continues_after_its_reader_ends(image_folder, tmp_path, whole, capfd):
+def test_training_continues_after_the_reader_of_its_output_exits(
+    image_folder, tmp_path, uninterrupted, capfd
+):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -252,7 +261,7 @@ def test_training_continues_after_its_reader_ends(image_folder, tmp_path, whole,
     os.close(writer)
     os.close(reader)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert digests(tmp_path / "run") == whole
+    assert digests(tmp_path / "run") == uninterrupted
 
 
 def test_summary_of_results():
@@ -286,7 +295,7 @@ def state_of(seed, **train):
 
 
 def test_a_checkpoint_is_restored_bit_for_bit(tmp_path):
-    """Through a file, into a state in which everything differs."""
+    """The checkpoint is written to a file and restored into a state that differs in every value."""
     (was, _), (now, model) = state_of(1), state_of(2)
     checkpoint.save(tmp_path, was.checkpoint(World(), {3: "empty"}), None)
     found = checkpoint.latest(tmp_path, pytest.fail)
@@ -340,7 +349,7 @@ def test_settings_that_change_the_results_are_rejected(tmp_path, name):
 def test_the_settings_in_a_checkpoint_are_checked(
     image_folder, half_done, tmp_path, name, config_file
 ):
-    """In addition to those in config.yaml, which can be edited or removed."""
+    """The settings in config.yaml are checked too, but the file can be edited or removed."""
     run = RunDir(tmp_path / "run")
     shutil.copytree(half_done, run.path)
     changed = make_config(image_folder, run.path, **{name.replace(".", "__"): 7})

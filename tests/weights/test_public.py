@@ -304,7 +304,7 @@ def test_a_public_name_is_converted_once_and_verified(file, tmp_path, monkeypatc
     data = bytearray(tensors.read_bytes())
     data[-1] ^= 1
     tensors.write_bytes(data)
-    with pytest.raises(UserError, match="its content is not what was written; remove"):
+    with pytest.raises(UserError, match="its content differs from what was written; remove"):
         weights.load("timm:vit_tiny_patch16_224")
 
 

@@ -2,8 +2,9 @@
 
 Each command is a module. Its docstring is the help text. ARGUMENTS maps the name of each positional
 argument in the namespace to its name in the help (? means optional, + one or more). The dataclass
-Options defines the options, and HINTS has messages for options of other tools. `run(args, options)`
-imports what it needs and returns the exit code. A command with a RECIPE takes all settings as
+Options defines the options, HINTS maps common options of other tools to error messages, and
+REPLACEMENTS contains settings with a different meaning in this command. `run(args, options)`
+imports what it needs and returns the exit code. A command with a RECIPE accepts all settings as
 options.
 """
 
@@ -46,7 +47,7 @@ COMMANDS = {
 }
 HELP = ("-h", "--help")
 NOTES = """
-WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, a public model
+WEIGHTS is a run directory, a weight directory such as runs/digits/weights/best, a pretrained model
 (timm:NAME), or weights on the Hugging Face Hub (hf-hub:owner/name or hf-hub:owner/name@revision).
 `vitral COMMAND --help` lists the options of a command; `vitral train RECIPE --help` lists every
 setting with its value in the recipe.
@@ -56,7 +57,8 @@ setting with its value in the recipe.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    The exit code is 0 for success, 2 for a user error, 1 for a full disk, or 128 plus the signal.
+    The exit code is 0 for success, 1 for a full disk or a result described by the command, 2 for a
+    user error or another system error, or 128 plus the signal number.
     Messages are discarded without an error if standard error cannot be written.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        # If only some processes raise the error, the first process of each machine prints it.
+        # If only some processes raise the error, local rank 0 of each machine prints it.
         rank = "RANK" if error.shared else "LOCAL_RANK"
         if os.environ.get(rank, "0") == "0":
             print(f"vitral: {printable(str(error))}", file=Messages(sys.stderr))
@@ -101,7 +103,7 @@ def parser_for(name: str, config: Config | None = None) -> Parser:
     for argument, metavar in arguments.items():
         parser.add_positional(argument, metavar)
     if "recipe" in arguments:
-        parser.add_settings(config or Config())
+        parser.add_settings(config or Config(), getattr(module, "REPLACEMENTS", ()))
     if hasattr(module, "Options"):
         parser.add_options(module.Options(), "common settings")
     return parser
@@ -120,7 +122,8 @@ def overview() -> str:
 def _open_streams() -> None:
     """Opens the null device for standard streams that are closed.
 
-    Otherwise another file could get the descriptor of such a stream, and the output written to it.
+    Otherwise another file could be opened with the descriptor of a closed stream, and output would
+    be written to that file.
     """
     null = os.open(os.devnull, os.O_RDWR)
     while null <= 2:

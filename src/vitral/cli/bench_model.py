@@ -12,7 +12,7 @@ ARGUMENTS = {"recipe": "RECIPE?"}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `vitral bench model` besides the settings."""
+    """Options of `vitral bench model` in addition to the settings."""
 
     peers: bool = False
     """Also measure timm's models."""

@@ -1,4 +1,4 @@
-"""Shared by several commands: the settings of a run, and the columns of a table."""
+"""Settings of a run and columns of a table, shared by several commands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TableOptions:
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Sequence[str]]:
-    """Returns the settings among parsed arguments; PATH is the path of the data."""
+    """Returns the settings among parsed arguments; PATH sets `data.path`."""
     given = dict(settings.given_settings(args))
     if "path" in args:
         given["data.path"] = [args.path]
@@ -48,7 +48,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def load_request(args: argparse.Namespace) -> settings.Request:
-    """Like `load_config`, but also returns which settings were given as options."""
+    """Returns the settings as `load_config`, and which of them were given as options."""
     from vitral.machine import num_gpus  # imports torch
     from vitral.weights import request
 

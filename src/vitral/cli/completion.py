@@ -25,7 +25,7 @@ def run(args: argparse.Namespace, _: None) -> int:
 
 
 def complete() -> None:
-    """Prints the completions that a shell requests, and exits."""
+    """Prints the completions that a shell requested, and exits."""
     import argcomplete
 
     from vitral.cli import COMMANDS, parser_for

@@ -17,7 +17,7 @@ class Options(TableOptions):
     """Options of `vitral data check`."""
 
     workers: int | None = None
-    """Number of decoding processes; None uses one per core."""
+    """Number of decoding processes. Default: one per core."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:

@@ -1,4 +1,7 @@
-"""Pack a dataset as decoded squares in one file, which need almost no CPU, or as small JPEGs."""
+"""Pack a dataset into one file of decoded squares or small JPEGs.
+
+Decoded squares can be read with almost no CPU work.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ class Options(TableOptions):
     """Options of `vitral data pack`."""
 
     size: int = 256
-    """Side of the squares, or with --jpeg the shorter side of the images, in pixels."""
+    """Side length of the squares or, with --jpeg, of the images' shorter side, in pixels."""
     jpeg: bool = False
-    """Write JPEGs of quality 90 instead of pixels: a seventh of the size, but training must decode
-    them."""
+    """Write JPEGs of quality 90 instead of decoded pixels: a seventh of the size, but they must be
+    decoded during training."""
     workers: int | None = None
-    """Number of decoding processes; None uses one per core."""
+    """Number of decoding processes. Default: one per core."""
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -1,7 +1,4 @@
-"""Write a picture of a training batch before and after augmentation.
-
---out is the file of the picture, by default preview.jpg.
-"""
+"""Draw a training batch before and after augmentation."""
 
 from __future__ import annotations
 
@@ -11,13 +8,16 @@ from pathlib import Path
 from vitral.cli.common import load_config
 from vitral.errors import UserError, printable
 from vitral.files import check_output
+from vitral.settings import Field
 
 ARGUMENTS = {"path": "PATH", "recipe": "RECIPE?"}
+OUT = "preview.jpg"
+REPLACEMENTS = (Field("train.out", str, OUT, "Image file to write."),)
 
 
 def run(args: argparse.Namespace, _: None) -> int:
-    """Writes the picture and returns the exit code."""
-    (out,) = vars(args).pop("train.out", ["preview.jpg"])
+    """Writes the image and returns the exit code."""
+    (out,) = vars(args).pop("train.out", [OUT])
     config = load_config(args)
     if Path(out).suffix.lower() not in (".jpg", ".png"):
         raise UserError(f"out: expected a name that ends in .jpg or .png, got {out or 'nothing'}")

@@ -23,15 +23,16 @@ class Options:
     normalize: bool = False
     """Scale each vector to length 1."""
     image_size: int | None = None
-    """Side of the model's input, a multiple of its patch size; None uses that of training."""
+    """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
+    training size."""
     which: Literal["model", "ema"] | None = None
-    """Raw or averaged weights; None uses the default of the weights."""
+    """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
     batch_size: int = 64
     """Number of images per forward pass."""
     workers: int | None = None
-    """Number of decoding processes; None uses all cores but one."""
+    """Number of decoding processes. Default: all cores but one."""
     device: Device = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if one is available."""
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".npz", ".parquet"):

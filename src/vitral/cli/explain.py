@@ -21,21 +21,23 @@ class Options:
     """Options of `vitral explain`."""
 
     layer: int | None = None
-    """Layer whose heads are shown, counted from 0; None uses the last layer."""
+    """Layer whose heads are shown, counted from 0. Default: the last layer."""
     patch: tuple[int, int] | None = None
-    """Row and column of the patch to explain, from 0; None uses the most attended one."""
+    """Row and column of the patch to explain, counted from 0. Default: the patch with the highest
+    attention."""
     image_size: int | None = None
-    """Side of the model's input, a multiple of its patch size; None uses that of training."""
+    """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
+    training size."""
     which: Literal["model", "ema"] | None = None
-    """Raw or averaged weights; None uses the default of the weights."""
+    """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
     device: Device = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if one is available."""
     out: str = "explain"
-    """Directory to write the pictures to."""
+    """Directory to write the images to."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
-    """Writes the pictures and returns the exit code."""
+    """Writes the images and returns the exit code."""
     from vitral.inference.explain import explanations, save
     from vitral.inference.predict import find_images
     from vitral.machine import pick_device

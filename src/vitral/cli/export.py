@@ -1,4 +1,4 @@
-"""Export a model to ONNX or torch.export, and compare the file with the model."""
+"""Export a model as an ONNX file or a torch.export archive, and compare it with the original."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Options:
     format: Literal["onnx", "pt2"] = "onnx"
     """onnx for onnxruntime and other runtimes, pt2 for torch.export.load."""
     out: str | None = None
-    """File to write or replace; None uses the run's name, in the current directory."""
+    """File to write or replace. Default: the name of the run, in the current directory."""
     which: Literal["model", "ema"] | None = None
-    """Raw or averaged weights; None uses the default of the weights."""
+    """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
     opset: Literal[20, 23] = 20
     """ONNX opset; 23 has operators for attention and RMSNorm, which older runtimes lack."""
     data: str | None = None
-    """Dataset to compare on; None uses the one that the weights were trained on, if it exists."""
+    """Dataset to compare on. Default: the dataset that the weights were trained on, if found."""
     images: int = 256
     """Number of validation images to compare on; 0 compares only on random images."""
 
@@ -47,5 +47,5 @@ def run(args: argparse.Namespace, options: Options) -> int:
         print(f"{printable(file)}: {file.stat().st_size / 1e6:.1f} MB")
     print(*exported.agreements, sep="\n")
     if options.images and len(exported.agreements) == 1:
-        print("training data not found: give --data PATH to compare on its validation images")
+        print("training data not found; pass --data PATH to compare on validation images")
     return 0

@@ -1,4 +1,4 @@
-"""Convert a public Vision Transformer from timm to a weight directory, and compare the outputs."""
+"""Convert a pretrained model from timm to a weight directory, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Options:
     """Options of `vitral import`."""
 
     file: str | None = None
-    """File of weights to convert instead of downloading them, with timm's or the original keys."""
+    """Weights file to convert instead of downloading, with timm's or the original parameter
+    names."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace, options: Options) -> int:
         raise UserError(f"name: expected {public.PREFIX}NAME, got {args.name}")
     if options.file is not None and not Path(options.file).is_file():
         raise UserError(
-            f"file: expected a file of weights, got {options.file}, which is not a file"
+            f"file: expected a weights file, got {options.file}, which does not exist or is not a "
+            "file"
         )
     place = Path(args.directory)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):

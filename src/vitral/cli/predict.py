@@ -1,4 +1,7 @@
-"""Classify images: files, folders, 'patterns*', or - for a list of paths on standard input."""
+"""Classify images.
+
+PATH is a file, a folder, a quoted glob pattern, or - to read paths from standard input.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,20 @@ class Options:
     top: int = 5
     """Number of classes per image."""
     image_size: int | None = None
-    """Side of the model's input, a multiple of its patch size; None uses that of training."""
+    """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
+    training size."""
     which: Literal["model", "ema"] | None = None
-    """Raw or averaged weights; None uses the default of the weights."""
+    """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
     batch_size: int = 64
     """Number of images per forward pass."""
     workers: int | None = None
-    """Number of decoding processes; None uses all cores but one."""
+    """Number of decoding processes. Default: all cores but one."""
     device: Device = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if one is available."""
     json: bool = False
-    """Print one JSON object per line for each image."""
+    """Print one JSON object per image, one per line."""
     csv: bool = False
-    """Print CSV, with one line per image and class."""
+    """Print CSV, one line per image and class."""
     out: str | None = None
     """File to write to instead of standard output."""
 

@@ -13,11 +13,11 @@ class Options:
     """Options of `vitral push`."""
 
     license: str | None = None
-    """License of the weights, as an SPDX identifier such as Apache-2.0; None states no license."""
+    """License of the weights, as an SPDX identifier such as Apache-2.0. Default: none stated."""
     private: bool = False
-    """Make the repository private; a repository that is already public is refused."""
+    """Make the repository private; stops with an error if it is already public."""
     dry_run: bool = False
-    """Print the card and upload nothing."""
+    """Print the model card without uploading anything."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:

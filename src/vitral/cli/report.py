@@ -19,9 +19,9 @@ class Options(TableOptions):
     """Options of `vitral report`."""
 
     data: str | None = None
-    """Current path of the run's dataset; None uses the path in its settings."""
+    """Current path of the run's dataset. Default: the path in its settings."""
     out: str | None = None
-    """File to write; None uses report.html in the run directory, or in the current directory for
+    """File to write. Default: report.html in the run directory, or in the current directory for
     several runs."""
 
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     """Writes the report and returns the exit code."""
     several = len(args.runs) > 1
     if several and options.data is not None:
-        raise UserError("data: expected none with several runs, which are compared by their logs")
+        raise UserError("data: not supported for several runs, which are compared by their logs")
     from vitral.report.html import write_comparison, write_report
     from vitral.report.predictions import evaluate_best
     from vitral.rundir import REPORT, read_run

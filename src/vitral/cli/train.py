@@ -1,7 +1,7 @@
 """Train a model, or resume the run in --out.
 
-Without a recipe, it trains on handwritten digits, in about a minute on two CPU cores. Repeat the
-command to resume an interrupted run.
+Without a recipe, the model is trained on handwritten digits, which takes about a minute on two CPU
+cores. Repeat the command to resume an interrupted run.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from vitral.cli.common import load_request
 from vitral.errors import UserError
 
 ARGUMENTS = {"recipe": "RECIPE?"}
-HINTS = {"--resume": "no such option; the same command without it resumes a run"}
+HINTS = {"--resume": "not needed: repeating the command without it resumes the run"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `vitral train` besides the settings."""
+    """Options of `vitral train` in addition to the settings."""
 
     gpus: int | None = None
-    """Number of processes to train with on this machine, each on one GPU."""
+    """Number of GPUs of this machine to train on, with one process each."""
     dry_run: bool = False
     """Print the settings, model size, number of steps and estimated time, and exit."""
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
         check_processes(config, options.gpus or 1)
         print(plan(request))
         return 0
-    # The processes that `launch` starts get the same arguments.
+    # The processes that `launch` starts have the same arguments.
     if options.gpus is not None and "TORCHELASTIC_RUN_ID" not in os.environ:
         from vitral.training.launch import launch
 

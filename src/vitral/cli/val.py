@@ -1,7 +1,7 @@
 """Evaluate weights: accuracy, per-class accuracy and calibration on a labeled dataset.
 
 --image-sizes reports the accuracy at several image sizes. --suite reports the accuracy on the
-ImageNet test sets: validation, ReaL, -V2, -A, -R, -Sketch.
+ImageNet test sets: validation, ReaL, V2, A, R and Sketch.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ class Options(TableOptions):
     """Options of `vitral val`."""
 
     data: str | None = None
-    """Image folder, table of labels, or known dataset; None uses the one that the weights were
+    """Image folder, table of labels, or known dataset. Default: the dataset that the weights were
     trained on."""
     image_sizes: tuple[int, ...] | None = None
-    """Image sizes to evaluate at, multiples of the patch size, with the same relative crop."""
+    """Image sizes to evaluate at, multiples of the patch size, with the same crop fraction."""
     suite: str | None = None
     """Folder that contains the ImageNet test sets, each in its own folder."""
     classes: Literal["subset", "all"] | None = None
-    """Classes that predictions compete with if the dataset has only a subset of the weights'
-    classes: this subset, or all. None uses subset, or all for a dataset with one class."""
+    """Candidate classes if the dataset has only a subset of the weights' classes: this subset, or
+    all. Default: subset, or all for a dataset with one class."""
     which: Literal["model", "ema"] | None = None
-    """Raw or averaged weights; None uses the default of the weights."""
+    """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
     batch_size: int = 256
     """Number of images per forward pass."""
     workers: int | None = None
-    """Number of decoding processes; None uses all cores but one."""
+    """Number of decoding processes. Default: all cores but one."""
     device: Device = "auto"
-    """Device to run on; auto uses a GPU if there is one."""
+    """Device to run on; auto uses a GPU if one is available."""
     out: str | None = None
-    """Directory for per_class.csv and confused_pairs.csv, or image_sizes.csv, or suite.csv."""
+    """Directory for the tables: per_class.csv and confused_pairs.csv, image_sizes.csv, or
+    suite.csv."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -118,14 +119,14 @@ def _table(weights: Weights, dataset: Dataset | None, options: Options, heading:
     how = {"batch_size": options.batch_size, "workers": options.workers, "device": options.device}
     if options.suite is not None:
         suite = find_suite(options.suite)
-        title, file, names = "set", "suite.csv", suite.names()
+        title, file, names = "test set", "suite.csv", suite.names()
         heading = f"{heading}\n{suite.describe()}"
         rows = evaluate_suite(weights, suite, **how)
     else:
         sizes = options.image_sizes or ()
         title, file, names = "image size", "image_sizes.csv", [*map(str, sizes)]
         fraction = weights.description.config.data.eval_crop
-        heading = f"{heading}, the central {100 * fraction:g}% of the short side at every size"
+        heading = f"{heading}, the central {100 * fraction:g}% of the shorter side at every size"
         found = sweep(weights, sizes, dataset, classes=options.classes, **how)
         rows = (scores.row(str(size)) for size, scores in found)
     if options.out is not None:
