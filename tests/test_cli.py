@@ -218,7 +218,7 @@ def test_settings_that_do_not_affect_results_may_change(image_folder, run, capsy
     assert main(folder_settings(image_folder, run, "--data.workers", "1")) == 0
     out = capsys.readouterr().out
     assert "data.workers: None becomes 1" in out
-    assert "this run is finished" in out
+    assert "this run is already finished" in out
 
 
 def test_other_data_is_rejected(image_folder, three_classes, run, user_error, tmp_path):
@@ -450,7 +450,7 @@ def test_init_accepts_weights_with_other_classes(three_classes, run, tmp_path, c
     more += ["--model.rope-grid", "4"]
     assert main(folder_settings(three_classes, out, *more)) == 0
     assert storage.read_tensors(out / "weights" / "last", "model")["head.weight"].shape == (3, 16)
-    output = f"initialized from {run}; newly initialized parameters: head.bias, head.weight"
+    output = f"initialized from {run}; reinitialized parameters: head.bias, head.weight"
     assert output in (out / "train.log").read_text()
 
 
@@ -473,7 +473,7 @@ def test_a_recipe_without_a_model_uses_that_of_the_weights(odd_run, image_folder
     words = ["train", "imagenet-finetune", "--data", str(image_folder), "--out", str(out)]
     words += ["--init", str(odd_run), *FINETUNE, "--model.image-size", "32"]
     assert main(words) == 0
-    assert "newly initialized parameters: none" in (out / "train.log").read_text()
+    assert "reinitialized parameters: none" in (out / "train.log").read_text()
     source = weights.load(odd_run).description.config.model
     config = settings.load(str(out / "config.yaml"))
     recipe = settings.load("imagenet-finetune").model
@@ -611,13 +611,13 @@ def test_dry_run_rejects_what_the_run_would(
 ):
     words = [*folder_settings(image_folder, tmp_path / "out", "--init", str(run)), "--dry-run"]
     assert main(words) == 0
-    assert f"initialized from {run}; newly initialized parameters: none" in capsys.readouterr().out
+    assert f"initialized from {run}; reinitialized parameters: none" in capsys.readouterr().out
     user_error([*words, "--model.dim", "32"], "another shape")
     user_error([*folder_settings(image_folder, run, "--optim.lr", "0.5"), "--dry-run"], "optim.lr")
     user_error([*folder_settings(three_classes, run), "--dry-run"], "not the dataset")
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
     words = [*folder_settings(image_folder, tmp_path / "bare"), "--dry-run"]
-    user_error(words, "checkpoints are gone")
+    user_error(words, "checkpoints are missing")
 
 
 def test_init_with_the_settings_of_its_run(three_classes, run, tmp_path):
@@ -625,7 +625,7 @@ def test_init_with_the_settings_of_its_run(three_classes, run, tmp_path):
     out = tmp_path / "out"
     words = ["train", str(run / "config.yaml"), "--init", str(run)]
     assert main([*words, "--data", str(three_classes), "--out", str(out)]) == 0
-    assert "newly initialized parameters: head.bias, head.weight" in (out / "train.log").read_text()
+    assert "reinitialized parameters: head.bias, head.weight" in (out / "train.log").read_text()
 
 
 @pytest.mark.parametrize("data", ["--data {}", "--data={}", "--data.path {}"])

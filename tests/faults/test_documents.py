@@ -329,7 +329,7 @@ def test_a_run_continues_from_the_checkpoint_before(run, tmp_path):
     config = make_config(run.data.path, out, train__epochs=2, data__workers=0)
     overwrite(RunDir(out).checkpoints / f"step_{NEWEST:07d}", "state.json", DEEP.encode())
     assert finish_single(config) == 0
-    assert "checkpoint of step 7 passed over" in RunDir(out).log.read_text()
+    assert "checkpoint of step 7 skipped" in RunDir(out).log.read_text()
     assert digests(out) == digests(run.train.out)
 
 

@@ -140,7 +140,7 @@ def test_a_run_is_resumed_without_a_second_measurement(measured, tmp_path, capsy
     assert config.train.time_budget == 4
     assert config.train.epochs < 70
     assert main([*words, "--time-budget", "4", "--image-size", "8"]) == 0
-    assert "this run is finished" in capsys.readouterr().out
+    assert "this run is already finished" in capsys.readouterr().out
     assert main([*words, "--time-budget", "5", "--image-size", "8"]) == 2
     assert "train.time_budget: the run in" in capsys.readouterr().err
     again = tmp_path / "again"

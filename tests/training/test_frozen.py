@@ -144,10 +144,10 @@ def test_a_damaged_part_is_computed_again(config, dataset, tmp_path, small_parts
 
 def test_features_of_another_model_or_size_are_rejected(config, dataset, tmp_path):
     compute(make_pass(config, dataset, tmp_path), dataset)
-    with pytest.raises(UserError, match="computed with other weights, images or settings; remove"):
+    with pytest.raises(UserError, match="with different weights, images or settings; remove"):
         compute(make_pass(config, dataset, tmp_path, make_model(1)), dataset)
     larger = dataclasses.replace(config, model=dataclasses.replace(MODEL, image_size=20))
-    with pytest.raises(UserError, match="computed with other weights, images or settings; remove"):
+    with pytest.raises(UserError, match="with different weights, images or settings; remove"):
         compute(make_pass(larger, dataset, tmp_path), dataset)
 
 

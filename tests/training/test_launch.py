@@ -137,7 +137,7 @@ def test_more_processes_than_gpus_are_rejected(launched, monkeypatch):
 @pytest.mark.parametrize(
     ("gpus", "more", "fragments"),
     [
-        ("4", {"train__batch_size": 44}, ["twice the 4 processes"]),
+        ("4", {"train__batch_size": 44}, ["twice the number of processes (4)"]),
         ("3", REPRODUCIBLE, ["train.reproducible"]),
         ("2", {"data": "/no/such/folder"}, ["/no/such/folder"]),
         ("0", {}, ["gpus: expected 1 or more, got 0"]),

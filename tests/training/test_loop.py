@@ -110,7 +110,7 @@ def test_a_run_without_a_directory_is_rejected():
 def test_repeating_a_finished_run_changes_nothing(run, capsys):
     before = {path: path.read_bytes() for path in run.path.rglob("*.*") if path.is_file()}
     trained(run.path)
-    assert "this run is finished: val top-1 " in capsys.readouterr().out
+    assert "this run is already finished: val top-1 " in capsys.readouterr().out
     changed = {path.name for path in before if path.read_bytes() != before[path]}
     assert changed <= {"train.log", ".lock"}
 

@@ -99,7 +99,7 @@ def test_another_model_resumes_exactly(uninterrupted, tmp_path):
     for kind, tensors in there.tensors.items():
         for name, value in tensors.items():
             assert torch.equal(value, here.tensors[kind][name]), (kind, name)
-    with pytest.raises(UserError, match="uses pixels, not vitral's own") as caught:
+    with pytest.raises(UserError, match="uses pixels, not vitral's") as caught:
         run(tmp_path / "run", Parts())
     assert "--out" in str(caught.value)
 

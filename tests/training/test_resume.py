@@ -163,7 +163,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     assert finish_single(make_config(image_folder, tmp_path / "run")) == 0
     assert digests(tmp_path / "run") == uninterrupted
     log = (tmp_path / "run" / "train.log").read_text()
-    assert "passed over" in log
+    assert "skipped" in log
     assert str(last) in log
 
 
@@ -212,7 +212,7 @@ def test_a_run_whose_checkpoints_were_removed_is_left_untouched(
     before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
     if kept == "metrics.jsonl":  # one validation alone may be killed before its checkpoint
         assert sum("val_top1" in row for row in read_rows(out / kept)) > 1
-    with pytest.raises(UserError, match=rf"checkpoints are gone.*--out {out}-2"):
+    with pytest.raises(UserError, match=rf"checkpoints are missing.*--out {out}-2"):
         train(make_config(image_folder, out))
     assert {path: path.read_bytes() for path in before} == before
 
@@ -384,7 +384,7 @@ def test_a_checkpoint_beyond_the_end_is_rejected(image_folder, half_done, tmp_pa
 def test_settings_of_another_version_are_rejected(image_folder, half_done, tmp_path, config):
     out = tmp_path / "run"
     rewritten(half_done, out, config=config)
-    with pytest.raises(UserError, match=r"not of this version of vitral|has .*, not"):
+    with pytest.raises(UserError, match=r"not written by this version of vitral|has .*, not"):
         train(make_config(image_folder, out))
 
 
@@ -399,7 +399,7 @@ def test_a_run_can_be_repeated_from_another_directory(image_folder, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert resume.check_settings(RunDir(tmp_path / "run"), kept) == []
     assert finish_single(kept) == 0
-    assert "this run is finished" in (tmp_path / "run" / "train.log").read_text()
+    assert "this run is already finished" in (tmp_path / "run" / "train.log").read_text()
 
 
 def test_paths_that_exist_become_absolute(tmp_path, monkeypatch):
@@ -436,7 +436,7 @@ def test_other_data_and_parts_are_rejected(tmp_path):
     with pytest.raises(UserError, match="data: digits is not the dataset that the run"):
         resume.check_data(config, run, dataset, "f" * 64)
     resume.check_parts(run, "other", "other")
-    for was, now, message in (("other", "", "uses other, not vitral's own"), ("", "x", "not x;")):
+    for was, now, message in (("other", "", "uses other, not vitral's"), ("", "x", "not x;")):
         with pytest.raises(UserError, match=message):
             resume.check_parts(run, was, now)
 
@@ -465,5 +465,5 @@ def test_a_dry_run_rejects_what_a_run_would(tmp_path):
         resume.check_resumable(config, run, dataset)
     shutil.rmtree(run.checkpoints)
     run.weights.mkdir()
-    with pytest.raises(UserError, match="checkpoints are gone"):
+    with pytest.raises(UserError, match="checkpoints are missing"):
         resume.check_resumable(config, run, dataset)

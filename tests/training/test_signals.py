@@ -24,7 +24,7 @@ def test_a_signal_is_recorded_and_announced_once(number, capfd):
         assert recorded.received is None
         signal.raise_signal(number)
         assert recorded.received == number
-    expected = f"\n{number.name}: writing a checkpoint; send it again to stop at once\n"
+    expected = f"\n{number.name}: writing a checkpoint; send it again to stop immediately\n"
     assert capfd.readouterr() == ("", expected)
 
 

@@ -137,7 +137,7 @@ def test_medians_decide_which_gpu_kernels_run(monkeypatch, fused, plain, faster)
 
 def test_failing_kernels_are_not_used(monkeypatch):
     error = RuntimeError("out of registers\nmore")
-    with pytest.warns(UserWarning, match="because vitral's fail: out of registers$"):
+    with pytest.warns(UserWarning, match="because the custom kernels fail: out of registers$"):
         assert not timed(monkeypatch, [1, error], [2] * 5)
 
 

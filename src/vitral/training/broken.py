@@ -1,4 +1,4 @@
-"""Training images that cannot be decoded: each is reported once, too many are an error."""
+"""Training images that cannot be decoded: each is reported once, and too many raise an error."""
 
 from __future__ import annotations
 

@@ -34,8 +34,10 @@ from vitral.training.work import Inference, Training
 
 MIN_EPOCHS = 5  # if fewer fit at the recipe's image size, the image size is reduced
 MEASURING_FRACTION = 0.05  # fraction of the budget spent on each measurement
-MAX_MEASURING_SECONDS = 10.0  # limit of each measurement
-OUTPUT_SECONDS = 2.0  # time to draw the curves and write the report, with the import of matplotlib
+MAX_MEASURING_SECONDS = 10.0  # limit on each measurement
+OUTPUT_SECONDS = (
+    2.0  # time to draw the curves and write the report, including the import of matplotlib
+)
 DISK_RATE = 200e6  # bytes/s at which weights and checkpoints are hashed and written
 FIT_SECONDS = 3e-6  # time to fit a head, per element of the features
 SAVED_COPIES = 8  # copies of the weights per validation: last, best, EMA of both, and a checkpoint
@@ -67,7 +69,7 @@ class Costs(NamedTuple):
 def fit_time_budget(
     request: Request, run: RunDir, world: World, data: PythonDatasets | None = None
 ) -> Request:
-    """Returns the request with the number of epochs that fits its time budget.
+    """Returns the request with the number of epochs that fit in its time budget.
 
     An existing run keeps the settings that were chosen when it was new. Without a budget among the
     options, the request is returned unchanged: a budget next to `epochs` in a recipe records an
@@ -99,10 +101,10 @@ def fit_time_budget(
 def max_epochs(
     config: Config, given: frozenset[str], costs: Costs, num_images: int, seconds: float
 ) -> int:
-    """Returns the largest number of epochs that fits, or 0.
+    """Returns the largest number of epochs that fit, or 0.
 
     Args:
-        given: paths of the settings that must not change.
+        given: dotted names of the settings that must not change.
         num_images: number of training images.
         seconds: time available for the run.
     """
@@ -117,7 +119,7 @@ def max_epochs(
 
 
 def with_epochs(config: Config, given: frozenset[str], epochs: int) -> Config:
-    """Returns the settings for another number of epochs, as adjusted by `adjust_to_epochs`."""
+    """Returns the settings for a different number of epochs, as adjusted by `adjust_to_epochs`."""
     own = flatten(config)
     fixed = {path: own[path] for path in given} | {"train.epochs": epochs}
     return replaced(config, adjust_to_epochs(own, fixed) | {"train.epochs": epochs})
@@ -172,7 +174,7 @@ def _measure_head(
     seconds: float,
     processes: int,
 ) -> tuple[Costs, int]:
-    """Does the work of `measure` for a run that only fits a head: its steps are forward passes."""
+    """Performs `measure` for a run that only fits a head: its steps are forward passes."""
     began, device = time.perf_counter(), pick_device(config.train.device)
     assert dataset.train is not None
     assert dataset.val is not None

@@ -19,7 +19,7 @@ NUM_KEPT = 3
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State to resume a run from: tensors of "model", "optimizer" and "ema", and plain values."""
+    """State to resume a run from: tensors of "model", "optimizer" and "ema", and other values."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -27,10 +27,10 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
-    """Writes and verifies a checkpoint, then removes all but the last three and the best one's.
+    """Writes and verifies a checkpoint, then removes all but the last three and `best_step`.
 
     Raises:
-        OSError, CorruptError: older checkpoints are untouched.
+        OSError, CorruptError: if writing fails; older checkpoints are unchanged.
     """
     storage.make_directory(folder)
     directory = place(folder, checkpoint.step)
@@ -41,12 +41,12 @@ def save(folder: Path, checkpoint: Checkpoint, best_step: int | None) -> None:
     for step in present[NUM_KEPT:]:
         if step != best_step:
             storage.remove(place(folder, step))
-    for leftover in folder.glob(".step_*"):  # left by a killed write
+    for leftover in folder.glob(".step_*"):  # from a write that was killed
         storage.remove(leftover)
 
 
 def read(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step, verified; raises CorruptError if it is not whole, or not there."""
+    """Returns the verified checkpoint of a step. Raises CorruptError if damaged or missing."""
     directory = place(folder, step)
     storage.check_files(directory)
     state = read_state(folder, step)
@@ -56,7 +56,7 @@ def read(folder: Path, step: int) -> Checkpoint:
 
 
 def read_state(folder: Path, step: int) -> dict[str, Any]:
-    """The plain values of the checkpoint of a step; raises CorruptError."""
+    """Returns the non-tensor values of a step's checkpoint. Raises CorruptError."""
     directory = place(folder, step)
     state = storage.read_json(directory, "state.json")
     for name, expected in (("schema", SCHEMA), ("step", step)):
@@ -71,10 +71,10 @@ def latest(
     warn: Callable[[str], None],
     load: Callable[[Path, int], Checkpoint] = read,
 ) -> Checkpoint | None:
-    """The checkpoint of the highest step that `load` reads.
+    """Returns the checkpoint of the highest step that `load` can read, or None.
 
     Args:
-        warn: takes a line for each checkpoint that is passed over.
+        warn: called with a message for each checkpoint that is skipped.
         load: reads the checkpoint of a step, or raises CorruptError.
     """
     for aside in folder.glob(".step_*.old"):
@@ -83,12 +83,12 @@ def latest(
         try:
             return load(folder, step)
         except storage.CorruptError as error:
-            warn(f"checkpoint of step {step} passed over: {error}")
+            warn(f"checkpoint of step {step} skipped: {error}")
     return None
 
 
 def place(folder: Path, step: int) -> Path:
-    """The directory of the checkpoint of a step."""
+    """Returns the directory of the checkpoint of a step."""
     return folder / f"step_{step:07d}"
 
 

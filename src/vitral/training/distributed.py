@@ -33,7 +33,7 @@ NUM_SHARDS = 8  # shards of a global batch; train.reproducible adds their gradie
 
 
 class Interrupted(Exception):
-    """Stops a run after a signal. `train` raises it once a checkpoint is written."""
+    """Stops a run after a signal. `train` raises it after writing a checkpoint."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -97,14 +97,14 @@ class World:
         return result  # pyright: ignore[reportReturnType]
 
     def broadcast(self, value: T) -> T:
-        """Returns the value of the main process."""
+        """Returns the value of rank 0."""
         values: list[Any] = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Returns the named tensors of the main process, on the CPU; others may pass None."""
+        """Returns the named tensors of rank 0, on the CPU; other ranks may pass None."""
         if self.size == 1:
             return dict(tensors or {})
         known = {name: (t.shape, t.dtype) for name, t in (tensors or {}).items()}
@@ -163,21 +163,22 @@ def process_world(gpu: bool, timeout_minutes: float) -> Iterator[World]:
     except (UserError, Interrupted):  # raised in all processes
         dist.destroy_process_group()
         raise
-    # Not after another error, where this would wait for the other processes.
+    # Skipped after any other error, because it would wait for the other processes.
     dist.destroy_process_group()
 
 
 def end_with_launcher() -> None:
     """Makes the kernel send SIGTERM to this process when `vitral train --gpus N` is killed.
 
-    Otherwise the processes would continue to train and occupy the run and the GPUs. Linux only.
+    Otherwise the processes would continue to train, keeping the run directory locked and the GPUs
+    busy. Linux only.
     """
     launcher = os.environ.get(LAUNCHER)
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if launcher is None or prctl is None:
         return
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # it was already killed
+    if os.getppid() != int(launcher):  # the launcher was already killed
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -206,10 +207,10 @@ def check_processes(config: Config, processes: int) -> None:
     if size % (2 * cuts):
         multiple = math.lcm(2 * cuts, 2 * config.augment.repeats)
         fitting = max(1, round(size / multiple)) * multiple
-        what = f"{cuts} shards of train.reproducible" if reproducible else f"{cuts} processes"
+        what = "shards of train.reproducible" if reproducible else "processes"
         raise UserError(
-            f"train.batch_size: expected a multiple of {2 * cuts}, twice the {what}, "
-            f"got {size}; the nearest is {fitting}"
+            f"train.batch_size: expected a multiple of {2 * cuts}, twice the number of {what} "
+            f"({cuts}), got {size}; the nearest is {fitting}"
         )
     if reproducible and config.train.parallel == "fsdp":
         raise UserError("train.parallel: expected ddp with train.reproducible, got fsdp")
@@ -249,21 +250,22 @@ class DelayedMax:
 def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Returns full tensors in place of sharded ones. Every process must call this.
 
-    The main process gathers them one by one on its CPU; the other processes get empty tensors.
+    Rank 0 gathers them one by one on its CPU; the other ranks receive empty tensors.
     """
     gathered = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-            # Not an empty view, which would keep the full tensor on every other GPU.
+            # Do not use an empty view: it would keep the full tensor on every other GPU.
             tensor = tensor.cpu() if world.is_main else tensor.new_empty(0)
         gathered[name] = tensor
     return gathered
 
 
-def distribute_like(value: Tensor, model: Tensor) -> Tensor:
-    """Moves a full tensor to the device of `model`, and shards it like `model` if shapes match."""
-    value = value.to(model.device)
-    if not isinstance(model, DTensor) or value.shape != model.shape:
+def distribute_like(value: Tensor, reference: Tensor) -> Tensor:
+    """Moves a full tensor to the device of `reference`; shards it likewise if the shapes match."""
+    value = value.to(reference.device)
+    if not isinstance(reference, DTensor) or value.shape != reference.shape:
         return value
-    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
+    mesh, placements = reference.device_mesh, reference.placements
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)

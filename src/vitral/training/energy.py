@@ -12,7 +12,8 @@ Meter = Callable[[], float | None]
 def energy_meter(device: str) -> Meter:
     """Returns a function that returns the joules used by this process's GPU since this call.
 
-    The function returns None on a CPU and for GPUs older than Volta, whose driver counts no energy.
+    The function returns None on a CPU and for GPUs older than Volta, whose driver does not count
+    energy.
     """
     if device != "cuda":
         return lambda: None

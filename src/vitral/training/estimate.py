@@ -24,14 +24,14 @@ from vitral.training.work import Inference, Training
 
 MIN_IMAGES = 2  # images in the first timing on a CPU; doubled until one takes MIN_TIME
 MIN_TIME = 0.3  # seconds
-LONG_RUN = 1800.0  # seconds of training above which a run is compared with a public model
+LONG_RUN = 1800.0  # seconds of training above which a run is compared with a pretrained model
 MIN_FLOP_RATE = 5e9  # FLOP/s that every machine reaches
 PUBLIC_MODEL = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 PUBLIC_SHAPE = ViTConfig(
     size="s", num_kv_heads=6, patch_size=14, image_size=14, num_registers=4, layer_scale=1e-5,
     positions="learned", rope="none", activation="gelu",
 )  # fmt: skip
-NUM_TRIALS = 3  # the fastest one counts, because the others include other work of the machine
+NUM_TRIALS = 3  # the fastest one counts, because other work slows down the others
 
 
 class Estimate(NamedTuple):
@@ -67,7 +67,7 @@ def estimate(config: Config, num_classes: int) -> Estimate:
 
 
 def compare_with_frozen(config: Config, dataset: Dataset, num_steps: int) -> str:
-    """Compares the time of a run with that of one pass of all images through a public model.
+    """Compares the time of a run with that of one pass of all images through a pretrained model.
 
     Returns:
         A message; empty for a run of at most LONG_RUN seconds, or one that starts from weights.

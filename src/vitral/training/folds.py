@@ -24,7 +24,7 @@ FOLDS = "folds.csv"
 
 
 def cross_validate(path: Path, count: int) -> str:
-    """Computes the accuracy in each of `count` folds of the training images, also per class.
+    """Computes the accuracy in each of `count` folds of the training images, overall and per class.
 
     Writes folds.csv in the run directory.
 
@@ -44,11 +44,11 @@ def cross_validate(path: Path, count: int) -> str:
     _, first = np.unique(features.images, return_index=True)
     labels = features.labels.numpy()[first]
     balance = Balance.of(known.config, known.classes, labels, each_once=True)
-    right, labels, fold = predict_folds(features, len(names), count, seed, names, balance)
+    correct, labels, fold = predict_folds(features, len(names), count, seed, names, balance)
     groups = {"all": np.ones(len(labels), bool)}
     groups |= {name: labels == i for i, name in enumerate(names)}
     table = {
-        name: [float(right[members & (fold == k)].mean()) for k in range(count)]
+        name: [float(correct[members & (fold == k)].mean()) for k in range(count)]
         for name, members in groups.items()
     }
     header = ("class", *(f"fold{k + 1}" for k in range(count)))
@@ -86,11 +86,11 @@ def predict_folds(
             f"{counts.min()} of {names[int(counts.argmin())]}; use fewer folds or more images"
         )
     fold = random_ranks(images, labels, seed, "folds") % count
-    right = np.empty(len(images), bool)
+    correct = np.empty(len(images), bool)
     for k in range(count):
         rows = torch.from_numpy(fold[inverse] != k)
         part = Features(features.vectors[rows], features.labels[rows], features.images[rows], {})
         own = fold == k
         head = fit(part, num_classes, seed, balance=balance)
-        right[own] = head.predict(features.vectors[first[own]]).numpy() == labels[own]
-    return right, labels, fold
+        correct[own] = head.predict(features.vectors[first[own]]).numpy() == labels[own]
+    return correct, labels, fold

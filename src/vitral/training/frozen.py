@@ -43,7 +43,7 @@ def freeze(model: ViT, trainable: Trainable) -> None:
 
 
 def train_mode(model: ViT, trainable: Trainable) -> None:
-    """Sets a model to training mode, but its frozen blocks to evaluation mode, without dropout."""
+    """Sets a model to training mode, and frozen blocks to evaluation mode to disable dropout."""
     model.train()
     if trainable != "all":
         count = 0 if trainable == "head" else trainable
@@ -67,7 +67,7 @@ class Features:
     labels: Tensor
     """(n,), int64."""
     images: Tensor
-    """(n,), int64: the index of the image in its split."""
+    """(n,), int64: the index of each image in its split."""
     broken: Mapping[int, str]
     """Index and reason of each image that has no vector because it cannot be decoded."""
 
@@ -114,7 +114,8 @@ class FeaturePass:
         data = dataclasses.replace(config.data, path="digits", workers=None)
         train = config.train
         settings = [dataclasses.asdict(part) for part in (config.model, data, config.augment)]
-        # Other weights, images or settings are an error; other hardware means computing again.
+        # Different weights, images or settings raise an error; on different hardware, features are
+        # recomputed.
         self.source = _digest([_weights_digest(model), fingerprint, train.seed, *settings])
         self.hardware = _digest(dataclasses.asdict(dataclasses.replace(resolved, processes=1)))
 
@@ -131,11 +132,12 @@ class FeaturePass:
         Args:
             views: number of views of each image: the evaluation crop, then augmented ones as in
                 epochs 1, 2, ...
-            shard: index of this process, and the number of processes.
+            shard: index of this process and number of processes.
             check: called with the number of images after each batch; may raise to stop.
 
         Raises:
-            UserError: if the directory contains features of other weights, images or settings.
+            UserError: if the directory contains features computed with different weights, images or
+                settings.
         """
         first = range(0, len(records), PART)
         keys = [PartKey(view, start) for view in range(views) for start in first]
@@ -150,14 +152,14 @@ class FeaturePass:
             known = storage.read_json(part, "part.json")
             if known["source"] != self.source:
                 raise UserError(
-                    f"features: {part} was computed with other weights, images or settings; "
-                    f"remove {self.directory} to compute it again, or start another run with --out"
+                    f"features: {part} was computed with different weights, images or settings; "
+                    f"remove {self.directory} to recompute it, or start another run with --out"
                 )
             if known["hardware"] == self.hardware:
                 tensors = storage.read_tensors(part, "features")
                 return Features(**tensors, broken=dict(known["broken"]))
         except storage.CorruptError:
-            pass  # missing, or damaged
+            pass  # missing or damaged
         features = Features.concatenate(self._compute(records, key, check))
         tensors = {name: getattr(features, name) for name in ("vectors", "labels", "images")}
         document = {

@@ -24,7 +24,7 @@ from vitral.training.signals import Signals
 
 @torch.no_grad()
 def set_head(model: ViT, probe: Probe) -> None:
-    """Copies a fitted head into a model, sharded or not."""
+    """Copies a fitted head into a model, which may be sharded."""
     for name, value in (("head.weight", probe.weight), ("head.bias", probe.bias)):
         own = model.get_parameter(name)
         own.copy_(distribute_like(value, own))
@@ -64,7 +64,7 @@ class ProgressCheck:
 
 
 class HeadFit:
-    """Computes features in all processes, and fits a head to them in the main process.
+    """Computes features in all processes, and fits a head to them in rank 0.
 
     Args:
         model: on its device, before its parameters are sharded.

@@ -33,7 +33,7 @@ def launch(config: Config, processes: int, words: Sequence[str]) -> int:
     # A store that survives a restart may keep the address of a previous process.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # train.threads is applied later
-    # Seconds between a signal and a kill: a large checkpoint takes longer than torch's 30.
+    # Seconds between a signal and SIGKILL: a large checkpoint takes longer than torch's 30.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ[LAUNCHER] = str(os.getpid())
     logging.disable()  # the processes print their own messages

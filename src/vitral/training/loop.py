@@ -138,7 +138,7 @@ class Trainer:
         if self.outputs is not None:
             self.outputs.restore_weights(progress)
         if progress.step == total == progress.evaluated:
-            self.console.message(f"this run is finished: {progress.summary()}")
+            self.console.message(f"this run is already finished: {progress.summary()}")
             return
         self._announce()
         profile = self.config.train.profile and self.world.is_main
@@ -157,7 +157,7 @@ class Trainer:
                     self._validate_if_due(signals)
                     now, limit = time.monotonic(), 60 * self.config.train.checkpoint_minutes
                     late = self.world.is_main and now - self.last_checkpoint > limit
-                    if late:  # all processes agree one step later; request it only once
+                    if late:  # all processes act on it one step later, so request it only once
                         self.last_checkpoint = now
                     signal, late = self.agreement.exchange(signals.received or 0, late)
                     every = self.config.train.checkpoint_steps
@@ -177,7 +177,7 @@ class Trainer:
         if self.outputs is not None:
             self.outputs.draw_curves(force=True)
             self.outputs.write_report(progress)
-        self.console.message(f"finished: {progress.summary()}; everything is in {self.run.path}")
+        self.console.message(f"finished: {progress.summary()}; results are in {self.run.path}")
 
     def close(self) -> None:
         """Flushes the logs."""
@@ -186,12 +186,12 @@ class Trainer:
         self.console.close()
 
     def _fit_head(self, head_fit: HeadFit, signals: Signals) -> None:
-        """Fits the head to frozen features, which is all that a run with trainable head does."""
+        """Fits the head to frozen features; with `train.trainable` head, this is the entire run."""
         loss, train = head_fit.run(signals, self.console, self.broken), self.config.train
         if self.ema is not None:
             self.ema.reset()
         if train.trainable == "head":
-            # There is no backward pass, which takes two thirds of a step's FLOPs.
+            # A backward pass would take two thirds of a step's FLOPs, but none runs.
             self.clock.count(train.epochs * len(self.records), min(self.flops.values()) / 3)
             self.counters.add(*torch.tensor([loss, 0.0, 0.0]).to(self.device))
             self.progress.step = self.plan.total
@@ -258,7 +258,7 @@ class Trainer:
         self.counters.start_row()
         self.clock.start_row()
         self.num_rows += 1
-        # The first row includes compilation and the start of the workers.
+        # The first row includes compilation and starting the workers.
         if self.num_rows == 2 and not isinstance(self.records, Pixels):
             packed = isinstance(self.records, Packed | Objects)
             self.console.message(input_speed_message(pace["data_wait"], packed=packed))
@@ -268,7 +268,7 @@ class Trainer:
             raise UserError(
                 f"training: {MAX_SKIPS} consecutive updates before step {self.progress.step} were "
                 "not finite; the last checkpoint is intact; lower optim.lr "
-                f"({self.config.optim.lr:g}) or clip the gradients"
+                f"({self.config.optim.lr:g}) or optim.clip_norm"
             )
 
     def _check_images(self, signals: Signals) -> None:
@@ -307,7 +307,7 @@ class Trainer:
         improved = top1 > progress.best["top1"]
         if improved:
             progress.best = {"step": progress.step, "top1": top1}
-        # A checkpoint implies that the tables exist, and weights imply that a checkpoint does.
+        # The tables are written before the checkpoint, and the checkpoint before the weights.
         if self.outputs is not None:
             self.outputs.record_scores(scores[kind], progress)
         if improved:
@@ -330,7 +330,7 @@ class Trainer:
         self.last_checkpoint = time.monotonic()
 
     def _resolve(self, checkpoint: Checkpoint | None) -> tuple[Resolved, dict[str, float]]:
-        """Returns the choices of the run, and the decoder rates if it is new."""
+        """Returns the resolved settings of the run and, for a new run, the decoder rates."""
         config, device, world = self.config, self.device, self.world
         if checkpoint is not None:
             return resolve_resumed(checkpoint, config, self.model, self.run, device, world), {}

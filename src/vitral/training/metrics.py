@@ -27,7 +27,7 @@ from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
 from vitral.storage import make_directory, naming, replacing, sync
 
-# Columns that depend on the machine and the time; an exact resume does not reproduce them.
+# Columns that depend on the machine and the time; resuming does not reproduce them exactly.
 CLOCK_COLUMNS = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
 
 
@@ -36,7 +36,7 @@ class MetricsLog:
 
     Args:
         run: the run directory.
-        step: the step that the run continues from; rows of later steps are removed first.
+        step: the step to resume from; rows of later steps are removed first.
     """
 
     def __init__(self, run: RunDir, step: int) -> None:
@@ -78,7 +78,7 @@ class TensorBoardWriter:
 
     Args:
         directory: where to create the file.
-        step: events of this step and later ones in older files are hidden.
+        step: events of this and later steps in older files are hidden.
     """
 
     def __init__(self, directory: Path, step: int) -> None:
@@ -113,9 +113,9 @@ class Console:
     """Shows progress as a bar, or as a plain line every few seconds.
 
     The bar is used in a terminal and in a notebook, which can both rewrite a line in place.
-    Messages and plain lines are also written to train.log. A quiet console is for a process other
-    than the main one. stdout may be None, or any object with `write` and `flush`; text that it
-    cannot take is written to train.log only.
+    Messages and plain lines are also written to train.log. The console is quiet in all processes
+    except rank 0. stdout may be None, or any object with `write` and `flush`; text that it cannot
+    encode is written to train.log only.
     """
 
     INTERVAL = 5.0  # seconds between plain lines
@@ -174,7 +174,7 @@ class Console:
             self.message(f"step {step}/{self.total}  {text}  ETA {duration(seconds_left)}")
 
     def status(self, text: str, done: float) -> None:
-        """Shows the progress of work before the first step, `done` from 0 to 1."""
+        """Shows the progress of work before the first step; `done` is a fraction from 0 to 1."""
         self.last = time.monotonic()
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)

@@ -20,7 +20,7 @@ from vitral.training.resolved import Resolved
 
 
 class Counters:
-    """Sums since the last log row and counts of skipped steps, kept on the device.
+    """Sums since the last log row and counts of skipped steps, stored on the device.
 
     Reading them waits for the device, so they are read only for a log row or a checkpoint.
     """
@@ -33,7 +33,7 @@ class Counters:
         self.values = torch.zeros(self.SIZE, dtype=dtype, device=device)
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """Counts a step. The means exclude the loss and norm of a skipped one."""
+        """Counts a step. The means exclude the loss and norm of a skipped step."""
         taken = 1 - skipped
         zero = torch.zeros_like(loss)
         seen = torch.stack([torch.where(skipped > 0, zero, x) for x in (loss, norm)])
@@ -44,7 +44,7 @@ class Counters:
         self.values[4], self.values[5] = in_a_row, worst
 
     def read(self) -> dict[str, float]:
-        """Returns mean loss and gradient norm since the last row, and the number of skipped steps.
+        """Returns the mean loss and gradient norm since the last row, and the skipped steps so far.
 
         "worst" is the largest number of consecutive skipped steps.
         """
@@ -115,7 +115,7 @@ def profiling(enabled: bool, path: Path) -> Iterator[profile | None]:
         return
 
     def write(profiler: profile) -> None:
-        # torch takes no path that is not UTF-8.
+        # torch supports only UTF-8 paths.
         with TemporaryDirectory() as folder, replacing(path) as building:
             trace = Path(folder, path.name)
             profiler.export_chrome_trace(str(trace))

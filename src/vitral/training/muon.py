@@ -1,4 +1,4 @@
-"""Muon: momentum updates that are orthogonalized, for matrices."""
+"""Muon: orthogonalized momentum updates for matrices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from vitral.compat import add_all, copy_all, scale_all
 from vitral.training.distributed import distribute_like
 
 MOMENTUM = 0.95
-# Coefficients of the quintic p(s) = a s + b s^3 + c s^5. Five iterations map singular values from
-# 0 to 1 to about 0.7 to 1.2 (Jordan et al. 2024).
+# Coefficients of the quintic p(s) = a s + b s^3 + c s^5. Five iterations map singular values
+# between 0 and 1 to values between about 0.7 and 1.2 (Jordan et al. 2024).
 ROUNDS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
-RMS = 0.2  # about that of AdamW's updates, so that both can share rate and decay (Liu et al. 2025)
+RMS = 0.2  # about that of AdamW's updates, so both can share rate and decay (Liu et al. 2025)
 
 
 @dataclass(frozen=True)
 class MatrixGroup:
-    """Matrices with the same shape, weight decay and factor on the learning rate."""
+    """Matrices with the same shape, weight decay and learning rate multiplier."""
 
     members: list[nn.Parameter]
     weight_decay: float
@@ -48,7 +48,7 @@ class Muon:
 
         Args:
             lr: learning rate.
-            skipped: 0.0 or 1.0, on the device, which this does not wait for.
+            skipped: 0.0 or 1.0, on the device; reading it would wait for the device.
         """
         for group in self.matrix_groups:
             parameters = [_local(p) for p in group.members]
@@ -90,13 +90,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """Approximates U V^T of matrices U S V^T, (n, rows, columns), with Newton-Schulz iterations.
 
     Uses bf16 on a GPU, as torch's Muon does, and float32 on a CPU: without bf16 instructions, a CPU
-    takes 18 to 31 times as long for bf16 products.
+    takes 18 to 31 times as long for matrix multiplications in bf16.
     """
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so no singular value is above 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # then no singular value is above 1
     for _ in range(ROUNDS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

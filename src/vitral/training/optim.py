@@ -20,13 +20,13 @@ from vitral.training.muon import MatrixGroup, Muon
 
 
 def parameter_groups(model: ViT, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups the parameters by weight decay and by factor `lr_factor` on the learning rate.
+    """Groups the parameters by weight decay and by learning rate multiplier, `lr_factor`.
 
     Weight decay applies to the matrices of linear layers only, not to biases, norms, tokens,
-    LayerScale or rotary frequencies. A parameter k blocks below the head has the factor
-    layer_decay^k: the last norm 1, the last block layer_decay, the embedding
-    layer_decay^(depth + 1). The factor of the head is head_lr_factor. Frozen parameters are in no
-    group.
+    LayerScale or rotary frequencies. A parameter k blocks below the head has the multiplier
+    layer_decay^k: 1 for the last norm, layer_decay for the last block, and
+    layer_decay^(depth + 1) for the embedding. The multiplier of the head is head_lr_factor. Frozen
+    parameters are not in any group.
     """
     decayed, depth = matrices(model), len(model.blocks)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -85,7 +85,7 @@ class Optimizer:
 
         Returns:
             The global gradient norm before clipping, and 1.0 if the step was skipped because the
-            norm or the loss was not finite, else 0.0; both on the device.
+            norm or the loss was not finite, and 0.0 otherwise; both on the device.
         """
         parameters = list(self.named.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -106,7 +106,7 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Returns the optimizer state by parameter name.
 
-        AdamW has NAME.step, NAME.exp_avg and NAME.exp_avg_sq, and Muon NAME.momentum.
+        AdamW has NAME.step, NAME.exp_avg and NAME.exp_avg_sq; Muon has NAME.momentum.
         """
         return {
             f"{name}.{key}": value
@@ -156,7 +156,8 @@ def loss_sum(
 class EMA:
     """Exponential moving average of a model's weights, with warmup.
 
-    The decay of update t = 1, 2, ... is min(decay, t / (t + 9)), to forget the initial weights.
+    The decay of update t = 1, 2, ... is min(decay, t / (t + 9)), so that the average soon forgets
+    the initial weights.
     """
 
     def __init__(self, model: ViT, decay: float) -> None:
@@ -169,7 +170,7 @@ class EMA:
         """Updates the averages after optimizer step `step` = 1, 2, ...
 
         Args:
-            skipped: 1.0 if the step was skipped, which leaves the averages unchanged, else 0.0.
+            skipped: 1.0 if the step was skipped, which leaves the averages unchanged, or 0.0.
         """
         weight = 1 - min(self.decay, step / (step + 9))
         on_cpu = skipped.device.type == "cpu"  # elsewhere, reading it would wait for the device

@@ -1,4 +1,4 @@
-"""Output files of a run: weights, tables, plots and the report; and its first messages."""
+"""Output files of a run (weights, tables, plots and the report) and its first messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ States = Mapping[str, Mapping[str, Tensor]]
 
 
 class Outputs:
-    """The output files of a run, written by its main process.
+    """Output files of a run, written by rank 0.
 
     Weight directories describe vitral's ViT, so a run with another model writes none.
     """
@@ -45,7 +45,7 @@ class Outputs:
         self.console, self.log = console, log
         self.parts = parts
         self.last_drawn = time.monotonic()
-        # Step and scores for the report: the best validation of this process, or else its last one.
+        # Step and scores for the report: the best validation of this process, or its last one.
         self.reported: tuple[int, Scores] | None = None
 
     def announce(
@@ -99,7 +99,7 @@ class Outputs:
                 self.console.message(cost)
 
     def save_batch(self, images: Tensor) -> None:
-        """Writes an image of the first batch of inputs of the model, (B, C, H, W), float32."""
+        """Writes an image of the model's first input batch, (B, C, H, W), float32."""
         grid = preview.grid(preview.to_pixels(images, self.config.data))
         preview.save(grid, self.run.train_batch)
         self.log.picture(grid)
@@ -118,7 +118,7 @@ class Outputs:
             self.reported = (progress.step, scores)
 
     def restore_weights(self, progress: Progress) -> None:
-        """Restores weights that are damaged, older than their checkpoint, or of moved data."""
+        """Restores weights that are damaged, older than their checkpoint, or name an old data path."""
         if not self.parts.describable:
             return
         for directory in (self.run.best, self.run.last):

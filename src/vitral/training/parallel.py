@@ -50,7 +50,7 @@ class AveragedGradients:
             self.wrapped = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
-        """Adds the gradient of a micro-batch; `last` marks the last of a step. Returns its loss."""
+        """Adds the gradient of a micro-batch, the `last` of a step or not. Returns its loss."""
         no_sync = contextlib.nullcontext()
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_gradient_sync(last)
@@ -66,7 +66,7 @@ class AveragedGradients:
         return loss.detach()
 
     def reduce(self, loss: Tensor) -> Tensor:
-        """Returns the loss of the global batch, given that of this process."""
+        """Returns the loss of the global batch, given the loss of this process."""
         if self.world.size > 1:
             dist.all_reduce(loss)
         return loss
@@ -75,9 +75,9 @@ class AveragedGradients:
 class FixedOrderReduction:
     """Adds the gradients of NUM_SHARDS equal shards of the global batch in a binary tree.
 
-    The tree does not depend on the number of processes, so the weights are bit-identical for any
-    number. It costs a copy of the gradients for each level, and communication starts only after the
-    backward pass.
+    The tree does not depend on the number of processes, so the weights are bit-identical for 1, 2,
+    4 or 8 processes. It requires a copy of the gradients for each level, and communication starts
+    only after the backward pass.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FixedOrderReduction:
         self.loss = torch.zeros((), device=self.parameters[0].device)
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
-        """Adds the gradient of a micro-batch; `last` marks the last of a step. Returns its loss."""
+        """Adds the gradient of a micro-batch, the `last` of a step or not. Returns its loss."""
         with self.resolved.autocast():
             loss = loss_sum(
                 self.forward(batch.images), batch.targets, self.train.loss, self.balance

@@ -16,13 +16,13 @@ from vitral.training.optim import Optimizer
 class Parts:
     """Functions that create and initialize the model and the optimizer of a run.
 
-    With other parts, a control or an ablation runs in vitral's own loop, with the same order,
-    augmentation, schedule, checkpoints and log. With another model, no weight directories are
-    written, because they describe vitral's ViT, and no files that depend on them.
+    A control or an ablation can thus use vitral's training loop, with the same order, augmentation,
+    schedule, checkpoints and log. With a different model, no weight directories (which describe
+    vitral's ViT) are written, and no files that depend on them.
     """
 
     name: str = ""
-    """Name of the parts, which must be the same when the run is resumed; empty for vitral's own."""
+    """Name of the parts, which must be the same when the run is resumed; empty for vitral's."""
     model: Callable[[ViTConfig, int], Any] = ViT
     """Creates a module from the architecture and the number of classes. The module maps images
     (B, C, H, W) to logits (B, classes), has attributes `blocks`, `norm`, `head` and `num_classes`
@@ -36,7 +36,7 @@ class Parts:
     def __post_init__(self) -> None:
         own = (ViT, Optimizer, weights.initialize)
         if not self.name and (self.model, self.optimizer, self.initialize) != own:
-            raise ValueError("name: expected one for parts that are not vitral's own, got none")
+            raise ValueError("name: expected a name for parts that are not vitral's, got none")
 
     @property
     def describable(self) -> bool:

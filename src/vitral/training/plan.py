@@ -1,4 +1,4 @@
-"""The steps of a run, and the learning rate of each."""
+"""Steps of a run and their learning rates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run, determined by its settings and the number of images."""
+    """Steps of a run, determined by its settings and the number of images."""
 
     steps_per_epoch: float
     total: int

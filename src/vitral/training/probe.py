@@ -1,4 +1,4 @@
-"""A linear classifier on features: multinomial logistic regression by L-BFGS."""
+"""A linear classifier on features: multinomial logistic regression fitted with L-BFGS."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.frozen import Features
 
 STRENGTHS = tuple(10 ** (0.5 - k / 2) for k in range(12))  # L2 strengths to try, from 3 to 1e-5
-FOLDS = 5  # parts of the images, each held out in turn to select the strength
+FOLDS = 5  # number of folds, each held out in turn to select the strength
 DEFAULT_STRENGTH = 0.1  # strength if no image can be held out
 MAX_CROSS_VALIDATED = 20_000  # number of images above which only one fold is held out
 PATIENCE = 2  # number of weaker strengths to try after the best one
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-5  # largest component of the gradient
-SELECTION_TOLERANCE = 1e-4  # the same, while selecting the strength
-LOGITS_PER_BATCH = 1 << 22  # computed at a time
-MAX_FLOAT64 = 1 << 20  # elements up to which float64 is used; float32 takes half the time
+SELECTION_TOLERANCE = 1e-4  # used while selecting the strength
+LOGITS_PER_BATCH = 1 << 22  # logits computed at a time
+MAX_FLOAT64 = (
+    1 << 20
+)  # largest number of elements for which float64 is used; float32 is twice as fast
 
 
 Check = Callable[[], None]
@@ -41,7 +43,7 @@ class Probe(NamedTuple):
     strength: float
     """Strength of the L2 penalty, relative to the mean cross-entropy."""
     held_out: float
-    """Accuracy on the held-out images that the strength was selected on, weighted by
+    """Accuracy on the held-out images used to select the strength, weighted by
     `Balance.importance`."""
     loss: float
     """Mean cross-entropy of all images, in nats, by the weights of their classes."""
@@ -96,13 +98,13 @@ def fit(
 
 
 def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and standard deviation of each feature, (D,); 1 replaces a deviation of 0."""
+    """Returns the mean and deviation of each feature, (D,); a deviation of 0 is replaced by 1."""
     deviation, mean = torch.std_mean(vectors.double(), 0, correction=0)
     return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
 def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tensor | None]:
-    """Selects the strength with the best held-out accuracy; of equal ones, the strongest.
+    """Selects the strength with the best held-out accuracy; ties go to the strongest.
 
     Args:
         folds: the problem to fit and the held-out problem of each fold.
@@ -121,8 +123,8 @@ def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tens
             fitted.minimize(head, strength, SELECTION_TOLERANCE)[0]
             for (fitted, _), head in zip(folds, heads, strict=True)
         ]
-        right = sum(held.num_right(head) for (_, held), head in zip(folds, heads, strict=True))
-        accuracy = right / sum(held.count(held.labels) for _, held in folds)
+        correct = sum(held.num_correct(head) for (_, held), head in zip(folds, heads, strict=True))
+        accuracy = correct / sum(held.count(held.labels) for _, held in folds)
         since = 0 if accuracy > best[1] else since + 1
         best = (strength, accuracy, heads[0]) if since == 0 else best
         if since == PATIENCE:
@@ -166,7 +168,7 @@ class Problem:
         Args:
             head: initial head.
             strength: the penalty is strength / 2 times the squared norm of the weights.
-            tolerance: largest component of the gradient at the end.
+            tolerance: stops when the largest gradient component is below this.
         """
         head = head.clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS(
@@ -208,7 +210,7 @@ class Problem:
             gradient[:, -1] += error.sum(0)
         return total / len(self.labels), gradient / len(self.labels)
 
-    def num_right(self, head: Tensor) -> float:
+    def num_correct(self, head: Tensor) -> float:
         """Returns the `count` of vectors that a head (classes, D + 1) classifies correctly."""
         head = head.to(self.vectors.dtype)
         parts = self.vectors.split(self.rows)

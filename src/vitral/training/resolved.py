@@ -1,4 +1,4 @@
-"""Choices that depend on the machine; made once per run and stored in its checkpoints."""
+"""Settings that depend on the machine, resolved once per run and stored in its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from vitral.training.optim import loss_sum
 from vitral.training.trial import autocast, can_compile, fused_is_faster
 
 MAX_GRAPHS = 64  # maximum number of graphs that a run compiles
-CPU_BATCH = 64  # images of a micro-batch on a CPU: larger ones take memory and are no faster
+CPU_BATCH = 64  # images per micro-batch on a CPU: more take memory and are not faster
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Choices that affect rounding: another number of threads adds in another order."""
+    """Resolved settings. They affect rounding: the number of threads, the order of additions."""
 
     device: str
     """Type of the device: cpu, cuda, mps or xpu."""
@@ -42,7 +42,7 @@ class Resolved:
     processes: int
     decoder: Decoder
     fused: bool
-    """Whether the model uses vitral's own kernels, or oneDNN linear layers on a CPU."""
+    """Whether the model uses the custom kernels, or oneDNN linear layers on a CPU."""
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context with bf16 autocast, or without autocast in float32."""
@@ -71,7 +71,7 @@ def resolve(
     world: World | None = None,
     decoder: Decoder = "cpu",
 ) -> Resolved:
-    """Makes the choices that `config` leaves open, for a model on `device`."""
+    """Resolves the settings that `config` leaves open, for a model on `device`."""
     world = world or World()
     train = config.train
     gpu = device.type == "cuda"
@@ -127,14 +127,14 @@ def prepare_device(config: Config, device: torch.device) -> None:
     deterministic = config.train.deterministic or config.train.reproducible
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
-        # torch reads it once, at the first matrix product.
+        # torch reads it once, at the first matrix multiplication.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
         make_inductor_deterministic()
 
 
 def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]:
-    """Returns the model as the training step calls it, compiled if so chosen."""
+    """Returns the model as the training step calls it, compiled if `resolved` requires it."""
     if isinstance(model, ViT):
         model.fuse(resolved.fused)
     if not resolved.compile:
@@ -151,7 +151,7 @@ def resolve_resumed(
     device: torch.device,
     world: World,
 ) -> Resolved:
-    """Returns the choices that a run started with, adapted to the number of processes.
+    """Returns the resolved settings of a checkpoint, adapted to the number of processes.
 
     Raises:
         UserError: if the run cannot be resumed on this device.
@@ -202,7 +202,7 @@ def _fit_micro_batch(
 def _try_batch(
     micro: int, resolved: Resolved, config: Config, model: ViT, device: torch.device
 ) -> None:
-    """Runs both passes while as much additional memory is allocated as a run needs."""
+    """Runs both passes while the additional memory that a run needs is allocated."""
     image_size = max(
         [image_size for image_size, _ in config.train.progressive] or [config.model.image_size]
     )

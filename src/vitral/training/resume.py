@@ -1,4 +1,4 @@
-"""Saves and restores the state of a run, and checks what a resumed run may not change."""
+"""Saves and restores the state of a run, and checks that nothing has changed that must not."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Best(TypedDict):
     """The best validation."""
 
     step: float
-    """-1 before the first."""
+    """-1 before the first validation."""
     top1: float
 
 
 class Values(TypedDict):
-    """The plain values of a checkpoint."""
+    """The non-tensor values of a checkpoint."""
 
     schema: int
     step: int
@@ -87,7 +87,7 @@ class State:
     dataset: Dataset
     resolved: Resolved
     parts: str
-    """The name of the parts that replace vitral's own."""
+    """The name of the parts that replace vitral's."""
     model: ViT
     optimizer: Optimizer
     ema: EMA | None
@@ -97,14 +97,14 @@ class State:
     """Those of the loss, which may come from a file; empty if there are none."""
 
     def weights(self, world: World) -> dict[str, dict[str, torch.Tensor]]:
-        """Full tensors of "model" and, if the run keeps one, "ema"; every process takes part."""
+        """Returns full tensors of "model" and, if enabled, "ema". Every process must call this."""
         states = {"model": gather_full(dict(self.model.named_parameters()), world)}
         if self.ema is not None:
             states["ema"] = gather_full(self.ema.average, world)
         return states
 
     def checkpoint(self, world: World, broken: dict[int, str]) -> Checkpoint:
-        """The checkpoint of the current step; every process takes part."""
+        """Returns the checkpoint of the current step. Every process must call this."""
         weights = self.weights(world)
         tensors = {
             "model": weights.pop("model"),
@@ -180,7 +180,11 @@ def _lock_and_read(run: RunDir, warnings: list[str]) -> Checkpoint | None:
 
 
 def read(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint of a step, whose state is `Values`. Raises as `read_values`."""
+    """Returns the checkpoint of a step, with `Values` as its state.
+
+    Raises:
+        CorruptError, UserError: as `read_values`, or if the tensors are damaged.
+    """
     found = checkpoints.read(folder, step)
     values = read_values(folder, step)
     expected = {"model", "optimizer", *(["ema"] if values["config"].train.ema_decay else [])}
@@ -191,19 +195,19 @@ def read(folder: Path, step: int) -> Checkpoint:
 
 
 def read_values(folder: Path, step: int) -> Values:
-    """The plain values of the checkpoint of a step, which may be hostile.
+    """Reads the non-tensor values of a step's checkpoint, which is untrusted.
 
     Raises:
-        CorruptError: a value is missing, or is none that a run can have.
-        UserError: another version of vitral wrote it.
+        CorruptError: if a value is missing or invalid.
+        UserError: if the checkpoint was written by another version of vitral.
     """
     file = checkpoints.place(folder, step) / "state.json"
     try:
         values = convert_json(Values, checkpoints.read_state(folder, step))
     except UnknownFieldError as error:
         raise UserError(
-            f"out: {file} is not of this version of vitral: {error}; resume with the version that "
-            "wrote it, or start another run with --out"
+            f"out: {file} was not written by this version of vitral: {error}; resume with the "
+            "version that wrote it, or start another run with --out"
         ) from None
     except UserError as error:
         raise CorruptError(f"{file}: {error}") from None
@@ -219,7 +223,7 @@ def read_values(folder: Path, step: int) -> Values:
     }
     for name, fine in consistent.items():
         if not fine:
-            raise CorruptError(f"{file}: {name} has an impossible value")
+            raise CorruptError(f"{file}: {name} has an invalid value")
     return values
 
 
@@ -230,7 +234,7 @@ def check_settings(run: RunDir, config: Config) -> list[str]:
         A line for each setting that differs without changing the results.
 
     Raises:
-        UserError: for a setting that changes them.
+        UserError: for a setting that changes the results.
     """
     if not run.config.exists():
         return []
@@ -240,13 +244,14 @@ def check_settings(run: RunDir, config: Config) -> list[str]:
 def _compare_settings(run: RunDir, before: Config, after: Config) -> list[str]:
     old, new = (flatten(weights.absolute_paths(config)) for config in (before, after))
     changed = [name for name in new if new[name] != old[name] and name != "train.out"]
-    changed.sort(key=lambda name: name not in LENGTH)  # others may follow from it
+    changed.sort(key=lambda name: name not in LENGTH)  # other changes may follow from it
     for name in changed:
         if name not in CHANGEABLE:
-            fix = f"resume it with its own settings, or start another: --out {run.unused_name()}"
+            other = run.unused_name()
+            fix = f"resume it with its original settings, or start another run: --out {other}"
             if name in LENGTH and (new[name] or 0) > (old[name] or 0) and run.weights.is_dir():
                 fix = f"to train longer, start from its weights: --init {run.path} --out "
-                fix += str(run.unused_name())
+                fix += str(other)
             raise UserError(
                 f"{name}: the run in {run.path} has {old[name]}, not {new[name]}; {fix}"
             )
@@ -261,8 +266,9 @@ def check_checkpoints_exist(run: RunDir) -> None:
     validated = any("val_top1" in row for row in read_rows(run.metrics)[:-1])
     if validated or run.weights.is_dir():
         raise UserError(
-            f"out: the run in {run.path} cannot be resumed, because its checkpoints are gone; any "
-            f"weights there can still be used; start another run: --out {run.unused_name()}"
+            f"out: the run in {run.path} cannot be resumed, because its checkpoints are missing; "
+            "its weights, if any, can still be used; "
+            f"start another run: --out {run.unused_name()}"
         )
 
 
@@ -289,7 +295,7 @@ def check_weights(checkpoint: Checkpoint, model: ViT) -> None:
     own = {name: _form(parameter) for name, parameter in model.named_parameters()}
     for kind in checkpoint.tensors.keys() - {"optimizer"}:
         found = {name: _form(tensor) for name, tensor in checkpoint.tensors[kind].items()}
-        _refuse_first(kind, [name for name in found | own if found.get(name) != own.get(name)])
+        _reject_first(kind, [name for name in found | own if found.get(name) != own.get(name)])
 
 
 def check_optimizer(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
@@ -300,22 +306,23 @@ def check_optimizer(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
         parameter = optimizer.named.get(owner)
         wanted = parameter if parameter is None or key != "step" else parameter.new_zeros(())
         if wanted is None or _form(tensor) != _form(wanted):
-            _refuse_first("optimizer", [name])
+            _reject_first("optimizer", [name])
         keys.setdefault(owner, set()).add(key)
-    # A head that was fitted to frozen features has none.
+    # A head fitted to frozen features has no optimizer state.
     names = optimizer.named if keys else ()
-    _refuse_first("optimizer", [name for name in names if keys.get(name) not in OPTIMIZER_KEYS])
+    _reject_first("optimizer", [name for name in names if keys.get(name) not in OPTIMIZER_KEYS])
 
 
 def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
 
 
-def _refuse_first(kind: str, names: list[str]) -> None:
+def _reject_first(kind: str, names: list[str]) -> None:
     if names:
         raise UserError(
             f"out: {min(names)} in {kind}.safetensors of the checkpoint does not fit the model; "
-            "remove this checkpoint to resume from the one before, or start another run with --out"
+            "remove this checkpoint to resume from the previous one, or start another run with "
+            "--out"
         )
 
 
@@ -331,7 +338,7 @@ def check_data(config: Config, run: RunDir, dataset: Dataset, fingerprint: str) 
 def check_parts(run: RunDir, old: str, new: str) -> None:
     """Raises UserError unless the model and optimizer are those that the run started with."""
     if old != new:
-        own = "vitral's own"
+        own = "vitral's"
         raise UserError(
             f"parts: the run in {run.path} uses {old or own}, not {new or own}; resume it with the "
             "same parts, or start another run with --out"
@@ -350,7 +357,7 @@ def check_class_weights(
 
 
 def check_resumable(config: Config, run: RunDir, dataset: Dataset) -> None:
-    """Raises the UserError that resuming this run would raise, without reading tensors."""
+    """Raises the UserError that resuming a run would raise, without reading tensors."""
     steps = checkpoints.steps(run.checkpoints)
     if not steps:
         check_checkpoints_exist(run)

@@ -47,10 +47,11 @@ def train(
         dataset: a map-style dataset to train on instead of `data.path`. Its items are (image,
             label), or a mapping with both: a PIL image, a uint8 tensor (C, H, W) or a uint8 array
             (H, W, C), and an integer.
-        val_dataset: a dataset to validate on; None holds out `data.val_fraction` of each class.
-        classes: names of the classes; None takes them from `dataset.classes` or its `features`.
-        fingerprint: identifies the images of both datasets, so that a run resumes on the same
-            ones; None reads and hashes every image before the run starts or resumes.
+        val_dataset: a dataset to validate on. Default: `data.val_fraction` of each class is held
+            out.
+        classes: names of the classes. Default: those in `dataset.classes` or its `features`.
+        fingerprint: identifies the images of both datasets, so that a run resumes with the same
+            images. Default: every image is read and hashed before the run starts or resumes.
         parts: replaces vitral's model or optimizer, for an experiment.
 
     Raises:
@@ -99,7 +100,7 @@ def prepare(
     datasets: PythonDatasets | None = None,
     device: str = "cpu",
 ) -> tuple[list[str], Dataset, ViT]:
-    """Returns notes, dataset and model of a run. Raises errors before anything is written.
+    """Returns the notes, dataset and model of a run. Raises errors before anything is written.
 
     On the device "meta", only the shapes of the model and of the initial weights are compared.
     """
@@ -114,6 +115,6 @@ def prepare(
     path, notes = config.train.init, [*dataset.notes, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
         new = ", ".join(parts.initialize(model, path)) or "none"
-        notes.append(f"initialized from {path}; newly initialized parameters: {new}")
+        notes.append(f"initialized from {path}; reinitialized parameters: {new}")
     freeze(model, config.train.trainable)
     return notes, dataset, model

@@ -77,7 +77,7 @@ class Signals:
         # Without stderr, descriptor 2 may belong to another file.
         if not first or not self.world.is_main or sys.__stderr__ is None:
             return
-        hint = "; send it again to stop at once" if single else ""
+        hint = "; send it again to stop immediately" if single else ""
         text = f"\n{signal.Signals(number).name}: writing a checkpoint{hint}\n"
-        with contextlib.suppress(OSError):  # its reader or terminal is gone
+        with contextlib.suppress(OSError):  # its reader or terminal no longer exists
             os.write(2, text.encode())

@@ -23,9 +23,9 @@ MAX_CACHE_BYTES = 4e9  # maximum bytes of tokens kept in memory
 def can_cache(config: Config, num_images: int, processes: int) -> bool:
     """Returns whether to compute the inputs of the trained blocks once instead of every epoch.
 
-    They must fit in memory and be the same in every epoch, which excludes augmentation. Each of
-    several processes would need all of them. The result depends on settings only, so that a resumed
-    run does the same.
+    They must fit in memory and be the same in every epoch, which excludes augmentation. With
+    several processes, each would need all of them. The result depends on the settings only, so a
+    resumed run does the same.
     """
     model, train = config.model, config.train
     if not isinstance(train.trainable, int) or train.progressive or train.reproducible:

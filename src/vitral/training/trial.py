@@ -1,4 +1,4 @@
-"""Trials on this machine: whether compilation works and vitral's own kernels are faster."""
+"""Trials on this machine: whether compilation works and the custom kernels are faster."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def fused_is_faster(
     compile: bool,
     micro_batch: int,
 ) -> bool:
-    """Returns whether vitral's kernels are faster than torch's on a device.
+    """Returns whether the custom kernels are faster than PyTorch's on a device.
 
-    On a GPU, times both passes of a norm and a feed-forward network on noise, alternately. Returns
-    False if there are no kernels for the device, as on mps and xpu, or if they fail. On a CPU, the
-    result depends on its vendor and not on timing, so that a run is bit-identical under any load.
+    On a GPU, alternately times both passes of a norm and a feed-forward network on noise with each.
+    Returns False if there are no kernels for the device, as on mps and xpu, or if they fail. On a
+    CPU, the result depends on its vendor and not on timing, so a run is bit-identical at any load.
     """
     if device == "cpu":
         eager = config.kernels == "auto" and not compile
@@ -75,7 +75,7 @@ def fused_is_faster(
             plain()
             rounds = [(_seconds(fused), _seconds(plain)) for _ in range(ROUNDS)]
         except Exception as error:  # compilers raise errors of any type
-            message = f"using torch's kernels, because vitral's fail: {_reason(error)}"
+            message = f"using PyTorch's kernels, because the custom kernels fail: {_reason(error)}"
             warnings.warn(message, stacklevel=2)
             return False
         finally:

@@ -1,4 +1,4 @@
-"""Validation during training: every image once, distributed over the processes."""
+"""Validation during training, distributed over the processes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Work(ABC):
 
     Args:
         image_size: height and width of the images, in pixels.
-        model: the model; None builds vitral's model as a run does. Another model must have the
+        model: the model. Default: vitral's model, built as in a run. Any other model must have the
             attributes `blocks`, `norm` and `head`, as in timm and vitral.
     """
 
@@ -41,13 +41,13 @@ class Work(ABC):
         torch.set_num_threads(self.resolved.threads)
         size = self.resolved.micro_batch
         images = torch.randn(size, CHANNELS, image_size, image_size, device=self.device)
-        # A new head predicts equal probabilities; equal targets would give only rounding errors.
+        # A new head predicts equal probabilities; equal targets would produce only rounding errors.
         targets = torch.randn(size, num_classes, device=self.device).softmax(1)
         self.batch = Batch(0, 0, images, targets, [])
 
     @abstractmethod
     def step(self, batch: Batch) -> int:
-        """Does the work on a batch; returns its number of images."""
+        """Performs the work on a batch; returns its number of images."""
 
 
 class Training(Work):
