@@ -533,7 +533,7 @@ def test_settings_valid_only_with_the_weights_are_accepted(
 
 def test_init_with_another_architecture_is_a_user_error(image_folder, run, user_error, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
-    message = f"give the settings of that run, `vitral train {run}/config.yaml --init {run}`"
+    message = f"use the settings of that run, `vitral train {run}/config.yaml --init {run}`"
     user_error([*words, "--model.dim", "32"], "another shape", message, "imagenet-finetune")
     user_error([*words, "--model.patch-size", "8"], "another shape")
     user_error(

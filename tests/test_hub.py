@@ -389,8 +389,8 @@ def test_repositories_without_weights_are_not_downloaded(hub, capsys, caplog):
 @pytest.mark.parametrize(
     ("name", "model_type", "fragments"),
     [
-        ("facebook/dinov2-small", "dinov2", ["; give timm:vit_small_patch14_dinov2.lvd142m, the"]),
-        ("bo/x", "dinov3_vit", ["(dinov3_vit); find", "?search=dinov3 and give timm:NAME"]),
+        ("facebook/dinov2-small", "dinov2", ["; use timm:vit_small_patch14_dinov2.lvd142m, the"]),
+        ("bo/x", "dinov3_vit", ["(dinov3_vit); find", "?search=dinov3 and use timm:NAME"]),
         ("bo/x", "siglip", ["?search=siglip_gap and"]),
         ("bo/x", "bert", ["(bert); vitral loads its own weights and timm's Vision Transformers"]),
         ("bo/x", "a b\n", ["bo/x does not contain vitral weights"]),
@@ -571,7 +571,7 @@ def test_paths_cause_no_network_requests(hub, tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "there").mkdir(parents=True)
     expected = (
         "runs/digts: no such directory",
-        "if it is on the Hugging Face Hub, give hf-hub:runs/digts",
+        "if it is on the Hugging Face Hub, use hf-hub:runs/digts",
     )
     refused(capsys, ["predict", "runs/digts", "photo.jpg"], *expected)
     refused(capsys, ["val", "anna/x@v1"], "give hf-hub:anna/x@v1")

@@ -192,14 +192,14 @@ def test_user_errors_are_one_line(directory, photos, tmp_path, capsys, words, me
     ("change", "message"),
     [
         (lambda d, t: d["classes"].pop(), "head.bias: expected float32 ("),
-        (lambda d, t: d["config"]["model"].update(depth=9), "by config.json, got none"),
+        (lambda d, t: d["config"]["model"].update(depth=9), "according to config.json, got none"),
         (
             lambda d, t: t.update(more=torch.zeros(2)),
-            "more: expected none by config.json, got float32",
+            "more: expected none according to config.json, got float32",
         ),
         (
             lambda d, t: t.update(cls=t["cls"].half()),
-            "cls: expected float32 (16,) by config.json, got",
+            "cls: expected float32 (16,) according to config.json, got",
         ),
         (lambda d, t: d.update(config=[1]), "config.json does not match this version"),
         (
@@ -276,4 +276,4 @@ def test_unwritable_output_is_a_one_line_error(directory, image_folder, capsys):
     """The permissions of /proc allow root to write, but the file system does not."""
     assert main(["predict", str(directory), str(image_folder), "--out", "/proc/found.csv"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"vitral: out: cannot write /proc: .+; give another directory\n", error)
+    assert re.fullmatch(r"vitral: out: cannot write /proc: .+; use a different directory\n", error)

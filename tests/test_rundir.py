@@ -40,7 +40,9 @@ def test_the_lock_excludes_another_process(tmp_path):
     path = tmp_path / "runs/a"
     with RunDir(path) as run:
         run.lock()
-        expected = f"out: another process is training in {path}; wait for it, or give another --out"
+        expected = (
+            f"out: another process is training in {path}; wait for it, or pass a different --out"
+        )
         assert lock_elsewhere(path) == expected
         assert lock_elsewhere(tmp_path / "runs/b") is None
     assert lock_elsewhere(path) is None
@@ -205,7 +207,7 @@ def test_a_run_is_finished_when_its_last_step_is_validated(directory, last, fini
 
 
 def test_other_directories_are_rejected(tmp_path):
-    with pytest.raises(UserError, match=r"config\.yaml, got one without; give one such as"):
+    with pytest.raises(UserError, match=r"config\.yaml, got one without; specify one such as"):
         read_run(tmp_path)
     with pytest.raises(UserError, match=r"config\.yaml, got no directory"):
         read_run(tmp_path / "none")

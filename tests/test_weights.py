@@ -190,7 +190,7 @@ def test_a_file_means_the_directory_that_it_is_in(tmp_path):
     [
         ("nothing", "no such directory; expected a directory with config.json"),
         ("empty", "no weights found; expected"),
-        ("some/one", "no such directory; .*; if it is on the Hugging Face Hub, give hf-hub:some/o"),
+        ("some/one", "no such directory; .*; if it is on the Hugging Face Hub, use hf-hub:some/o"),
     ],
 )
 def test_paths_without_weights(tmp_path, monkeypatch, path, message):
@@ -224,19 +224,19 @@ def test_descriptions_of_other_versions_are_rejected(saved, change, message):
     [
         (
             lambda tensors: tensors.pop("cls"),
-            r"cls: expected float32 \(16,\) by config.json, got none",
+            r"cls: expected float32 \(16,\) according to config.json, got none",
         ),
         (
             lambda tensors: tensors.update(more=torch.ones(2)),
-            r"more: expected none by config.json, got float32 \(2,\)",
+            r"more: expected none according to config.json, got float32 \(2,\)",
         ),
         (
             lambda tensors: tensors.update({"head.bias": torch.ones(4)}),
-            r"head.bias: expected float32 \(3,\) by config.json, got float32 \(4,\)",
+            r"head.bias: expected float32 \(3,\) according to config.json, got float32 \(4,\)",
         ),
         (
             lambda tensors: tensors.update({"head.bias": torch.ones(3).half()}),
-            r"head.bias: expected float32 \(3,\) by config.json, got float16 \(3,\)",
+            r"head.bias: expected float32 \(3,\) according to config.json, got float16 \(3,\)",
         ),
     ],
     ids=["missing", "unknown", "other shape", "other dtype"],
@@ -285,7 +285,7 @@ def test_other_classes_get_a_new_head(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dim": 32}, "has another shape in this model"),
+        ({"dim": 32}, "has a different shape in this model"),
         ({"depth": 1}, "does not exist in this model"),
         ({"depth": 3}, "is missing"),
         ({"layer_scale": 0.1}, r"is missing \(4 such parameters\)"),
@@ -304,7 +304,7 @@ def test_a_model_is_unchanged_if_the_weights_do_not_fit(saved, changes, message)
 def test_the_error_suggests_the_settings_of_the_run(tmp_path):
     run = RunDir(tmp_path / "run")
     save(run.best)
-    with pytest.raises(UserError, match="give the model settings that it was trained with"):
+    with pytest.raises(UserError, match="use the model settings that it was trained with"):
         initialize(model_of(dim=32), run.path)
     run.write_config(CONFIG)
     message = f"`vitral train {run.config} --init {run.path}`"
@@ -330,5 +330,7 @@ def test_a_recipe_uses_the_model_of_weights_without_reading_tensors(saved, tmp_p
     assert own == ViTConfig(dim=48)  # a recipe with a model keeps it
     shutil.rmtree(saved)
     recipe.write_text("train: {epochs: 20}")
-    with pytest.raises(UserError, match=r"no such directory.*--init names the weights to start"):
+    with pytest.raises(
+        UserError, match=r"no such directory.*--init specifies the weights to start"
+    ):
         weights.load_settings(str(recipe), ["--init", str(saved)])

@@ -1,4 +1,4 @@
-"""Locations of caches and downloads, also for users without a home directory."""
+"""Locations of caches and downloads, including for users without a home directory."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def examine() -> str:
     device = pick_device("auto")
     others = ["GPU         none that torch can use"]
     if device.type != "cpu":
-        others = [f"GPU         {device.type}: float32 with torch's own kernels"]
+        others = [f"GPU         {device.type}: float32 with PyTorch's built-in kernels"]
     lines += _gpu() if device.type == "cuda" else others
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
@@ -59,7 +59,7 @@ def _gpu() -> list[str]:
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Supported kernels of scaled_dot_product_attention, with grouped queries in bf16 on CUDA."""
+    """Returns the supported attention kernels; with grouped queries in bf16 on CUDA."""
     q = torch.zeros(1, 6, 197, 64, device=device, dtype=dtype)
     grouped = device.type == "cuda" and dtype == torch.bfloat16
     k = q[:, :2] if grouped else q
@@ -75,7 +75,7 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 
 def _decoders() -> list[str]:
-    """The common image formats, and whether torchcodec decodes them here."""
+    """Returns the common image formats, and whether torchcodec can decode them."""
     supported = []
     picture = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
     for name in ("JPEG", "PNG", "WEBP", "AVIF"):

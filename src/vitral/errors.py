@@ -1,4 +1,4 @@
-"""User errors, wording of messages, safe printing of names, and output that may be lost."""
+"""User errors, formatting of messages, safe printing of names, and output that may be lost."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FIXES = {
     errno.EFBIG: "raise the limit on the size of files, for example with `ulimit -f unlimited`",
     errno.EMFILE: "raise the limit on open files, for example with `ulimit -n 4096`",
     errno.ENFILE: "close other programs, which have too many open files",
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.EROFS: "give another directory",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.EROFS: "use a different directory",
 }
 """How to fix system errors."""
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -29,7 +29,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 class UserError(Exception):
     """An error that the user can fix.
 
-    The message is one line: the place, what was expected, what was found, and how to fix it.
+    The message is one line: the location, the expected and the actual value, and how to fix it.
     """
 
     shared = False
@@ -39,9 +39,9 @@ class UserError(Exception):
 class Messages:
     """A stream for messages that discards them without an error if it cannot be written.
 
-    The underlying stream may be None or closed, or its reader or terminal may be gone. After a
-    failure its descriptor refers to the null device, because the interpreter flushes it again at
-    exit.
+    The underlying stream may be None or closed, or its reader or terminal may no longer
+    exist. After a failure, its descriptor refers to the null device, because the interpreter
+    flushes it again at exit.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -135,7 +135,7 @@ def how_to_fix(error: OSError, otherwise: str) -> str:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """Lists the first three names and the number of further ones."""
+    """Returns the first three names and the number of further ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "") or "none"
 
 

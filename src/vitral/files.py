@@ -1,6 +1,6 @@
 """Paths, and safe reading of untrusted files: only regular files, up to a size limit.
 
-Also checks that output can be written, before a result could be lost.
+Also checks that output can be written, before any result could be lost.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_IMAGE) -> bytes:
 
 
 def require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> os.stat_result:
-    """Returns `status` if it is that of a regular file; otherwise raises OSError."""
+    """Returns `status` if it describes a regular file; otherwise raises OSError."""
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
     if not stat.S_ISREG(status.st_mode):
@@ -87,7 +87,7 @@ def check_writable(directory: str | Path) -> None:
         with TemporaryFile(dir=directory):  # os.access misses some restrictions of file systems
             pass
     except OSError as error:
-        fix = how_to_fix(error, "give another directory")
+        fix = how_to_fix(error, "use a different directory")
         raise UserError(
             f"out: cannot write {printable(directory)}: {error.strerror}; {fix}"
         ) from None
@@ -111,5 +111,5 @@ def check_room(directory: Path) -> None:
     if length > most:
         raise UserError(
             f"out: expected a path of at most {most:,} bytes, got one of {length:,}, "
-            f"{printable(directory)[:40]}...; give a shorter one"
+            f"{printable(directory)[:40]}...; use a shorter one"
         )

@@ -62,10 +62,10 @@ def download(name: str) -> Path:
     with _as_user_errors(repository, revision):
         if cached := _cached_if_unreachable(api, repository, revision, MANIFEST):
             return cached
-        # The manifest first, which only vitral writes, so as not to download gigabytes needlessly.
+        # Download the manifest first: only vitral writes one, so no gigabytes are wasted.
         folder = _fetch(api, repository, revision, MANIFEST)
         if (folder / MANIFEST).exists():
-            # The folder is named by its commit, so that all files come from the same commit.
+            # The folder is named after its commit, so all files come from the same commit.
             return _fetch(api, repository, folder.name, "config.json", "*.safetensors")
         model_type = _model_type(
             _fetch(api, repository, folder.name, "config.json") / "config.json"
@@ -74,7 +74,7 @@ def download(name: str) -> Path:
 
 
 def download_file(repository: str, revision: str, file: str) -> str:
-    """Downloads a file to the Hub's cache, if the repository has it, and returns its commit.
+    """Downloads a file to the Hub's cache, if it is in the repository, and returns its commit.
 
     Raises:
         UserError: if `download` would raise it.
@@ -148,7 +148,7 @@ def upload(name: str, folder: Path, *, private: bool, message: str) -> str:
         address = api.create_repo(name, private=private or None, exist_ok=True)
         if private and not api.model_info(name).private:
             raise UserError(
-                f"hub: {name} is public; make it private in its settings, or use another"
+                f"hub: {name} is public; make it private in its settings, or use a different one"
             )
         old = {
             file for file in api.list_repo_files(name) if re.fullmatch(r"[^/]+\.safetensors", file)
@@ -250,6 +250,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: BaseException | str) -> str:
-    """The first line of a message, truncated to 300 characters."""
+    """Returns the first line of a message, truncated to 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

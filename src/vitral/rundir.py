@@ -1,4 +1,4 @@
-"""The run directory: its file names, its lock, and reading of its logs."""
+"""The run directory: file names, lock, and reading of logs."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class RunDir:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"out: another process is training in {self.path}; wait for it, or give "
-                "another --out"
+                f"out: another process is training in {self.path}; wait for it, or pass "
+                "a different --out"
             ) from None
         except OSError as error:
-            place, fix = error.filename or self.path, how_to_fix(error, "give another --out")
+            place, fix = error.filename or self.path, how_to_fix(error, "pass a different --out")
             raise UserError(f"out: cannot write {place}: {error.strerror}; {fix}") from None
 
     def unlock(self) -> None:
@@ -142,7 +142,7 @@ class Run:
 
     @property
     def best(self) -> tuple[str, Row] | None:
-        """ "val" or "ema", and the row with the highest top-1; the first of equal ones."""
+        """ "val" or "ema", and the row with the highest top-1; ties go to the first row."""
         found = [(kind, row) for row in self.validations for kind in ("val", "ema")]
         found = [(kind, row) for kind, row in found if f"{kind}_top1" in row]
         return max(found, key=lambda item: item[1][f"{item[0]}_top1"], default=None)
@@ -164,7 +164,7 @@ def read_run(path: Path) -> Run:
     if not run.config.is_file():
         raise UserError(
             f"report: {path}: expected a run directory with {CONFIG}, got "
-            f"{'one without' if path.is_dir() else 'no directory'}; give one such as runs/digits"
+            f"{'one without' if path.is_dir() else 'no directory'}; specify one such as runs/digits"
         )
     notes, rows = [], read_rows(run.metrics)
     lines = run.metrics.read_bytes().count(b"\n") if run.metrics.exists() else 0
@@ -180,7 +180,7 @@ def read_run(path: Path) -> Run:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a metrics log up to the first invalid line, such as a truncated one."""
+    """Returns the rows of a metrics log, up to the first invalid or truncated line."""
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():

@@ -50,7 +50,7 @@ class TimmViT(ViT):
         num_classes: number of classes; 0 for a model without a head.
         in_chans: number of color channels, always 3.
         drop_rate: dropout before the head.
-        global_pool: "token", "avg", or "" for all tokens; None uses the pooling of `config`.
+        global_pool: "token", "avg", or "" for all tokens. Default: the pooling of `config`.
 
     Raises:
         UserError: if `in_chans` is not 3, or for an unknown pooling.
@@ -141,8 +141,8 @@ def vitral(
         pretrained_cfg_overlay: replaces single entries of the configuration.
         cache_dir: ignored; set HF_HUB_CACHE for files from the Hub.
         weights: any argument of `vitral.load`.
-        which: "model" or "ema"; None uses the default of the weights.
-        num_classes: replaces the head if the number of classes differs; None keeps the head.
+        which: "model" or "ema". Default: as stored with the weights.
+        num_classes: replaces the head if the number of classes differs. Default: keep the head.
         settings: img_size, drop_path_rate, proj_drop_rate, and the arguments of `TimmViT`.
 
     Raises:
@@ -209,7 +209,7 @@ def _pop(settings: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 def _cfg(
     model: ViTConfig, data: DataConfig, classes: tuple[str, ...] | None = None
 ) -> dict[str, Any]:
-    """The entries of timm's PretrainedCfg that `timm.data.resolve_model_data_config` reads."""
+    """Returns the PretrainedCfg entries that `timm.data.resolve_model_data_config` reads."""
     return {
         "input_size": (CHANNELS, model.image_size, model.image_size),
         "interpolation": data.interpolation,

@@ -173,7 +173,7 @@ def test_a_run_that_begins_from_weights_has_their_size(made, tmp_path):
     (tmp_path / "own.yaml").write_text("train: {epochs: 1}\noptim: {warmup_epochs: 0}")
     replace(made, "config.json", "config.model.dim", 1 << 16)
     message = refusal(lambda: weights.request(str(tmp_path / "own.yaml"), ["--init", str(made)]))
-    assert "by config.json, got float32" in message
+    assert "according to config.json, got float32" in message
 
 
 def tensors(**entries):

@@ -177,7 +177,7 @@ def test_an_export_without_a_place_is_refused_before_the_work(directory, monkeyp
     monkeypatch.setattr("vitral.inference.export._trace", None)
     assert main(["export", str(directory), "--format", "pt2"]) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"vitral: out: cannot write \.: .+; give another directory\n", error)
+    assert re.fullmatch(r"vitral: out: cannot write \.: .+; use a different directory\n", error)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

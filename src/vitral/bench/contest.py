@@ -51,7 +51,7 @@ def compare(
         The conditions, and a row for each model, for JSON.
 
     Raises:
-        UserError: if the batch does not fit into GPU memory.
+        UserError: if the batch does not fit in GPU memory.
     """
     classes, image_size = num_classes(config), config.model.image_size
     torch.compiler.reset()  # all models of a class share the limit on recompilations
@@ -61,14 +61,14 @@ def compare(
         train = dataclasses.replace(config.train, micro_batch=resolved.micro_batch)
         config = dataclasses.replace(config, train=train)
         matmul = matmul_rate(resolved.device, resolved.precision)
-        # With an empty cache, so that the compilation is timed, not reading from disk.
+        # With an empty cache, the compilation is timed, not reading from disk.
         with compat.fresh_compile_cache():
             models = {n: BenchmarkedModel(config, classes, mode, b) for n, b in builders.items()}
             times = run_interleaved({name: model.round for name, model in models.items()}, count)
     except torch.OutOfMemoryError:
         raise UserError(
             f"batch: {mode} with {config.train.micro_batch or config.train.batch_size} images of "
-            f"{image_size} pixels does not fit into GPU memory; use a smaller batch"
+            f"{image_size} pixels does not fit in GPU memory; use a smaller batch"
         ) from None
     rows = [_row(models[name], name, times, matmul) for name in builders]
     return {
@@ -86,7 +86,7 @@ def compare(
 
 
 def num_classes(config: Config) -> int:
-    """Returns the classes of a known dataset, otherwise 1,000; no data is read."""
+    """Returns the number of classes of a known dataset, otherwise 1,000; no data is read."""
     return CLASSES.get(config.data.path, 1000)
 
 
@@ -105,7 +105,7 @@ class Times:
 
 
 class BenchmarkedModel:
-    """A model that is built, compiled and warmed up, and the cost of that."""
+    """A model after building, compilation and warmup, and their cost."""
 
     def __init__(self, config: Config, num_classes: int, mode: Mode, build: Builder) -> None:
         with torch.device("meta"):
@@ -125,7 +125,7 @@ class BenchmarkedModel:
         self.steps = min(max(round(1e3 * rounds.SECONDS / warm.elapsed), MIN_STEPS), MAX_STEPS)
         self.memory_bytes = None
         if self.work.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # without what compilation used
+            torch.cuda.reset_peak_memory_stats()  # exclude the memory that compilation used
             self._time(1)
             self.memory_bytes = torch.cuda.max_memory_allocated() - memory_before
 
@@ -164,7 +164,7 @@ def time_steps(work: Work, steps: int) -> Times:
 
 @functools.cache
 def matmul_rate(device: str, precision: str) -> float:
-    """Measures the highest FLOP/s of large square matrix products, over sizes and repetitions."""
+    """Measures the highest FLOP/s of large square matrix multiplications, over all sizes."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best = 0.0
     for size in MATMULS.get(device, MATMULS["cpu"]):

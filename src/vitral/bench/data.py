@@ -1,4 +1,4 @@
-"""The rate of every input path, compared with torchvision's reference transforms."""
+"""Rates of all input paths, compared with torchvision's reference transforms."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ REFERENCE = "torchvision's reference transforms"
 
 
 def bench_data(config: Config) -> str:
-    """Measures images per second of every input path that data and machine support.
+    """Measures the images per second of every input path that the data and the machine support.
 
     Each path ends with augmented batches. Encoded images are also measured through a PyTorch
     DataLoader with the same number of workers and the transforms of torchvision's classification
@@ -119,7 +119,7 @@ def _can_decode(records: Encoded, index: int) -> bool:
 
 
 def _one_core(config: Config, records: Encoded) -> dict[str, Callable[[], float]]:
-    """The worker's part of vitral, all of vitral, and torchvision, on encoded images in memory."""
+    """Returns benchmarks on encoded images in memory: vitral's worker part, vitral, torchvision."""
     encoded = [records.read(i) for i in range(min(len(records), NUM_IMAGES // 4))]
     reference = _reference(config.model.image_size)
 
@@ -160,7 +160,7 @@ def _vitral_augmentation(config: Config, images: Tensor) -> Tensor:
 
 
 def _reference(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """The preset of torchvision's references/classification with AutoAugment and Random Erasing."""
+    """Returns the transforms of torchvision's references/classification with AutoAugment."""
     return v2.Compose(
         [
             v2.RandomResizedCrop(image_size, antialias=True),

@@ -1,4 +1,4 @@
-"""The largest batch of a training step that fits into GPU memory."""
+"""Finds the largest batch for which a training step fits in GPU memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitral.training.work import Training
 
 
 def largest_batch(config: Config, build: Builder, num_classes: int) -> int:
-    """Returns the largest batch for which a training step fits, optimizer state included; or 0.
+    """Returns the largest batch for which a training step and the optimizer state fit, or 0.
 
     Raises:
         UserError: if there is no CUDA GPU.

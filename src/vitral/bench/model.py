@@ -1,4 +1,4 @@
-"""The rate of the model, alone or next to its peers, for `vitral bench model`."""
+"""Measures the rate of the model, alone or next to its peers, for `vitral bench model`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(case: dict[str, Any]) -> str:
         f"{counted(case['num_classes'], 'class')}, on {case['device']}; "
         f"{counted(case['rounds'], 'interleaved round')}"
     )
-    matmul = f"matrix products alone reach {case['matmul_tflops']:.4g} TFLOP/s"
+    matmul = f"matrix multiplications alone reach {case['matmul_tflops']:.4g} TFLOP/s"
     rows = [["", "M param.", "GFLOP", "ms", "images/s", "", "TFLOP/s", "of matmul"]]
     rows[0] += [f"rate, {REFERENCE} = 1", "", "memory", "compiled in"]
     rows += [list(_cells(row)) for row in case["contestants"]]

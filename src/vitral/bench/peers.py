@@ -29,7 +29,7 @@ Builder = Callable[[ViTConfig, int], nn.Module]  # from architecture and number 
 
 
 def plain(config: ViTConfig, num_classes: int) -> nn.Module:
-    """Builds vitral's model without its own kernels."""
+    """Builds vitral's model without the custom kernels."""
     return ViT(dataclasses.replace(config, kernels="plain"), num_classes)
 
 
@@ -52,7 +52,7 @@ def timm_rope(config: ViTConfig, num_classes: int, **groups: Any) -> nn.Module:
 
 
 def timm_rope_gqa(config: ViTConfig, num_classes: int) -> nn.Module:
-    """Builds the same with grouped queries, which timm supports only with separate projections."""
+    """Builds timm_rope with grouped queries, which timm supports only with separate projections."""
     groups = config.shape.num_kv_heads
     return timm_rope(config, num_classes, num_kv_heads=groups, qkv_fused=False)
 
@@ -60,7 +60,7 @@ def timm_rope_gqa(config: ViTConfig, num_classes: int) -> nn.Module:
 def _timm(name: str, config: ViTConfig, num_classes: int, **others: Any) -> nn.Module:
     import timm
 
-    # Not timm.create_model, which drops the None that turns LayerScale off.
+    # timm.create_model would drop the None that disables LayerScale.
     model: Any = timm.model_entrypoint(name)(
         **timm_shape(config, num_classes),
         qk_norm=config.qk_norm,
@@ -100,8 +100,8 @@ PEERS: dict[str, Builder] = {
 def select_models(peers: Sequence[str]) -> dict[str, Builder]:
     """Returns vitral and the named peers; without timm, only vitral.
 
-    On a GPU vitral is included with and without its own kernels; on a CPU, `--model.kernels plain`
-    measures it without them.
+    On a GPU, vitral is included with and without the custom kernels; on a CPU,
+    `--model.kernels plain` measures it without them.
 
     Raises:
         UserError: for an unknown peer.
@@ -114,5 +114,5 @@ def select_models(peers: Sequence[str]) -> dict[str, Builder]:
 
 
 def has_timm() -> bool:
-    """Whether timm is installed."""
+    """Returns whether timm is installed."""
     return find_spec("timm") is not None

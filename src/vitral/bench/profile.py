@@ -17,11 +17,11 @@ from vitral.config import Config
 
 Kind = Literal["attention", "matmul", "optimizer", "copy", "elementwise", "other"]
 # The first pattern found in a name counts. Inductor names a kernel after everything that it fused:
-# norms, copies, and adjacent attention. Attention kernels use cutlass, like matrix products; the
-# optimizer's kernels are templates over elementwise functors.
+# norms, copies, and adjacent attention. Attention kernels use cutlass, like matrix multiplications;
+# the optimizer's kernels are templates over elementwise functors.
 PATTERNS: tuple[tuple[Kind, str], ...] = (
     ("elementwise", r"^triton_(?!tem_)"),
-    ("matmul", r"^_gelu_(linear|backward)"),  # vitral's own, kernels/gelu.py
+    ("matmul", r"^_gelu_(linear|backward)"),  # the custom kernels in kernels/gelu.py
     ("attention", r"attention|flash|fmha|sdpa"),
     ("optimizer", r"adam|multi_tensor_apply|_foreach_|vector_norm|LpNorm"),
     ("matmul", r"gemm|gemv|cutlass|cublas|nvjet|wgmma|splitk|triton_tem_|^aten::(add|b|bad)?mm$"),
@@ -49,7 +49,7 @@ class Entry:
     name: str
     kind: Kind
     ms: float
-    """Own time, without the operators that it calls."""
+    """Time without that of the operators that it calls."""
     calls: float
 
 

@@ -27,7 +27,7 @@ from vitral.training.work import Training
 
 
 def plan(request: settings.Request) -> str:
-    """Returns settings, model size, number of steps and estimated time (`--dry-run`).
+    """Returns the settings, model size, number of steps and estimated time (`--dry-run`).
 
     The model is built on the meta device; the estimate times a single block.
 

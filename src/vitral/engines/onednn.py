@@ -30,7 +30,7 @@ def for_inference(model: ViT) -> ViT:
     """Returns a copy of `model` that shares its weights and hooks, for inference.
 
     The copy computes no gradients. Returns the model itself where nothing faster is available: on a
-    GPU, in a precision other than float32, on processors other than x86.
+    GPU, in a precision other than float32, or on processors other than x86.
     """
     supported = all(p.is_cpu and p.dtype == torch.float32 for p in model.parameters())
     return _shared_copy(model) if kernels.has_onednn() and supported else model
@@ -39,7 +39,7 @@ def for_inference(model: ViT) -> ViT:
 def _shared_copy(module: M) -> M:
     copied = copy.copy(module)
     children = {name: _shared_copy(child) for name, child in module.named_children()}
-    # vars, as a compiled module forwards attributes that are set on it to the original module
+    # Use vars: a compiled module forwards attributes that are set on it to the original module.
     vars(copied)["_modules"] = children
     if fast := _FAST_CLASSES.get(type(module)):
         copied.__class__ = fast  # pyright: ignore
@@ -71,7 +71,7 @@ class _ViT(ViT):
     def forward_features(self, images: Tensor) -> Tensor:
         patches = images.shape[2:].numel() // self.config.patch_size**2
         slices = images.split(max(1, TOKENS_PER_SLICE // max(1, patches)))
-        # Under autocast oneDNN would get operands of two dtypes, which it rejects.
+        # Under autocast, oneDNN would receive operands of two dtypes, which it rejects.
         with torch.autocast("cpu", enabled=False), _LinearMode():
             return torch.cat([*map(super().forward_features, slices)])
 

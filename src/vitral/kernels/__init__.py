@@ -1,4 +1,4 @@
-"""Fast, hardware-specific operations, behind functions that look like plain ones."""
+"""Fast, hardware-specific operations with hardware-independent interfaces."""
 
 from vitral.kernels.feed_forward import can_fuse, feed_forward, has_feed_forward
 from vitral.kernels.linear import can_train_by_onednn, has_onednn, onednn_linear, onednn_product

@@ -1,4 +1,4 @@
-"""A feed-forward network with GELU fused into the adjacent matrix products."""
+"""A feed-forward network with GELU fused into the adjacent matrix multiplications."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ HOPPER = (9, 0)
 
 
 def has_feed_forward(device: torch.device) -> bool:
-    """Whether the device supports the kernels: a Hopper GPU or newer, with Triton installed."""
+    """Returns whether the device supports the kernels: a Hopper GPU or newer, with Triton."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= HOPPER
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether the kernels support x on a supported device: on a GPU, in half precision."""
+    """Returns whether the kernels support x on a supported device: a GPU, in half precision."""
     return x.is_cuda and product_dtype(x).itemsize == 2
 
 
 def feed_forward(
     x: Tensor, expand: Tensor, expand_bias: Tensor | None, contract: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """linear(gelu(linear(x))), with the tanh form of GELU (Hendrycks and Gimpel 2016).
+    """Computes linear(gelu(linear(x))), with the tanh form of GELU (Hendrycks and Gimpel 2016).
 
     Args:
         x: (..., D).
@@ -42,8 +42,8 @@ def feed_forward(
         (..., D), in the dtype in which a linear layer would compute.
     """
     dtype = product_dtype(x)
-    # The kernels require contiguous rows. The first bias keeps its dtype, since they add it to
-    # float32 sums.
+    # The kernels require contiguous rows. The first bias keeps its dtype, because they add it
+    # to float32 sums.
     weights = expand.to(dtype).contiguous(), expand_bias, contract.to(dtype).contiguous()
     rows = x.to(dtype).flatten(0, -2).contiguous()
     with torch.autocast(x.device.type, enabled=False):

@@ -1,10 +1,11 @@
-"""Matrix products fused with GELU or its derivative, in Triton.
+"""Matrix multiplications fused with GELU or its derivative, in Triton.
 
-The tensor between the two products of a feed-forward network is the largest one of a block. Without
-fusion, the first product writes it and GELU reads and writes it. In the backward pass a product
-writes its gradient, GELU's derivative reads both tensors and writes its result, and the gradient of
-the bias reads that. Fusing GELU and its derivative into the products leaves four of these eight
-passes over the tensor.
+The tensor between the two multiplications of a feed-forward network is the largest one in a block.
+Without fusion, the first multiplication writes it, and GELU reads and writes it. In the backward
+pass, a multiplication writes its gradient, GELU's derivative reads both tensors and writes its
+result, and the gradient of the bias reads that result. Fusing GELU and its derivative into the
+multiplications leaves four of these eight passes over the tensor.
+
 Each program computes one block of the result, with float32 sums.
 """
 
@@ -16,14 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-# The same for all shapes: autotuning could choose another order of summation in each run.
+# The same for all shapes: autotuning could choose a different order of summation in each run.
 BLOCK_M, BLOCK_N, BLOCK_K, GROUP = 128, 128, 64, 8
 WARPS, STAGES = 4, 3
 
 
 @triton.jit
 def _gelu_gate(x):
-    """s in gelu(x) = x s, in the tanh form: (1 + tanh u) / 2 = sigmoid(2 u); and d(2u)/dx."""
+    """Returns s = (1 + tanh u) / 2 = sigmoid(2 u) in gelu(x) = x s, tanh form; and d(2u)/dx."""
     square = x * x
     gate = tl.sigmoid(1.5957691216057308 * x * (1 + 0.044715 * square))
     return gate, 1.5957691216057308 * (1 + 0.134145 * square)
@@ -31,7 +32,7 @@ def _gelu_gate(x):
 
 @triton.jit
 def _block_of(num_m, num_n, GROUP: tl.constexpr):
-    """Row and column of this program's block; GROUP rows of blocks share the cache."""
+    """Returns row and column of this program's block; GROUP rows of blocks share the cache."""
     program = tl.program_id(0)
     group = program // (GROUP * num_n)
     first = group * GROUP
@@ -45,7 +46,7 @@ def _product(
     a, b, m, n, M, N, K, stride_bn, stride_bk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The block of rows m and columns n of a b, for a row-major a (M, K) and a strided b (K, N)."""
+    """Returns rows m and columns n of a b, for a row-major a (M, K) and a strided b (K, N)."""
     k = tl.arange(0, BLOCK_K)
     a += (m % M)[:, None].to(tl.int64) * K + k[None, :]
     b += (n % N)[None, :] * stride_bn + k[:, None] * stride_bk
@@ -104,7 +105,7 @@ def _launch(kernel: object, tensors: tuple[Tensor, ...], M: int, N: int, K: int,
 
 @triton_op("vitral::gelu_linear", mutates_args=())
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y = x weight^T + bias, and gelu(y).
+    """Computes y = x weight^T + bias, and gelu(y).
 
     Args:
         x: (M, K), contiguous.
@@ -124,7 +125,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
 
 @triton_op("vitral::gelu_backward", mutates_args=())
 def gelu_backward(gradient: Tensor, weight: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-    """(gradient weight) gelu'(before), and its sum over the rows.
+    """Computes (gradient weight) gelu'(before), and its sum over the rows.
 
     Args:
         gradient: gradient of gelu(before) weight^T, (M, K), contiguous.

@@ -14,7 +14,7 @@ from vitral.machine import is_amd
 
 
 def has_onednn() -> bool:
-    """Whether torch supports oneDNN's linear layer here: on x86, unless it is disabled."""
+    """Returns whether torch supports oneDNN's linear layer here: on x86, unless disabled."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
@@ -24,11 +24,11 @@ def has_onednn() -> bool:
 
 
 def can_train_by_onednn(x: Tensor) -> bool:
-    """Whether `onednn_linear` supports x and is faster than torch: float32, on an AMD processor.
+    """Returns whether `onednn_linear` supports x and is faster than torch: float32, on AMD.
 
     torch runs linear layers with MKL, which uses half the vector width of AMD processors. Other
-    processors are not measured. Excluded under torch.compile, whose lowering to oneDNN does not
-    support tensors that require gradients.
+    processors are not measured. Returns False under torch.compile, whose lowering to oneDNN does
+    not support tensors that require gradients.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -37,7 +37,7 @@ def can_train_by_onednn(x: Tensor) -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b, like `F.linear`: x (..., D), W (F, D), b (F,), to (..., F).
+    """Computes x W^T + b, like `F.linear`: x (..., D), W (F, D), b (F,), to (..., F).
 
     Unlike in `F.linear`, x must have at least two axes and at least one row.
     """

@@ -1,4 +1,4 @@
-"""RMS normalization that saves for the backward pass what the next linear layer saves anyway."""
+"""RMS normalization that shares the saved tensor with the next linear layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ EPS = 1e-6
 
 
 def normalize(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + 1e-6) over the last axis (Zhang and Sennrich 2019), without a scale.
+    """Computes x / sqrt(mean(x^2) + 1e-6) over the last axis (Zhang and Sennrich 2019).
 
-    Computes in float32, or in float64 if x is float64. For the gradient it saves the result, which
-    the linear layer after it also saves, and one number per row, but not x. With a bf16 result and
-    a float32 x this saves two thirds of the memory.
+    There is no scale. The computation is in float32, or in float64 if x is float64. For
+    the gradient, it saves the result, which the next linear layer also saves, and one number per
+    row, but not x. With a bf16 result and a float32 x, this saves two thirds of the memory.
 
     Args:
         x: (..., D).
@@ -28,7 +28,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes for input x: that of x or of autocast."""
+    """Returns the dtype in which a linear layer computes for input x: that of x or autocast."""
     device = x.device.type
     # Autocast does not support the meta device. torch.amp.is_autocast_available would detect that,
     # but causes graph breaks in torch 2.11.
@@ -43,7 +43,7 @@ class _Normalize(torch.autograd.Function):
     def forward(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         exact = x.float() if x.dtype.itemsize < 4 else x
         norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-        # In-place operations here and below take a CPU two thirds of the time.
+        # On a CPU, in-place operations here and below take two thirds of the time.
         inverse = norm.square_().div_(x.shape[-1]).add_(EPS).rsqrt_()
         y = exact * inverse
         # With a .to that does not change the dtype, torch.compile loses the gradient in torch 2.11.
@@ -56,13 +56,13 @@ class _Normalize(torch.autograd.Function):
         ctx.save_for_backward(*output)
 
     @staticmethod
-    @once_differentiable  # since it treats the saved `inverse` as a constant
+    @once_differentiable  # because it treats the saved `inverse` as a constant
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor, None]:
         y, inverse = ctx.saved_tensors
         g, y = gradients[0].to(inverse.dtype), y.to(inverse.dtype)
-        # (g - y mean(g y)) inverse; this form takes a CPU half the time. vecdot would give the same
-        # bits, but autocast lets torch.compile compute it in bf16.
+        # (g - y mean(g y)) inverse; on a CPU, this form takes half the time. vecdot would return
+        # the same bits, but autocast lets torch.compile compute it in bf16.
         projection = (g * y).sum(-1, keepdim=True).div_(-y.shape[-1])
         return torch.addcmul(g, y, projection).mul_(inverse).to(ctx.dtype), None

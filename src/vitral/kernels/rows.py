@@ -1,6 +1,6 @@
-"""Taking some rows of a batch, and putting them back.
+"""Takes some rows of a batch, and puts them back.
 
-Forward and backward passes only gather, so they are exact and deterministic. torch's own gradient
+Forward and backward passes only gather, so they are exact and deterministic. PyTorch's gradient
 of indexing uses atomic additions on a GPU.
 """
 
@@ -24,7 +24,7 @@ def take_rows(x: Tensor, order: Tensor, count: int) -> Tensor:
 
 
 def put_rows(x: Tensor, order: Tensor) -> Tensor:
-    """The inverse, (count, ...) to (B, ...): row order[i] is x[i], all other rows are zero."""
+    """Inverts `take_rows`, (count, ...) to (B, ...): row order[i] is x[i], other rows are zero."""
     return _Put.apply(x, order)  # pyright: ignore[reportReturnType]
 
 

@@ -118,7 +118,7 @@ class Outputs:
             self.reported = (progress.step, scores)
 
     def restore_weights(self, progress: Progress) -> None:
-        """Restores weights that are damaged, older than their checkpoint, or name an old data path."""
+        """Restores weights that are damaged, older than their checkpoint, or have an old path."""
         if not self.parts.describable:
             return
         for directory in (self.run.best, self.run.last):

@@ -1,8 +1,8 @@
-"""Converts the parameters of public Vision Transformers to vitral's architecture, exactly.
+"""Converts the parameters of pretrained Vision Transformers to vitral's architecture, exactly.
 
-vitral's blocks use RMSNorm, most public models LayerNorm. The two are equal for zero-mean tokens,
-so everything that writes to the residual stream (embedding, tokens, positions, both branches) is
-centered: C subtracts the mean over the output axis. The bias of a norm moves into the bias of the
+vitral's blocks use RMSNorm, and most pretrained models use LayerNorm. The two are equal for
+zero-mean tokens, so everything that writes to the residual stream (embedding, tokens, positions,
+both branches) is centered: C subtracts the mean over the output axis. The bias of a norm moves into the bias of the
 linear layer after it. A different eps becomes a factor on everything that writes to the stream.
 LayerScale g after a weight W becomes g and g^-1 C(g W). Rotary channel pairs are permuted.
 
@@ -32,7 +32,7 @@ ACTIVATIONS = {
 
 
 class Norm(NamedTuple):
-    """A LayerNorm or RMSNorm of a public model, in float64."""
+    """A LayerNorm or RMSNorm of a pretrained model, in float64."""
 
     scale: Tensor
     bias: Tensor | None
@@ -41,12 +41,12 @@ class Norm(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """The factor on the norm's input that replaces its eps by vitral's."""
+        """The factor on the norm's input that replaces its eps with vitral's."""
         return (EPS / self.eps) ** 0.5
 
 
 class Block:
-    """An encoder block of a public model, under uniform names."""
+    """An encoder block of a pretrained model, with uniform names."""
 
     def __init__(self, index: int, block: Any) -> None:
         self.place = f"blocks.{index}"
@@ -83,7 +83,7 @@ class Block:
         return weights, [_optional(q_bias), None, _optional(v_bias)]
 
     def ffn(self) -> tuple[str, Tensor, Tensor | None]:
-        """Returns activation, weight and bias of the first linear layer; for SwiGLU gate, value."""
+        """Returns activation, weight, bias of the first linear layer; for SwiGLU gate, value."""
         mlp, kind = self.mlp, type(self.mlp).__name__
         if kind == "SwiGLU":
             layers = [mlp.fc1_g, mlp.fc1_x]
@@ -103,7 +103,7 @@ class Block:
 
 
 def read_config(source: Any, blocks: list[Block]) -> ViTConfig:
-    """Returns the architecture of a public model.
+    """Returns the architecture of a pretrained model.
 
     Raises:
         UserError: if vitral does not support a part of the model; the message names it.
@@ -163,7 +163,7 @@ def read_config(source: Any, blocks: list[Block]) -> ViTConfig:
 
 
 def _read_rope(source: Any) -> dict[str, Any]:
-    """Returns kind, theta, grid and origin of the rotary positions."""
+    """Returns the kind, theta, grid and origin of the rotary positions."""
     rope = getattr(source, "rope", None)
     if rope is None:
         return {"rope": "none"}
@@ -189,7 +189,7 @@ def _read_rope(source: Any) -> dict[str, Any]:
 def convert_state(
     source: Any, blocks: list[Block], config: ViTConfig
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields names and values of vitral's state dict, in float64."""
+    """Yields the names and values of vitral's state dict, in float64."""
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
     final = read_norm("norm", _final_norm(source))
     if len({(norm.eps, norm.centered) for norm in (*norms, final)}) > 1:
@@ -224,7 +224,7 @@ def _is_folded(scale: Tensor, norm: Norm) -> Tensor:
 
 
 def _embedding(source: Any, config: ViTConfig, norm: Norm) -> Iterator[tuple[str, Tensor]]:
-    """Yields patch projection, tokens, positions and their norm."""
+    """Yields the patch projection, tokens, positions and their norm."""
     writes = _StreamWrite(norm.factor, norm.centered)
     first = writes  # for parameters before the norm of the embedded tokens
     if config.embed_norm == "tokens":
@@ -337,7 +337,7 @@ def _rotary_order(source: Any, config: ViTConfig) -> Tensor | None:
     size = config.shape.dim // config.shape.num_heads
     pairs = torch.arange(size // 2)
     if config.rope == "axial" and getattr(source.rope, "grid_indexing", "ij") == "ij":
-        pairs = pairs.roll(size // 4)  # the public model has y first
+        pairs = pairs.roll(size // 4)  # the pretrained model has y first
     half = getattr(source.blocks[0].attn, "rotate_half", False)
     if half:
         return torch.cat([pairs, pairs + size // 2])

@@ -36,19 +36,19 @@ class Description:
     vitral: str
     """The version that wrote the weights."""
     source: str = ""
-    """The public model that was converted, such as timm:NAME."""
+    """The pretrained model that was converted, such as timm:NAME."""
     license: str = ""
-    """License of the public model, as its publisher states it."""
+    """License of the pretrained model, as stated by its publisher."""
     difference: float = 0.0
-    """Largest difference from the public model's outputs, over their rms."""
+    """Largest difference from the pretrained model's outputs, relative to their rms."""
 
     def to_document(self) -> dict[str, Any]:
-        """The JSON object that `from_document` reads."""
+        """Returns the JSON object that `from_document` reads."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def from_document(cls, document: dict[str, Any], directory: Path) -> Description:
-        """The description in a config.json, which may be hostile: names are printable.
+        """Returns the description in a config.json, which is untrusted: names are made printable.
 
         Args:
             document: the JSON object.
@@ -87,7 +87,7 @@ class Weights:
 
 
 def require_head(weights: Weights) -> Weights:
-    """The weights; raises UserError if they have no classifier."""
+    """Returns the weights. Raises UserError if they have no classifier."""
     if weights.description.classes:
         return weights
     raise UserError(
@@ -125,8 +125,8 @@ def describe(
 ) -> Description:
     """Returns the description of a run's weights; the default is the better of raw and EMA weights.
 
-    It contains all fields of the architecture, as presets may change, and the absolute path of the
-    data.
+    It contains all fields of the architecture, because presets may change, and the absolute path
+    of the data.
     """
     better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
     model = dataclasses.replace(config.model, **config.model.shape._asdict())

@@ -59,8 +59,8 @@ def explain(error: NoWeightsError) -> UserError:
         f"({error.model_type})"
     )
     if name := TIMM.get(error.repository):
-        return UserError(f"{what}; give timm:{name}, the same model")
+        return UserError(f"{what}; use timm:{name}, the same model")
     if word := FAMILIES.get(error.model_type):
         search = f"https://huggingface.co/timm/models?search={word}"
-        return UserError(f"{what}; find the same model at {search} and give timm:NAME")
+        return UserError(f"{what}; find the same model at {search} and use timm:NAME")
     return UserError(f"{what}; vitral loads its own weights and timm's Vision Transformers")

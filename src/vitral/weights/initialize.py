@@ -23,11 +23,11 @@ def load_settings(source: str, given: OptionValues | Sequence[str] = ()) -> Conf
 
 
 def request(source: str, given: OptionValues | Sequence[str] = ()) -> Request:
-    """Like `settings.request`, but a recipe without a model uses that of the weights `train.init`.
+    """Returns `settings.request`; a recipe without a model uses the model of `train.init`.
 
-    It also uses their preprocessing. Settings in the recipe or the options, such as the image size,
-    take precedence; the grid of rotary positions remains that of the weights. The config.yaml of a
-    run always contains its model.
+    It also uses the preprocessing of these weights. Settings in the recipe or the options, such as
+    the image size, take precedence; the grid of rotary positions remains that of the weights. The
+    config.yaml of a run always contains its model.
 
     Raises:
         UserError: for an unknown recipe, key or value, or missing weights.
@@ -39,11 +39,12 @@ def request(source: str, given: OptionValues | Sequence[str] = ()) -> Request:
     if path in ("None", "") or {"model.size", "model.dim"} & recipe.keys():
         return settings.request(source, given)
     try:
-        # With the shapes of the tensors, as config.json alone could describe any size.
+        # Read the shapes of the tensors, because config.json alone could describe any size.
         known = load(path, device="meta").description.config
     except UserError as error:
         raise UserError(
-            f"{error}; --init names the weights to start from; resume a run with its {CONFIG}"
+            f"{error}; --init specifies the weights to start from; to resume a run, use its "
+            f"{CONFIG}"
         ) from None
     data = DataConfig(**{name: getattr(known.data, name) for name in PREPROCESSING})
     model = dataclasses.replace(_as_preset(known.model), rope_grid=known.model.grid)
@@ -77,7 +78,7 @@ def initialize(model: ViT, path: str | Path) -> list[str]:
     other = [n for n in source if n in own and source[n].shape != own[n].shape]
     missing = sorted(name for name in own.keys() - source.keys() if not name.startswith("head."))
     for names, what in (
-        (other, "has another shape in this model"),
+        (other, "has a different shape in this model"),
         (unknown, "does not exist in this model"),
         (missing, "is missing"),
     ):
@@ -101,5 +102,5 @@ def _matching_model_hint(path: str | Path) -> str:
     recipe = "the recipe imagenet-finetune uses the model of the weights"
     own = RunDir(path).config
     if not own.is_file():
-        return f"give the model settings that it was trained with; {recipe}"
-    return f"give the settings of that run, `vitral train {own} --init {path}`; {recipe}"
+        return f"use the model settings that it was trained with; {recipe}"
+    return f"use the settings of that run, `vitral train {own} --init {path}`; {recipe}"

@@ -1,4 +1,4 @@
-"""Public Vision Transformers: timm's models by name, converted exactly and cached."""
+"""Pretrained Vision Transformers: timm's models by name, converted exactly and cached."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ class Imported(NamedTuple):
 
     model: ViT
     error: float
-    """Largest difference over the rms of the original's outputs."""
+    """Largest difference, relative to the rms of the original's outputs."""
     folded: int
-    """LayerScale channels that were folded into the weights, being too small to divide by."""
+    """LayerScale channels folded into the weights because they are too small to divide by."""
 
 
 def fetch(name: str) -> Path:
-    """The weight directory of a public model, converted at the first use and then cached.
+    """Returns the weight directory of a pretrained model, converted at the first use and cached.
 
-    A cached model needs neither timm nor a network. It stays the same if its publisher changes it;
-    `source` in config.json has the commit.
+    A cached model requires neither timm nor a network. It does not change if its publisher changes
+    it; `source` in config.json contains the commit.
 
     Args:
         name: `timm:NAME` or `timm:NAME.tag`, of the newest commit or `@revision`.
 
     Raises:
-        UserError: there is no such model, it cannot be downloaded, or it is not supported.
+        UserError: if there is no such model, it cannot be downloaded, or it is not supported.
     """
     bare = name.removeprefix(PREFIX)
     place = cache_dir() / "public" / bare.replace("/", "--")  # revisions may contain a slash
@@ -68,7 +68,7 @@ def write(name: str, public: Any, place: Path) -> tuple[Imported, Description]:
     """Converts a timm model and writes it as a weight directory. Raises UserError, OSError."""
     imported, source = convert(public), public.pretrained_cfg
     commit = "" if source.get("file") else (source.get("hf_hub_id") or "").partition("@")[2]
-    if commit:  # with the tag, as another timm may have another default
+    if commit:  # include the tag, because the default may differ in other versions of timm
         tagged = filter(None, (source["architecture"], source.get("tag")))
         name = f"{'.'.join(tagged)}@{commit}"
     description = Description(
@@ -93,11 +93,11 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
 
     Args:
         name: NAME or NAME.tag in timm, optionally with @revision of the Hub.
-        file: weights with timm's or the original keys, to load instead of downloading.
+        file: weights with timm's or the original parameter names, to load instead of downloading.
         changes: other arguments of `timm.create_model`.
 
     Raises:
-        UserError: timm is missing, there is no such model, or its weights cannot be loaded.
+        UserError: if timm is missing, there is no such model, or its weights cannot be loaded.
     """
     try:
         import timm
@@ -114,10 +114,10 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
         kind = timm.models.model_entrypoint(base).__module__.rpartition(".")[2]
         raise UserError(
             f"{PREFIX}{name}: expected a plain Vision Transformer, of timm's "
-            f"{', '.join(FAMILIES)}, got one of {kind}; give another, such as "
+            f"{', '.join(FAMILIES)}, got one of {kind}; use a different one, such as "
             f"{PREFIX}vit_small_patch14_dinov2"
         )
-    # So that `convert` can compare the two models at several image sizes.
+    # This allows `convert` to compare the two models at several image sizes.
     changes = {"dynamic_img_size": True, **changes}
     if file and not _has_head(file):
         changes.setdefault("num_classes", 0)
@@ -140,19 +140,19 @@ def _failure(name: str, file: str | None, error: Exception) -> UserError:
     lines = [line.strip() for line in str(error).splitlines()[:2]]
     reason = printable(" ".join(lines)[:MAX_REASON] or type(error).__name__)
     fix = (
-        "give the weights of this model, with timm's or the original keys"
+        "pass the weights of this model, with timm's or the original parameter names"
         if file
         else "without a network, download its model.safetensors from huggingface.co/timm "
-        f"elsewhere and give it to `vitral import {PREFIX}{name} DIR --file`"
+        f"elsewhere and pass it to `vitral import {PREFIX}{name} DIR --file`"
     )
     what = f"{file} cannot be loaded" if file else "cannot be downloaded"
     return UserError(f"{PREFIX}{name}: {what}: {reason}; {fix}")
 
 
 def _pinned(name: str, revision: str) -> dict[str, Any]:
-    """Downloads a model; returns changes to timm's description of it that name the commit.
+    """Downloads a model; returns changes to its timm configuration that specify the commit.
 
-    Fails within seconds if there is no network, where timm's download tries for minutes.
+    Fails within seconds if there is no network; timm's download retries for minutes.
     """
     from timm.models import get_pretrained_cfg
 
@@ -165,7 +165,7 @@ def _pinned(name: str, revision: str) -> dict[str, Any]:
 
 
 def _has_head(file: str) -> bool:
-    """Whether a safetensors file has a classifier; True for other file formats."""
+    """Returns whether a safetensors file has a classifier; True for other file formats."""
     try:
         with safe_open(file, "pt") as opened:
             return any(name.startswith("head.") for name in opened.keys())  # noqa: SIM118
@@ -198,7 +198,7 @@ def convert(public: Any) -> Imported:
 
 @torch.no_grad()
 def difference(model: ViT, public: Any) -> float:
-    """Returns the largest difference of the outputs on noise, over the rms of those of `public`."""
+    """Returns the largest difference of the outputs on noise, relative to the rms of `public`'s."""
     draw = torch.Generator().manual_seed(0)
     image_size, patch, worst = model.config.image_size, model.config.patch_size, 0.0
     shapes = [tuple(public.patch_embed.img_size)]

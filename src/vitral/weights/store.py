@@ -54,17 +54,15 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
     """Loads weights for use.
 
     Args:
-        path: a weight directory, a run directory, whose best weights are used, a file in one of
-            them, weights on the Hugging Face Hub, `hf-hub:owner/name` or
-            `hf-hub:owner/name@revision`, or a public model, `timm:NAME` or `timm:NAME.tag`, also
-            with `@revision`.
-        which: "model" or "ema"; None uses the default of the weights.
-        device: where to put the model; "meta" reads the shapes alone, and does not verify the
-            tensors.
+        path: a weight directory; a run directory, whose best weights are used; a file in one of
+            them; weights on the Hugging Face Hub, `hf-hub:owner/name[@revision]`; or a pretrained
+            model, `timm:NAME[.tag][@revision]`.
+        which: "model" or "ema". Default: as stored with the weights.
+        device: device of the model; "meta" reads only the shapes and does not verify the tensors.
 
     Raises:
-        UserError: if there are no weights at the path, they are corrupt, or a newer version of
-            vitral wrote them.
+        UserError: if there are no weights at the path, they are corrupt, or they were written by a
+            newer version of vitral.
     """
     directory = find(path)
     return storage.consistent(directory, lambda: _load(directory, path, which, device))
@@ -91,9 +89,9 @@ def _load(directory: Path, path: str | Path, which: Which | None, device: str) -
 
 
 def find(path: str | Path) -> Path:
-    """Returns the weight directory for `path`: itself, or a run's best or else last weights.
+    """Returns the weight directory for `path`: itself, or a run's best or last weights.
 
-    A file such as config.yaml or model.safetensors means the directory that it is in.
+    A file such as config.yaml or model.safetensors stands for the directory that contains it.
 
     Only `timm:NAME` and `hf-hub:owner/name` use the network, at the first use; the result is the
     directory in the cache.
@@ -118,7 +116,7 @@ def find(path: str | Path) -> Path:
                 return place
     what = "no such directory" if not given.exists() else "no weights found"
     named = hub.NAME.fullmatch(str(path).partition("@")[0]) and not path.exists()
-    hint = f"; if it is on the Hugging Face Hub, give {hub.PREFIX}{path}" if named else ""
+    hint = f"; if it is on the Hugging Face Hub, use {hub.PREFIX}{path}" if named else ""
     raise UserError(
         f"weights: {given}: {what}; expected a directory with {DESCRIPTION} and model.safetensors, "
         f"such as runs/NAME or runs/NAME/{run.best.relative_to(path)}{hint}"
@@ -126,12 +124,12 @@ def find(path: str | Path) -> Path:
 
 
 def _file_of(path: Path) -> Which | None:
-    """Which weights a file holds, by its name."""
+    """Returns which weights a file contains, by its name."""
     return next((which for which in get_args(Which) if path.name == f"{which}{TENSORS}"), None)
 
 
 def public_name(path: str) -> str | None:
-    """Returns `timm:NAME` for a public model, also for hf-hub:timm/NAME, otherwise None."""
+    """Returns `timm:NAME` for a pretrained model, including hf-hub:timm/NAME, otherwise None."""
     timms = f"{hub.PREFIX}timm/"
     if path.startswith(timms):
         return public.PREFIX + path.removeprefix(timms)
@@ -145,7 +143,7 @@ def _fix(path: str | Path) -> str:
     if str(path).startswith(hub.PREFIX):
         return "remove it from the cache with `hf cache` and try again, or inform its owner"
     return (
-        "copy it again, or repeat `vitral train` with the run's own "
+        "copy it again, or repeat `vitral train` with the run's "
         f"{CONFIG}, which restores it from a checkpoint"
     )
 
@@ -156,8 +154,8 @@ def _check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], 
         wanted, got = (_form(tensors.get(name)) for tensors in (expected, found))
         if wanted != got:
             raise UserError(
-                f"weights: {file}: {name}: expected {wanted} by {DESCRIPTION}, got {got}; "
-                "the two belong to different models: copy the directory again"
+                f"weights: {file}: {name}: expected {wanted} according to {DESCRIPTION}, got "
+                f"{got}; the two belong to different models: copy the directory again"
             )
 
 
