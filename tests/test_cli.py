@@ -534,8 +534,8 @@ def test_settings_valid_only_with_the_weights_are_accepted(
 def test_init_with_another_architecture_is_a_user_error(image_folder, run, user_error, tmp_path):
     words = folder_settings(image_folder, tmp_path / "out", "--init", str(run))
     message = f"use the settings of that run, `vitral train {run}/config.yaml --init {run}`"
-    user_error([*words, "--model.dim", "32"], "another shape", message, "imagenet-finetune")
-    user_error([*words, "--model.patch-size", "8"], "another shape")
+    user_error([*words, "--model.dim", "32"], "a different shape", message, "imagenet-finetune")
+    user_error([*words, "--model.patch-size", "8"], "a different shape")
     user_error(
         [*words, "--model.image-size", "20"], "4 patches per side, got 5; add --model.rope-grid 4"
     )
@@ -612,7 +612,7 @@ def test_dry_run_rejects_what_the_run_would(
     words = [*folder_settings(image_folder, tmp_path / "out", "--init", str(run)), "--dry-run"]
     assert main(words) == 0
     assert f"initialized from {run}; reinitialized parameters: none" in capsys.readouterr().out
-    user_error([*words, "--model.dim", "32"], "another shape")
+    user_error([*words, "--model.dim", "32"], "a different shape")
     user_error([*folder_settings(image_folder, run, "--optim.lr", "0.5"), "--dry-run"], "optim.lr")
     user_error([*folder_settings(three_classes, run), "--dry-run"], "not the dataset")
     shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))

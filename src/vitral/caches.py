@@ -34,7 +34,7 @@ def _expanded(path: str | None) -> Path | None:
 
 
 def _at_home(name: str) -> Path:
-    """Returns a directory in ~/.cache if it exists or can be created, or else a temporary one."""
+    """Returns a directory in ~/.cache if it exists or can be created, otherwise a temporary one."""
     home = Path(os.path.expanduser("~"))  # noqa: PTH111
     cache = home / ".cache"
     there = (cache / name).is_dir() or _is_writable(cache if cache.exists() else home)

@@ -75,7 +75,7 @@ def num_compiled_graphs() -> int:
 
 
 def has_linear_pointwise() -> bool:
-    """Whether torch has oneDNN's linear operator, which only Inductor uses."""
+    """Returns whether torch has oneDNN's linear operator, which only Inductor uses."""
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -114,7 +114,7 @@ def abandon_loader(error: BaseException) -> None:
 
 
 def is_loader_timeout(error: RuntimeError, batches: Any) -> bool:
-    """Whether a DataLoader's iterator raised `error` due to its `timeout`; it can still be used."""
+    """Returns whether a DataLoader's iterator timed out with `error`; it can still be used."""
     thread = getattr(batches, "_pin_memory_thread", None)
     alive = thread is None or thread.is_alive()
     return alive and str(error).startswith("DataLoader timed out")

@@ -119,7 +119,7 @@ def _fields(kind: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def _is_simple(kind: type, value: Any) -> bool:
-    """Whether a JSON value matches a number type, str, bool or None."""
+    """Returns whether a JSON value matches a number type, str, bool or None."""
     if issubclass(kind, float):
         return type(value) in (int, float)
     if kind is int:
@@ -131,7 +131,7 @@ def _is_simple(kind: type, value: Any) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """Whether the text can be a path: it contains no NUL and no unencodable surrogate."""
+    """Returns whether the text can be a path: it contains no NUL and no unencodable surrogate."""
     try:
         return "\0" not in value and os.fsencode(value) is not None
     except UnicodeEncodeError:

@@ -29,7 +29,7 @@ PEAK_FLOPS = {
 
 
 def has_gpu() -> bool:
-    """Whether torch can use a GPU."""
+    """Returns whether torch can use a GPU."""
     return torch.cuda.is_available()
 
 
@@ -106,7 +106,7 @@ def num_cores() -> int | None:
 
 @functools.cache
 def is_amd() -> bool:
-    """Whether the processor is made by AMD; False if that cannot be determined."""
+    """Returns whether the processor is made by AMD; False if that cannot be determined."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:  # not Linux
@@ -127,6 +127,6 @@ def memory_gb(device: str) -> float:
 
 
 def in_notebook() -> bool:
-    """Whether this process is a notebook kernel, according to the class of IPython's shell."""
+    """Returns whether this process is a notebook kernel, judging by the class of IPython's shell."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     return any(base.__name__ == "ZMQInteractiveShell" for base in type(get_shell()).__mro__)

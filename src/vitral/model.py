@@ -90,7 +90,7 @@ class ViT(nn.Module):
             (B, N, D): the CLS token, the registers, then the patches row by row.
 
         Raises:
-            UserError: if the images have another shape.
+            UserError: if the images have a different shape.
         """
         x = self.encode(*self.embed(images))
         return x if self.config.pooling == "mean-norm" else self.norm(x)

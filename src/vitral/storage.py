@@ -66,7 +66,7 @@ def write(
 ) -> None:
     """Writes or replaces `directory`: builds it under another name, flushes it, and renames it.
 
-    If the process is killed, either the old or the new content remains. Readers likewise see one of
+    If the process is killed, either the old or the new content remains. Readers also see one of
     the two versions if the system supports atomic exchange of directories. Otherwise, the old
     directory is briefly at the second path of `places`; if the process is killed then, it stays
     there until `recover` restores it.

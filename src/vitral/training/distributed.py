@@ -263,7 +263,7 @@ def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor
 
 
 def distribute_like(value: Tensor, reference: Tensor) -> Tensor:
-    """Moves a full tensor to the device of `reference`; shards it likewise if the shapes match."""
+    """Moves a full tensor to the device of `reference`; shards it if `reference` is sharded."""
     value = value.to(reference.device)
     if not isinstance(reference, DTensor) or value.shape != reference.shape:
         return value

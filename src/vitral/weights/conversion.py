@@ -2,9 +2,10 @@
 
 vitral's blocks use RMSNorm, and most pretrained models use LayerNorm. The two are equal for
 zero-mean tokens, so everything that writes to the residual stream (embedding, tokens, positions,
-both branches) is centered: C subtracts the mean over the output axis. The bias of a norm moves into the bias of the
-linear layer after it. A different eps becomes a factor on everything that writes to the stream.
-LayerScale g after a weight W becomes g and g^-1 C(g W). Rotary channel pairs are permuted.
+both branches) is centered: C subtracts the mean over the output axis. The bias of a norm moves into
+the bias of the linear layer after it. A different eps becomes a factor on everything that writes to
+the stream. LayerScale g after a weight W becomes g and g^-1 C(g W). Rotary channel pairs are
+permuted.
 
 All steps are in one file because they depend on each other: a change to the residual stream must
 be applied to everything that writes to it.
