@@ -127,6 +127,6 @@ def memory_gb(device: str) -> float:
 
 
 def in_notebook() -> bool:
-    """Returns whether this process is a notebook kernel, judging by the class of IPython's shell."""
+    """Returns whether this process is a notebook kernel, from the class of IPython's shell."""
     get_shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)
     return any(base.__name__ == "ZMQInteractiveShell" for base in type(get_shell()).__mro__)
