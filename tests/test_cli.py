@@ -506,7 +506,7 @@ def test_weights_with_the_shape_of_a_preset_keep_its_size(run, tmp_path):
 def test_a_fine_tuning_recipe_requires_weights(image_folder, user_error, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["train", "imagenet-finetune", "--data", image_folder, "--out", tmp_path / "out"]
-    user_error(words, "weights: runs/imagenet-b16-300ep: no such directory", "--init names")
+    user_error(words, "weights: runs/imagenet-b16-300ep: no such directory", "--init specifies")
     user_error([*words, "--init="], "init: expected")
     user_error([*words, "--init"], "--init/--train.init: expected 1 argument")
 

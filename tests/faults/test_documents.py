@@ -260,8 +260,8 @@ def folder(run, tmp_path):
     return shutil.copytree(RunDir(run.train.out).checkpoints, tmp_path / "checkpoints")
 
 
-def passed_over(folder):
-    """The warning about the newest checkpoint, after which the one before is taken."""
+def skip_warning(folder):
+    """Returns the warning about the newest checkpoint, after which the previous one is used."""
     warnings = []
     found = checkpoint.latest(folder, warnings.append, resume.read)
     assert found is not None
@@ -303,7 +303,7 @@ OF_CHECKPOINTS = [
 @pytest.mark.parametrize(("path", "value"), OF_CHECKPOINTS)
 def test_a_checkpoint_with_another_value_is_passed_over(folder, path, value):
     replace(folder / f"step_{NEWEST:07d}", "state.json", path, value)
-    warning = passed_over(folder)
+    warning = skip_warning(folder)
     assert "step" in warning
     assert len(warning) < 1000 + len(str(folder))
 
@@ -312,14 +312,14 @@ def test_a_checkpoint_with_another_value_is_passed_over(folder, path, value):
 def test_a_checkpoint_with_a_damaged_document_is_passed_over(folder, kind):
     directory = folder / f"step_{NEWEST:07d}"
     overwrite(directory, "state.json", documents((directory / "state.json").read_bytes())[kind])
-    assert "state.json" in passed_over(folder)
+    assert "state.json" in skip_warning(folder)
 
 
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
 def test_a_checkpoint_without_a_file_is_passed_over(folder, name):
     (folder / f"step_{NEWEST:07d}" / f"{name}.safetensors").unlink()
     sign(folder / f"step_{NEWEST:07d}")
-    assert f"{name}.safetensors: missing" in passed_over(folder)
+    assert f"{name}.safetensors: missing" in skip_warning(folder)
 
 
 def test_a_run_continues_from_the_checkpoint_before(run, tmp_path):

@@ -182,7 +182,7 @@ def test_features_of_changed_weights_are_rejected(image_folder, pretrained, tmp_
         config, train=dataclasses.replace(config.train, init=str(tmp_path / "other"))
     )
     (tmp_path / "run" / "config.yaml").write_text(settings.dump(other))
-    with pytest.raises(UserError, match="computed with other weights"):
+    with pytest.raises(UserError, match="computed with different weights"):
         train(other)
 
 

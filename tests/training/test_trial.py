@@ -95,7 +95,7 @@ def test_cpu_kernels_are_chosen_without_timing(monkeypatch, onednn, precision):
 
 
 def timed(monkeypatch, fused, plain):
-    """Returns whether vitral's kernels count as faster, given the times of the passes.
+    """Returns whether the custom kernels count as faster, given the times of the passes.
 
     The device is torch's meta device. An exception among the times is raised.
     """
