@@ -2,10 +2,10 @@
 
     python examples/linear_probe.py WEIGHTS FOLDER
 
-WEIGHTS is a run directory, a weight directory or a public model, such as
-timm:vit_small_patch14_dinov2. FOLDER has train/ and val/, each with one folder per class. The
-classes may differ from those of the model, which is not changed. scikit-learn fits a logistic
-regression to the features of train/ and evaluates it on val/.
+WEIGHTS is a run directory, a weight directory or a pretrained model, such as
+timm:vit_small_patch14_dinov2. FOLDER contains train/ and val/, each with one folder per class. The
+classes may differ from those of the model, and the model is not changed. scikit-learn fits a
+logistic regression to the features of train/ and evaluates it on val/.
 """
 
 import sys

@@ -2,9 +2,9 @@
 
     python examples/own_folder.py FOLDER --epochs 100
 
-FOLDER has train/ and val/, each with one folder per class; without val/, a part of train/ is held
-out. The options are those of `vitral train`. The run directory is runs/own; the same command
-resumes an interrupted run.
+FOLDER contains train/ and val/, each with one folder per class; without val/, a part of train/ is
+held out. The options are those of `vitral train`. The run directory is runs/own; repeat the
+command to resume an interrupted run.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
     python examples/ray_train.py 16 imagenet-b16-300ep --data /shared/pack --out /shared/runs/b16
 
-Needs `pip install 'ray[train]'`. --data must be the same on all nodes; only one node writes --out.
+This requires `pip install 'ray[train]'`. --data must be the same on all nodes; only one node writes
+--out.
 """
 
 import os
@@ -19,8 +20,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 def work(settings: dict[str, tuple[str, ...]]) -> None:
     """Runs `vitral train` with the RANK and WORLD_SIZE that Ray sets.
 
-    It runs in a subprocess, because Ray calls this function in a thread, which cannot handle
-    signals.
+    The command runs in a subprocess, because Ray calls this function in a thread, which cannot
+    handle signals.
     """
     with socket.create_server(("", 0)) as server:
         free = server.getsockname()[1]

@@ -4,8 +4,8 @@
 
 WEIGHTS is a run directory or a weight directory. The program searches FOLDER recursively, prints
 the most similar photos with their cosine similarity, and draws them after the query in nearest.jpg.
-The feature vectors of the photos are cached in search.npz, so the next query computes only those of
-new and changed photos. Both files are in the current directory.
+The feature vectors of the photos are cached in search.npz, so later queries compute vectors only
+for new and changed photos. Both files are written to the current directory.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ NUM_SHOWN, COLUMNS, SIDE = 11, 4, 200
 def indexed(classifier: Classifier, paths: list[str]) -> NDArray[np.float32]:
     """Returns the feature vectors of photos, (n, D).
 
-    Cached vectors are used if the weights and the path, size and modification time are the same.
+    Cached vectors are used if the weights and the path, size and modification time of the photo are
+    unchanged.
     """
     model = hashlib.sha256((classifier.path / "manifest.json").read_bytes()).hexdigest()
     stats = [Path(path).stat() for path in paths]

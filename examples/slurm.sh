@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes 2 examples/slurm.sh imagenet-b16-300ep --data /shared/pack --out /shared/runs/b16
 #
-# --data must be the same on all nodes; only the first node writes --out. scancel ends the job.
+# --data must be the same on all nodes; only the first node writes --out. scancel stops the job.
 
 #SBATCH --job-name=vitral
 #SBATCH --nodes=1
@@ -17,8 +17,8 @@
 
 set -euo pipefail
 
-export OMP_NUM_THREADS=1                    # train.threads is set later
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise a restart may use the previous address
+export OMP_NUM_THREADS=1                    # train.threads overrides this later
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise a restart may use the old address
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240   # seconds for the checkpoint, less than the 300 above
 
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
