@@ -574,7 +574,7 @@ def test_paths_cause_no_network_requests(hub, tmp_path, monkeypatch, capsys):
         "if it is on the Hugging Face Hub, use hf-hub:runs/digts",
     )
     refused(capsys, ["predict", "runs/digts", "photo.jpg"], *expected)
-    refused(capsys, ["val", "anna/x@v1"], "give hf-hub:anna/x@v1")
+    refused(capsys, ["val", "anna/x@v1"], "use hf-hub:anna/x@v1")
     for path in ("runs/there", "digts", "runs/digts/weights", "../x", str(tmp_path / "x")):
         assert main(["val", path]) == 2
         assert "Hub" not in capsys.readouterr().err
@@ -644,7 +644,7 @@ def test_a_push_that_fails_leaves_nothing(hub, run, capsys, path, status, messag
 def test_corrupt_weights_are_not_pushed(hub, run, tmp_path, capsys):
     for name, data in files_of(run / "weights" / "best").items():
         (tmp_path / name).write_bytes(data[:-1] + b"?" if name == "ema.safetensors" else data)
-    refused(capsys, ["push", tmp_path, "anna/x"], "ema.safetensors: its content is not")
+    refused(capsys, ["push", tmp_path, "anna/x"], "ema.safetensors: its content differs")
     assert hub.requests == []
 
 

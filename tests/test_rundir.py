@@ -92,7 +92,9 @@ def test_a_link_at_the_path_of_the_lock_is_not_followed(tmp_path, target):
 
 def test_a_directory_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"out: cannot write .*file/run: Not a directory; give an"):
+    with pytest.raises(
+        UserError, match=r"out: cannot write .*file/run: Not a directory; pass a different"
+    ):
         RunDir(tmp_path / "file/run").lock()
 
 

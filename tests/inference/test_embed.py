@@ -92,7 +92,9 @@ def test_parquet_files_have_one_row_per_image(tmp_path, monkeypatch):
     metadata = table.schema.metadata
     assert (metadata[b"model"], metadata[b"normalized"]) == (b"runs/a/weights/best", b"true")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"expected the package pyarrow, got none; pip install"):
+    with pytest.raises(
+        UserError, match=r"expected the package pyarrow, got none; run `pip install"
+    ):
         write(FEATURES, tmp_path / "other.parquet")
     assert not (tmp_path / "other.parquet").exists()
 

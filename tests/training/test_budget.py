@@ -119,7 +119,9 @@ def test_without_a_budget_nothing_is_measured(monkeypatch, tmp_path, words):
 
 
 def test_epochs_and_a_budget_exclude_each_other(tmp_path):
-    with pytest.raises(UserError, match=r"^train\.time_budget: expected no train\.epochs"):
+    with pytest.raises(
+        UserError, match=r"^train\.time_budget: cannot be combined with train\.epochs"
+    ):
         request("--epochs", "3", "--time-budget", "5m")
     (tmp_path / "own.yaml").write_text("train: {time_budget: 5m, epochs: 80}")
     load = settings.request

@@ -254,7 +254,7 @@ def test_errors_are_one_line_and_write_nothing(file, tmp_path, capsys, monkeypat
             f"plain Vision Transformer, of timm's vision_transformer, deit, eva, got one of {kind};"
             in (refused(f"timm:{name}", place))
         )
-    assert "which is not a file" in refused(
+    assert "which does not exist or is not a file" in refused(
         "timm:vit_tiny_patch16_224", place, "--file", tmp_path / "no"
     )
     other = ("timm:vit_small_patch16_224", place, "--file", path)

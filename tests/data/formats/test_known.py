@@ -113,7 +113,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path, name
     message = error_message(name)
     assert str(tmp_path / "sets") in message
     assert "Name or service not known" in message
-    assert f"put {archive} into that folder, or point --data at an image folder" in message
+    assert f"put {archive} into that folder, or pass an image folder with --data" in message
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()
     assert f"for the local folder of that name, pass ./{name}" in error_message(name)
