@@ -125,8 +125,9 @@ def _table(weights: Weights, dataset: Dataset | None, options: Options, heading:
     else:
         sizes = options.image_sizes or ()
         title, file, names = "image size", "image_sizes.csv", [*map(str, sizes)]
-        fraction = weights.description.config.data.eval_crop
-        heading = f"{heading}, the central {100 * fraction:g}% of the shorter side at every size"
+        data = weights.description.config.data
+        if data.fit == "crop":
+            heading += f", the central {100 * data.eval_crop:g}% of the shorter side at every size"
         found = sweep(weights, sizes, dataset, classes=options.classes, **how)
         rows = (scores.row(str(size)) for size, scores in found)
     if options.out is not None:
