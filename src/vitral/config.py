@@ -241,11 +241,11 @@ class DataConfig:
     name, such as label, class or target."""
     group_column: str | None = None
     """Column with the group of each image, such as a patient or a camera, if the data is a table.
-    Groups are not divided when images are held out. None uses a column group, group_id or
-    patient_id, if there is one."""
+    Groups are not divided when images are held out. None uses a column
+    named group, group_id or patient_id, if there is one."""
     split_column: str | None = None
     """Column with the split of each image, train, val or test, if the data is a table. None uses a
-    column split or subset, if there is one."""
+    column named split or subset, if there is one."""
     val_fraction: float = 0.1
     """Fraction of each class to hold out for validation, chosen by seed, if the dataset has no
     validation split."""
@@ -257,7 +257,7 @@ class DataConfig:
     """How often the images of each class occur in an epoch. uniform: every image once. balanced:
     every class equally often. sqrt: in proportion to the square root of the number of its images.
     The length of an epoch remains the number of training images; images of rare classes are
-    repeated, each time with other augmentation."""
+    repeated, each time with different augmentation."""
     workers: int | None = None
     """Number of data loading processes; if not set, all cores but one, at most 16. With 0, the main
     process loads the data."""
@@ -637,7 +637,7 @@ class Config:
         return self.train.progressive[-1][0] if self.train.progressive else self.model.image_size
 
 
-# Settings that may change when a run resumes, because they do not affect the training computation.
+# Settings that may change when a run resumes, because they do not affect the weight updates.
 # The data may move: its fingerprint is compared instead of its path.
 CHANGEABLE = frozenset(
     {

@@ -46,7 +46,7 @@ class Probe(NamedTuple):
     """Accuracy on the held-out images used to select the strength, weighted by
     `Balance.importance`."""
     loss: float
-    """Mean cross-entropy of all images, in nats, by the weights of their classes."""
+    """Mean cross-entropy over all images, in nats, weighted by class."""
 
     def predict(self, vectors: Tensor) -> Tensor:
         """Returns the most likely class of each vector: (n, D) to (n,)."""
@@ -70,7 +70,8 @@ def fit(
     Args:
         check: called before each evaluation of the loss; may raise to stop.
         device: where to compute the loss; must support float64.
-        balance: changes to the loss, which also select by which accuracy a strength is best.
+        balance: changes to the loss; also determines which accuracy is used to select the
+            strength.
     """
     balance = balance.to(device, torch.float64)
     vectors, labels = features.vectors.to(device), features.labels.to(device)

@@ -199,7 +199,7 @@ def walk_images(
             if not loop:  # such a link would be followed up to the system's limit of 40
                 yield from walk_images(folder / entry.name, path, skipped)
         elif _is_image(entry.name):
-            yield path, entry.stat().st_size if entry.is_file() else 0  # a broken link
+            yield path, entry.stat().st_size if entry.is_file() else 0  # 0 for a broken link
         elif skipped is not None:
             skipped[file_kind(entry.name)] += 1
 
@@ -227,7 +227,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _other_folders(root: Path) -> list[str]:
-    """Returns the folders next to splits that contain images, or folders with images."""
+    """Returns the folders, other than splits, that contain images directly or one level down."""
     others = [root / name for name in _folders(root) if name.lower() not in SPLITS]
     return [
         folder.name
