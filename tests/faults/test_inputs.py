@@ -124,11 +124,12 @@ def test_mutated_tables_open_or_are_rejected(tmp_path, monkeypatch, name, make):
 
 def test_mutated_settings_load_or_are_rejected(tmp_path):
     path, messages = tmp_path / "own.yaml", []
-    for content in mutations(settings.dump(Config()).encode(), 400):
+    original = settings.dump(Config()).encode()
+    for content in (original, *mutations(original, 400)):
         path.write_bytes(content)
         messages.append(error_message(settings.load, UserError, str(path)))
+    assert messages[0] is None
     assert any(messages)
-    assert not all(messages)
 
 
 WORK = """
