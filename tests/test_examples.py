@@ -60,7 +60,9 @@ def parse(words):
         given = given_settings(args)
         if (args.recipe or "").endswith(".yaml"):
             args.recipe = "digits"  # instead of a file of the reader
-        # Not load_config, which would read the weights.
+        # Not load_config, which would read the weights. Their patch size limits the image size.
+        if "train.init" in given:
+            given.pop("model.image_size", None)
         recipe = args.recipe or settings.default_recipe(given, gpu=False)
         settings.load(recipe, given)
     if name == "recipes" and args.name is not None:
