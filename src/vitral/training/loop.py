@@ -69,9 +69,6 @@ class Trainer:
         parts: Parts,
     ) -> None:
         assert dataset.train is not None
-        if checkpoint is not None:
-            resume.check_checkpoint(config, run, dataset, checkpoint.step, checkpoint.state)
-            resume.check_parts(run, checkpoint.state.get("parts", ""), parts.name)
         prepare_device(config, device)
         self.config, self.dataset, self.model, self.device = config, dataset, model, device
         self.run, self.world, self.parts, self.records = run, world, parts, dataset.train
@@ -87,7 +84,6 @@ class Trainer:
         self.resolved, self.rates = self._resolve(checkpoint)
         torch.set_num_threads(self.resolved.threads)
         if checkpoint is not None:
-            resume.check_weights(checkpoint, model)
             model.load_state_dict(checkpoint.tensors["model"])
         self.head_fit = None
         if checkpoint is None and (config.train.trainable == "head" or config.train.probe_first):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -16,7 +16,7 @@ from vitral import settings, weights
 from vitral.config import CHANGEABLE, Config, flatten
 from vitral.data.records import Dataset
 from vitral.documents import UnknownFieldError, convert_json
-from vitral.errors import UserError, counted
+from vitral.errors import UserError, counted, short
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 from vitral.storage import CorruptError
@@ -129,7 +129,6 @@ class State:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restores all but the model's weights, which are loaded before the model is wrapped."""
         state, progress = checkpoint.state, self.progress
-        check_optimizer(checkpoint, self.optimizer)
         self.optimizer.load_state(checkpoint.tensors["optimizer"])
         if self.ema is not None:
             self.ema.load_state(checkpoint.tensors["ema"])
@@ -141,8 +140,13 @@ class State:
         )
 
 
-def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
+def open_run(
+    run: RunDir, world: World, check: Callable[[Checkpoint], None]
+) -> tuple[Checkpoint | None, list[str]]:
     """Locks the run directory and reads the newest intact checkpoint, in every process.
+
+    Args:
+        check: raises CorruptError if a checkpoint must be skipped, or UserError.
 
     Returns:
         The checkpoint, None for a new run, and warnings.
@@ -152,7 +156,7 @@ def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
     """
     warnings: list[str] = []
     checkpoint = world.run_on_all_ranks(
-        lambda: _lock_and_read(run, warnings) if world.is_main else None
+        lambda: _lock_and_read(run, warnings, check) if world.is_main else None
     )
     known = (checkpoint.step, list(checkpoint.tensors), checkpoint.state) if checkpoint else None
     known = world.broadcast(known)
@@ -166,9 +170,16 @@ def open_run(run: RunDir, world: World) -> tuple[Checkpoint | None, list[str]]:
     return Checkpoint(step, tensors, state), warnings
 
 
-def _lock_and_read(run: RunDir, warnings: list[str]) -> Checkpoint | None:
+def _lock_and_read(
+    run: RunDir, warnings: list[str], check: Callable[[Checkpoint], None]
+) -> Checkpoint | None:
+    def load(folder: Path, step: int) -> Checkpoint:
+        found = read(folder, step)
+        check(found)
+        return found
+
     run.lock()
-    checkpoint = checkpoints.latest(run.checkpoints, warnings.append, read)
+    checkpoint = checkpoints.latest(run.checkpoints, warnings.append, load)
     if checkpoint is None and warnings:
         raise UserError(
             f"out: no checkpoint in {run.checkpoints} can be used: {warnings[0]}; restore one, or "
@@ -272,6 +283,17 @@ def check_checkpoints_exist(run: RunDir) -> None:
         )
 
 
+def check(
+    config: Config, run: RunDir, dataset: Dataset, model: ViT, parts: str, checkpoint: Checkpoint
+) -> None:
+    """Raises UserError unless a checkpoint is one of this run, as `check_checkpoint` and
+    `check_parts`, or CorruptError if its tensors are not those of the model.
+    """
+    check_checkpoint(config, run, dataset, checkpoint.step, checkpoint.state)
+    check_parts(run, checkpoint.state.get("parts", ""), parts)
+    check_tensors(checkpoint, run, model)
+
+
 def check_checkpoint(
     config: Config, run: RunDir, dataset: Dataset, step: int, state: Mapping[str, Any]
 ) -> None:
@@ -290,40 +312,39 @@ def check_checkpoint(
         )
 
 
-def check_weights(checkpoint: Checkpoint, model: ViT) -> None:
-    """Raises UserError unless the weights and averages in a checkpoint are those of the model."""
+def check_tensors(checkpoint: Checkpoint, run: RunDir, model: ViT) -> None:
+    """Raises CorruptError unless the tensors of a checkpoint are those of the model."""
     own = {name: _form(parameter) for name, parameter in model.named_parameters()}
-    for kind in checkpoint.tensors.keys() - {"optimizer"}:
-        found = {name: _form(tensor) for name, tensor in checkpoint.tensors[kind].items()}
-        _reject_first(kind, [name for name in found | own if found.get(name) != own.get(name)])
+    for kind, tensors in checkpoint.tensors.items():
+        if kind == "optimizer":
+            trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            wrong = _wrong_states(tensors, trained)
+        else:
+            found = {name: _form(tensor) for name, tensor in tensors.items()}
+            wrong = {name for name in found | own if found.get(name) != own.get(name)}
+        if wrong:
+            file = checkpoints.place(run.checkpoints, checkpoint.step) / f"{kind}.safetensors"
+            raise CorruptError(f"{file}: {short(min(wrong))} does not fit the model")
 
 
-def check_optimizer(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
-    """Raises UserError unless the tensors of a checkpoint are those that the optimizer keeps."""
-    keys: dict[str, set[str]] = {}
-    for name, tensor in checkpoint.tensors["optimizer"].items():
+def _wrong_states(
+    tensors: Mapping[str, torch.Tensor], trained: Mapping[str, torch.Tensor]
+) -> set[str]:
+    """Returns the optimizer's tensors that fit no parameter, and parameters without a state."""
+    wrong, keys = set(), {}
+    for name, tensor in tensors.items():
         owner, _, key = name.rpartition(".")
-        parameter = optimizer.named.get(owner)
+        parameter = trained.get(owner)
         wanted = parameter if parameter is None or key != "step" else parameter.new_zeros(())
         if wanted is None or _form(tensor) != _form(wanted):
-            _reject_first("optimizer", [name])
+            wrong.add(name)
         keys.setdefault(owner, set()).add(key)
     # A head fitted to frozen features has no optimizer state.
-    names = optimizer.named if keys else ()
-    _reject_first("optimizer", [name for name in names if keys.get(name) not in OPTIMIZER_KEYS])
+    return wrong | {name for name in trained if keys and keys.get(name) not in OPTIMIZER_KEYS}
 
 
 def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
-
-
-def _reject_first(kind: str, names: list[str]) -> None:
-    if names:
-        raise UserError(
-            f"out: {min(names)} in {kind}.safetensors of the checkpoint does not fit the model; "
-            "remove this checkpoint to resume from the previous one, or start another run with "
-            "--out"
-        )
 
 
 def check_data(config: Config, run: RunDir, dataset: Dataset, fingerprint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -77,7 +78,8 @@ def train(
         )
         if len({*world.gather(data.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same in all processes")
-        checkpoint, warnings = resume.open_run(run, world)
+        check = functools.partial(resume.check, config, run, data, model, parts.name)
+        checkpoint, warnings = resume.open_run(run, world, check)
         trainer = world.run_on_all_ranks(
             lambda: Trainer(config, data, model, device, run, checkpoint, world, parts)
         )
