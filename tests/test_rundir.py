@@ -90,6 +90,15 @@ def test_a_link_at_the_path_of_the_lock_is_not_followed(tmp_path, target):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "env.json", "metrics.jsonl", "train.log"])
+def test_a_fifo_in_the_run_directory_is_rejected_without_blocking(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with RunDir(tmp_path) as run, pytest.raises(UserError, match=f"{name}: not a regular file"):
+        run.lock()
+    with pytest.raises(OSError, match="not a regular file"):
+        read_rows(tmp_path / name)
+
+
 def test_a_directory_that_cannot_be_created_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(

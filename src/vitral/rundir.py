@@ -17,6 +17,7 @@ import torch
 from vitral import machine, settings
 from vitral.config import Config
 from vitral.errors import UserError, how_to_fix
+from vitral.files import read_regular, require_regular
 from vitral.storage import make_directory, replacing
 
 Row = dict[str, float]
@@ -69,6 +70,9 @@ class RunDir:
         """
         try:
             make_directory(self.path)
+            for path in (self.config, self.environment, self.metrics, self.log):
+                if path.exists():  # a FIFO or device could block or be endless
+                    require_regular(path.stat(), path)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
             self._lock = os.fdopen(os.open(self.path / ".lock", flags, 0o666), "w")
             # Forked workers would keep a flock after a SIGKILL; this lock ends with its process.
@@ -173,17 +177,21 @@ def read_run(path: Path) -> Run:
         notes.append(f"{name}: line {len(rows) + 1} of {lines} is not a row; the rest is ignored")
     environment = {}
     try:
-        environment = dict(json.loads(run.environment.read_text(encoding="utf-8")))
+        environment = dict(json.loads(read_regular(run.environment)))
     except (OSError, ValueError, TypeError):
         notes.append(f"{run.environment.name} cannot be read: the machine is unknown")
     return Run(run.path, settings.load(str(run.config)), environment, rows, notes)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Returns the rows of a metrics log, up to the first invalid or truncated line."""
+    """Returns the rows of a metrics log, up to the first invalid or truncated line.
+
+    Raises:
+        OSError: if it is not a regular file, or cannot be read.
+    """
     rows = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.splitlines():
+    content = read_regular(path, sys.maxsize - 1) if path.exists() else b""
+    for line in content.decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -62,3 +62,12 @@ def test_a_run_without_rows_has_empty_curves(plotted, tmp_path):
     assert [lines(axes) for axes in plotted([])] == [{}, {}]
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1320, 480)
+
+
+def test_a_link_at_the_path_of_the_figure_is_replaced(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "curves.png").symlink_to(tmp_path / "precious")
+    draw(tmp_path / "curves.png", ROWS)
+    assert (tmp_path / "precious").read_text() == "kept"
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.format == "PNG"

@@ -8,11 +8,13 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vitral.storage import replacing
+
 Rows = Sequence[Mapping[str, float]]
 
 
 def draw(path: Path, rows: Rows) -> None:
-    """Plots the rows and saves the figure."""
+    """Plots the rows and writes the figure as PNG, atomically."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     _line(loss, rows, "loss", "training")
@@ -23,7 +25,8 @@ def draw(path: Path, rows: Rows) -> None:
     _line(accuracy, rows, "val_top5", "top-5", 100)
     _finish(loss, "cross-entropy (nats)")
     _finish(accuracy, "validation accuracy (%)")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as building:
+        figure.savefig(building, format="png", dpi=120)
 
 
 def _line(axes: Axes, rows: Rows, column: str, label: str, factor: float = 1.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from vitral.config import Config, flatten
 from vitral.data.imagenet import short_name
 from vitral.errors import counted, printable
 from vitral.evaluation import Scores
+from vitral.files import read_regular
 from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
 from vitral.report.predictions import Predictions
 from vitral.report.thumbnails import attention_pictures, data_uri, thumbnail
@@ -265,7 +267,7 @@ def _flattened(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _picture(path: Path) -> tuple[str, int, int] | None:
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_regular(path))) as image:
             return data_uri(image, min(MAX_PICTURE_SIZE, max(image.size))), *image.size
     except OSError:
         return None

@@ -74,7 +74,10 @@ def test_each_image_is_above_its_augmented_version(image_folder, tmp_path, augme
 
 def test_a_picture_is_written_unchanged(tmp_path):
     picture = noise(3, 5, 7)
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "a.png").symlink_to(tmp_path / "precious")  # is replaced
     save(picture, tmp_path / "a.png")
+    assert (tmp_path / "precious").read_text() == "kept"
     with Image.open(tmp_path / "a.png") as written:
         assert written.size == (7, 5)
         assert torch.equal(torch.from_numpy(np.array(written)).permute(2, 0, 1), picture)

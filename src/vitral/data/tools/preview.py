@@ -13,6 +13,7 @@ from torch import Tensor
 from vitral.config import Config, DataConfig
 from vitral.data.formats import open_dataset
 from vitral.data.loader import NO_AUGMENTATION, train_batches
+from vitral.storage import replacing
 
 MIN_TILE_SIZE = 96  # minimum side of a tile, in pixels
 GAP = 4  # pixels between tiles
@@ -38,8 +39,10 @@ def grid(images: Tensor, columns: int = 8) -> Tensor:
 
 
 def save(picture: Tensor, path: Path) -> None:
-    """Writes an image (C, H, W), uint8, in the format of the path's suffix."""
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
+    """Writes an image (C, H, W), uint8, as PNG or JPEG according to its suffix, atomically."""
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    with replacing(path) as building:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(building, kind, quality=92)
 
 
 def preview(config: Config, path: Path, count: int = 16) -> None:
