@@ -13,13 +13,14 @@ Reading and writing are in one file because they share the layout and the checks
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -126,6 +127,15 @@ def replacing(path: Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             building.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV file atomically; names of files that are not UTF-8 are written as they are."""
+    with (
+        replacing(path) as building,
+        building.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        csv.writer(file).writerows([header, *rows])
 
 
 @contextmanager

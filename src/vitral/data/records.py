@@ -95,7 +95,7 @@ class Files:
     labels: Integers
     """Shape (N,)."""
     groups: Integers | None = None
-    """Hash of the name of each image's group, if a hold-out must not divide groups. Shape (N,)."""
+    """Hash of the name of each image's group, if splits must not divide groups. Shape (N,)."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -245,6 +245,20 @@ Records = Encoded | Packed | Pixels
 Split = tuple[tuple[str, ...], Encoded]
 
 
+def image_path(records: Records, i: int) -> str:
+    """Returns the path of image `i` for tables: absolute for a file, so that it can be opened."""
+    if isinstance(records, Files):
+        return os.fsdecode(os.path.join(os.fsencode(records.root.absolute()), records.names[i]))  # noqa: PTH118
+    if isinstance(records, Pixels):
+        return f"image {i}"
+    return os.fsdecode(records.names[i]) if isinstance(records, Packed) else records.where(i)
+
+
+def groups_of(records: Records) -> Integers | None:
+    """Returns the hash of each image's group, shape (N,); None if there are no groups."""
+    return records.groups if isinstance(records, Files) else None
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Two splits with the same classes; a label is an index into `classes`."""
@@ -357,7 +371,7 @@ def hold_out(
     records = dataset.train
     assert records is not None
     held = _draw_held_out(records, fraction, seed)
-    grouped = isinstance(records, Files) and records.groups is not None
+    grouped = groups_of(records) is not None
     if not held.any():
         kind = "groups" if grouped else "images"
         got = f"none: {why}, and no class has enough {kind} to hold one out"
@@ -378,6 +392,7 @@ def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.b
         keys = np.arange(len(records))
     else:  # by base name, which is the same in an archive and in the folder it was made from
         keys = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
-    if isinstance(records, Files) and records.groups is not None:
-        return held_out_groups(records.groups, records.labels, fraction, seed, "held out")
+    groups = groups_of(records)
+    if groups is not None:
+        return held_out_groups(groups, records.labels, fraction, seed, "held out")
     return held_out(keys, records.labels, fraction, seed, "held out")

@@ -111,12 +111,7 @@ def held_out_groups(
         that has two or more is held out, and never all.
     """
     names, group = np.unique(groups, return_inverse=True)
-    counts = np.bincount(labels)
-    by_rarity = np.lexsort((np.arange(len(counts)), counts))
-    rarity = np.argsort(by_rarity)[labels]  # 0 for the rarest class
-    rarest = np.full(len(names), len(counts))
-    np.minimum.at(rarest, group, rarity)
-    sizes = np.bincount(group, weights=rarity == rarest[group])  # images of that class
+    rarest, sizes = _rarest_classes(group, labels)
     order = np.lexsort((hash64(seed, crc32(purpose.encode()), names), rarest))
     held = np.zeros(len(names), bool)
     for members in np.split(order, np.flatnonzero(np.diff(rarest[order])) + 1):
@@ -124,6 +119,20 @@ def held_out_groups(
         best = int(np.abs(total - fraction * total[-1]).argmin()) + 1
         held[members[: min(best, len(members) - 1)]] = True
     return held[group]
+
+
+def _rarest_classes(group: Integers, labels: Integers) -> tuple[Integers, Integers]:
+    """Returns the rank by rarity of each group's rarest class, and its images of that class.
+
+    Args:
+        group: number of each image's group, shape (N,).
+    """
+    counts = np.bincount(labels)
+    by_rarity = np.lexsort((np.arange(len(counts)), counts))
+    rarity = np.argsort(by_rarity)[labels]  # 0 for the rarest class
+    rarest = np.full(group.max() + 1, len(counts))
+    np.minimum.at(rarest, group, rarity)
+    return rarest, np.bincount(group, rarity == rarest[group]).astype(np.int64)
 
 
 def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> Integers:
@@ -137,6 +146,46 @@ def random_ranks(keys: Integers, labels: Integers, seed: int, purpose: str) -> I
     ranks = np.empty(len(keys), np.int64)
     ranks[order] = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
     return ranks
+
+
+def divide(
+    keys: Integers,
+    labels: Integers,
+    count: int,
+    seed: int,
+    purpose: str,
+    groups: Integers | None = None,
+) -> Integers:
+    """Divides images into folds, each with about the same number of images of each class.
+
+    A group belongs to the rarest of its classes, as in `held_out_groups`. The groups of a class are
+    assigned from the largest to the smallest, each to the fold with the fewest images of the class
+    so far, and of these to the one with the fewest images in total.
+
+    Args:
+        keys, labels, purpose: as for `held_out`.
+        count: number of folds.
+        groups: group of each image, shape (N,); images of a group are in the same fold.
+
+    Returns:
+        Fold of each image, from 0 to count - 1. Shape (N,).
+    """
+    if groups is None:
+        return random_ranks(keys, labels, seed, purpose) % count
+    names, group = np.unique(groups, return_inverse=True)
+    rarest, sizes = _rarest_classes(group, labels)
+    order = np.lexsort((hash64(seed, crc32(purpose.encode()), names), -sizes, rarest))
+    of_group, before = np.empty(len(names), np.int64), -1
+    in_class, in_total = [0] * count, [0] * count
+    columns = (column.tolist() for column in (order, sizes[order], rarest[order]))
+    for i, size, owner in zip(*columns, strict=True):
+        if owner != before:
+            in_class, before = [0] * count, owner
+        fold = min(range(count), key=lambda k: (in_class[k], in_total[k]))
+        of_group[i] = fold
+        in_class[fold] += size
+        in_total[fold] += size
+    return of_group[group]
 
 
 def quotas(counts: Integers, sampling: Sampling) -> NDArray[np.float64]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from vitral.storage import replacing
+from vitral.storage import write_csv
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,3 @@ def write_rows(path: Path, title: str, rows: Iterable[Row]) -> None:
     """Writes the rows as CSV; fractions are empty if no image was scored."""
     values = ([value if value == value else "" for value in astuple(row)] for row in rows)
     write_csv(path, (title, *COLUMNS), values)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Writes a CSV file atomically."""
-    with (
-        replacing(path) as building,
-        building.open("w", newline="", encoding="utf-8") as file,
-    ):
-        csv.writer(file).writerows([header, *rows])

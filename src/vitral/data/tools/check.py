@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from vitral.config import DataConfig
@@ -15,6 +17,13 @@ from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.folder import holds_only_validation
 from vitral.data.records import Encoded, Packed, Pixels
 from vitral.data.sampling import Integers
+from vitral.data.tools.duplicates import (
+    Duplicates,
+    Split,
+    find_duplicates,
+    hash_content,
+    perceptual_hash,
+)
 from vitral.data.workers import in_workers
 from vitral.errors import counted
 from vitral.files import expand
@@ -23,8 +32,10 @@ MAX_LISTED_CLASSES = 30
 MAX_IMBALANCE = (
     10  # ratio of the most frequent to the rarest class above which options are suggested
 )
+T = TypeVar("T")
 BATCH = 64  # files that a worker checks at a time
-FileCheck = tuple[int, int, int, str, float]  # width, height, bytes, error, seconds
+FileCheck = tuple[int, int, int, str, float, tuple[int, int]]
+"""Width, height, bytes, error, seconds, and hashes: of the content, and the perceptual hash."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +55,20 @@ class Report:
     """Size in bytes of each file, or of each image of a pixel dataset. Shape (images,)."""
     rate: float | None
     """Images decoded per second of one core's CPU time; None if nothing needs decoding."""
+    duplicates: Duplicates | None = None
+    """Identical and similar images, if they were searched for."""
 
 
-def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Report:
+def check(
+    config: DataConfig, image_size: int, seed: int, workers: int, duplicates: bool = False
+) -> Report:
     """Decodes every file of the dataset that `config.path` names.
 
     Args:
         image_size: size of synthetic images, in pixels.
         seed: selects the held-out images if there is no validation split.
         workers: number of decoding processes; 0 decodes in the current process.
+        duplicates: whether to search for identical and similar images.
 
     Raises:
         UserError: if the dataset cannot be opened.
@@ -62,41 +78,49 @@ def check(config: DataConfig, image_size: int, seed: int, workers: int) -> Repor
     validation_only = root.is_dir() and holds_only_validation(root)
     dataset = open_dataset(config, image_size, seed, train=not validation_only)
     damaged = packed.verify(root) if packed.matches(root) else []
-    counts, broken, dimensions, sizes, seconds = {}, [], [], [], []
+    counts, broken, dimensions, sizes, seconds, hashed = {}, [], [], [], [], []
     for split, records in (("train", dataset.train), ("val", dataset.val)):
         if records is None:
             continue
         counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
+        decoded = np.ones(len(records), bool)
+        hashes = np.zeros((len(records), 2), np.uint64)
         if isinstance(records, Packed | Pixels):
             dimensions += [records.images.shape[:1:-1]] * len(records)
             sizes += [np.prod(records.images.shape[1:])] * len(records)
-            continue
-        for i, (width, height, size, reason, spent) in enumerate(_check_all(records, workers)):
-            seconds.append(spent)
-            sizes.append(size)
-            if reason:
-                broken.append((records.where(i), reason))
-            else:
-                dimensions.append((width, height))
+            if duplicates:
+                hashes[:] = [*_in_batches(_HashDataset(records), len(records), workers)]
+        else:
+            checks = _in_batches(_CheckDataset(records, duplicates), len(records), workers)
+            for i, (width, height, size, reason, spent, hashes[i]) in enumerate(checks):
+                seconds.append(spent)
+                sizes.append(size)
+                if reason:
+                    broken.append((records.where(i), reason))
+                    decoded[i] = False
+                else:
+                    dimensions.append((width, height))
+        hashed.append(Split(split, records, hashes, decoded))
     broken += [(place, reason) for place, _, reason in (d.partition(": ") for d in damaged)]
     rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
     found = np.array(dimensions, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
     dataset_facts = dataset.name, dataset.classes, dataset.notes
-    return Report(*dataset_facts, counts, tuple(broken), *found, rate)
+    groups = find_duplicates(hashed, dataset.classes) if duplicates else None
+    return Report(*dataset_facts, counts, tuple(broken), *found, rate, groups)
 
 
-def _check_all(records: Encoded, workers: int) -> Iterator[FileCheck]:
-    N = len(records)
-    chunks = (range(first, min(first + BATCH, N)) for first in range(0, N, BATCH))
-    for checks in in_workers(_CheckDataset(records), chunks, workers):
-        yield from checks
+def _in_batches(images: Dataset[list[T]], count: int, workers: int) -> Iterator[T]:
+    """Yields the result for each of `count` images, computed in workers."""
+    chunks = (range(first, min(first + BATCH, count)) for first in range(0, count, BATCH))
+    for results in in_workers(images, chunks, workers):
+        yield from results
 
 
 class _CheckDataset(Dataset[list[FileCheck]]):
     """Decodes chunks of images; runs in worker processes."""
 
-    def __init__(self, records: Encoded) -> None:
-        self.records = records
+    def __init__(self, records: Encoded, hash_images: bool) -> None:
+        self.records, self.hash_images = records, hash_images
 
     def __getitem__(self, request: range) -> list[FileCheck]:
         return [self._check_file(index) for index in request]
@@ -104,14 +128,34 @@ class _CheckDataset(Dataset[list[FileCheck]]):
     def _check_file(self, index: int) -> FileCheck:
         started = time.process_time()  # not affected by other processes, unlike wall time
         width = height = size = 0
-        reason = ""
+        reason, hashes = "", (0, 0)
         try:
             content = self.records.read(index)
             size = len(content)
-            height, width = decode(content).shape[1:]
+            image = decode(content)
+            height, width = image.shape[1:]
+            spent = time.process_time() - started
+            if self.hash_images:
+                hashes = hash_content(content), perceptual_hash(image)
         except (DecodeError, OSError) as error:
-            reason = str(error)
-        return width, height, size, reason, time.process_time() - started
+            reason, spent = str(error), time.process_time() - started
+        return width, height, size, reason, spent, hashes
+
+
+class _HashDataset(Dataset[list[tuple[int, int]]]):
+    """Computes the hashes of images that are already decoded; runs in worker processes."""
+
+    def __init__(self, records: Packed | Pixels) -> None:
+        self.records = records
+
+    def __getitem__(self, request: range) -> list[tuple[int, int]]:
+        records, indices = self.records, np.asarray(request)
+        images = (
+            torch.from_numpy(records.squares(indices))
+            if isinstance(records, Packed)
+            else records.images[indices]
+        )
+        return [(hash_content(image.numpy()), perceptual_hash(image)) for image in images]
 
 
 def format_report(report: Report) -> str:
@@ -143,7 +187,10 @@ def format_report(report: Report) -> str:
     if report.rate is not None:
         lines += [f"decoding: {report.rate:,.0f} img/s per core"]
     lines += [f"broken files: {len(report.broken)}"]
-    return "\n".join(lines + [f"  {path}: {reason}" for path, reason in report.broken])
+    lines += [f"  {path}: {reason}" for path, reason in report.broken]
+    if report.duplicates is not None:
+        lines += [str(report.duplicates)]
+    return "\n".join(lines)
 
 
 def _range(values: Integers, unit: str) -> str:
