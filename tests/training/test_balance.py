@@ -153,7 +153,7 @@ def test_the_strength_is_selected_by_balanced_accuracy():
         Problem(features.vectors[rows].double(), features.labels[rows], 3, balance=changes)
         for rows in (~part, part)
     ]
-    _, accuracy, head = select([tuple(problems)])
+    _, accuracy, (head,) = select([tuple(problems)])
     predicted = (features.vectors[part].double() @ head[:, :-1].T + head[:, -1]).argmax(1)
     recalls = [(predicted[features.labels[part] == c] == c).double().mean() for c in range(3)]
     shares = [(features.labels[part] == c).sum() / n for c, n in enumerate((160, 40, 20))]

@@ -36,6 +36,8 @@ class Scores:
     which counts as wrong."""
     losses: NDArray[np.float64]
     """(n,): the cross-entropy of each image, in nats."""
+    probabilities: NDArray[np.float32] | None = None
+    """(n, classes): the probabilities of all classes, if they are kept."""
 
     @property
     def loss(self) -> float:
@@ -152,7 +154,11 @@ def _bins(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def measure(
-    forward: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: tuple[str, ...]
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    classes: tuple[str, ...],
+    *,
+    keep_probabilities: bool = False,
 ) -> Scores:
     """Computes the scores of a model.
 
@@ -160,6 +166,7 @@ def measure(
         forward: maps images (B, C, H, W) to logits (B, classes), in evaluation mode.
         batches: batches from `vitral.data.loader.eval_batches`.
         classes: names of the logits.
+        keep_probabilities: whether to keep the probabilities of all classes.
     """
     k = min(5, len(classes))
     # Starts with an empty part, because one of many processes may have no images.
@@ -167,15 +174,20 @@ def measure(
     parts: list[tuple[Tensor, ...]] = [
         (empty.long(), torch.zeros(0, k).long(), empty.double(), empty.double())
     ]
+    probabilities = [np.empty((0, len(classes)), np.float32)]
     for batch in batches:
         truth = batch.targets
         logits = forward(batch.images)[: len(truth)].float()
         top_classes = logits.softmax(1).topk(k)
+        if keep_probabilities:
+            probabilities.append(logits.softmax(1).cpu().numpy())
         losses = F.cross_entropy(logits, truth, reduction="none")
         found = (truth, top_classes.indices, top_classes.values[:, 0], losses)
         truth, ranked, confidence, losses = (column.cpu() for column in found)
         parts.append((truth, ranked, confidence.double(), losses.double()))
-    return Scores(classes, *(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+    kept = np.concatenate(probabilities) if keep_probabilities else None
+    columns = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return Scores(classes, *columns, probabilities=kept)
 
 
 def merge(parts: Sequence[Scores]) -> Scores:

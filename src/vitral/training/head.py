@@ -8,7 +8,7 @@ import time
 import torch
 
 from vitral.config import Config
-from vitral.data.records import Dataset
+from vitral.data.records import Dataset, groups_of
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, duration
@@ -115,10 +115,14 @@ class HeadFit:
             if self.world.size == 1:
                 signals.check()
 
+        train = self.dataset.train
+        assert train is not None
+
         def fit_head() -> Probe:
             device = self.model.device if self.model.device.type == "cuda" else "cpu"
             num_classes, seed = len(self.dataset.classes), self.config.train.seed
-            return fit(features, num_classes, seed, check, device, self.balance)
+            groups = groups_of(train)
+            return fit(features, num_classes, seed, check, device, self.balance, groups)
 
         found = fit_head() if self.world.is_main else None
         head = self.world.broadcast(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitral.data.sampling import random_ranks
+from vitral.data.sampling import Integers, divide
 from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.frozen import Features
 
@@ -60,6 +60,7 @@ def fit(
     check: Check | None = None,
     device: str | torch.device = "cpu",
     balance: Balance = NO_BALANCE,
+    groups: Integers | None = None,
 ) -> Probe:
     """Fits a head to standardized features, with the L2 strength that is best on held-out images.
 
@@ -72,30 +73,96 @@ def fit(
         device: where to compute the loss; must support float64.
         balance: changes to the loss; also determines which accuracy is used to select the
             strength.
+        groups: group of each image of the split, which the held-out images do not divide.
     """
-    balance = balance.to(device, torch.float64)
-    vectors, labels = features.vectors.to(device), features.labels.to(device)
-    mean, deviation = standardization(vectors)
-    small = len(labels) * max(num_classes, vectors.shape[1]) <= MAX_FLOAT64
-    dtype = torch.float64 if small else torch.float32
-    images, first, inverse = np.unique(features.images, return_index=True, return_inverse=True)
-    fold = random_ranks(images, features.labels.numpy()[first], seed, "probe") % FOLDS
-
-    def problem(rows: NDArray[Any]) -> Problem:
-        chosen = torch.from_numpy(rows).to(device)
-        standardized = (vectors[chosen].double() - mean) / deviation
-        return Problem(standardized.to(dtype), labels[chosen], num_classes, check, balance)
-
-    folds = FOLDS if len(images) <= MAX_CROSS_VALIDATED else 1
-    used = [k for k in range(folds) if (fold == k).any() and (fold != k).any()]
-    strength, accuracy, head = select(
-        [(problem(fold[inverse] != k), problem(first[fold == k])) for k in used]
-    )
-    everything = problem(np.arange(len(labels)))
-    head, loss = everything.minimize(everything.start() if head is None else head, strength)
-    weight = head[:, :-1] / deviation
-    bias = head[:, -1] - weight @ mean
+    folds = Folds(features, num_classes, seed, check, device, balance, groups)
+    strength, accuracy, heads = select([folds.divided(k) for k in folds.for_selection])
+    everything = folds.problem(np.arange(len(features.labels)))
+    head, loss = everything.minimize(heads[0] if heads else everything.start(), strength)
+    weight = head[:, :-1] / folds.deviation
+    bias = head[:, -1] - weight @ folds.mean
     return Probe(weight.float().cpu(), bias.float().cpu(), strength, accuracy, loss)
+
+
+def out_of_fold(
+    features: Features,
+    num_classes: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    balance: Balance = NO_BALANCE,
+    groups: Integers | None = None,
+) -> tuple[Integers, NDArray[np.float32]]:
+    """Predicts each image with a head that is fitted to the images of the other folds.
+
+    The strength and the folds are those of `fit`.
+
+    Args:
+        device, balance, groups: as for `fit`.
+
+    Returns:
+        Index of each image, shape (n,), and its probabilities, shape (n, classes). They are NaN if
+        its label is in no other fold.
+    """
+    folds = Folds(features, num_classes, seed, None, device, balance, groups)
+    strength, _, heads = select([folds.divided(k) for k in folds.for_selection])
+    probabilities = np.full((len(folds.images), num_classes), np.nan, np.float32)
+    for i, k in enumerate(folds.used):
+        fitted, held = folds.divided(k)
+        head = heads[i] if i < len(heads) else fitted.minimize(heads[0], strength)[0]
+        found = held.probabilities(head)
+        found[~torch.isin(held.labels, fitted.labels)] = math.nan
+        probabilities[folds.fold == k] = found.cpu().numpy()
+    return folds.images, probabilities
+
+
+class Folds:
+    """Standardized features in folds that divide neither the views of an image nor groups.
+
+    Args:
+        features, num_classes, seed, check, device, balance, groups: as for `fit`.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        num_classes: int,
+        seed: int,
+        check: Check | None,
+        device: str | torch.device,
+        balance: Balance,
+        groups: Integers | None,
+    ) -> None:
+        self.num_classes, self.check, self.device = num_classes, check, device
+        self.balance = balance.to(device, torch.float64)
+        self.vectors, self.labels = features.vectors.to(device), features.labels.to(device)
+        self.mean, self.deviation = standardization(self.vectors)
+        self.images, self.first, self.inverse = np.unique(
+            features.images, return_index=True, return_inverse=True
+        )
+        own = None if groups is None else groups[self.images]
+        labels = features.labels.numpy()[self.first]
+        self.fold = divide(self.images, labels, FOLDS, seed, "probe", own)
+        self.used = [k for k in range(FOLDS) if 0 < np.sum(self.fold == k) < len(self.fold)]
+
+    @property
+    def for_selection(self) -> list[int]:
+        """The folds that are held out to select the strength."""
+        return self.used if len(self.images) <= MAX_CROSS_VALIDATED else self.used[:1]
+
+    def divided(self, k: int) -> tuple[Problem, Problem]:
+        """Returns the problem without fold k, and that of the first views of fold k."""
+        held = self.fold == k
+        return self.problem(~held[self.inverse]), self.problem(self.first[held])
+
+    def problem(self, rows: NDArray[Any]) -> Problem:
+        """Returns the problem of some of the vectors."""
+        chosen = torch.from_numpy(rows).to(self.device)
+        standardized = (self.vectors[chosen].double() - self.mean) / self.deviation
+        small = len(self.labels) * max(self.num_classes, self.vectors.shape[1]) <= MAX_FLOAT64
+        standardized = standardized.to(torch.float64 if small else torch.float32)
+        return Problem(
+            standardized, self.labels[chosen], self.num_classes, self.check, self.balance
+        )
 
 
 def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,20 +171,20 @@ def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
-def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tensor | None]:
+def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, list[Tensor]]:
     """Selects the strength with the best held-out accuracy; ties go to the strongest.
 
     Args:
         folds: the problem to fit and the held-out problem of each fold.
 
     Returns:
-        The strength, its accuracy, and its head in the first fold; without folds,
-        DEFAULT_STRENGTH, nan and None.
+        The strength, its accuracy, and its head in each fold; without folds, DEFAULT_STRENGTH, nan
+        and no heads.
     """
     if not folds:  # no class has two images
-        return DEFAULT_STRENGTH, math.nan, None
+        return DEFAULT_STRENGTH, math.nan, []
     heads = [fitted.start() for fitted, _ in folds]
-    best = STRENGTHS[0], -1.0, heads[0]
+    best = STRENGTHS[0], -1.0, heads
     since = 0
     for strength in STRENGTHS:
         heads = [
@@ -127,7 +194,7 @@ def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, Tens
         correct = sum(held.num_correct(head) for (_, held), head in zip(folds, heads, strict=True))
         accuracy = correct / sum(held.count(held.labels) for _, held in folds)
         since = 0 if accuracy > best[1] else since + 1
-        best = (strength, accuracy, heads[0]) if since == 0 else best
+        best = (strength, accuracy, heads) if since == 0 else best
         if since == PATIENCE:
             break
     return best
@@ -213,10 +280,16 @@ class Problem:
 
     def num_correct(self, head: Tensor) -> float:
         """Returns the `count` of vectors that a head (classes, D + 1) classifies correctly."""
-        head = head.to(self.vectors.dtype)
-        parts = self.vectors.split(self.rows)
-        classes = torch.cat([F.linear(x, head[:, :-1], head[:, -1]).argmax(1) for x in parts])
+        classes = torch.cat([logits.argmax(1) for logits in self._logits(head)])
         return self.count(self.labels[classes == self.labels])
+
+    def probabilities(self, head: Tensor) -> Tensor:
+        """Returns the probabilities that a head (classes, D + 1) predicts, (n, classes)."""
+        return torch.cat([logits.softmax(1).float() for logits in self._logits(head)])
+
+    def _logits(self, head: Tensor) -> Iterator[Tensor]:
+        head = head.to(self.vectors.dtype)
+        return (F.linear(x, head[:, :-1], head[:, -1]) for x in self.vectors.split(self.rows))
 
     def count(self, labels: Tensor) -> float:
         """Returns the number of labels (n,), each counted by the importance of its class."""
