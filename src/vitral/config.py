@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +37,7 @@ PRESETS: dict[str, Shape] = {
 
 MAX_PATCHES = 256  # per side
 Sampling = Literal["uniform", "balanced", "sqrt"]
+BestBy = Literal["top1", "balanced", "f1", "loss"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 TABLES = (".yaml", ".yml", ".csv")  # suffixes of files with a weight for each class
 Policy = Literal[
@@ -498,6 +500,13 @@ class TrainConfig:
     one with train.reproducible."""
     eval_every: int = 1
     """Epochs between validations."""
+    best_by: BestBy = "top1"
+    """Validation metric that selects weights/best, and raw or EMA weights: accuracy, balanced
+    accuracy, macro F1, or the lowest loss."""
+    patience: int = 0
+    """Stop after this many consecutive validations without improvement of best_by; 0 trains to the
+    last epoch. The learning rate schedule remains that of all epochs; fewer epochs are usually
+    better than stopping early."""
     log_every: int = 50
     """Steps between rows of the metrics log."""
     checkpoint_steps: int | None = None
@@ -522,7 +531,7 @@ class TrainConfig:
             value = getattr(self, name)
             _check(value is None or value > 0, f"{name}: expected a number above 0, got {value}")
         _check_fraction(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
-        _check_not_negative(logit_adjustment=self.logit_adjustment)
+        _check_not_negative(logit_adjustment=self.logit_adjustment, patience=self.patience)
         _check(
             self.class_weights in ("none", "balanced", "effective")
             or self.class_weights.endswith(TABLES),
@@ -567,9 +576,26 @@ class TrainConfig:
             f"ema_decay: expected 0 with trainable head, got {self.ema_decay}",
         )
         _check(
+            not (head and self.patience),
+            f"patience: expected 0 with trainable head, which is validated once, got "
+            f"{self.patience}",
+        )
+        _check(
             not (head and self.progressive),
             "progressive: cannot be combined with trainable head; use model.image_size",
         )
+
+    def rank(self, metrics: Mapping[str, float], prefix: str = "") -> float:
+        """Returns a value that is larger for better weights, according to `best_by`.
+
+        Args:
+            metrics: results of a validation, such as a row of the log. -inf is returned if the
+                metric is missing or NaN.
+            prefix: prefix of the names, such as "val_".
+        """
+        value = metrics.get(prefix + self.best_by, math.nan)
+        value = -value if self.best_by == "loss" else value
+        return -math.inf if math.isnan(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)

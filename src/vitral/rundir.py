@@ -146,16 +146,26 @@ class Run:
 
     @property
     def best(self) -> tuple[str, Row] | None:
-        """ "val" or "ema", and the row with the highest top-1; ties go to the first row."""
+        """ "val" or "ema", and the row that is best by `train.best_by`; ties go to the first row."""
         found = [(kind, row) for row in self.validations for kind in ("val", "ema")]
         found = [(kind, row) for kind, row in found if f"{kind}_top1" in row]
-        return max(found, key=lambda item: item[1][f"{item[0]}_top1"], default=None)
+        rank = self.config.train.rank
+        return max(found, key=lambda item: rank(item[1], f"{item[0]}_"), default=None)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last validations did not improve for `train.patience` validations."""
+        if self.best is None or not self.config.train.patience:
+            return False
+        since = len(self.validations) - 1 - self.validations.index(self.best[1])
+        return since >= self.config.train.patience
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been trained and validated."""
+        """Whether the last step has been trained and validated, or the run has stopped early."""
         last = self.rows[-1] if self.rows else {"epoch": 0.0}
-        return "val_top1" in last and last["epoch"] > self.config.train.epochs - 1e-6
+        done = last["epoch"] > self.config.train.epochs - 1e-6 or self.stopped_early
+        return "val_top1" in last and done
 
 
 def read_run(path: Path) -> Run:

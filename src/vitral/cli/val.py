@@ -1,4 +1,4 @@
-"""Evaluate weights: accuracy, per-class accuracy and calibration on a labeled dataset.
+"""Evaluate weights: accuracy, F1, per-class metrics and calibration on a labeled dataset.
 
 --image-sizes reports the accuracy at several image sizes. --suite reports the accuracy on the
 ImageNet test sets: validation, ReaL, V2, A, R and Sketch.
@@ -46,8 +46,8 @@ class Options(TableOptions):
     device: Device = "auto"
     """Device to run on; auto uses a GPU if one is available."""
     out: str | None = None
-    """Directory for the tables: per_class.csv and confused_pairs.csv, image_sizes.csv, or
-    suite.csv."""
+    """Directory for the results: metrics.json, per_class.csv, confused_pairs.csv, confusion.csv and
+    confusion.png; or image_sizes.csv, or suite.csv."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -65,7 +65,8 @@ class Options(TableOptions):
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Prints the results and returns the exit code."""
-    from vitral.evaluation import at_sizes, evaluate, open_set, summarize
+    from vitral.evaluation import Results, at_sizes, evaluate, open_set, summarize
+    from vitral.evaluation.output import write_results
     from vitral.weights import load, require_head
 
     weights = require_head(load(args.weights, which=options.which))
@@ -84,11 +85,13 @@ def run(args: argparse.Namespace, options: Options) -> int:
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,
+        keep_probabilities=options.out is not None,
     )
     print(heading)
-    print(summarize(scores))
+    results = Results(scores)
+    print(summarize(results))
     if options.out is not None:
-        scores.write_tables(Path(options.out))
+        write_results(results, Path(options.out))
     return 0
 
 

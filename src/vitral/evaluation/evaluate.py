@@ -38,6 +38,7 @@ def evaluate(
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
+    keep_probabilities: bool = False,
 ) -> Scores:
     """Evaluates weights on a validation set: top-1, top-5, per-class accuracy and calibration.
 
@@ -56,6 +57,7 @@ def evaluate(
         batch_size: images per forward pass.
         workers: number of decoding processes; None uses all cores but one.
         device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.
+        keep_probabilities: keep the probabilities of all classes in `Scores.probabilities`.
 
     Raises:
         UserError: if the weights or the data cannot be read, or the dataset has a class that the
@@ -64,7 +66,10 @@ def evaluate(
     weights = prepare(weights, which, device)
     dataset, config = _open(weights.description, data, workers)
     competing = competing_classes(weights.description, dataset.classes, classes)
-    return score(weights, _validation_records(dataset), competing, config, batch_size)
+    records = _validation_records(dataset)
+    return score(
+        weights, records, competing, config, batch_size, keep_probabilities=keep_probabilities
+    )
 
 
 def sweep(
@@ -136,7 +141,13 @@ def prepare(weights: Weights | str | Path, which: Which | None, device: str) -> 
 
 
 def score(
-    weights: Weights, records: Records, classes: Sequence[str], config: Config, batch_size: int
+    weights: Weights,
+    records: Records,
+    classes: Sequence[str],
+    config: Config,
+    batch_size: int,
+    *,
+    keep_probabilities: bool = False,
 ) -> Scores:
     """Returns the scores of weights on labeled images.
 
@@ -147,6 +158,7 @@ def score(
             others are removed.
         config: settings for reading and cropping images; `model.image_size` is the input size.
         batch_size: images per forward pass.
+        keep_probabilities: as for `evaluate`.
 
     Raises:
         UserError: if an image cannot be decoded.
@@ -156,7 +168,12 @@ def score(
     columns = torch.tensor([position[name] for name in classes], device=data_device)
     workers = resolve_workers(config.data, records)
     batches = eval_batches(records, config, batch_size, workers, data_device)
-    return measure(lambda images: weights.model(images)[:, columns], batches, tuple(classes))
+    return measure(
+        lambda images: weights.model(images)[:, columns],
+        batches,
+        tuple(classes),
+        keep_probabilities=keep_probabilities,
+    )
 
 
 def competing_classes(

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitral.data.imagenet import display, human_name
 from vitral.data.loader import Batch
-from vitral.errors import counted
-from vitral.evaluation.table import Row, write_csv
+from vitral.evaluation.table import Row
 
 BINS = 15
 
@@ -37,7 +35,15 @@ class Scores:
     losses: NDArray[np.float64]
     """(n,): the cross-entropy of each image, in nats."""
     probabilities: NDArray[np.float32] | None = None
-    """(n, classes): the probabilities of all classes, if they are kept."""
+    """(n, classes): NaN for an image whose output is not finite; None if they were not kept."""
+
+    @property
+    def predicted(self) -> NDArray[np.int64]:
+        """(n,): the most likely class, or `len(classes)` if the output is not finite.
+
+        Such an image is wrong for its own class and not predicted as any other class.
+        """
+        return np.where(np.isnan(self.confidence), len(self.classes), self.ranked[:, 0])
 
     @property
     def loss(self) -> float:
@@ -81,11 +87,14 @@ class Scores:
         return found & ~np.isnan(self.confidence)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the loss, top-1, top-5 and calibration error by name."""
+        """Returns the metrics of a validation by name, as in the metrics log."""
+        rates = classification_rates(self.labels[None], self.predicted[None], len(self.classes))
         return {
             "loss": self.loss,
             "top1": self.top1,
             "top5": self.top5,
+            "balanced": float(rates.balanced[0]),
+            "f1": float(rates.f1[0]),
             "ece": self.calibration_error,
         }
 
@@ -94,39 +103,61 @@ class Scores:
         images, classes = len(self.labels), len(self.classes)
         return Row(name, images, classes, self.top1, self.top5, self.calibration_error)
 
-    def per_class(self) -> list[tuple[str, int, float, float]]:
-        """Returns the name, images, top-1 and top-5 of each class that has images."""
-        counts = np.bincount(self.labels, minlength=len(self.classes))
-        first, five = (np.bincount(self.labels, self.hits(k), len(self.classes)) for k in (1, 5))
-        return [
-            (name, int(n), float(a / n), float(b / n))
-            for name, n, a, b in zip(self.classes, counts, first, five, strict=True)
-            if n
-        ]
-
     def confusion(self) -> NDArray[np.int64]:
-        """Returns image counts by true (row) and predicted (column) class: (classes, classes)."""
+        """Returns image counts by true (row) and predicted (column) class: (classes, classes).
+
+        Images whose output is not finite are not in any column.
+        """
         C = len(self.classes)
-        return np.bincount(self.labels * C + self.ranked[:, 0], minlength=C * C).reshape(C, C)
+        known = ~np.isnan(self.confidence)
+        cells = self.labels[known] * C + self.ranked[known, 0]
+        return np.bincount(cells, minlength=C * C).reshape(C, C)
 
     def confused_pairs(self) -> list[tuple[str, str, int]]:
         """Returns the true class, predicted class and images per confusion, most frequent first."""
-        wrong = ~self.hits(1)
+        wrong = ~self.hits(1) & ~np.isnan(self.confidence)
         pairs = Counter(zip(self.labels[wrong], self.ranked[wrong, 0], strict=True))
         ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
         return [(self.classes[a], self.classes[b], n) for (a, b), n in ordered]
 
-    def write_tables(self, directory: Path) -> None:
-        """Writes per_class.csv and confused_pairs.csv; for wnids, adds columns with their names."""
-        tables = {
-            "per_class.csv": (1, ("class", "images", "top1", "top5"), self.per_class()),
-            "confused_pairs.csv": (2, ("class", "predicted", "images"), self.confused_pairs()),
-        }
-        for name, (k, header, rows) in tables.items():
-            if any(map(human_name, self.classes)):
-                header = (*header, *(f"{column}_name" for column in header[:k]))
-                rows = [(*row, *(human_name(str(name)) for name in row[:k])) for row in rows]
-            write_csv(directory / name, header, rows)
+
+class Rates(NamedTuple):
+    """Fractions of each of R sets of predictions, shape (R,)."""
+
+    top1: NDArray[np.float64]
+    balanced: NDArray[np.float64]
+    """Balanced accuracy: the mean recall of the classes that occur among the labels."""
+    f1: NDArray[np.float64]
+    """Macro F1: the mean F1 of the classes that occur among the labels."""
+
+
+def classification_rates(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], num_classes: int
+) -> Rates:
+    """Computes accuracy, balanced accuracy and macro F1 of several sets of predictions.
+
+    Equal to scikit-learn's `accuracy_score`, `balanced_accuracy_score`, and `f1_score` over the
+    classes that occur among the labels.
+
+    Args:
+        labels: (R, n).
+        predicted: (R, n); `num_classes` stands for no prediction.
+    """
+    R, C = len(labels), num_classes + 1
+    sets = C * np.arange(R)[:, None]
+
+    def count(classes: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.bincount(classes.ravel(), minlength=R * C).reshape(R, C)[:, :num_classes]
+
+    right = count(np.where(labels == predicted, labels, num_classes) + sets)
+    support, total = count(labels + sets), count(predicted + sets)
+    present = support > 0
+    num_present = present.sum(1)
+    recall = right / support.clip(1)
+    f1 = np.where(present, 2 * right / (support + total).clip(1), 0)
+    return Rates(
+        right.sum(1) / labels.shape[1], recall.sum(1) / num_present, f1.sum(1) / num_present
+    )
 
 
 def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
@@ -166,51 +197,45 @@ def measure(
         forward: maps images (B, C, H, W) to logits (B, classes), in evaluation mode.
         batches: batches from `vitral.data.loader.eval_batches`.
         classes: names of the logits.
-        keep_probabilities: whether to keep the probabilities of all classes.
+        keep_probabilities: keep the probabilities of all classes, 4 bytes per image and class.
     """
-    k = min(5, len(classes))
+    C = len(classes)
+    k, kept = min(5, C), C if keep_probabilities else 0
     # Starts with an empty part, because one of many processes may have no images.
     empty = torch.zeros(0)
     parts: list[tuple[Tensor, ...]] = [
-        (empty.long(), torch.zeros(0, k).long(), empty.double(), empty.double())
+        (
+            empty.long(),
+            torch.zeros(0, k).long(),
+            empty.double(),
+            empty.double(),
+            torch.zeros(0, kept),
+        )
     ]
-    probabilities = [np.empty((0, len(classes)), np.float32)]
     for batch in batches:
         truth = batch.targets
         logits = forward(batch.images)[: len(truth)].float()
-        top_classes = logits.softmax(1).topk(k)
-        if keep_probabilities:
-            probabilities.append(logits.softmax(1).cpu().numpy())
+        probabilities = logits.softmax(1)
+        top_classes = probabilities.topk(k)
         losses = F.cross_entropy(logits, truth, reduction="none")
-        found = (truth, top_classes.indices, top_classes.values[:, 0], losses)
-        truth, ranked, confidence, losses = (column.cpu() for column in found)
-        parts.append((truth, ranked, confidence.double(), losses.double()))
-    kept = np.concatenate(probabilities) if keep_probabilities else None
-    columns = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return Scores(classes, *columns, probabilities=kept)
+        found = (
+            truth,
+            top_classes.indices,
+            top_classes.values[:, 0],
+            losses,
+            probabilities[:, :kept],
+        )
+        truth, ranked, confidence, losses, probabilities = (column.cpu() for column in found)
+        parts.append((truth, ranked, confidence.double(), losses.double(), probabilities))
+    *columns, probabilities = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return Scores(classes, *columns, probabilities if keep_probabilities else None)
 
 
 def merge(parts: Sequence[Scores]) -> Scores:
     """Concatenates the scores of several parts of a dataset, in order."""
     columns = ("labels", "ranked", "confidence", "losses")
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
-    return Scores(parts[0].classes, *joined)
-
-
-def summarize(scores: Scores) -> str:
-    """Formats the metrics and a table of classes; for over 20, only the worst and the best."""
-    lines = [
-        f"{counted(len(scores.labels), 'image')}, {counted(len(scores.classes), 'class')}",
-        f"top-1 {scores.top1:.2%}   top-5 {scores.top5:.2%}   loss {scores.loss:.4f}   "
-        f"calibration error {scores.calibration_error:.2%}",
-    ]
-    table = scores.per_class()
-    if len(table) > 20:
-        table = sorted(table, key=lambda row: row[2])
-        table = table[:10] + table[-5:]
-        lines.append("the ten worst and the five best classes:")
-    width = max(len("class"), *(len(display(row[0])) for row in table))
-    lines.append(f"{'class':{width}}  images    top-1    top-5")
-    for name, count, top1, top5 in table:
-        lines.append(f"{display(name):{width}}  {count:6,}  {top1:7.2%}  {top5:7.2%}")
-    return "\n".join(lines)
+    probabilities = [part.probabilities for part in parts if part.probabilities is not None]
+    return Scores(
+        parts[0].classes, *joined, np.concatenate(probabilities) if probabilities else None
+    )

@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from vitral.config import Config
@@ -14,9 +15,11 @@ from vitral.data.loader import Batch, train_batches
 from vitral.data.objects import Objects
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.data.sampling import derive_seed
+from vitral.data.tools.check import MAX_IMBALANCE
 from vitral.data.tools.rates import choose_decoder, input_speed_message
 from vitral.errors import UserError, counted
 from vitral.evaluation import Scores
+from vitral.evaluation.output import TITLES
 from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
 from vitral.training import checkpoint as checkpoints
@@ -103,6 +106,9 @@ class Trainer:
         if checkpoint is not None:
             self.state.restore(checkpoint)
         forward = compiled(model, self.resolved) if self.cached else self.accumulator.forward
+        assert dataset.val is not None
+        counts = np.bincount(dataset.val.labels, minlength=len(dataset.classes))
+        self.imbalanced = counts.max() > MAX_IMBALANCE * max(counts.min(), 1)
         self.validation = Validation(
             config, dataset, model, forward, self.resolved, world, self.workers, device
         )
@@ -133,8 +139,8 @@ class Trainer:
         progress, total = self.progress, self.plan.total
         if self.outputs is not None:
             self.outputs.restore_weights(progress)
-        if progress.step == total == progress.evaluated:
-            self.console.message(f"this run is already finished: {progress.summary()}")
+        if self._finished:
+            self.console.message(f"this run is already finished: {self._summary()}")
             return
         self._announce()
         profile = self.config.train.profile and self.world.is_main
@@ -145,7 +151,7 @@ class Trainer:
                     self._fit_head(self.head_fit, signals)
                 batches = signals.until_signal(self._batches(signals))  # starts the workers
                 self._validate_if_due(signals)  # a signal may have interrupted it
-                while progress.step < total:
+                while not self._finished:
                     self._step(batches)
                     if profiler is not None:
                         profiler.step()
@@ -159,7 +165,7 @@ class Trainer:
                     every = self.config.train.checkpoint_steps
                     if late or (every is not None and progress.step % every == 0):
                         self._save_checkpoint()
-                    if signal and progress.step < total:
+                    if signal and not self._finished:
                         raise Interrupted(signal)
                 self.agreement.finish()
             except Interrupted as interrupted:
@@ -170,10 +176,30 @@ class Trainer:
                 self.console.message(f"{interrupted}: {text}")
                 raise
         self._save_checkpoint()
+        if progress.step < total:
+            self._announce_early_stop()
         if self.outputs is not None:
             self.outputs.draw_curves(force=True)
             self.outputs.write_report(progress)
-        self.console.message(f"finished: {progress.summary()}; results are in {self.run.path}")
+        self.console.message(f"finished: {self._summary()}; results are in {self.run.path}")
+
+    @property
+    def _finished(self) -> bool:
+        """Whether the last step has been validated, or `train.patience` has run out."""
+        progress, patience = self.progress, self.config.train.patience
+        return progress.evaluated == self.plan.total or 0 < patience <= progress.stale
+
+    def _summary(self) -> str:
+        return self.progress.summary(self.config.train.best_by)
+
+    def _announce_early_stop(self) -> None:
+        train, progress = self.config.train, self.progress
+        self.console.message(
+            f"stopped at epoch {progress.step / self.plan.steps_per_epoch:.0f}: "
+            f"{TITLES[train.best_by]} has not improved in {counted(train.patience, 'validation')} "
+            "(train.patience); the learning rate schedule was planned for "
+            f"{counted(train.epochs, 'epoch')}"
+        )
 
     def close(self) -> None:
         """Flushes the logs."""
@@ -284,25 +310,39 @@ class Trainer:
         if self.ema is not None:
             with self.ema.applied():
                 scores["ema"] = self.validation.measure(signals)
-        measured = {f"{k}_{m}": v for k, s in scores.items() for m, v in s.metrics().items()}
+        metrics = {kind: each.metrics() for kind, each in scores.items()}
+        measured = {f"{k}_{name}": v for k, each in metrics.items() for name, v in each.items()}
         self._write_row(pace, measured)
         progress.metrics = {"step": progress.step, **measured}
         progress.evaluated = progress.step
-        self._save_weights(scores)
-        shown = "  ".join(f"{kind} top-1 {s.top1:.2%}" for kind, s in scores.items())
+        self._save_weights(scores, metrics)
         epoch = progress.step / self.plan.steps_per_epoch
-        self.console.message(f"epoch {epoch:.0f}: {shown}  val loss {scores['val'].loss:.3f}")
+        self.console.message(f"epoch {epoch:.0f}: {self._shown(metrics)}")
         if self.outputs is not None:
             self.outputs.draw_curves()
         self.clock.start_row()  # the next row covers training only
 
-    def _save_weights(self, scores: dict[str, Scores]) -> None:
-        """Writes the tables, weights/last, and weights/best if the top-1 accuracy improved."""
-        progress, kind = self.progress, max(scores, key=lambda k: scores[k].top1)
-        top1, states = scores[kind].top1, self.state.weights(self.world)
-        improved = top1 > progress.best["top1"]
+    def _shown(self, metrics: dict[str, dict[str, float]]) -> str:
+        """Formats a validation as text: top-1, and other metrics if they matter."""
+        best_by, names = self.config.train.best_by, {"top1": "top-1"}
+        names |= {"balanced": "balanced"} if self.imbalanced or best_by == "balanced" else {}
+        names |= {"f1": "F1"} if best_by == "f1" else {}
+        shown = (
+            f"{kind} {', '.join(f'{title} {each[name]:.2%}' for name, title in names.items())}"
+            for kind, each in metrics.items()
+        )
+        return f"{'  '.join(shown)}  val loss {metrics['val']['loss']:.3f}"
+
+    def _save_weights(
+        self, scores: dict[str, Scores], metrics: dict[str, dict[str, float]]
+    ) -> None:
+        """Writes the tables, weights/last, and weights/best if `train.best_by` improved."""
+        progress, rank = self.progress, self.config.train.rank
+        kind, states = max(scores, key=lambda k: rank(metrics[k])), self.state.weights(self.world)
+        improved = progress.best["step"] < 0 or rank(metrics[kind]) > rank(progress.best)
+        progress.stale = 0 if improved else progress.stale + 1
         if improved:
-            progress.best = {"step": progress.step, "top1": top1}
+            progress.best = {"step": progress.step, **metrics[kind]}
         # The tables are written before the checkpoint, and the checkpoint before the weights.
         if self.outputs is not None:
             self.outputs.record_scores(scores[kind], progress)

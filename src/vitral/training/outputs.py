@@ -13,7 +13,8 @@ from vitral.config import Config
 from vitral.data.records import Dataset
 from vitral.data.tools import preview
 from vitral.errors import UserError, counted, first_few
-from vitral.evaluation import Scores
+from vitral.evaluation import Results, Scores
+from vitral.evaluation.output import write_tables
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.storage import CorruptError
 from vitral.training.estimate import compare_with_frozen
@@ -113,7 +114,7 @@ class Outputs:
 
     def record_scores(self, scores: Scores, progress: Progress) -> None:
         """Writes the tables of a validation and remembers its scores for the report."""
-        scores.write_tables(self.run.path)
+        write_tables(Results(scores), self.run.path)
         if self.reported is None or self.reported[0] != progress.best["step"]:
             self.reported = (progress.step, scores)
 

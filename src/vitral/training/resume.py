@@ -13,10 +13,11 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from vitral import settings, weights
-from vitral.config import CHANGEABLE, Config, flatten
+from vitral.config import CHANGEABLE, BestBy, Config, flatten
 from vitral.data.records import Dataset
 from vitral.documents import UnknownFieldError, convert_json
 from vitral.errors import UserError, counted, short
+from vitral.evaluation.output import TITLES, shown
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows
 from vitral.storage import CorruptError
@@ -32,21 +33,14 @@ LENGTH = ("train.epochs", "train.time_budget")
 OPTIMIZER_KEYS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum"})  # of AdamW and Muon
 
 
-class Best(TypedDict):
-    """The best validation."""
-
-    step: float
-    """-1 before the first validation."""
-    top1: float
-
-
 class Values(TypedDict):
     """The non-tensor values of a checkpoint."""
 
     schema: int
     step: int
     evaluated: int
-    best: Best
+    best: Mapping[str, float]
+    stale: NotRequired[int]
     metrics: Mapping[str, float]
     broken: tuple[tuple[int, str], ...]
     counters: tuple[float, ...]
@@ -68,15 +62,21 @@ class Progress:
     """The step of the last validation."""
     saved: tuple[int, int] = (0, 0)
     """Step and last validation of the newest checkpoint."""
-    best: Best = field(default_factory=lambda: Best(step=-1.0, top1=-1.0))
+    best: Mapping[str, float] = field(default_factory=lambda: {"step": -1.0})
+    """Step and metrics of the best weights by `train.best_by`; step -1 before the first
+    validation."""
+    stale: int = 0
+    """Number of validations since the best one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Results of the last validation."""
 
-    def summary(self) -> str:
+    def summary(self, best_by: BestBy) -> str:
         """Returns the results as text."""
         text = f"val top-1 {self.metrics['val_top1']:.2%}"
         text += f", EMA {self.metrics['ema_top1']:.2%}" if "ema_top1" in self.metrics else ""
-        return f"{text}; best {self.best['top1']:.2%} at step {self.best['step']:.0f}"
+        title = "" if best_by == "top1" else f"{TITLES[best_by]} "
+        best = title + shown(best_by, self.best[best_by])
+        return f"{text}; best {best} at step {self.best['step']:.0f}"
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class State:
         state = {
             "evaluated": self.progress.evaluated,
             "best": self.progress.best,
+            "stale": self.progress.stale,
             "metrics": self.progress.metrics,
             "broken": sorted(broken.items()),
             "counters": self.counters.values.tolist(),
@@ -135,6 +136,7 @@ class State:
         progress.step, progress.evaluated = checkpoint.step, state["evaluated"]
         progress.saved = (progress.step, progress.evaluated)
         progress.best, progress.metrics = state["best"], state["metrics"]
+        progress.stale = state.get("stale", 0)
         self.counters.values.copy_(
             torch.tensor(state["counters"], dtype=self.counters.values.dtype)
         )
@@ -226,7 +228,9 @@ def read_values(folder: Path, step: int) -> Values:
     resolved, broken = values["resolved"], values["broken"]
     consistent = {
         "evaluated": 0 <= evaluated <= step,
-        "best": math.isfinite(best["step"]),
+        "best": math.isfinite(best.get("step", math.nan))
+        and (not evaluated or values["config"].train.best_by in best),
+        "stale": values.get("stale", 0) >= 0,
         "metrics": not evaluated or "val_top1" in metrics,
         "broken": all(i >= 0 for i, _ in broken),
         "counters": len(values["counters"]) == Counters.SIZE,

@@ -123,12 +123,13 @@ def absolute_paths(config: Config) -> Config:
 def describe(
     config: Config, classes: tuple[str, ...], fingerprint: str, metrics: Mapping[str, float]
 ) -> Description:
-    """Returns the description of a run's weights; the default is the better of raw and EMA weights.
+    """Returns the description of a run's weights; the default is the better of raw and EMA weights
+    by `train.best_by`.
 
     It contains all fields of the architecture, because presets may change, and the absolute path
     of the data.
     """
-    better = metrics.get("ema_top1", -1.0) > metrics.get("val_top1", 0.0)
+    better = config.train.rank(metrics, "ema_") > config.train.rank(metrics, "val_")
     model = dataclasses.replace(config.model, **config.model.shape._asdict())
     return Description(
         config=dataclasses.replace(config, model=model, data=absolute_paths(config).data),
