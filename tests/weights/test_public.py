@@ -289,6 +289,28 @@ def test_pth_files_are_read_without_running_code(file, tmp_path, capsys):
         assert relative(vitral.load(tmp_path / "made").model(images), source(images)) <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pth.tar"])
+def test_a_file_may_have_a_head_of_any_size(name, tmp_path):
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    state, path = source.state_dict(), tmp_path / name
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file(state, path)
+    else:  # as timm's train.py writes them, with the weights that timm prefers
+        other = {name: torch.zeros_like(value) for name, value in state.items()}
+        torch.save({"epoch": 1, "state_dict": other, "state_dict_ema": state}, path)
+    created = public.create("vit_tiny_patch16_224", str(path)).state_dict()
+    assert created.keys() == state.keys()
+    assert all(torch.equal(created[name], state[name]) for name in state)
+
+
+def test_a_file_without_the_parameters_of_the_model_is_rejected(file, tmp_path):
+    _, source = file
+    state = {f"encoder.{name}": value for name, value in source.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded: .*Missing key"):
+        public.create("vit_tiny_patch16_224", str(tmp_path / "other.safetensors"))
+
+
 def test_a_public_name_is_converted_once_and_verified(file, tmp_path, monkeypatch):
     path, _ = file
     monkeypatch.setenv("VITRAL_CACHE", str(tmp_path / "cache"))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitral import hub, storage
@@ -119,13 +118,14 @@ def create(name: str, file: str | None = None, **changes: Any) -> Any:
         )
     # This allows `convert` to compare the two models at several image sizes.
     changes = {"dynamic_img_size": True, **changes}
-    if file and not _has_head(file):
-        changes.setdefault("num_classes", 0)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
     try:
-        changes["pretrained_cfg_overlay"] = {"file": file} if file else _pinned(tagged, revision)
+        head = _head_of(file) if file else {}
+        overlay = {"file": file, **head} if file else _pinned(tagged, revision)
         with warnings.catch_warnings(action="ignore"):
-            return timm.create_model(tagged, pretrained=True, **changes).eval()
+            return timm.create_model(
+                tagged, pretrained=True, pretrained_cfg_overlay=overlay, **{**head, **changes}
+            ).eval()
     except Exception as error:  # timm and the Hub's client raise many types
         raise _failure(name, file, error) from None
 
@@ -164,13 +164,20 @@ def _pinned(name: str, revision: str) -> dict[str, Any]:
     return {"hf_hub_id": f"{known.hf_hub_id}@{commit}", "custom_load": known.custom_load}
 
 
-def _has_head(file: str) -> bool:
-    """Returns whether a safetensors file has a classifier; True for other file formats."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return any(name.startswith("head.") for name in opened.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return True
+def _head_of(file: str) -> dict[str, int]:
+    """Returns the number of classes of a file with timm's parameter names, 0 without a head.
+
+    timm requires all parameters to be in the file only if this number is in its configuration.
+    Returns nothing for other names, which timm converts.
+    """
+    from timm.models import load_state_dict
+
+    if file.endswith((".npz", ".npy")):
+        return {}
+    state = load_state_dict(file)
+    if "head.weight" in state:
+        return {"num_classes": len(state["head.weight"])}
+    return {"num_classes": 0} if "patch_embed.proj.weight" in state else {}
 
 
 def convert(public: Any) -> Imported:
