@@ -146,7 +146,7 @@ class Run:
 
     @property
     def best(self) -> tuple[str, Row] | None:
-        """ "val" or "ema", and the row that is best by `train.best_by`; ties go to the first row."""
+        """ "val" or "ema", and the best row by `train.best_by`; ties go to the first row."""
         found = [(kind, row) for row in self.validations for kind in ("val", "ema")]
         found = [(kind, row) for kind, row in found if f"{kind}_top1" in row]
         rank = self.config.train.rank

@@ -1,6 +1,5 @@
-"""Tests of metrics against values computed by hand and loops over the definitions."""
+"""Tests of scores against values computed by hand and loops over the definitions."""
 
-import csv
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vitral.data.loader import Batch
-from vitral.evaluation.scores import Scores, measure, merge, summarize
+from vitral.evaluation.scores import Scores, measure, merge
 
 CLASSES = tuple("abcdefg")
 
@@ -41,48 +40,11 @@ def test_scores_match_values_computed_by_hand(scores):
         "loss": 1.5,
         "top1": pytest.approx(2 / 6),
         "top5": pytest.approx(5 / 6),
+        "balanced": pytest.approx((1 / 3 + 0 + 1 + 0) / 4),
+        "f1": pytest.approx((2 / 5 + 0 + 1 + 0) / 4),  # a: 1 of 3 images and 2 predictions
         "ece": pytest.approx(expected_error),
     }
-    assert scores.per_class() == [
-        ("a", 3, pytest.approx(1 / 3), 1.0),
-        ("b", 1, 0.0, 0.0),
-        ("c", 1, 1.0, 1.0),
-        ("d", 1, 0.0, 1.0),
-    ]
     assert scores.confused_pairs() == [("a", "b", 2), ("b", "a", 1), ("d", "f", 1)]
-
-
-def test_tables_are_written(scores, tmp_path):
-    scores.write_tables(tmp_path)
-    for name, header, expected in (
-        ("per_class.csv", ["class", "images", "top1", "top5"], scores.per_class()),
-        ("confused_pairs.csv", ["class", "predicted", "images"], scores.confused_pairs()),
-    ):
-        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-        assert rows == [header, *([str(value) for value in row] for row in expected)]
-
-
-def test_wnids_are_shown_with_their_names(tmp_path):
-    classes = ("n01440764", "n02012849", "own")
-    scores = make([0, 1, 2], [[0], [2], [2]], [0.5] * 3, classes)
-    scores.write_tables(tmp_path)
-    tables = [(tmp_path / f"{name}.csv").read_text() for name in ("per_class", "confused_pairs")]
-    assert [table.splitlines() for table in tables] == [
-        [
-            "class,images,top1,top5,class_name",
-            'n01440764,1,1.0,1.0,"tench, Tinca tinca"',
-            "n02012849,1,0.0,0.0,crane",
-            "own,1,1.0,1.0,",
-        ],
-        ["class,predicted,images,class_name,predicted_name", "n02012849,own,1,crane,"],
-    ]
-    lines = summarize(scores).splitlines()
-    assert lines[3] == "n01440764 tench       1  100.00%  100.00%"
-    assert lines[4:] == [
-        "n02012849 crane       1    0.00%    0.00%",
-        f"own{'':19}1  100.00%  100.00%",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -126,8 +88,10 @@ def test_every_image_counts_once(num_classes, size):
         shapes.append(len(batch))
         return batch.flatten(1)
 
-    scores = measure(forward, batches, classes)
+    scores = measure(forward, batches, classes, keep_probabilities=True)
     assert set(shapes) == {size}
+    np.testing.assert_allclose(scores.probabilities, logits.double().softmax(1), atol=1e-6)
+    assert scores.probabilities.dtype == np.float32
 
     rows = list(zip(logits.double().softmax(1).tolist(), labels.tolist(), strict=True))
     order = [sorted(range(num_classes), key=lambda c, p=p: -p[c]) for p, _ in rows]
@@ -144,9 +108,6 @@ def test_every_image_counts_once(num_classes, size):
         inside = [(o == label) - p for o, label, p in best if k / 15 < p <= (k + 1) / 15]
         error += abs(sum(inside)) / 53
     assert scores.calibration_error == pytest.approx(error, abs=1e-6)
-    for name, images_of, top1, _ in scores.per_class():
-        own = [o == label for o, label, _ in best if classes[label] == name]
-        assert (images_of, top1) == (len(own), pytest.approx(sum(own) / len(own)))
     wrong = [(classes[label], classes[o]) for o, label, _ in best if o != label]
     pairs = scores.confused_pairs()
     assert {(a, b): n for a, b, n in pairs} == {pair: wrong.count(pair) for pair in wrong}
@@ -158,11 +119,15 @@ def test_merged_parts_equal_the_scores_of_the_complete_set(processes):
     logits = torch.randn(12, 4, 1, 1, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 4
     batches = [Batch(i, 4 * i, logits[4 * i :][:4], labels[4 * i :][:4], []) for i in range(3)]
-    expected = measure(lambda x: x.flatten(1), batches, CLASSES[:4])
     cuts = [3 * k // processes for k in range(processes + 1)]
-    parts = [measure(lambda x: x.flatten(1), batches[a:b], CLASSES[:4]) for a, b in pairwise(cuts)]
-    assert merge(parts).metrics() == expected.metrics()
-    assert merge(parts).ranked.tolist() == expected.ranked.tolist()
+    for keep in (False, True):
+        expected, *parts = (
+            measure(lambda x: x.flatten(1), some, CLASSES[:4], keep_probabilities=keep)
+            for some in (batches, *(batches[a:b] for a, b in pairwise(cuts)))
+        )
+        assert merge(parts).metrics() == expected.metrics()
+        assert merge(parts).ranked.tolist() == expected.ranked.tolist()
+        assert np.array_equal(merge(parts).probabilities, expected.probabilities)
 
 
 def test_half_precision_logits_are_measured_in_float32():
@@ -171,19 +136,6 @@ def test_half_precision_logits_are_measured_in_float32():
     scores = measure(lambda x: x.flatten(1), [batch], CLASSES[:4])
     exact = logits.double().flatten(1).softmax(1).amax(1)
     np.testing.assert_allclose(scores.confidence, exact, rtol=1e-6)
-
-
-@pytest.mark.parametrize("num_classes", [3, 30])
-def test_summary_shows_every_class_or_the_worst_and_best(num_classes):
-    classes = tuple(f"class{i:02d}" for i in range(num_classes))
-    labels = np.repeat(np.arange(num_classes), 2)
-    guesses = labels.copy()
-    guesses[1::4] = 0  # every other class is half right
-    text = summarize(make(labels, guesses[:, None], np.full(len(labels), 0.5), classes))
-    assert text.startswith(f"{len(labels)} images, {num_classes} classes\ntop-1 ")
-    assert text.count("\nclass") == 1 + min(num_classes, 15)
-    assert ("ten worst" in text) == (num_classes > 20)
-    assert "class02       2   50.00%   50.00%" in text
 
 
 def test_confusion_and_reliability_match_values_computed_by_hand(scores):
@@ -210,4 +162,6 @@ def test_nonfinite_outputs_are_wrong_and_have_no_confidence():
     ((edge, count, confidence, accuracy),) = found.reliability()
     assert (edge, count, accuracy) == (14 / 15, 1, 1.0)
     assert confidence == pytest.approx(1 / (1 + np.exp(-2)))
-    assert "top-1 33.33%" in summarize(found)
+    assert found.predicted.tolist() == [0, 2, 2]
+    assert found.confusion().tolist() == [[1, 0], [0, 0]]
+    assert found.confused_pairs() == []

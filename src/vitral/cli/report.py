@@ -42,7 +42,9 @@ def run(args: argparse.Namespace, options: Options) -> int:
     else:
         predictions, missing = None, ""
         try:
-            predictions = evaluate_best(runs[0], options.data, options.columns)
+            predictions = evaluate_best(
+                runs[0], options.data, options.columns, keep_probabilities=True
+            )
         except UserError as error:
             missing = str(error)
             print(f"vitral: no predictions: {printable(str(error))}", file=sys.stderr)

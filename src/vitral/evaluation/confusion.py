@@ -31,7 +31,10 @@ def draw(scores: Scores) -> bytes:
     side = float(np.clip(0.45 * C, 3.5, 11.0))  # inches
     content = io.BytesIO()
     # Names of classes may contain dollar signs, and characters that the font does not have.
-    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+    with (
+        mpl.rc_context({"text.parse_math": False, "font.size": 10 if C <= MAX_NAMES else 20}),
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=(2 * side + 2.5, side + 1), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -48,7 +51,7 @@ def _matrix(
     # The exponent makes rare confusions visible next to the diagonal.
     norm = PowerNorm(0.5 if C <= MAX_NUMBERS else 0.3, 0, max(values.max(), 1))
     drawn = axes.imshow(values, cmap="Blues", norm=norm, interpolation="nearest")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(title, loc="left")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     if C <= MAX_NAMES:

@@ -72,7 +72,8 @@ def headline(scores: Scores) -> dict[str, float]:
 
     These are the metrics of `Scores.metrics`, macro and weighted precision, recall and F1, Matthews
     correlation coefficient (`mcc`) and Cohen's kappa (`kappa`). The macro recall is the balanced
-    accuracy, and the weighted recall is the accuracy. Kappa is NaN if there is only one class.
+    accuracy, and the weighted recall is the accuracy. The last two are NaN if all labels and predictions are
+    the same class.
     """
     from sklearn import metrics  # takes a second to import
 
@@ -83,9 +84,12 @@ def headline(scores: Scores) -> dict[str, float]:
         )
         names = ("precision", "recall", "f1")
         found |= {f"{average}_{n}": float(v) for n, v in zip(names, values[:3], strict=True)}
-    found["mcc"] = float(metrics.matthews_corrcoef(labels, predicted))
-    constant = len(np.unique([labels, predicted])) == 1  # scikit-learn would divide 0 by 0
-    found["kappa"] = math.nan if constant else float(metrics.cohen_kappa_score(labels, predicted))
+    functions = {"mcc": metrics.matthews_corrcoef, "kappa": metrics.cohen_kappa_score}
+    defined = len(np.unique([labels, predicted])) > 1
+    found |= {
+        name: float(function(labels, predicted)) if defined else math.nan
+        for name, function in functions.items()
+    }
     return found
 
 

@@ -33,7 +33,9 @@ PERCENT += ("weighted_f1", "ece")
 
 
 def shown(name: str, value: float) -> str:
-    """Formats the value of a metric."""
+    """Formats the value of a metric, or returns a dash if it is NaN."""
+    if math.isnan(value):
+        return "-"
     return f"{value:.2%}" if name in PERCENT else f"{value:.4f}"
 
 

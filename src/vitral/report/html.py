@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ from PIL import Image
 from vitral.config import Config, flatten
 from vitral.data.imagenet import short_name
 from vitral.errors import counted, printable
-from vitral.evaluation import Scores
+from vitral.evaluation import Results, Scores
+from vitral.evaluation.confusion import draw
+from vitral.evaluation.metrics import ClassMetrics
+from vitral.evaluation.output import TITLES, headline_rows, shown
 from vitral.files import read_regular
 from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
 from vitral.report.predictions import Predictions
-from vitral.report.thumbnails import attention_pictures, data_uri, thumbnail
+from vitral.report.thumbnails import attention_pictures, data_uri, png_uri, thumbnail
 from vitral.rundir import Row, Run, RunDir, duration
 from vitral.storage import replacing
 
@@ -57,6 +61,7 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
         environment=_flattened(run.environment),
         charts=_charts({"": run.rows}),
         cost=_cost(run),
+        best=_best(run),
         batch=_picture(RunDir(run.path).train_batch),
         results=predictions and PredictionReport(predictions),
         missing=missing,
@@ -105,9 +110,19 @@ class PredictionReport:
         return "held-out training images" if held_out else "validation images"
 
     @cached_property
-    def per_class(self) -> dict[str, list[tuple[str, int, float, float]]]:
+    def metrics(self) -> Results:
+        """Metrics of the predictions."""
+        return Results(self.scores)
+
+    @cached_property
+    def headline(self) -> list[tuple[str, str, str]]:
+        """Title, value and 95% interval of each metric."""
+        return headline_rows(self.metrics)
+
+    @cached_property
+    def per_class(self) -> dict[str, list[ClassMetrics]]:
         """Tables of classes by title; for more than 20 classes, only the best and the worst."""
-        rows = sorted(self.scores.per_class(), key=lambda row: -row[2])
+        rows = sorted(self.metrics.per_class, key=lambda row: -row.f1)
         if len(rows) <= MAX_LISTED_CLASSES:
             return {"All classes": rows}
         return {"Best classes": rows[:10], "Worst classes": rows[:-11:-1]}
@@ -118,9 +133,15 @@ class PredictionReport:
         if len(self.scores.classes) > MAX_MATRIX_CLASSES:
             return None
         counts = self.scores.confusion()
-        percentages = np.rint(100 * counts / counts.sum(1, keepdims=True).clip(1)).astype(int)
+        images = np.bincount(self.scores.labels, minlength=len(counts))
+        percentages = np.rint(100 * counts / images.clip(1)[:, None]).astype(int)
         pairs = zip(counts.tolist(), percentages.tolist(), strict=True)
         return [list(zip(*pair, strict=True)) for pair in pairs]
+
+    @cached_property
+    def heat_map(self) -> str | None:
+        """The confusion matrix as an image, if there are too many classes for a table."""
+        return png_uri(draw(self.scores)) if self.matrix is None else None
 
     @cached_property
     def pairs(self) -> list[tuple[str, str, int, list[dict[str, Any]]]]:
@@ -128,7 +149,7 @@ class PredictionReport:
         scores, found = self.scores, []
         for truth, other, count in scores.confused_pairs()[:MAX_PAIRS]:
             a, b = scores.classes.index(truth), scores.classes.index(other)
-            chosen = np.flatnonzero((scores.labels == a) & (scores.ranked[:, 0] == b))
+            chosen = np.flatnonzero((scores.labels == a) & (scores.predicted == b))
             found.append((truth, other, count, self._shown(chosen, IMAGES_PER_PAIR)))
         return found
 
@@ -210,6 +231,17 @@ def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
         chart("Throughput", "img/s", 1, True, images_per_second="throughput"),
         chart("Data wait", "% of the time", 100, True, data_wait="data wait"),
     ]
+
+
+def _best(run: Run) -> tuple[str, str, str] | None:
+    """Returns the metric that selects the best weights, its value, and which weights they are."""
+    if run.best is None:
+        return None
+    kind, row = run.best
+    metric = run.config.train.best_by
+    kind_name = "EMA" if kind == "ema" else "raw weights"
+    value = shown(metric, row.get(f"{kind}_{metric}", math.nan))
+    return f"Best {TITLES[metric]}", value, f"{kind_name}, epoch {number(row['epoch'])}"
 
 
 def _cost(run: Run) -> dict[str, str]:

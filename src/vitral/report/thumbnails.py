@@ -51,6 +51,11 @@ def data_uri(image: Image.Image, size: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
+def png_uri(content: bytes) -> str:
+    """Encodes a PNG in a data URI."""
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
 def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:
     """Returns the model's input, and the same image with brightness given by attention rollout.
 
