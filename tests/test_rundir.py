@@ -217,6 +217,18 @@ def test_a_run_is_finished_when_its_last_step_is_validated(directory, last, fini
     assert read_run(directory.path).best is None
 
 
+def test_a_run_that_stopped_early_is_finished(tmp_path):
+    run = RunDir(tmp_path)
+    run.write_config(settings.load("digits", ["--train.patience", "2", "--train.best-by", "loss"]))
+    losses = [0.5, 0.3, 0.4, 0.3]
+    rows = [{**ROW, "step": k, "val_top1": 0.1 * k, "val_loss": v} for k, v in enumerate(losses)]
+    for count, finished in ((3, False), (4, True)):
+        write(run.metrics, *rows[:count])
+        found = read_run(tmp_path)
+        assert found.best == ("val", rows[1])
+        assert found.stopped_early is found.finished is finished
+
+
 def test_other_directories_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"config\.yaml, got one without; specify one such as"):
         read_run(tmp_path)

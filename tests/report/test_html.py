@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from vitral import train, weights
 from vitral.cli import main
 from vitral.data.records import Pixels
 from vitral.evaluation import Scores
+from vitral.evaluation.metrics import per_class
 from vitral.report.html import write_report
 from vitral.report.predictions import Predictions, evaluate_best
 from vitral.report.thumbnails import attention_pictures, thumbnail
@@ -128,7 +130,9 @@ def test_the_summary_matches_the_log(run, page):
     validated = [row for row in rows if "val_top1" in row]
     assert [row[1] for row in table] == [str(row["step"]) for row in validated]
     assert [row[3] for row in table] == [f"{row['val_top1']:.2%}" for row in validated]
-    assert [row[9] for row in table] == [f"{row['ema_ece']:.2%}" for row in validated]
+    assert [row[6] for row in table] == [f"{row['val_f1']:.2%}" for row in validated]
+    assert [row[11] for row in table] == [f"{row['ema_balanced']:.2%}" for row in validated]
+    assert [row[13] for row in table] == [f"{row['ema_ece']:.2%}" for row in validated]
     known = json.loads((run / "env.json").read_text())
     flops = known["training_flops_per_image"] * last["images"]
     cost = dict(page.cells["cost"])
@@ -162,10 +166,19 @@ def test_predictions_match_a_plain_loop(page, answers):
         counts[truth][guess] += 1
     matrix = [row for row in page.cells["confusion"] if len(row) == 11][1:]
     assert [[int(cell or 0) for cell in row[1:]] for row in matrix] == counts
-    for name, images, top1, _ in page.cells["classes"][1:]:
+    for name, images, precision, recall, f1, _, auc in page.cells["classes"][1:]:
         truth = int(name)
+        right, total = counts[truth][truth], sum(row[truth] for row in counts)
         assert int(images) == sum(counts[truth])
-        assert top1 == f"{counts[truth][truth] / sum(counts[truth]):.2%}"
+        assert precision == f"{right / max(total, 1):.2%}"
+        assert recall == f"{right / sum(counts[truth]):.2%}"
+        assert f1 == f"{2 * right / (total + sum(counts[truth])):.2%}"
+        own = np.array(labels) == truth
+        expected = roc_auc_score(own, probabilities[:, truth])
+        assert float(auc) == pytest.approx(expected, abs=1e-4)
+    top1 = np.mean(np.array(labels) == predicted)
+    assert page.cells["metrics"][1][:2] == ["top-1", f"{top1:.2%}"]
+    assert re.fullmatch(r"[\d.]+% to [\d.]+%", page.cells["metrics"][1][2])
 
     wrong = [i for i in range(360) if labels[i] != predicted[i]]
     wrong.sort(key=lambda i: -confidence[i])
@@ -223,8 +236,10 @@ def test_many_classes_show_the_extremes_and_no_matrix(run, tmp_path):
     page = write(run, tmp_path / "page.html", predictions)
     assert "matrix" not in [given.get("class") for given in page.all("table")]
     rows = [row for row in page.cells["classes"] if row[0] != "class"]
-    top1 = sorted(row[2] for row in predictions.scores.per_class())
-    assert [row[2] for row in rows] == [f"{v:.2%}" for v in (*top1[:-11:-1], *top1[:10])]
+    f1 = sorted(row.f1 for row in per_class(predictions.scores))
+    assert [row[4] for row in rows] == [f"{v:.2%}" for v in (*f1[:-11:-1], *f1[:10])]
+    pictures = [given["src"] for given in page.all("img")]
+    assert sum(each.startswith("data:image/png;base64,") for each in pictures) == 1
     assert len(page.all("li")) == 24
     assert (tmp_path / "page.html").stat().st_size < 1_000_000
 

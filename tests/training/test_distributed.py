@@ -178,6 +178,21 @@ def test_reproducible_runs_are_bit_identical(pictures, tmp_path, reproduced, siz
     assert (digests(out), samples(tmp_path / "samples")) == reproduced
 
 
+@pytest.mark.slow
+def test_two_processes_stop_early_at_the_same_step_after_a_resume(pictures, tmp_path):
+    """With a tiny learning rate, no validation improves on the first one."""
+    flat = {"train__eval_every": 1, "optim__lr": 1e-12, "train__patience": 6}
+    complete, killed = (words(pictures, tmp_path / name, **flat) for name in ("complete", "killed"))
+    expected = digests(run(complete, 2))
+    assert read_rows(tmp_path / "complete" / "metrics.jsonl")[-1]["step"] == 7
+    children = start([killed] * 2)
+    wait_for(children, tmp_path / "killed", 4)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    finish(children)
+    assert digests(run(killed, 2)) == expected
+
+
 def test_balanced_sampling_is_the_same_in_two_processes(pictures, tmp_path):
     """Five classes of seven images and one of one image, each six times per epoch."""
     few = tmp_path / "few"

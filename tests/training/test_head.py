@@ -265,6 +265,7 @@ def test_folds_need_images_of_each_class(uninterrupted):
         (["--train.trainable", "0"], "trainable: expected all, head, or 1 or more blocks, got 0"),
         (["--train.trainable", "hed"], "train.trainable: expected an integer or one of all, head"),
         (["--train.ema-decay", "0.9"], "ema_decay: expected 0 with trainable head"),
+        (["--train.patience", "2"], "patience: expected 0 with trainable head, which is validated"),
         (["--augment.mixup", "0.9"], "augment.mixup, augment.cutmix: expected 0 with"),
         (["--folds", "1"], "folds: expected 2 or more, got 1"),
         (["--folds", "5", "--train.trainable", "all"], "folds: expected train.trainable head"),

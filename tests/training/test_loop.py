@@ -15,7 +15,7 @@ from vitral.data.formats import open_dataset
 from vitral.data.sampling import permutation
 from vitral.errors import UserError
 from vitral.evaluation import Scores
-from vitral.rundir import RunDir, read_rows
+from vitral.rundir import RunDir, read_rows, read_run
 from vitral.training import Interrupted, checkpoint, loop, train
 from vitral.training.resolved import build_model
 
@@ -159,6 +159,49 @@ def test_the_best_weights_are_those_of_the_best_validation(
         assert value.equal(tensors[name])
     lines = run.log.read_text()
     assert f"best {max(flat):.2%} at step {ends[best - 1]};" in lines
+
+
+def measured(*losses):
+    """Replaces validation: three images of class 0 and one of class 1, with these mean losses."""
+    left = iter(losses)
+
+    def measure(self, signals):
+        # Top-1 rises while balanced accuracy and F1 fall.
+        loss = next(left)
+        ranked = np.zeros((4, 5), np.int64) if loss < 2 else np.array([[0], [1], [1], [1]])
+        return Scores(self.classes, np.array([0, 0, 0, 1]), ranked, np.ones(4), np.full(4, loss))
+
+    return measure
+
+
+@pytest.mark.parametrize(("best_by", "best"), [("balanced", 1), ("f1", 1), ("loss", 3)])
+def test_the_metric_that_selects_the_best_weights(tmp_path, monkeypatch, best_by, best):
+    """Recalls of 1/3 and 1, F1 of 1/2 and 1/2; then recalls of 1 and 0, F1 of 6/7 and 0."""
+    monkeypatch.setattr(loop.Validation, "measure", measured(3.0, 1.5, 1.0, math.nan))
+    monkeypatch.setattr(loop.Outputs, "write_report", lambda *_: None)
+    words = "--train.epochs 4 --train.eval-every 1 --train.batch-size 480 --train.ema-decay 0"
+    run = trained(tmp_path / "run", *words.split(), "--train.best-by", best_by)
+    rows = [row for row in read_rows(run.metrics) if "val_top1" in row]
+    assert [row["val_top1"] for row in rows] == [0.5, 0.75, 0.75, 0.5]
+    assert [row["val_balanced"] for row in rows] == pytest.approx([2 / 3, 0.5, 0.5, 2 / 3])
+    assert [row["val_f1"] for row in rows] == pytest.approx([0.5, 3 / 7, 3 / 7, 0.5])
+    assert weights.read_description(run.best)[1].metrics["step"] == 3 * best
+    assert read_run(run.path).best == ("val", rows[best - 1])
+    line = "epoch 1: val top-1 50.00%"
+    line += {"balanced": ", balanced 66.67%", "f1": ", F1 50.00%"}.get(best_by, "")
+    assert f"{line}  val loss 3.000" in run.log.read_text()
+
+
+def test_training_stops_without_improvement(tmp_path, monkeypatch):
+    """The better of raw and EMA weights counts. The last of five epochs is not trained."""
+    flat = [0.5, 0.1, 0.4, 0.6, 0.6, 0.1, 0.5, 0.6]  # raw and EMA in turn
+    monkeypatch.setattr(loop.Validation, "measure", scored(*flat))
+    monkeypatch.setattr(loop.Outputs, "write_report", lambda *_: None)
+    words = "--train.epochs 5 --train.eval-every 1 --train.batch-size 480 --train.patience 2"
+    run = trained(tmp_path / "run", *words.split())
+    assert read_rows(run.metrics)[-1]["step"] == 12
+    assert checkpoint.read(run.checkpoints, 12).state["stale"] == 2
+    assert weights.read_description(run.best)[1].metrics["step"] == 6
 
 
 def test_a_checkpoint_is_written_after_the_set_time(tmp_path, monkeypatch):

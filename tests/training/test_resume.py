@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import random
@@ -17,7 +18,7 @@ from vitral.data.formats import open_dataset
 from vitral.data.sampling import Order
 from vitral.errors import UserError
 from vitral.model import ViT
-from vitral.rundir import RunDir, read_rows
+from vitral.rundir import RunDir, read_rows, read_run
 from vitral.training import checkpoint, resume, train
 from vitral.training.balance import Balance
 from vitral.training.checkpoint import Checkpoint
@@ -115,6 +116,34 @@ def test_muon_resumes_exactly(image_folder, tmp_path, uninterrupted):
     assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
     assert finish_single(killed) == 0
     assert digests(tmp_path / "killed") == digests(tmp_path / "complete") != uninterrupted
+
+
+FLAT = {"train__eval_every": 1, "optim__lr": 1e-12}  # the first validation remains the best
+
+
+def test_a_run_stops_early_at_the_same_step_after_a_resume(image_folder, tmp_path):
+    """The validations without improvement before and after the resume add up."""
+    complete, stopped = (
+        make_config(image_folder, tmp_path / name, **FLAT, train__patience=4)
+        for name in ("complete", "stopped")
+    )
+    assert finish_single(complete) == 0
+    assert signal_at(stopped, 8, signal.SIGTERM) == 128 + signal.SIGTERM
+    state = json.loads((newest(tmp_path / "stopped") / "state.json").read_text())
+    assert 0 < state["stale"] < 4
+    assert finish_single(stopped) == 0
+    assert digests(tmp_path / "stopped") == digests(tmp_path / "complete")
+    run = read_run(tmp_path / "stopped")
+    assert run.rows[-1]["step"] == 17  # after epoch 5, of 40 images in batches of 12
+    assert run.stopped_early
+    assert run.finished
+    log = (run.path / "train.log").read_text()
+    assert "stopped at epoch 5: top-1 has not improved in 4 validations (train.patience); " in log
+    assert "the learning rate schedule was planned for 8 epochs" in log
+    before = (run.path / "metrics.jsonl").read_bytes()
+    assert finish_single(stopped) == 0
+    assert "this run is already finished" in (run.path / "train.log").read_text()
+    assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
 def test_corrections_for_rare_classes_resume_exactly(pictures, tmp_path):
@@ -266,9 +295,12 @@ def test_training_continues_after_the_reader_of_its_output_exits(
 
 def test_summary_of_results():
     progress = Progress(best={"step": 12, "top1": 0.5}, metrics={"val_top1": 0.25})
-    assert progress.summary() == "val top-1 25.00%; best 50.00% at step 12"
+    assert progress.summary("top1") == "val top-1 25.00%; best 50.00% at step 12"
     progress.metrics["ema_top1"] = 1 / 3
-    assert progress.summary() == "val top-1 25.00%, EMA 33.33%; best 50.00% at step 12"
+    assert progress.summary("top1") == "val top-1 25.00%, EMA 33.33%; best 50.00% at step 12"
+    progress.best |= {"loss": 0.25, "f1": 0.75}
+    assert progress.summary("f1").endswith("; best macro F1 75.00% at step 12")
+    assert progress.summary("loss").endswith("; best loss 0.2500 at step 12")
 
 
 def state_of(seed, **train):
@@ -289,6 +321,7 @@ def state_of(seed, **train):
         ema.update(step, skipped)
         progress.step = step
     progress.evaluated, progress.best = 4, {"step": 4, "top1": seed / 10}
+    progress.stale = seed
     progress.metrics = {"val_top1": seed / 10}
     parts = config, dataset, resolved, "", model, optimizer, ema, counters, progress
     return State(*parts), model
@@ -304,7 +337,7 @@ def test_a_checkpoint_is_restored_bit_for_bit(tmp_path):
     assert found.state["fingerprint"] == was.dataset.fingerprint
     model.load_state_dict(found.tensors["model"])
     now.restore(found)
-    for name in ("step", "evaluated", "best", "metrics"):
+    for name in ("step", "evaluated", "best", "stale", "metrics"):
         assert getattr(now.progress, name) == getattr(was.progress, name)
     assert now.progress.saved == (5, 4)
     assert now.counters.values.equal(was.counters.values)

@@ -71,9 +71,9 @@ def headline(scores: Scores) -> dict[str, float]:
     """Returns the metrics of all images by name.
 
     These are the metrics of `Scores.metrics`, macro and weighted precision, recall and F1, Matthews
-    correlation coefficient (`mcc`) and Cohen's kappa (`kappa`). The macro recall is the balanced
-    accuracy, and the weighted recall is the accuracy. The last two are NaN if all labels and predictions are
-    the same class.
+    correlation coefficient (`mcc`) and Cohen's kappa (`kappa`), which are NaN if all labels and
+    predictions are the same class. The macro recall is the balanced accuracy, and the weighted
+    recall is the accuracy.
     """
     from sklearn import metrics  # takes a second to import
 
