@@ -328,9 +328,7 @@ def deep_json(directory):
 
 
 def other_tensor(directory):
-    groups = {
-        name: storage.read_tensors(directory, name) for name in ("model", "ema", "optimizer")
-    }
+    groups = {name: storage.read_tensors(directory, name) for name in ("model", "ema", "optimizer")}
     groups["ema"].pop("cls")
     storage.write(directory, groups, {"state": storage.read_json(directory, "state.json")})
 

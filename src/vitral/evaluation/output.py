@@ -10,8 +10,7 @@ from pathlib import Path
 from vitral.data.imagenet import display, human_name
 from vitral.errors import counted
 from vitral.evaluation.metrics import LEVEL, RESAMPLES, ClassMetrics, Results
-from vitral.evaluation.table import write_csv
-from vitral.storage import replacing
+from vitral.storage import replacing, write_csv
 
 MAX_LISTED_CLASSES = 20  # above this, only the ten worst and the five best
 TITLES = {
