@@ -49,6 +49,8 @@ SHORTCUTS = {
     "train.seed": "seed",
 }
 YAML_SUFFIXES = (".yaml", ".yml")
+TEXT_TAG = "tag:yaml.org,2002:str"
+MAX_NUMBER = 100  # characters
 MAX_YAML = 1 << 16  # bytes; a file with all settings is a tenth of this size
 
 
@@ -532,7 +534,9 @@ def _hyphenated(word: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that rejects duplicate keys, and aliases, which can expand to gigabytes."""
+    """A SafeLoader that rejects duplicate keys, aliases (which can expand to gigabytes), and long
+    numbers (whose conversion takes quadratic time).
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -540,6 +544,12 @@ class _StrictLoader(yaml.SafeLoader):
                 problem="aliases are not supported; repeat the value instead"
             )
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag != TEXT_TAG and len(node.value) > MAX_NUMBER:
+            problem = f"a number of more than {MAX_NUMBER} characters"
+            raise yaml.constructor.ConstructorError(problem=problem)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -564,10 +574,10 @@ def parse_yaml(content: str) -> Any:
     """Returns the value of an untrusted YAML document. Raises UserError."""
     try:
         return yaml.load(content, _StrictLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError("expected sections of 'key: value' lines, got deeper nesting") from None
+    except Exception as error:  # invalid values, as in `!!bool x`, raise nearly any exception
+        raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _values(content: str) -> Iterator[tuple[str, list[str]]]:

@@ -23,6 +23,7 @@ from vitral.data.objects import Objects
 from vitral.data.records import Encoded, Packed, Pixels, Records
 from vitral.data.sampling import Integers
 from vitral.data.workers import in_workers
+from vitral.errors import reason_of
 from vitral.machine import available_cores
 
 T = TypeVar("T")
@@ -162,7 +163,7 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
             image = records.image(index) if decoded else decode(records.read(index))
             return image, int(records.labels[index])
         except (DecodeError, OSError) as error:
-            broken.append((index, str(error)))
+            broken.append((index, reason_of(error)))
             index = (index + 1) % len(records)
     return torch.zeros(3, 1, 1, dtype=torch.uint8), int(records.labels[index])
 

@@ -228,7 +228,7 @@ BAD = {
     "other names": (lambda p: write_rows(p, draw(9), ("cat", "dog", "eel")), "class names as in"),
     "other type": (lambda p: set_column(p, "label", pa.array(["cat"] * 9)), "labels and class"),
     "not JSON": (lambda p: describe(p, "{not"), "expected JSON in its metadata, got Expecting"),
-    "deep JSON": (lambda p: describe(p, "[" * 100_000), "JSON in its metadata, got maximum"),
+    "deep JSON": (lambda p: describe(p, "[" * 100_000), "JSON in its metadata, got deep nesting"),
     "a number": (lambda p: describe(p, names(7)), "a list of class names in its metadata, got 7"),
     "no names": (lambda p: describe(p, names([None])), "a list of class names in its metadata"),
     "no split": (lambda p: p.rename(p.with_name("more.parquet")), "test in the name of each file"),

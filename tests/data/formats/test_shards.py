@@ -167,7 +167,8 @@ def test_validation_only_does_not_read_training_archives(tmp_path):
         (two(("c.jpg", b"?"), ("c.cls", b"-1")), "all text, got numbers 1, 2 and text -1"),
         (two(("c.jpg", b"?"), ("c.cls", b"1" * 5000)), "at most 255 bytes, got one of 5,000"),
         (two(("c.jpg", b"?"), ("c.cls", b" " * 2**20 + b"1")), "at most 1,048,576 bytes, got"),
-        (two(("c.jpg", b"?"), ("c.json", b"[" * 100_000)), "c.json: expected JSON, got maximum"),
+        (two(("c.jpg", b"?"), ("c.json", b"[" * 100_000)), "c.json: expected JSON, got deep"),
+        (two(("c.jpg", b"?"), ("c.json", b'{"label": 1, "label": 2}')), "JSON, got duplicate key"),
         (
             two(("c.left.jpg", b"?"), ("c.right.jpg", b"?"), ("c.cls", b"1")),
             "for the label of c, got c.left.jpg and c.right.jpg; rename one of them to c.jpg",

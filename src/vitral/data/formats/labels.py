@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from vitral.config import DataConfig
 from vitral.data.sampling import Integers
+from vitral.documents import parse_json
 from vitral.errors import UserError, data_error, did_you_mean, first_few, short
 from vitral.files import open_regular
 
@@ -189,8 +189,8 @@ def _objects(path: Path, text: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            item = parse_json(line)
+        except ValueError as error:
             got = next(iter(str(error).splitlines()), "")
             raise data_error(f"{path}: row {number}", "JSON", got, "fix this line") from error
         if not isinstance(item, dict):

@@ -7,7 +7,6 @@ folders determine the split: `data/train-00000-of-00294.parquet`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from vitral.data.imagenet import human_name, wnids
 from vitral.data.objects import IMAGES, LABELS
 from vitral.data.records import VALIDATION, Dataset, Names, Split, Stamp, merge_splits, stamp
 from vitral.data.sampling import Integers
+from vitral.documents import parse_json
 from vitral.errors import counted, data_error, printable
 
 SPLITS = ("train", *VALIDATION)
@@ -308,8 +308,8 @@ def _holds_labels(kind: Any) -> bool:
 def _described_classes(path: Path, schema: Any, label: str) -> tuple[str, ...] | None:
     """Returns the class names from a file's Hub metadata; None if they are not listed."""
     try:
-        found = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    except (ValueError, RecursionError) as error:
+        found = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))
+    except ValueError as error:
         raise data_error(path, "JSON in its metadata", _line(error), REDOWNLOAD) from error
     for key in ("info", "features", label, "names"):
         found = found.get(key) if isinstance(found, dict) else None

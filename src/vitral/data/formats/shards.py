@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -20,6 +19,7 @@ from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import ArchiveIndex, Row, index_archives
 from vitral.data.records import VALIDATION, Dataset, Split, class_name, merge_splits
+from vitral.documents import parse_json
 from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 
@@ -261,8 +261,8 @@ def _labeled_images(
 
 def _parse(content: bytes, place: str) -> dict[str, Any]:
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(content)
+    except ValueError as error:
         raise data_error(place, "JSON", str(error), REDOWNLOAD) from error
     return found if isinstance(found, dict) else {}
 

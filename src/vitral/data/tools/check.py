@@ -25,7 +25,7 @@ from vitral.data.tools.duplicates import (
     perceptual_hash,
 )
 from vitral.data.workers import in_workers
-from vitral.errors import counted
+from vitral.errors import counted, reason_of
 from vitral.files import expand
 
 MAX_LISTED_CLASSES = 30
@@ -138,7 +138,7 @@ class _CheckDataset(Dataset[list[FileCheck]]):
             if self.hash_images:
                 hashes = hash_content(content), perceptual_hash(image)
         except (DecodeError, OSError) as error:
-            reason, spent = str(error), time.process_time() - started
+            reason, spent = reason_of(error), time.process_time() - started
         return width, height, size, reason, spent, hashes
 
 
