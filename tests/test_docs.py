@@ -1,3 +1,4 @@
+import ast
 import doctest
 import importlib
 import importlib.util
@@ -173,6 +174,29 @@ def test_settings_that_may_change_on_resuming_are_documented():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_placeholders_are_left(page):
     assert not re.search(r"^[A-Z_]+$|TODO|FIXME|XXX", page.read_text(), re.MULTILINE)
+
+
+def literals(module):
+    """The string literals of a module, with {} for each value in an f-string."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            parts = [getattr(part, "value", None) for part in node.values]
+            yield "".join(part if isinstance(part, str) else "{}" for part in parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_headings_of_troubleshooting_are_messages_in_the_code():
+    """`data_error` adds "expected" and ", got", so the parts of a message may be separate."""
+    modules = [set(literals(module)) for module in ROOT.glob("src/vitral/**/*.py")]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(headings) > 50
+    for heading in headings:
+        parts = heading.removeprefix("expected ").replace("...", "{}").split(", got ")
+        assert any(
+            all(any(part in text for text in texts) for part in parts) for texts in modules
+        ), heading
 
 
 def test_pictures_are_small_and_used():
