@@ -117,7 +117,7 @@ class TimmGroups(Optimizer):
             for factor, selected in by_factor.items():
                 if members := [p for p in group["params"] if p in selected]:
                     own = {**group, "params": members, "lr_factor": factor}
-                    self.adamw.add_param_group(own)
+                    self.adamw.param_groups.append(own)
 
 
 def own_settings(optim: OptimConfig, batch_size: int) -> OptimConfig:

@@ -19,6 +19,7 @@ from vitral.model import (
     RoPE2D,
     ViT,
     count_flops,
+    forward_flops,
     rotate,
 )
 
@@ -550,6 +551,21 @@ def test_skipped_branches_are_not_counted():
     block = none - count_flops(tiny(depth=2), 5)
     assert count_flops(config, 5) == none
     assert count_flops(config, 5, training=True) == none - 0.75 * block
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"activation": "swiglu", "mlp_ratio": 2.7, "num_registers": 3, "stochastic_depth": 0.5},
+        {"pooling": "mean", "cls_token": False, "stochastic_depth": 0.05},
+    ],
+)
+def test_operations_are_as_counted_by_torch(changes, training):
+    config = tiny(depth=3, **changes)
+    with torch.device("meta"):
+        model = ViT(config, 5).train(training)
+    assert count_flops(config, 5, 8, training=training) == forward_flops(model, 8)
 
 
 # Kernels, compilation and precision

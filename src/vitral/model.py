@@ -37,6 +37,7 @@ from vitral.config import ViTConfig
 from vitral.errors import UserError
 
 CHANNELS = 3
+BATCH = 1024  # images over which the operations that stochastic depth skips are averaged
 
 
 class ViT(nn.Module):
@@ -56,7 +57,7 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig, num_classes: int) -> None:
         super().__init__()
-        dim, depth, _, _ = config.shape
+        dim = config.shape.dim
         self.config = config
         self.num_classes = num_classes
         self.num_prefix = config.num_prefix
@@ -70,8 +71,7 @@ class ViT(nn.Module):
         if config.embed_norm != "none":
             self.embed_norm = (EmbedNorm if config.embed_norm == "tokens" else RMSNorm)(dim)
         self.rope = RoPE2D(config)
-        rates = [config.stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in skip_rates(config))
         self.norm = RMSNorm(dim, config.norm_bias)
         self.head = Linear(dim, num_classes) if num_classes else nn.Identity()
         self.reset_parameters()
@@ -147,6 +147,8 @@ class ViT(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initializes all parameters as in the table at the top of this file."""
+        if self.device.type == "meta":  # no values, and torch imports torch.compile to draw them
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
@@ -242,10 +244,17 @@ class Residual(nn.Module):
         if self.skip < self.MIN_SKIP_FRACTION:
             keep = torch.empty(B, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.skip)
             return self.drop(branch(x)) * (keep / (1 - self.skip))
-        kept = max(1, B - round(self.skip * B))
+        kept = self.num_kept(B, self.skip)
         order = torch.randperm(B, device=x.device)
         added = self.drop(branch(kernels.take_rows(x, order, kept))) * (B / kept)
         return kernels.put_rows(added, order)
+
+    @classmethod
+    def num_kept(cls, num_images: int, skip: float) -> int:
+        """Returns for how many images of a batch a branch is computed in training."""
+        if skip < cls.MIN_SKIP_FRACTION:
+            return num_images
+        return max(1, num_images - round(skip * num_images))
 
     def drop(self, x: Tensor) -> Tensor:
         """Applies dropout and LayerScale; keeps the shape."""
@@ -515,6 +524,12 @@ def matrices(module: nn.Module) -> set[Tensor]:
     return {m.weight for m in module.modules() if isinstance(m, nn.Linear)}
 
 
+def skip_rates(config: ViTConfig) -> list[float]:
+    """Returns the fraction of the images that skip the branches of each block in training."""
+    depth = config.shape.depth
+    return [config.stochastic_depth * i / max(depth - 1, 1) for i in range(depth)]
+
+
 def count_flops(
     config: ViTConfig,
     num_classes: int,
@@ -532,22 +547,36 @@ def count_flops(
         config: the architecture.
         num_classes: number of classes.
         image_size: side length of the image, in pixels. Default: the image size of `config`.
-        training: whether to exclude operations that stochastic depth skips.
-        build: constructs the model from `config` and `num_classes`.
+        training: whether to exclude operations that stochastic depth skips, on average in a batch
+            of 1,024 images.
+        build: constructs the model from `config` and `num_classes`. For any other model than the
+            ViT, the operations are counted by `forward_flops`.
     """
-    with torch.device("meta"):
-        model = build(config, num_classes).train(training)
-    return forward_flops(model, image_size or config.image_size)
+    image_size = image_size or config.image_size
+    if build is not ViT:
+        with torch.device("meta"):
+            return forward_flops(build(config, num_classes).train(training), image_size)
+    D, _, num_heads, num_kv_heads = config.shape
+    patches = (image_size // config.patch_size) ** 2
+    N, hidden = config.num_prefix + patches, round(D * config.mlp_ratio)
+    qkv = (num_heads + 2 * num_kv_heads) * (D // num_heads)
+    ffn = (3 if config.activation == "swiglu" else 2) * hidden
+    block = N * D * (qkv + D + ffn + 2 * N)  # the last term is attention
+    skipped = skip_rates(config) if training else [0.0] * config.shape.depth
+    blocks = block * sum(Residual.num_kept(BATCH, skip) for skip in skipped) / BATCH
+    embedding = patches * CHANNELS * config.patch_size**2 * D
+    return 2 * (embedding + blocks + D * num_classes)
 
 
 def forward_flops(model: nn.Module, image_size: int) -> float:
     """Returns `count_flops` for any model that is already on the meta device, in its current mode.
 
-    In training mode, the count is the mean over a batch of 1,024 images.
+    In training mode, the count is the mean over a batch of 1,024 images. Imports torch.compile,
+    which takes as long as importing torch.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
-    images, counter = 1024 if model.training else 1, FlopCounterMode(display=False)
+    images, counter = BATCH if model.training else 1, FlopCounterMode(display=False)
     with counter, torch.no_grad():
         model(torch.empty(images, CHANNELS, image_size, image_size, device="meta"))
     return counter.get_total_flops() / images

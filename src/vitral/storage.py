@@ -304,7 +304,7 @@ def _deserialized(file: IO[bytes], digest: Any) -> Iterator[tuple[str, Tensor]]:
     shapes, content = _read_header(file)
     digest.update(content)
     for name, shape in shapes.items():
-        tensor = torch.empty_like(shape, device="cpu")
+        tensor = torch.empty(shape.shape, dtype=shape.dtype)
         view = _bytes_of(tensor)
         if file.readinto(view) != len(view):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from vitral.rundir import RunDir, read_rows
 from vitral.training import metrics
@@ -87,7 +86,7 @@ def test_a_file_that_cannot_grow_is_named(run, name, tmp_path):
                 if name == "train.log":
                     console.message("x" * 100)
                 elif name == "tensorboard":
-                    log.board.write(step, Summary(value=[Summary.Value(tag="x", simple_value=1)]))
+                    log.board.scalars(step, {"x": 1.0})
                 else:
                     log.write(row(step, text=1.0))
         except OSError as error:

@@ -11,19 +11,22 @@ import datetime
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vitral.config import Config
 from vitral.errors import UserError, counted
 from vitral.machine import num_gpus
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 LAUNCHER = "VITRAL_LAUNCHER"  # environment variable with the process ID of `vitral train --gpus N`
@@ -247,6 +250,12 @@ class DelayedMax:
         return tensor.tolist()
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Returns whether a tensor is a DTensor, without importing them if there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """Returns full tensors in place of sharded ones. Every process must call this.
 
@@ -254,7 +263,7 @@ def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor
     """
     gathered = {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_sharded(tensor):
             tensor = tensor.full_tensor()
             # Do not use an empty view: it would keep the full tensor on every other GPU.
             tensor = tensor.cpu() if world.is_main else tensor.new_empty(0)
@@ -265,7 +274,9 @@ def gather_full(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor
 def distribute_like(value: Tensor, reference: Tensor) -> Tensor:
     """Moves a full tensor to the device of `reference`; shards it if `reference` is sharded."""
     value = value.to(reference.device)
-    if not isinstance(reference, DTensor) or value.shape != reference.shape:
+    if not is_sharded(reference) or value.shape != reference.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = reference.device_mesh, reference.placements
     return distribute_tensor(value, mesh, placements, src_data_rank=None)

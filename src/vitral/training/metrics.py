@@ -1,31 +1,21 @@
-"""The metrics log of a run, TensorBoard events and console output."""
+"""The metrics log and the console output of a run."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tensorboard.compat.proto.event_pb2 import (
-    Event,  # pyright: ignore[reportAttributeAccessIssue]
-    SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
-)
-from tensorboard.compat.proto.summary_pb2 import (
-    Summary,  # pyright: ignore[reportAttributeAccessIssue]
-)
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
-from torch.utils.tensorboard.summary import image, scalar
 from tqdm import tqdm
 
 from vitral.errors import Messages, printable
 from vitral.machine import in_notebook
 from vitral.rundir import RunDir, duration, read_rows
-from vitral.storage import make_directory, naming, replacing, sync
+from vitral.storage import naming, replacing, sync
 
 # Columns that depend on the machine and the time; resuming does not reproduce them exactly.
 CLOCK_COLUMNS = ("seconds", "images_per_second", "data_wait", "memory_gb", "mfu", "energy_kwh")
@@ -40,6 +30,8 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunDir, step: int) -> None:
+        from vitral.training.tensorboard import TensorBoardWriter  # imports tensorboard
+
         self.path = run.metrics
         rows = [row for row in read_rows(self.path) if row["step"] <= step]
         with replacing(self.path) as file:
@@ -53,11 +45,11 @@ class MetricsLog:
         """Appends a row."""
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dict(row)) + "\n")
-        self.board.write(int(row["step"]), *(scalar(name, row[name]) for name in row))
+        self.board.scalars(int(row["step"]), row)
 
     def picture(self, grid: Tensor) -> None:
         """Writes an image (C, H, W), uint8, to TensorBoard."""
-        self.board.write(0, image("train_batch", grid, dataformats="CHW"))
+        self.board.image("train_batch", grid)
 
     def sync(self) -> None:
         """Flushes all logs and the run directory to disk, as required before a checkpoint."""
@@ -69,44 +61,6 @@ class MetricsLog:
     def close(self) -> None:
         """Closes TensorBoard's file."""
         self.board.close()
-
-
-class TensorBoardWriter:
-    """Writes a file of TensorBoard events.
-
-    torch's SummaryWriter uses a thread, which prints a traceback if the disk is full.
-
-    Args:
-        directory: where to create the file.
-        step: events of this and later steps in older files are hidden.
-    """
-
-    def __init__(self, directory: Path, step: int) -> None:
-        make_directory(directory)
-        # TensorBoard reads files in the order of their names.
-        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        self.path = directory / name
-        self.file = self.path.open("xb")
-        self.records = RecordWriter(self.file)
-        self._write(Event(file_version="brain.Event:2"))
-        self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, step: int, *summaries: Summary) -> None:
-        """Writes the summaries of a step."""
-        for summary in summaries:
-            self._write(Event(step=step, summary=summary))
-        with naming(self.path):
-            self.file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        with naming(self.path):
-            self.file.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        with naming(self.path):
-            self.records.write(event.SerializeToString())
 
 
 class Console:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from vitral.compat import add_all, copy_all, scale_all
-from vitral.training.distributed import distribute_like
+from vitral.training.distributed import distribute_like, is_sharded
 
 MOMENTUM = 0.95
 # Coefficients of the quintic p(s) = a s + b s^3 + c s^5. Five iterations map singular values
@@ -70,8 +69,10 @@ class Muon:
         copy_all(momenta, moved.unbind())
         lookahead = gradients.lerp_(moved, MOMENTUM)
         like = members[0]
-        if not isinstance(like, DTensor):
+        if not is_sharded(like):
             return _scaled(lookahead)
+        from torch.distributed.tensor import DTensor, Shard
+
         shape = len(members), *like.shape
         stride = torch.empty(shape, device="meta").stride()
         assert like.placements == (Shard(0),)
@@ -106,4 +107,4 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     """Returns the part of a tensor that is in this process."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor

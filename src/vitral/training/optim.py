@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vitral.compat import lerp_all
 from vitral.config import OptimConfig
 from vitral.model import ViT, matrices
+from vitral.training.adamw import AdamW
 from vitral.training.balance import NO_BALANCE, Balance
-from vitral.training.distributed import distribute_like
+from vitral.training.distributed import distribute_like, is_sharded
 from vitral.training.muon import MatrixGroup, Muon
 
 
@@ -62,7 +62,7 @@ def take_matrices(model: ViT, groups: list[dict[str, Any]]) -> list[MatrixGroup]
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter 2017) with clipping by global norm; skips non-finite steps.
+    """AdamW with clipping by global norm; skips non-finite steps.
 
     If `config.name` is "muon", Muon updates the matrices of the blocks. The global norm includes
     their gradients.
@@ -73,12 +73,7 @@ class Optimizer:
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups = parameter_groups(model, config)
         self.muon = Muon(take_matrices(model, groups) if config.name == "muon" else [])
-        groups = [group for group in groups if group["params"]]
-        # The fused form reads `found_inf` on the device: a bad step is skipped without a
-        # synchronization.
-        self.adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        self.adamw = AdamW([group for group in groups if group["params"]], config)
 
     def step(self, lr: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clips the gradients and steps, then clears them.
@@ -91,13 +86,10 @@ class Optimizer:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
-        if isinstance(norm, DTensor):
+        if is_sharded(norm):
             norm = norm.full_tensor()
         skipped = 1 - (norm.isfinite() & loss.isfinite()).float()
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        self.adamw.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
-        self.adamw.step()
+        self.adamw.step(lr, skipped)
         self.muon.step(lr, skipped)
         for parameter in parameters:
             parameter.grad = None
@@ -177,7 +169,7 @@ class EMA:
         factor = weight * (1 - (skipped.item() if on_cpu else skipped))
         # The local parts of sharded tensors, which can be multiplied by a plain scalar tensor.
         averages, weights = (
-            [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+            [t.to_local() if is_sharded(t) else t for t in tensors.values()]
             for tensors in (self.average, self.model)
         )
         lerp_all(averages, weights, factor)

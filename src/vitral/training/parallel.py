@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from vitral.compat import add_all, allow_recompiles
@@ -20,6 +21,9 @@ from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
 from vitral.training.resolved import Resolved, compiled
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class AveragedGradients:
@@ -51,12 +55,12 @@ class AveragedGradients:
 
     def accumulate(self, batch: Batch, last: bool) -> Tensor:
         """Adds the gradient of a micro-batch, the `last` of a step or not. Returns its loss."""
-        no_sync = contextlib.nullcontext()
-        if isinstance(self.wrapped, FSDPModule):
+        call, no_sync = self.forward, contextlib.nullcontext()
+        if isinstance(self.wrapped, DistributedDataParallel):
+            call = self.wrapped
+            no_sync = no_sync if last else call.no_sync()
+        elif self.wrapped is not None:
             self.wrapped.set_requires_gradient_sync(last)
-        elif self.wrapped is not None and not last:
-            no_sync = self.wrapped.no_sync()
-        call = self.wrapped if isinstance(self.wrapped, DistributedDataParallel) else self.forward
         with no_sync:
             with self.resolved.autocast():
                 loss = loss_sum(call(batch.images), batch.targets, self.train.loss, self.balance)
@@ -144,7 +148,8 @@ class FixedOrderReduction:
 @contextlib.contextmanager
 def unsharded(model: ViT) -> Iterator[None]:
     """Temporarily gathers all parameters in every process, so that no process waits for others."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by `_shard_model`
+    modules = [m for m in model.modules() if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -162,6 +167,8 @@ def _shard_model(model: ViT, resolved: Resolved, world: World) -> FSDPModule:
     In bf16, the parameters of the blocks are gathered in bf16, and gradients are added in float32.
     Parameters outside the blocks and the residual stream remain in float32.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     model.fuse(resolved.fused)
     # Each block is compiled for its own stochastic depth, and for each image size.
     allow_recompiles(4 * len(model.blocks))
