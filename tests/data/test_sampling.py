@@ -7,6 +7,7 @@ from vitral.data.sampling import (
     Order,
     Repetition,
     derive_seed,
+    divide,
     hash64,
     permutation,
     quotas,
@@ -200,3 +201,40 @@ def test_quotas_by_hand():
     assert quotas(counts, "uniform").tolist() == [16, 0, 4, 1]
     assert quotas(counts, "balanced").tolist() == [7, 0, 7, 7]
     assert quotas(counts, "sqrt").tolist() == [12, 0, 6, 3]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_folds_divide_classes_evenly_but_not_groups(count):
+    rng = np.random.default_rng(count)
+    labels = np.repeat([0, 1, 2], [300, 100, 60])
+    groups = labels * 1000 + rng.integers(0, 40, len(labels))
+    groups[::20] = 7  # a group with all classes
+    keys = np.arange(len(labels))
+    fold = divide(keys, labels, count, 3, "test", groups)
+    assert all(len({*fold[groups == group].tolist()}) == 1 for group in np.unique(groups))
+    largest = np.bincount(np.unique(groups, return_inverse=True)[1]).max()
+    for label in range(3):
+        sizes = np.bincount(fold[labels == label], minlength=count)
+        assert sizes.max() - sizes.min() <= largest
+        assert sizes.min() > 0
+    backwards = divide(keys[::-1], labels[::-1], count, 3, "test", groups[::-1])
+    assert np.array_equal(backwards[::-1], fold)
+    assert not np.array_equal(divide(keys, labels, count, 4, "test", groups), fold)
+
+
+def test_groups_are_divided_largest_first():
+    # 5 to fold 0, 4 to fold 1, 3 to fold 1, 3 to fold 0 and 1 to fold 1.
+    groups = np.repeat([10, 11, 12, 13, 14], [5, 4, 3, 3, 1])
+    fold = divide(np.arange(16), np.zeros(16, np.int64), 2, 0, "test", groups)
+    assert np.bincount(fold).tolist() == [8, 8]
+    of_group = {int(group): int(fold[groups == group][0]) for group in np.unique(groups)}
+    assert of_group[10] == 0
+    assert of_group[11] == of_group[14] == 1
+    assert of_group[12] != of_group[13]
+
+
+def test_folds_without_groups_have_equal_sizes():
+    labels = np.repeat([0, 2], [40, 21])
+    fold = divide(np.arange(61), labels, 4, 0, "test")
+    assert np.bincount(fold[labels == 0]).tolist() == [10] * 4
+    assert sorted(np.bincount(fold[labels == 2])) == [5, 5, 5, 6]

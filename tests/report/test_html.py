@@ -447,3 +447,36 @@ def test_colors_have_enough_contrast(scheme):
 
 def test_black_on_white_has_a_contrast_of_21():
     assert contrast(np.zeros(3), np.ones(3)) == pytest.approx(21)
+
+
+def test_likely_label_errors(run, tmp_path, capsys):
+    """A digit with another label is listed first; unchecked training images are mentioned."""
+    plain = Page(run / "report.html")
+    assert "label-errors" not in plain.words
+    assert "vitral report --label-errors adds" in plain.words["mistakes"]
+    out = tmp_path / "page.html"
+    assert main(["report", str(run), "--label-errors", "--out", str(out)]) == 0
+    page = check_form(Page(out))
+    text = page.words["label-errors"]
+    assert "The training images are not checked" in text
+    assert "of 360 validation images are mislabeled" in text
+    scores = evaluate_best(read_run(run), keep_probabilities=True).scores
+    wrong = np.flatnonzero(~scores.hits(1))
+    of_label = scores.probabilities[wrong, scores.labels[wrong]]
+    order = wrong[np.argsort(of_label - scores.confidence[wrong], kind="stable")][:48]
+    captions = " ".join(
+        f"label: {scores.labels[i]} suggested: {scores.ranked[i, 0]} {scores.confidence[i]:.1%} "
+        "validation image"
+        for i in order
+    )
+    assert text.endswith(captions)
+    rows = (tmp_path / "label_errors.csv").read_text().splitlines()
+    assert len(rows) == 1 + 1797
+    assert rows[1].startswith(f"image {order[0]},{scores.labels[order[0]]},val,")
+    assert rows[-1].endswith(",train,,,")
+    capsys.readouterr()
+    assert main(["report", str(run), str(run), "--label-errors"]) == 2
+    assert "label-errors: not supported for several runs" in capsys.readouterr().err
+    command = ["report", str(run), "--label-errors", "--data", "synthetic", "--out", str(out)]
+    assert main(command) == 2
+    assert "synthetic is not the dataset" in capsys.readouterr().err

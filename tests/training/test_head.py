@@ -1,21 +1,24 @@
 """Runs that fit a head to frozen features, with or without fine-tuning after it."""
 
+import csv
 import dataclasses
 import hashlib
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
 from vitral import settings, storage, weights
 from vitral.cli import main
+from vitral.data.formats import open_dataset
 from vitral.errors import UserError
 from vitral.rundir import RunDir, read_rows, read_run
-from vitral.training import frozen, probe, tokens, train
+from vitral.training import folds, frozen, probe, tokens, train
 from vitral.training.balance import Balance
-from vitral.training.folds import cross_validate
+from vitral.training.folds import cross_validate, predict_folds
 
 from .processes import DISTRIBUTED, digests, finish_single, fork, options, run, signal_at
 
@@ -248,6 +251,76 @@ def test_cross_validation(uninterrupted):
     for overall, dark, light in zip(*values, strict=True):
         assert overall == pytest.approx((dark + light) / 2)
     assert len(features.labels) == 80
+
+
+@pytest.fixture(scope="module")
+def mislabeled(image_folder, pretrained, tmp_path_factory):
+    """A probe on a table of the training images with groups of two, and two wrong labels."""
+    root = tmp_path_factory.mktemp("table")
+    table, out = root / "labels.csv", root / "run"
+    rows = [["image", "label", "split", "camera"]]
+    for name in ("dark", "light"):
+        for i in range(20):
+            path, split = (
+                image_folder / "train" / name / f"{i:02d}.jpg",
+                "val" if i > 15 else "train",
+            )
+            other = {"dark": "light", "light": "dark"}[name]
+            rows.append([path, other if i in (3, 17) else name, split, f"{name}{i // 2}"])
+    table.write_text("\n".join(",".join(map(str, row)) for row in rows))
+    changes = {"data__group_column": "camera"}
+    assert finish_single(head_config(table, out, pretrained, **changes)) == 0
+    return out
+
+
+def test_label_errors_are_listed_first_and_the_table_can_be_corrected(mislabeled, capsys):
+    assert main(["report", str(mislabeled), "--label-errors"]) == 0
+    table = mislabeled / "label_errors.csv"
+    assert capsys.readouterr().out.splitlines() == [str(table), str(mislabeled / "report.html")]
+    with table.open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert len(rows) == 40
+    first = {(Path(row["image"]).name, row["split"]) for row in rows[:4]}
+    assert first == {("03.jpg", "train"), ("17.jpg", "val")}
+    truth = {row["image"]: Path(row["image"]).parent.name for row in rows}
+    assert all(row["label"] != truth[row["image"]] == row["suggested"] for row in rows[:4])
+    assert all(float(row["score"]) < 0 for row in rows[:4])
+    for row in rows[:4]:
+        row["label"] = row["suggested"]
+    with table.with_name("corrected.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    before = weights.read_description(mislabeled)[1].config.data
+    config = dataclasses.replace(
+        before, path=str(table.with_name("corrected.csv")), group_column=None
+    )
+    dataset = open_dataset(config, 16, 0)
+    for split, count in ((dataset.train, 32), (dataset.val, 8)):
+        assert len(split) == count
+        places = [Path(split.where(i)) for i in range(count)]
+        assert [place.parent.name for place in places] == [
+            dataset.classes[label] for label in split.labels
+        ]
+        assert len({*split.groups.tolist()}) == count // 2
+    page = (mislabeled / "report.html").read_text()
+    assert 'id="label-errors"' in page
+    assert "The training images are not checked" not in page
+
+
+def test_cross_validation_does_not_divide_groups(mislabeled, monkeypatch):
+    seen = []
+
+    def record(*args):
+        seen.append(predict_folds(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(folds, "predict_folds", record)
+    assert cross_validate(mislabeled, 4).startswith("4 folds of 32 training images")
+    train = open_dataset(weights.read_description(mislabeled)[1].config.data, 16, 0).train
+    fold = seen[0][2]
+    assert all(len({*fold[train.groups == group].tolist()}) == 1 for group in train.groups)
+    assert len({*fold.tolist()}) == 4
 
 
 def test_folds_need_images_of_each_class(uninterrupted):

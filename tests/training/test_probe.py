@@ -5,9 +5,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from vitral.data.sampling import divide
+from vitral.errors import UserError
 from vitral.training import probe
+from vitral.training.folds import predict_folds
 from vitral.training.frozen import Features
-from vitral.training.probe import Problem, fit, select, standardization
+from vitral.training.probe import Problem, fit, out_of_fold, select, standardization
 
 CLASSES, DIM = 4, 12
 
@@ -84,6 +87,52 @@ def test_the_views_of_an_image_are_held_out_together():
         torch.cat([one.vectors, one.vectors]), labels.repeat(2), one.images.repeat(2), {}
     )
     assert fit(twice, CLASSES, seed=0).held_out < 0.6
+
+
+def test_groups_are_held_out_together(monkeypatch):
+    """Labels of unrelated groups cannot be predicted, unless an image of the group was fitted."""
+    monkeypatch.setattr(probe, "STRENGTHS", (1e-3,))
+    groups = np.repeat(np.arange(20), 6)
+    one = make_features(20, labels=torch.zeros(20, dtype=torch.long))
+    labels = torch.from_numpy(groups % CLASSES)
+    copies = Features(one.vectors.repeat_interleave(6, 0), labels, torch.arange(120), {})
+    assert fit(copies, CLASSES, seed=0).held_out > 0.9
+    assert fit(copies, CLASSES, seed=0, groups=groups).held_out < 0.5
+    correct, *_ = predict_folds(copies, CLASSES, 3, 0, [*"abcd"])
+    assert correct.mean() > 0.8
+    correct, _, fold = predict_folds(copies, CLASSES, 3, 0, [*"abcd"], groups=groups)
+    assert correct.mean() < 0.5
+    assert (fold.reshape(20, 6) == fold[::6, None]).all()
+    with pytest.raises(UserError, match="folds: expected images of each class in each fold, got"):
+        predict_folds(copies, CLASSES, 3, 0, [*"abcd"], groups=labels.numpy())
+
+
+@pytest.mark.parametrize("held_out_folds", [5, 1])
+def test_predictions_out_of_fold_equal_scikit_learn(monkeypatch, held_out_folds):
+    monkeypatch.setattr(probe, "SELECTION_TOLERANCE", 1e-7)
+    monkeypatch.setattr(probe, "MAX_CROSS_VALIDATED", 200 if held_out_folds == 5 else 100)
+    features = make_features(150, views=2, noise=2.0)
+    groups = np.arange(150) // 3
+    images, probabilities = out_of_fold(features, CLASSES, seed=0, groups=groups)
+    assert images.tolist() == [*range(150)]
+    found = fit(features, CLASSES, seed=0, groups=groups)
+    fold = divide(images, features.labels.numpy()[:150], 5, 0, "probe", groups)
+    mean, deviation = standardization(features.vectors)
+    vectors = ((features.vectors.double() - mean) / deviation).numpy()
+    for k in range(5):
+        rows = fold[features.images] != k
+        model = LogisticRegression(C=1 / (rows.sum() * found.strength), tol=1e-9, max_iter=10_000)
+        model.fit(vectors[rows], features.labels[rows])
+        expected = model.predict_proba(vectors[:150][fold == k])
+        assert np.abs(probabilities[fold == k] - expected).max() < 1e-3
+
+
+def test_an_image_whose_label_is_in_no_other_fold_is_not_predicted():
+    features = make_features(41, labels=torch.tensor([0, 1] * 20 + [2]))
+    _, probabilities = out_of_fold(features, 3, seed=0)
+    assert np.isnan(probabilities).all(1).tolist() == [False] * 40 + [True]
+    _, probabilities = out_of_fold(features, 3, seed=0, groups=np.zeros(41, np.int64))
+    assert np.isnan(probabilities).all()
 
 
 def test_a_constant_feature_and_a_class_with_one_image_give_finite_weights():

@@ -23,13 +23,17 @@ class Options(TableOptions):
     out: str | None = None
     """File to write. Default: report.html in the run directory, or in the current directory for
     several runs."""
+    label_errors: bool = False
+    """Add images whose label is probably wrong to the report, and write label_errors.csv next to
+    it."""
 
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Writes the report and returns the exit code."""
     several = len(args.runs) > 1
-    if several and options.data is not None:
-        raise UserError("data: not supported for several runs, which are compared by their logs")
+    if several and (options.data is not None or options.label_errors):
+        name = "label-errors" if options.data is None else "data"
+        raise UserError(f"{name}: not supported for several runs, which are compared by their logs")
     from vitral.report.html import write_comparison, write_report
     from vitral.report.predictions import evaluate_best
     from vitral.rundir import REPORT, read_run
@@ -40,14 +44,23 @@ def run(args: argparse.Namespace, options: Options) -> int:
     if several:
         write_comparison(runs, out)
     else:
-        predictions, missing = None, ""
+        predictions, missing, errors = None, "", None
         try:
             predictions = evaluate_best(
                 runs[0], options.data, options.columns, keep_probabilities=True
             )
         except UserError as error:
+            if options.label_errors:
+                raise
             missing = str(error)
             print(f"vitral: no predictions: {printable(str(error))}", file=sys.stderr)
-        write_report(runs[0], out, predictions, missing)
+        if options.label_errors and predictions is not None:
+            from vitral.evaluation.label_errors import FILE
+            from vitral.training.label_errors import find_label_errors
+
+            errors = find_label_errors(runs[0], predictions)
+            errors.write(out.with_name(FILE))
+            print(printable(out.with_name(FILE)))
+        write_report(runs[0], out, predictions, missing, errors)
     print(printable(out))
     return 0

@@ -22,10 +22,12 @@ from vitral.data.imagenet import short_name
 from vitral.errors import counted, printable
 from vitral.evaluation import Results, Scores
 from vitral.evaluation.confusion import draw
+from vitral.evaluation.label_errors import LabelErrors
 from vitral.evaluation.metrics import ClassMetrics
 from vitral.evaluation.output import TITLES, headline_rows, shown
 from vitral.files import read_regular
 from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
+from vitral.report.label_errors import LabelErrorReport
 from vitral.report.predictions import Predictions
 from vitral.report.thumbnails import attention_pictures, data_uri, png_uri, thumbnail
 from vitral.rundir import Row, Run, RunDir, duration
@@ -39,7 +41,13 @@ NUM_ATTENTION_IMAGES = 8  # images whose attention is shown
 MAX_PICTURE_SIZE = 1100  # of the augmented batch, in pixels
 
 
-def write_report(run: Run, out: Path, predictions: Predictions | None, missing: str = "") -> None:
+def write_report(
+    run: Run,
+    out: Path,
+    predictions: Predictions | None,
+    missing: str = "",
+    errors: LabelErrors | None = None,
+) -> None:
     """Writes the report of a run.
 
     Args:
@@ -47,6 +55,7 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
         out: file to write.
         predictions: predictions of the run's weights for the validation images.
         missing: the reason why there are no predictions.
+        errors: likely label errors, if they were searched for.
     """
     settings, defaults = flatten(run.config), flatten(Config())
     _write(
@@ -65,6 +74,7 @@ def write_report(run: Run, out: Path, predictions: Predictions | None, missing: 
         batch=_picture(RunDir(run.path).train_batch),
         results=predictions and PredictionReport(predictions),
         missing=missing,
+        errors=errors and LabelErrorReport(errors),
     )
 
 
