@@ -155,7 +155,10 @@ class _HashDataset(Dataset[list[tuple[int, int]]]):
             if isinstance(records, Packed)
             else records.images[indices]
         )
-        return [(hash_content(image.numpy()), perceptual_hash(image)) for image in images]
+        return [
+            (hash_content(image.contiguous().numpy().data), perceptual_hash(image))
+            for image in images
+        ]
 
 
 def format_report(report: Report) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
@@ -35,7 +35,7 @@ MAX_SHOWN = 5  # groups of each kind
 Hashes = NDArray[np.uint64]
 
 
-def hash_content(content: bytes | NDArray[np.uint8]) -> int:
+def hash_content(content: bytes | memoryview) -> int:
     """Returns 64 bits of a hash of a file or of the pixels of an image."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
@@ -65,7 +65,7 @@ class Image(NamedTuple):
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of images, each of which is identical or similar to another of its group."""
+    """Groups of identical or similar images."""
 
     groups: Sequence[tuple[str, Sequence[Image]]]
     """Kind and images of each group, in the order of KINDS."""
@@ -108,7 +108,7 @@ class Split(NamedTuple):
     """Whether the image can be decoded; only these images are compared. Shape (N,)."""
 
 
-def find_duplicates(splits: Sequence[Split], classes: Sequence[str]) -> Duplicates:
+def find_duplicates(splits: Sequence[Split], classes: tuple[str, ...]) -> Duplicates:
     """Groups the images whose hashes differ in at most MAX_DISTANCE bits.
 
     If A is similar to B, and B to C, all three are in one group.
@@ -129,7 +129,8 @@ def find_duplicates(splits: Sequence[Split], classes: Sequence[str]) -> Duplicat
         images = []
         for s, i, copy in zip(*(column.tolist() for column in columns), strict=True):
             name, records = splits[s].name, splits[s].records
-            images.append(Image(name, classes[records.labels[i]], image_path(records, i), copy))
+            label = classes[int(records.labels[i])]
+            images.append(Image(name, label, image_path(records, i), copy))
         across = len({image.split for image in images}) > 1
         kind = 0 if across else 1 if len({image.label for image in images}) > 1 else 2
         return KINDS[kind], images
@@ -149,7 +150,7 @@ def similar(hashes: Hashes) -> Integers:
     root = np.arange(n)  # a member of each hash's group
     for pairs in close_pairs(distinct):
         edges = np.concatenate([pairs, [np.arange(n), root]], 1)
-        graph = coo_array((np.ones(edges.shape[1], bool), (edges[0], edges[1])), (n, n))
+        graph = csr_array((np.ones(edges.shape[1], bool), (edges[0], edges[1])), (n, n))
         _, component = connected_components(graph, directed=False)
         root = np.unique(component, return_index=True)[1][component]
     earliest = np.full(n, len(hashes))
