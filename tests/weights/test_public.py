@@ -307,7 +307,7 @@ def test_a_file_without_the_parameters_of_the_model_is_rejected(file, tmp_path):
     _, source = file
     state = {f"encoder.{name}": value for name, value in source.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="cannot be loaded: .*Missing key"):
+    with pytest.raises(UserError, match=r"cannot be loaded: .*Missing key"):
         public.create("vit_tiny_patch16_224", str(tmp_path / "other.safetensors"))
 
 
