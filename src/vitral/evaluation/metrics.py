@@ -80,7 +80,11 @@ def headline(scores: Scores) -> dict[str, float]:
     labels, predicted, found = scores.labels, scores.predicted, scores.metrics()
     for average in ("macro", "weighted"):
         values = metrics.precision_recall_fscore_support(
-            labels, predicted, labels=np.unique(labels), average=average, zero_division=0
+            labels,
+            predicted,
+            labels=np.unique(labels),
+            average=average,
+            zero_division=0,  # pyright: ignore[reportArgumentType]
         )
         names = ("precision", "recall", "f1")
         found |= {f"{average}_{n}": float(v) for n, v in zip(names, values[:3], strict=True)}
@@ -129,7 +133,7 @@ def per_class(scores: Scores) -> list[ClassMetrics]:
             float(2 * right[c] / (images[c] + total[c])),
             *_areas(scores, c),
         )
-        for c in np.flatnonzero(images)
+        for c in np.flatnonzero(images).tolist()
     ]
 
 

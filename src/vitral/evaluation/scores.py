@@ -228,14 +228,12 @@ def measure(
         truth, ranked, confidence, losses, probabilities = (column.cpu() for column in found)
         parts.append((truth, ranked, confidence.double(), losses.double(), probabilities))
     *columns, probabilities = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return Scores(classes, *columns, probabilities if keep_probabilities else None)
+    return Scores(classes, *columns, probabilities=probabilities if keep_probabilities else None)
 
 
 def merge(parts: Sequence[Scores]) -> Scores:
     """Concatenates the scores of several parts of a dataset, in order."""
     columns = ("labels", "ranked", "confidence", "losses")
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
-    probabilities = [part.probabilities for part in parts if part.probabilities is not None]
-    return Scores(
-        parts[0].classes, *joined, np.concatenate(probabilities) if probabilities else None
-    )
+    kept = [part.probabilities for part in parts if part.probabilities is not None]
+    return Scores(parts[0].classes, *joined, probabilities=np.concatenate(kept) if kept else None)
