@@ -534,8 +534,8 @@ def _hyphenated(word: str) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that rejects duplicate keys, aliases (which can expand to gigabytes), and long
-    numbers (whose conversion takes quadratic time).
+    """A SafeLoader that rejects duplicate keys, aliases (which can expand to gigabytes), long
+    numbers (whose conversion takes quadratic time), and NUL characters.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -549,6 +549,8 @@ class _StrictLoader(yaml.SafeLoader):
         if node.tag != TEXT_TAG and len(node.value) > MAX_NUMBER:
             problem = f"a number of more than {MAX_NUMBER} characters"
             raise yaml.constructor.ConstructorError(problem=problem)
+        if "\0" in node.value:
+            raise yaml.constructor.ConstructorError(problem="a NUL character")
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

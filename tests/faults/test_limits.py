@@ -89,6 +89,15 @@ def test_predict_and_embed(directory, photo, tmp_path, name):
     assert not [*tmp_path.glob(".*")]
 
 
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_export(directory, tmp_path, capsys, format):
+    out = tmp_path / ODD / f"{ODD}.{format}"
+    words = ["export", str(directory), "--format", format, "--images", "0", "--out", str(out)]
+    assert main(words) == 0
+    assert [*out.parent.iterdir()] == [out]
+    assert "top-1 agreement 100.00%" in capsys.readouterr().out
+
+
 def test_explain(directory, photo, tmp_path, capsys):
     """Two names that are cut to the same are told apart."""
     photos, out = [photo(LONG), photo(f"{LONG[:248]}-2")], tmp_path / ODD
@@ -131,8 +140,6 @@ TOO_LONG = 2 * LONG
         "embed WEIGHTS PHOTO --out x/NAME.npz",
         "explain WEIGHTS PHOTO --out",
         "export WEIGHTS --format pt2 --images 0 --out x/NAME.pt2",
-        "export WEIGHTS --format pt2 --images 0 --out \udcff.pt2",
-        "export WEIGHTS --images 0 --out x/LONG.onnx",  # with .data it has 256 bytes or more
         "val WEIGHTS --data DATA --out",
         "report RUN --out x/NAME.html",
         "train digits --out",

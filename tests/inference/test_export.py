@@ -20,6 +20,7 @@ from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import eval_batches
+from vitral.errors import UserError
 from vitral.inference import export as exporting
 from vitral.inference.export import Agreement, export
 from vitral.model import ViT
@@ -143,6 +144,14 @@ def test_large_weights_are_stored_in_a_second_file(run, monkeypatch, tmp_path):
     state = storage.read_tensors(run / "weights" / "best", "model")
     size = sum(tensor.nbytes for tensor in state.values())
     assert (tmp_path / "big.onnx.data").stat().st_size > 0.8 * size
+
+
+def test_a_second_file_requires_a_path_in_utf8(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(exporting, "_trace", None)  # is refused before the work
+    with pytest.raises(UserError, match="out: expected a path in UTF-8"):
+        export(run, out=tmp_path / os.fsdecode(b"\xff.onnx"), images=0)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_command_exports_and_reports_the_comparisons(

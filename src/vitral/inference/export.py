@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -126,10 +126,10 @@ def export(
     out = Path(out or f"{_name(weights.path)}.{format}")
     if out.suffix != f".{format}" or out.is_dir():
         raise UserError(f"out: expected a file name that ends in .{format}, got {out}")
-    if printable(out) != str(out):  # the exporters' own code cannot open it
-        raise UserError(f"out: expected a path in UTF-8 without control characters, got {out}")
     check_output(out)
-    if format == "onnx":  # for large weights
+    if format == "onnx" and _is_large(weights.model.state_dict()):
+        if printable(out) != str(out):  # onnxruntime opens both files itself
+            raise UserError(f"out: expected a path in UTF-8 without control characters, got {out}")
         check_output(out.with_name(f"{out.name}.data"))
     comparisons = [_random_images(description.config)]
     data = data or _local_dataset(description.config)
@@ -259,8 +259,12 @@ def _write_onnx(program: ExportedProgram, file: Path, document: str, opset: int)
     )
     assert made is not None
     made.model.metadata_props["vitral"] = document
-    size = sum(value.nbytes for value in program.state_dict.values())
-    made.save(file, external_data=size > MAX_FILE_BYTES)
+    made.save(file, external_data=_is_large(program.state_dict))
+
+
+def _is_large(state: Mapping[str, Any]) -> bool:
+    """Returns whether ONNX stores the weights in a second file."""
+    return sum(value.nbytes for value in state.values()) > MAX_FILE_BYTES
 
 
 def _write_pt2(program: ExportedProgram, file: Path, document: str) -> None:
@@ -272,7 +276,10 @@ def _write_pt2(program: ExportedProgram, file: Path, document: str) -> None:
 
 def _open(file: Path) -> Forward:
     try:
-        return _open_onnx(file) if file.suffix == ".onnx" else torch.export.load(file).module()
+        if file.suffix == ".onnx":
+            return _open_onnx(file)
+        # The libraries' own code can only open paths in UTF-8.
+        return torch.export.load(io.BytesIO(file.read_bytes())).module()
     except Exception as error:
         raise _cannot_run(error) from error
 
@@ -283,7 +290,9 @@ def _open_onnx(file: Path) -> Forward:
     onnxruntime.disable_telemetry_events()  # in case it was imported before
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well
-    session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+    large = file.with_name(f"{file.name}.data").exists()
+    source = file if large else file.read_bytes()
+    session = onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
