@@ -74,6 +74,7 @@ def test_text_output(directory, photos, expected, capsys):
         f"vitral: {photos}/b.jpg: not an image in a known format "
         "(JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF)",
         "vitral: 1 of 3 images cannot be read",
+        "vitral: probabilities are not calibrated: the weights have no temperature",
     ]
 
 
@@ -109,6 +110,28 @@ def test_csv_output(directory, photos, expected, tmp_path):
         assert {row["name"] for row in part} >= {"tench, Tinca tinca", "dark"}
     assert rows[3]["error"].startswith("not an image")
     assert {rows[3][key] for key in ("rank", "class", "name", "probability")} == {""}
+
+
+def test_unsure_predictions_are_unknown(directory, photos, expected, tmp_path, capsys):
+    first, last = (prediction.probabilities[0] for prediction in expected)
+    assert abs(first - last) > 1e-3
+    known = "ac"[last > first]
+    words = photos / "a.jpg", photos / "c.jpg", "--min-confidence", (first + last) / 2
+    assert predict(directory, *words, "--top", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith(": unknown") for line in lines] == [known == "c", known == "a"]
+    assert predict(directory, *words, "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, prediction in zip(rows, expected, strict=True):
+        assert row["unknown"] == (Path(row["path"]).stem != known)
+        assert not row["calibrated"]
+        assert [found["class"] for found in row["predictions"]] == [*prediction.names]
+    assert predict(directory, *words, "--csv") == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["calibrated"] for row in rows] == ["false"] * 4
+    (row,) = [row for row in rows if row["class"] == row["name"] == "unknown"]
+    assert Path(row["path"]).stem != known
+    assert float(row["probability"]) == pytest.approx(min(first, last), abs=1e-6)
 
 
 def test_exit_code_if_all_images_are_broken(directory, photos, tmp_path, capsys):

@@ -128,6 +128,13 @@ def test_installation_is_from_source(make):
     assert usage.count("checkout of vitral's source") == 1
 
 
+def test_results_state_the_temperatures(make):
+    temperatures = {"val_temperature": 1.25, "ema_temperature": 0.5}
+    both = section(card(make(metrics={**MEASURED, **AVERAGED, **temperatures}), "a/x"), "Results")
+    assert "divides the logits by 1.25 for `model.safetensors` and 0.5 for `ema.saf" in both
+    assert "divides" not in section(card(make(metrics={**MEASURED, **AVERAGED}), "a/x"), "Results")
+
+
 def test_results_name_the_default(make):
     both = section(card(make(metrics={**MEASURED, **AVERAGED}), "anna/x"), "Results")
     raw, averaged = re.findall(r"^\| `.+", both, re.MULTILINE)

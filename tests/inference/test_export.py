@@ -55,7 +55,8 @@ def save(folder, data, seed=0, fit="crop", **model):
     with torch.no_grad():
         for parameter in vit.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    description = weights.describe(config, CLASSES, "f" * 64, {})
+    metrics = {"val_top1": 0.5, "val_temperature": 1.5}
+    description = weights.describe(config, CLASSES, "f" * 64, metrics)
     folder.parent.mkdir(parents=True, exist_ok=True)
     weights.save(folder, {"model": vit.state_dict(), "ema": vit.state_dict()}, description)
     return vit.eval()
@@ -117,6 +118,7 @@ def test_exported_file_matches_the_model(model, format, opset, image_folder, tmp
     assert (metadata["eval_crop"], metadata["interpolation"]) == (0.9, "bilinear")
     assert (metadata["mean"], metadata["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     assert (metadata["weights"], metadata["fingerprint"]) == ("model", "f" * 64)
+    assert metadata["temperature"] == 1.5
     assert metadata["vitral"]
     assert b"/site-packages/" not in unpacked(out)
     assert str(Path(exporting.__file__).parents[1]).encode() not in unpacked(out)
@@ -169,7 +171,9 @@ def test_the_command_exports_and_reports_the_comparisons(
     )
     assert message.err == ""
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.pt2"]
-    assert json.loads(open_exported(Path("tiny.pt2"))[1])["weights"] == "ema"
+    metadata = json.loads(open_exported(Path("tiny.pt2"))[1])
+    assert metadata["weights"] == "ema"
+    assert metadata["temperature"] is None
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash"])

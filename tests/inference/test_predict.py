@@ -1,6 +1,7 @@
 """Tests of predictions against `evaluate` and against single images preprocessed by hand."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import torch
 from PIL import Image
 
 import vitral
-from vitral import weights
+from vitral import storage, weights
+from vitral.cli import main
 from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.crops import eval_crop
 from vitral.data.decode import decode
 from vitral.errors import UserError
+from vitral.evaluation.scores import calibration_error
 from vitral.inference import Classifier, find_images, load
 from vitral.model import ViT
 
@@ -69,6 +72,43 @@ def by_hand(classifier, image, side):
     pixels = (np.asarray(small) / 255 - data.mean) / data.std
     logits = classifier.model(torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None])
     return logits[0].softmax(0)
+
+
+def test_predictions_are_calibrated(directory, folder, files, tmp_path, capsys):
+    """The raw and the averaged weights have their own temperatures."""
+    metrics = {"ema_top1": 0.5, "val_temperature": 0.5, "ema_temperature": 2.0}
+    document = json.loads((directory / "config.json").read_text())
+    states = {which: storage.read_tensors(directory, which) for which in ("model", "ema")}
+    storage.write(tmp_path / "best", states, {"config": document | {"metrics": metrics}})
+    for which, temperature in (("ema", 2.0), ("model", 0.5)):
+        classifier = vitral.load(tmp_path / "best", which=which)
+        found = classifier.predict(files[:3], top=7, min_confidence=0.3)
+        uncalibrated = vitral.load(directory, which=which).predict(files[:3], top=7)
+        for after, before in zip(found, uncalibrated, strict=True):
+            powers = np.array(before.probabilities) ** (1 / temperature)
+            np.testing.assert_allclose(after.probabilities, powers / powers.sum(), rtol=1e-4)
+            assert after.calibrated
+            assert not before.calibrated
+            assert after.unknown == (after.probabilities[0] < 0.3)
+            assert not before.unknown
+        scores = vitral.evaluate(classifier, str(folder), batch_size=5, workers=0)
+        best = [p.probabilities[0] for p in classifier.predict(files)]
+        np.testing.assert_allclose(scores.calibrated, best, atol=1e-6)
+        assert scores.temperature == temperature
+    assert main(["val", str(tmp_path / "best"), "--data", str(folder), "--workers", "0"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    averaged = vitral.evaluate(tmp_path / "best", str(folder), workers=0)
+    after = calibration_error(averaged.calibrated, averaged.hits(1))
+    assert last == (
+        f"calibrated with temperature 2: calibration error {averaged.calibration_error:.2%} "
+        f"before, {after:.2%} after"
+    )
+    with pytest.raises(UserError, match="min_confidence: expected a probability"):
+        classifier.predict(files[:1], min_confidence=1.5)
+    metrics["val_temperature"] = -1.0
+    storage.write(tmp_path / "best", states, {"config": document | {"metrics": metrics}})
+    with pytest.raises(UserError, match="val_temperature: expected a number above 0, got -1"):
+        vitral.load(tmp_path / "best")
 
 
 def test_predictions_equal_those_of_evaluation(directory, folder, files):

@@ -20,11 +20,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def answers(run):
-    """Labels and probabilities of the held-out digits, computed without vitral's input pipeline."""
+    """Labels and calibrated probabilities of the held-out digits.
+
+    They are computed without vitral's input pipeline.
+    """
     found = weights.load(run)
     data = found.description.config.data
     raw, labels = load_digits(return_X_y=True)
     gray = torch.from_numpy(np.rint(raw[-360:] * 255 / 16) / 255).float().view(-1, 1, 8, 8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
     with torch.no_grad():
-        return labels[-360:].tolist(), found.model((gray - mean) / std).softmax(1).double()
+        logits = found.model((gray - mean) / std) / found.description.temperature
+        return labels[-360:].tolist(), logits.softmax(1).double()

@@ -186,7 +186,7 @@ def test_predictions_match_a_plain_loop(page, answers):
     assert " ".join(expected) in page.words["mistakes"]
 
     edges = np.arange(1, 16) / 15
-    rows = page.cells["calibration"][1:]
+    rows = [row for row in page.cells["calibration"] if len(row) == 4][1:]
     error = 0.0
     for row in rows:
         edge = edges[np.abs(edges - float(row[0][:-1]) / 100).argmin()]
@@ -197,6 +197,35 @@ def test_predictions_match_a_plain_loop(page, answers):
         error += abs(mean - right) * len(inside) / 360
     assert sum(int(row[1]) for row in rows) == 360
     assert f"Expected calibration error {error:.2%}" in page.words["calibration"]
+
+    order = sorted(range(360), key=lambda i: -confidence[i])
+    hits = np.cumsum([labels[i] == predicted[i] for i in order])
+    for target, row in zip((0.95, 0.99), page.cells["calibration"][-2:], strict=True):
+        reached = [n for n in range(1, 361) if hits[n - 1] >= target * n]
+        expected = ["not reached"]
+        if reached:
+            lowest = confidence[order[reached[-1] - 1]]
+            expected = [f"{lowest:.4g}", f"{reached[-1] / 360:.2%}"]
+        assert row == [f"{target:.2%}", *expected]
+
+
+def test_thresholds_for_an_accuracy(run, tmp_path):
+    """Of four images, the least confident is wrong."""
+    four = predictions_of(run, ("a", "b"), count=4)
+    confidence, right = np.array([0.9, 0.6, 0.8, 0.7]), [0, 1, 0, 1]
+    ranked = np.array([[0, 1], [0, 1], [0, 1], [1, 0]])
+    scores = Scores(("a", "b"), np.array(right), ranked, confidence, np.zeros(4))
+    page = write(run, tmp_path / "page.html", dataclasses.replace(four, scores=scores))
+    assert page.cells["calibration"][-2:] == [
+        ["95.00%", "0.7", "75.00%"],
+        ["99.00%", "0.7", "75.00%"],
+    ]
+    assert "not calibrated" in page.words["calibration"]
+    wrong = dataclasses.replace(scores, labels=1 - scores.labels, temperature=2.0)
+    wrong = dataclasses.replace(wrong, calibrated=confidence / 2)
+    page = write(run, tmp_path / "page.html", dataclasses.replace(four, scores=wrong))
+    assert page.cells["calibration"][-1] == ["99.00%", "not reached"]
+    assert "divided by temperature 2 ," in page.words["calibration"]
 
 
 def test_confusions_come_with_their_images(page, answers):

@@ -21,7 +21,7 @@ def test_scores_match_a_plain_loop(predictions, answers):
     assert scores.classes == tuple("0123456789")
     assert scores.labels.tolist() == labels == predictions.records.labels.tolist()
     assert scores.ranked[:, 0].tolist() == probabilities.argmax(1).tolist()
-    np.testing.assert_allclose(scores.confidence, probabilities.amax(1), atol=1e-5)
+    np.testing.assert_allclose(scores.calibrated, probabilities.amax(1), atol=1e-5)
 
 
 def test_predictions_are_from_the_best_weights(run, predictions):

@@ -29,6 +29,7 @@ from vitral.training.parallel import AveragedGradients
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
 from vitral.training.signals import SIGNAL_NUMBERS
+from vitral.weights import read_description
 
 from .processes import (
     damage,
@@ -173,7 +174,12 @@ def test_corrections_for_rare_classes_resume_exactly(pictures, tmp_path):
         train(killed)
     table.write_text(content)
     assert finish_single(killed) == 0
-    assert digests(tmp_path / "killed") == digests(tmp_path / "uninterrupted")
+    found = digests(tmp_path / "killed")
+    assert found == digests(tmp_path / "uninterrupted")
+    # The temperatures are among the metrics.
+    known = read_description(tmp_path / "killed" / "weights" / "last")[1]
+    assert known.metrics == found["state"]["metrics"]
+    assert 0.05 < known.temperature < 20
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,20 @@ def test_validation_uses_the_resolved_precision():
     assert 1e-4 < np.abs(precise - rounded).max() < 0.2
 
 
+def test_temperature_of_the_validation_logits():
+    work = validated("digits")
+    found = work.measure(QUIET)
+    with torch.no_grad():
+        logits = work.model(finish(work.records.images, None, (0.5,) * 3, (0.5,) * 3))
+
+    def loss(temperature):
+        return F.cross_entropy(logits / temperature, torch.from_numpy(found.labels)).item()
+
+    T = found.temperature
+    assert loss(T) < min(loss(0.99 * T), loss(1.01 * T))
+    np.testing.assert_allclose(found.calibrated, (logits / T).softmax(1).amax(1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_processes_share_the_images(monkeypatch, image_folder, size):
     """Their parts are contiguous, can be empty, and add up to all images."""

@@ -6,6 +6,7 @@ PATH is a file, a folder, a quoted glob pattern, or - to read paths from standar
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,8 @@ class Options:
 
     top: int = 5
     """Number of classes per image."""
+    min_confidence: float = 0.0
+    """Probability of the most likely class below which the result is "unknown"."""
     image_size: int | None = None
     """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
     training size."""
@@ -58,6 +61,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
         weights,
         images,
         options.top,
+        min_confidence=options.min_confidence,
         image_size=options.image_size,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -66,4 +70,10 @@ def run(args: argparse.Namespace, options: Options) -> int:
     if out is not None:
         check_output(out)
     form = "json" if options.json else "csv" if options.csv else "text"
-    return 0 if write(found, len(images), form, out) else 1
+    read = write(found, len(images), form, out)
+    if read and form == "text":  # the other formats contain it
+        state = "not calibrated: the weights have no temperature"
+        if (temperature := weights.description.temperature) is not None:
+            state = f"calibrated with temperature {temperature:.4g}"
+        print(f"vitral: probabilities are {state}", file=sys.stderr)
+    return 0 if read else 1

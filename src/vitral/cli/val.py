@@ -18,6 +18,7 @@ from vitral.files import check_writable
 
 if TYPE_CHECKING:
     from vitral.data.records import Dataset
+    from vitral.evaluation import Scores
     from vitral.weights import Weights
 
 ARGUMENTS = {"weights": "WEIGHTS"}
@@ -90,9 +91,27 @@ def run(args: argparse.Namespace, options: Options) -> int:
     print(heading)
     results = Results(scores)
     print(summarize(results))
+    if dataset is not None:
+        print(_calibration(scores, fitted=dataset.fingerprint == known.fingerprint))
     if options.out is not None:
         write_results(results, Path(options.out))
     return 0
+
+
+def _calibration(scores: Scores, fitted: bool) -> str:
+    """Returns a line about the temperature of the weights.
+
+    Args:
+        fitted: whether the temperature was fitted on the same images.
+    """
+    if scores.temperature is None:
+        return "not calibrated: the weights have no temperature"
+    line = (
+        f"calibrated with temperature {scores.temperature:.4g}: calibration error "
+        f"{scores.calibration_error:.2%} before, "
+        f"{scores.after_temperature().calibration_error:.2%} after"
+    )
+    return f"{line} (slightly optimistic: fitted on these images)" if fitted else line
 
 
 def _heading(weights: Weights, dataset: Dataset | None, options: Options) -> str:

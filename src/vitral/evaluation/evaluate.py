@@ -173,6 +173,7 @@ def score(
         batches,
         tuple(classes),
         keep_probabilities=keep_probabilities,
+        temperature=weights.description.temperature,
     )
 
 

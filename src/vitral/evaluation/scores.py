@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitral.data.loader import Batch
+from vitral.evaluation.calibration import confidence
 from vitral.evaluation.table import Row
 
 BINS = 15
@@ -36,6 +38,11 @@ class Scores:
     """(n,): the cross-entropy of each image, in nats."""
     probabilities: NDArray[np.float32] | None = None
     """(n, classes): NaN for an image whose output is not finite; None if they were not kept."""
+    temperature: float | None = None
+    """The temperature of the weights; None if they are not calibrated. It affects only
+    `calibrated`."""
+    calibrated: NDArray[np.float64] | None = None
+    """(n,): the confidence after temperature scaling."""
 
     @property
     def predicted(self) -> NDArray[np.int64]:
@@ -64,6 +71,15 @@ class Scores:
     def calibration_error(self) -> float:
         """Expected calibration error, computed by the function `calibration_error`."""
         return calibration_error(self.confidence, self.hits(1))
+
+    def after_temperature(self) -> Scores:
+        """Returns these scores with the calibrated confidence, if there is one.
+
+        The losses remain those of the logits.
+        """
+        if self.calibrated is None:
+            return self
+        return dataclasses.replace(self, confidence=self.calibrated)
 
     def reliability(self) -> list[tuple[float, int, float, float]]:
         """Returns the upper edge, images, mean confidence and accuracy of each nonempty bin.
@@ -190,6 +206,8 @@ def measure(
     classes: tuple[str, ...],
     *,
     keep_probabilities: bool = False,
+    temperature: float | None = None,
+    observe: Callable[[Batch, Tensor], None] | None = None,
 ) -> Scores:
     """Computes the scores of a model.
 
@@ -198,19 +216,15 @@ def measure(
         batches: batches from `vitral.data.loader.eval_batches`.
         classes: names of the logits.
         keep_probabilities: keep the probabilities of all classes, 4 bytes per image and class.
+        temperature: for the calibrated confidence; None for none.
+        observe: called with each batch and its logits (n, classes), float32.
     """
     C = len(classes)
     k, kept = min(5, C), C if keep_probabilities else 0
     # Starts with an empty part, because one of many processes may have no images.
     empty = torch.zeros(0)
     parts: list[tuple[Tensor, ...]] = [
-        (
-            empty.long(),
-            torch.zeros(0, k).long(),
-            empty.double(),
-            empty.double(),
-            torch.zeros(0, kept),
-        )
+        (empty.long(), torch.zeros(0, k).long(), *[empty.double()] * 3, torch.zeros(0, kept))
     ]
     for batch in batches:
         truth = batch.targets
@@ -218,22 +232,28 @@ def measure(
         probabilities = logits.softmax(1)
         top_classes = probabilities.topk(k)
         losses = F.cross_entropy(logits, truth, reduction="none")
-        found = (
-            truth,
-            top_classes.indices,
-            top_classes.values[:, 0],
-            losses,
-            probabilities[:, :kept],
-        )
-        truth, ranked, confidence, losses, probabilities = (column.cpu() for column in found)
-        parts.append((truth, ranked, confidence.double(), losses.double(), probabilities))
-    *columns, probabilities = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return Scores(classes, *columns, probabilities=probabilities if keep_probabilities else None)
+        best = top_classes.values[:, 0]
+        scaled = best if temperature is None else confidence(logits, temperature)
+        found = (truth, top_classes.indices, best, losses, scaled, probabilities[:, :kept])
+        truth, ranked, *values, probabilities = (column.cpu() for column in found)
+        parts.append((truth, ranked, *(column.double() for column in values), probabilities))
+        if observe is not None:
+            observe(batch, logits)
+    *columns, calibrated, probabilities = (
+        torch.cat(column).numpy() for column in zip(*parts, strict=True)
+    )
+    return Scores(
+        classes,
+        *columns,
+        probabilities=probabilities if keep_probabilities else None,
+        temperature=temperature,
+        calibrated=None if temperature is None else calibrated,
+    )
 
 
 def merge(parts: Sequence[Scores]) -> Scores:
     """Concatenates the scores of several parts of a dataset, in order."""
-    columns = ("labels", "ranked", "confidence", "losses")
-    joined = (np.concatenate([getattr(part, name) for part in parts]) for name in columns)
-    kept = [part.probabilities for part in parts if part.probabilities is not None]
-    return Scores(parts[0].classes, *joined, probabilities=np.concatenate(kept) if kept else None)
+    columns = ("labels", "ranked", "confidence", "losses", "probabilities", "calibrated")
+    arrays = {name: [getattr(part, name) for part in parts] for name in columns}
+    joined = {name: np.concatenate(each) for name, each in arrays.items() if each[0] is not None}
+    return dataclasses.replace(parts[0], **joined)

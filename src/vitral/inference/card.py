@@ -285,8 +285,11 @@ vitral train {CONFIG}{"" if known else " --data PATH"} --out runs/again
 
 def _results(description: Description, curves: bool) -> str:
     rows = []
+    temperatures = []
     for kind in ("model", "ema"):
         scores = _scores(description, kind)
+        if "temperature" in scores:
+            temperatures.append(f"{scores['temperature']:.4g} for `{kind}.safetensors`")
         if "top1" in scores:
             what = "raw weights" if kind == "model" else "moving average of the weights"
             used = ", the default of `--which`" if kind == description.default else ""
@@ -298,6 +301,13 @@ def _results(description: Description, curves: bool) -> str:
         return "## Results\n\nThe weights have not been evaluated."
     table = "\n".join(rows)
     picture = f"\n\n![Loss and accuracy during training]({CURVES})" if curves else ""
+    calibration = ""
+    if temperatures:
+        calibration = (
+            "\n\nThe calibration error is that of the logits. `vitral predict` calibrates the "
+            f"probabilities: it divides the logits by {' and '.join(temperatures)}, fitted on the "
+            "same images."
+        )
     images = "the validation images of the dataset"
     if description.config.data.hold_out:
         images = "held-out training images of the dataset, not on validation or test images,"
@@ -310,7 +320,7 @@ Evaluated on {images} at {description.config.model.image_size} pixels:
 {table}
 
 The best weights of a run are selected on the same images, so their results are slightly \
-optimistic.\
+optimistic.{calibration}\
 {picture}"""
 
 

@@ -215,7 +215,8 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
     With `fit` "crop", the input of the model is the central square whose side is `eval_crop` times
     the shorter side. With "squash", it is the central rectangle whose sides are `eval_crop` times
     the image's sides. It is resized to a square of `image_size` pixels with antialiasing, scaled to
-    [0, 1], and normalized with `mean` and `std`.
+    [0, 1], and normalized with `mean` and `std`. The probabilities are the softmax of the logits
+    divided by `temperature`; null stands for 1, because the weights are not calibrated.
     """
     description = weights.description
     config = description.config
@@ -230,6 +231,7 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
         "image_size": config.model.image_size,
         "patch_size": config.model.patch_size,
         **data,
+        "temperature": description.temperature,
         "classes": description.classes,
         "names": [human_name(name) or name for name in description.classes],
     }

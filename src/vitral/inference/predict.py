@@ -42,7 +42,8 @@ Format = Literal["text", "json", "csv"]
 T = TypeVar("T")
 _Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the most likely classes, their probabilities
 _Result = tuple[T | None, str | None]  # result for an image, or the reason why it cannot be read
-CSV_HEADER = "path,rank,class,name,probability,error\n"
+CSV_HEADER = "path,rank,class,name,probability,error,calibrated\n"
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,10 @@ class Prediction:
     """Probabilities of these classes, from 0 to 1."""
     error: str | None = None
     """Reason why the image could not be read."""
+    calibrated: bool = False
+    """Whether the probabilities are calibrated: whether the weights have a temperature."""
+    unknown: bool = False
+    """Whether the highest probability is below `min_confidence`."""
 
 
 class Classifier(weights.Weights):
@@ -69,16 +74,20 @@ class Classifier(weights.Weights):
         images: ImageLike | Sequence[ImageLike],
         top: int = 5,
         *,
+        min_confidence: float = 0.0,
         image_size: int | None = None,
         batch_size: int = 64,
         workers: int | None = None,
     ) -> list[Prediction]:
         """Returns the most likely classes of each image, in order, on the device of the model.
 
+        The logits are divided by the temperature of the weights, if they have one.
+
         Args:
             images: one image or several, each the path of a file, a PIL image, or uint8 RGB as an
                 array or tensor of shape (H, W, 3) or (3, H, W).
             top: number of classes per image.
+            min_confidence: probability of the most likely class below which an image is `unknown`.
             image_size: side length of the model's input, in pixels; None uses the training size.
             batch_size: images per forward pass.
             workers: number of decoding processes for files; None uses all cores but one.
@@ -88,7 +97,8 @@ class Classifier(weights.Weights):
                 contains the reason.
         """
         options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-        return list(predictions(self, _as_list(images), top, **options))
+        found = predictions(self, _as_list(images), top, min_confidence=min_confidence, **options)
+        return list(found)
 
     @torch.no_grad()
     def embed(
@@ -184,26 +194,43 @@ def predictions(
     images: Sequence[ImageLike],
     top: int = 5,
     *,
+    min_confidence: float = 0.0,
     image_size: int | None = None,
     batch_size: int = 64,
     workers: int | None = None,
 ) -> Iterator[Prediction]:
     """Yields the results of `Classifier.predict` one by one; takes the same arguments."""
     _check_minimum(1, top=top)
+    if not 0 <= min_confidence <= 1:
+        raise UserError(
+            f"min_confidence: expected a probability from 0 to 1, got {min_confidence:g}"
+        )
     weights.require_head(source)
-    rank = partial(_rank, for_inference(source.model), top)
+    temperature = source.description.temperature or 1.0
+    rank = partial(_rank, for_inference(source.model), top, temperature)
     results = _process_images(source, images, rank, image_size, batch_size, workers)
-    return map(partial(_prediction, source.description.classes), results, images)
+    return map(partial(_prediction, source.description, min_confidence), results, images)
 
 
-def _prediction(names: Sequence[str], result: _Result[_Ranked], image: ImageLike) -> Prediction:
+def _prediction(
+    description: weights.Description,
+    min_confidence: float,
+    result: _Result[_Ranked],
+    image: ImageLike,
+) -> Prediction:
     path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
     ranked, error = result
     if ranked is None:
         return Prediction(path=path, error=error)
     top_classes, probabilities = ranked
-    chosen = tuple(names[c] for c in top_classes)
-    return Prediction(path=path, classes=top_classes, names=chosen, probabilities=probabilities)
+    return Prediction(
+        path=path,
+        classes=top_classes,
+        names=tuple(description.classes[c] for c in top_classes),
+        probabilities=probabilities,
+        calibrated=description.temperature is not None,
+        unknown=not probabilities[0] >= min_confidence,  # also if it is NaN
+    )
 
 
 def _as_list(images: Any) -> list[ImageLike]:
@@ -280,8 +307,9 @@ def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
 
 
 @torch.no_grad()
-def _rank(model: ViT, top: int, images: Tensor) -> list[_Ranked]:
-    top_classes = model(images).float().softmax(1).topk(min(top, model.num_classes))
+def _rank(model: ViT, top: int, temperature: float, images: Tensor) -> list[_Ranked]:
+    probabilities = (model(images).float() / temperature).softmax(1)
+    top_classes = probabilities.topk(min(top, model.num_classes))
     rows = zip(top_classes.indices.tolist(), top_classes.values.tolist(), strict=True)
     return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]
 
@@ -376,6 +404,7 @@ def _text(prediction: Prediction) -> str:
     top_classes = ", ".join(
         f"{display(name)} {p:.2%}" for name, p in _named_probabilities(prediction)
     )
+    top_classes = UNKNOWN if prediction.unknown else top_classes
     return f"{printable(str(prediction.path))}: {top_classes}\n"
 
 
@@ -386,15 +415,21 @@ def _json(prediction: Prediction) -> str:
         {"class": name, "name": human_name(name) or name, "probability": round(p, 6)}
         for name, p in _named_probabilities(prediction)
     ]
-    return json.dumps({"path": prediction.path, "predictions": top_classes}) + "\n"
+    state = {"calibrated": prediction.calibrated, "unknown": prediction.unknown}
+    return json.dumps({"path": prediction.path, **state, "predictions": top_classes}) + "\n"
 
 
 def _csv(prediction: Prediction) -> str:
     path = printable(str(prediction.path))
+    calibrated = "true" if prediction.calibrated else "false"
     rows = [
-        (path, rank, name, human_name(name) or name, f"{p:.6f}", "")
+        (path, rank, name, human_name(name) or name, f"{p:.6f}", "", calibrated)
         for rank, (name, p) in enumerate(_named_probabilities(prediction), 1)
     ]
+    if prediction.unknown:
+        confidence = f"{prediction.probabilities[0]:.6f}"
+        rows = [(path, 1, UNKNOWN, UNKNOWN, confidence, "", calibrated)]
     lines = io.StringIO()
-    csv.writer(lines, lineterminator="\n").writerows(rows or [(path, *[""] * 4, prediction.error)])
+    rows = rows or [(path, *[""] * 4, prediction.error, "")]
+    csv.writer(lines, lineterminator="\n").writerows(rows)
     return lines.getvalue()

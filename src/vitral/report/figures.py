@@ -136,6 +136,20 @@ def reliability(bins: Sequence[tuple[float, int, float, float]]) -> Markup:
     return _svg("Accuracy against confidence of the predictions", parts)
 
 
+def coverage(points: Points) -> Markup:
+    """Draws accuracy against coverage, the fraction of the images that are answered.
+
+    Args:
+        points: pairs of coverage and accuracy, in ascending order of coverage.
+    """
+    low = min(accuracy for _, accuracy in points)
+    x, y = Axis.exact(0.0, 1.0, LEFT, RIGHT), Axis.rounded(min(low, 0.9), 1.0, BOTTOM, TOP)
+    parts = [*x.grid(vertical=True), *y.grid(vertical=False), _caption("coverage")]
+    path = " ".join(f"{x.position(a):.1f},{y.position(b):.1f}" for a, b in downsample(points))
+    parts.append(f'<polyline class="s0" points="{path}"/>')
+    return _svg("Accuracy of the answered images against their fraction", parts)
+
+
 def downsample(points: Points) -> Points:
     """Returns at most about 600 points, with the minimum and maximum of each bucket."""
     if len(points) <= 2 * NUM_BUCKETS:

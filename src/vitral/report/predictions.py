@@ -61,7 +61,13 @@ def evaluate_best(
     batches = eval_batches(records, config, EVAL_BATCH, workers, device)
     total = -(-len(records) // EVAL_BATCH)
     batches = tqdm(batches, "evaluating", total, leave=False, disable=None)
-    scores = measure(weights.model, batches, dataset.classes, keep_probabilities=keep_probabilities)
+    scores = measure(
+        weights.model,
+        batches,
+        dataset.classes,
+        keep_probabilities=keep_probabilities,
+        temperature=weights.description.temperature,
+    )
     return Predictions(scores, records, weights, dataset.train)
 
 

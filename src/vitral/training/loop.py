@@ -313,7 +313,10 @@ class Trainer:
         metrics = {kind: each.metrics() for kind, each in scores.items()}
         measured = {f"{k}_{name}": v for k, each in metrics.items() for name, v in each.items()}
         self._write_row(pace, measured)
-        progress.metrics = {"step": progress.step, **measured}
+        temperatures = {
+            f"{kind}_temperature": s.temperature for kind, s in scores.items() if s.temperature
+        }
+        progress.metrics = {"step": progress.step, **measured, **temperatures}
         progress.evaluated = progress.step
         self._save_weights(scores, metrics)
         epoch = progress.step / self.plan.steps_per_epoch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,6 +13,7 @@ from vitral.config import Config
 from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
 from vitral.data.records import Dataset, Packed, Pixels
 from vitral.evaluation import Scores, measure, merge
+from vitral.evaluation.calibration import Logits, fit_temperature
 from vitral.model import ViT
 from vitral.training.distributed import World
 from vitral.training.parallel import unsharded
@@ -40,7 +42,9 @@ class Validation:
         self.workers, self.device = workers, device
 
     def measure(self, signals: Signals) -> Scores:
-        """Scores the model with its current weights. Every process must call this.
+        """Scores the model with its current weights, and fits their temperature.
+
+        Every process must call this.
 
         Raises:
             Interrupted: if a signal arrived in a run with one process.
@@ -51,10 +55,15 @@ class Validation:
             with self.resolved.autocast():
                 return self.call(images)
 
+        logits = Logits(len(self.records), len(self.classes))
         with unsharded(self.model):
             part = self.world.run_on_all_ranks(
-                lambda: measure(forward, self._batches(signals), self.classes)
+                lambda: measure(forward, self._batches(signals), self.classes, observe=logits.add)
             )
+        temperature = fit_temperature(logits, self.world.gather)
+        if temperature is not None:
+            calibrated = logits.confidence(temperature)
+            part = dataclasses.replace(part, temperature=temperature, calibrated=calibrated)
         return merge(self.world.gather(part))
 
     @property

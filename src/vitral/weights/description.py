@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ class Description:
     fingerprint: str
     """Fingerprint of the dataset."""
     default: Which
-    """The file to load if none is requested."""
+    """The file to load if none is requested; for loaded weights, the file that was loaded."""
     metrics: Mapping[str, float]
-    """Validation results, by the names of the metrics log."""
+    """Validation results, by the names of the metrics log, and the temperatures fitted on the
+    validation images: val_temperature and ema_temperature."""
     vitral: str
     """The version that wrote the weights."""
     source: str = ""
@@ -41,6 +43,14 @@ class Description:
     """License of the pretrained model, as stated by its publisher."""
     difference: float = 0.0
     """Largest difference from the pretrained model's outputs, relative to their rms."""
+
+    @property
+    def temperature(self) -> float | None:
+        """Number by which to divide the logits of `default` to calibrate the probabilities.
+
+        None if the weights are not calibrated.
+        """
+        return self.metrics.get(f"{'ema' if self.default == 'ema' else 'val'}_temperature")
 
     def to_document(self) -> dict[str, Any]:
         """Returns the JSON object that `from_document` reads."""
@@ -72,6 +82,12 @@ class Description:
                 f"weights: {directory}: config.json does not match this version of vitral: "
                 f"{error}; install vitral {writer}, which wrote it"
             ) from None
+        for name in ("val_temperature", "ema_temperature"):
+            if not 0 < (temperature := found.metrics.get(name, 1.0)) < math.inf:
+                raise UserError(
+                    f"weights: {directory}: config.json: {name}: expected a number above 0, got "
+                    f"{temperature:g}; copy the weights again"
+                )
         texts = {name: printable(getattr(found, name)) for name in ("vitral", "source", "license")}
         classes = tuple(map(printable, found.classes))
         return dataclasses.replace(found, classes=classes, **texts)

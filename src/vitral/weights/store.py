@@ -70,12 +70,11 @@ def load(path: str | Path, *, which: Which | None = None, device: str = "cpu") -
 
 def _load(directory: Path, path: str | Path, which: Which | None, device: str) -> Weights:
     description = _describe(directory, path)
-    which = which or description.default
+    default, which = description.default, which or description.default
+    description = dataclasses.replace(description, default=which)
     file = directory / f"{which}{TENSORS}"
     if not file.exists():
-        raise UserError(
-            f"weights: {directory} contains no {which} weights, only {description.default}"
-        )
+        raise UserError(f"weights: {directory} contains no {which} weights, only {default}")
     read = storage.read_shapes if device == "meta" else storage.read_tensors
     try:
         state = read(directory, which)
