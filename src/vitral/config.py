@@ -265,12 +265,15 @@ class DataConfig:
     process loads the data."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to decode JPEGs; auto measures both at the start of a run and uses the faster one."""
-    fit: Literal["crop", "squash"] = "crop"
-    """Evaluation input: the central square, or the entire image squashed to a square."""
+    fit: Literal["crop", "squash", "pad"] = "crop"
+    """How images become squares. crop: the central square. squash: the image is squashed. pad: the
+    entire image is padded to a square with `mean`, whatever eval_crop. In training, a random
+    resized crop is taken from the image, the squashed image or the padded image, respectively."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation used to resize crops (always antialiased)."""
     eval_crop: float = 0.875
-    """Side length of the central evaluation crop, as a fraction of the image's shorter side."""
+    """Side length of the central evaluation crop, as a fraction of the image's shorter side; with
+    fit squash, of both sides. Not used with fit pad."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue channels for normalization, on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -295,6 +298,14 @@ class DataConfig:
         finite = all(map(math.isfinite, (*self.mean, *self.std)))
         _check(finite, f"mean, std: expected numbers, got {self.mean} and {self.std}")
         _check(min(self.std) > 0, f"std: expected three numbers above 0, got {self.std}")
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """Color around the images, from 0 to 255: the mean with fit pad, otherwise black."""
+        if self.fit != "pad":
+            return 0, 0, 0
+        red, green, blue = (min(max(round(255 * value), 0), 255) for value in self.mean)
+        return red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True)

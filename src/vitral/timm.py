@@ -213,7 +213,8 @@ def _cfg(
     return {
         "input_size": (CHANNELS, model.image_size, model.image_size),
         "interpolation": data.interpolation,
-        "crop_pct": data.eval_crop,
+        "crop_pct": 1.0 if data.fit == "pad" else data.eval_crop,
+        "crop_mode": {"crop": "center", "squash": "squash", "pad": "border"}[data.fit],
         "mean": data.mean,
         "std": data.std,
         "num_classes": len(classes) if classes else 1000,

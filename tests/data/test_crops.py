@@ -9,9 +9,10 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop
+from torchvision.transforms.v2 import functional as TF
 
-from vitral.config import AugmentConfig
-from vitral.data.crops import crop_resize, eval_boxes, random_boxes, resample
+from vitral.config import AugmentConfig, DataConfig
+from vitral.data.crops import crop_resize, eval_boxes, eval_crop, random_boxes, resample
 
 SIZES = np.array([[300, 400], [401, 333], [33, 47], [64, 64], [500, 40]])
 
@@ -256,3 +257,80 @@ def test_the_central_square_equals_torchvision(height, width):
 def test_squashing_crops_the_same_fraction_of_both_sides():
     (box,) = eval_boxes(np.array([[40, 81]]), 0.5, "squash")
     assert box.tolist() == [10, 20, 20, 40]
+
+
+COLOR = (124, 116, 104)  # the default mean
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("height", "width"), [(90, 70), (40, 81), (31, 90), (24, 24), (5, 80)])
+def test_padded_images_equal_those_of_torchvision_and_pillow(height, width, interpolation):
+    image = picture(height, width)
+    side, size = max(height, width), 24
+    top, left = round((side - height) / 2), round((side - width) / 2)
+    gaps = [left, top, side - width - left, side - height - top]
+    padded = TF.pad(image, gaps, COLOR)
+    mode = torchvision.transforms.InterpolationMode(interpolation)
+    expected = TF.resize(padded, [size, size], mode, antialias=True)
+    data = DataConfig(fit="pad", interpolation=interpolation, eval_crop=0.5)
+    assert data.fill == COLOR
+    found = eval_crop(image, data, size)
+    assert torch.equal(found, expected)
+    picture_of = Image.fromarray(image.permute(1, 2, 0).numpy())
+    square = Image.new("RGB", (side, side), COLOR)
+    square.paste(picture_of, (left, top))
+    small = square.resize((size, size), Image.Resampling[interpolation.upper()])
+    assert (found.permute(1, 2, 0).int() - torch.tensor(np.array(small)).int()).abs().max() <= 1
+    boxes = eval_boxes(np.array([[height, width]]), 0.5, "pad")
+    batched = resample(image[None], boxes, size, interpolation, COLOR)
+    assert (batched[0].int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_the_largest_training_crop_is_that_of_evaluation(fit):
+    config = AugmentConfig(crop_scale=(1, 1), crop_ratio=(1, 1))
+    boxes = random_boxes(config, 1.0, 32, SIZES, 0, 0, np.arange(5), fit)
+    assert (boxes == eval_boxes(SIZES, 1.0, fit)).all()
+
+
+def test_training_crops_of_squashed_images_are_those_of_their_squares():
+    """Relative to the sides, the crops of a wide and of a square image are the same."""
+    count = 2000
+    of_wide, of_square = (
+        random_boxes(AugmentConfig(), 1.0, 32, np.tile(size, (count, 1)), 0, 0, np.arange(count), f)
+        for size, f in (([100, 400], "squash"), ([400, 400], "crop"))
+    )
+    scaled = of_square * [0.25, 1, 0.25, 1]
+    assert abs(of_wide - scaled).max() <= 1
+    assert (of_wide[:, :2] >= 0).all()
+    assert (of_wide[:, :2] + of_wide[:, 2:] <= [100, 400]).all()
+    narrow = np.tile([1, 400], (count, 1))
+    thin = random_boxes(AugmentConfig(), 1.0, 32, narrow, 0, 0, np.arange(count), "squash")
+    assert (thin[:, [0, 2]] == [0, 1]).all()
+
+
+@pytest.mark.parametrize("size", [(300, 400), (400, 100), (500, 40), (64, 64)])
+def test_training_crops_of_padded_images_are_those_of_their_squares(size):
+    """They are moved only if their center would be in the padding."""
+    count, side = 3000, max(size)
+    sizes = np.tile(size, (count, 1))
+    found, on_square = (
+        random_boxes(AugmentConfig(), 1.0, 32, each, 0, 0, np.arange(count), fit)
+        for each, fit in ((sizes, "pad"), (np.full_like(sizes, side), "crop"))
+    )
+    origin = eval_boxes(np.array([size]), 1.0, "pad")[:, :2]
+    assert (found[:, 2:] == on_square[:, 2:]).all()
+    assert (found[:, :2] >= origin).all()
+    assert (found[:, :2] + found[:, 2:] <= origin + side).all()
+    centers = found[:, :2] + found[:, 2:] / 2
+    assert ((centers >= 0) & (centers <= size)).all()
+    roomy = (found[:, 2:] >= side - np.array(size)).all(1)  # no crop of this size has it outside
+    assert roomy.any()
+    assert (found[roomy, :2] == (on_square[:, :2] + origin)[roomy]).all()
+
+
+def test_padded_crops_of_padded_images_shift_the_square():
+    config = AugmentConfig(crop="padded", crop_padding=4)
+    (box,) = random_boxes(config, 1.0, 32, np.array([[64, 128]]), 0, 0, np.arange(1), "pad")
+    assert box[2:].tolist() == [128, 128]
+    assert (abs(box[:2] - [-32, 0]) <= 16).all()

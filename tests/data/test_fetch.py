@@ -167,6 +167,37 @@ def test_packed_squares_are_cropped_in_their_original_aspect(workers):
         assert (ours.int() - expected.int()).abs().max() <= 1
 
 
+def test_packed_squares_are_padded_in_their_original_aspect():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 24, 24), np.uint8)
+    sides = np.array([[48, 24], [12, 36]])
+    records = Packed(images, sides, np.array([b"name"] * 2), np.arange(2), "", np.arange(2))
+    data = DataConfig(fit="pad")
+    request = Request(0, 0, SIDE, np.zeros(2, int), np.arange(2))
+    config = Config(data=data, augment=AugmentConfig(crop="none"))
+    (fetched,) = fetch(records, config, [request], 0, CPU)
+    # In pixels of the squares, half the width is missing on each side, and the height twice.
+    for ours, square, gaps in zip(fetched.images, images, [(12, 0), (0, 24)], strict=True):
+        color = torch.tensor(data.fill, dtype=torch.uint8).view(3, 1, 1)
+        padded = color.repeat(1, 24 + 2 * gaps[1], 24 + 2 * gaps[0])
+        padded[:, gaps[1] : gaps[1] + 24, gaps[0] : gaps[0] + 24] = torch.from_numpy(square)
+        expected = F.interpolate(padded[None], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
+        assert (ours.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("augment", CROPS, ids=lambda config: config.crop)
+def test_padded_images_are_the_same_in_both_decoders(folder, augment):
+    data, records = open_folder(folder, fit="pad")
+    config, wanted = Config(data=data, augment=augment), requests(np.arange(len(records)))
+    for a, b in zip(
+        *(fetch(records, config, wanted, 0, CPU, d) for d in ("gpu", "cpu")), strict=True
+    ):
+        difference = (a.images.int() - b.images.int()).abs()
+        assert difference.max() <= 2
+        assert (difference > 1).double().mean() < 0.002
+        if augment.crop == "none" and a.request.step < 2:  # not only squares
+            assert (b.images == torch.tensor(data.fill).view(3, 1, 1)).all(1).any((1, 2)).any()
+
+
 @pytest.mark.parametrize("augment", CROPS, ids=lambda config: config.crop)
 def test_workers_crop_packed_squares_as_the_main_process_does(augment):
     draw = np.random.default_rng(0)

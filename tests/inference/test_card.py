@@ -112,13 +112,14 @@ def test_model_table_states_size_and_compute(make):
 @pytest.mark.parametrize(
     ("fit", "region"),
     [
-        ("crop", "square whose side is 87.5% of the shorter side"),
-        ("squash", "rectangle whose sides are 87.5% of the image's sides"),
+        ("crop", "central square whose side is 87.5% of the shorter side"),
+        ("squash", "central rectangle whose sides are 87.5% of the image's sides"),
+        ("pad", "entire image, padded to a square with the color (124, 116, 104)"),
     ],
 )
 def test_model_table_states_the_preprocessing(make, fit, region):
     text = card(make(fit=fit), "anna/x")
-    assert f"RGB; central {region}, resized to 24 by 24 pixels (bilinear, antialiased)" in text
+    assert f"RGB; {region}, resized to 24 by 24 pixels (bilinear, antialiased)" in text
 
 
 def test_installation_is_from_source(make):

@@ -176,7 +176,7 @@ def test_the_command_exports_and_reports_the_comparisons(
     assert metadata["temperature"] is None
 
 
-@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
 def test_the_documented_program_matches_the_command(capsys, monkeypatch, tmp_path, fit):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "weights"

@@ -163,7 +163,7 @@ def test_embeddings_are_the_input_of_the_head(directory, files, pooling, side, w
     with torch.no_grad():
         for path, vector in zip(files[:4], vectors, strict=False):
             pixels = decode(Path(path).read_bytes())
-            crop = eval_crop(pixels, data.eval_crop, side or 16, data.interpolation)
+            crop = eval_crop(pixels, data, side or 16)
             image = (crop / 255 - mean) / std
             tokens = model.forward_features(image[None])[0]
             expected = tokens[0] if pooling == "cls" else tokens[1:].mean(0)

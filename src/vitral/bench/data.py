@@ -148,8 +148,8 @@ def _vitral_crops(config: Config, encoded: list[bytes]) -> Tensor:
         image = decode(content)
         size = np.array([image.shape[1:]])
         key = (config.train.seed, 0, np.array([i]))
-        box = crops.random_boxes(config.augment, data.eval_crop, image_size, size, *key)[0]
-        images[i] = crops.crop_resize(image, box, image_size, data.interpolation)
+        box = crops.random_boxes(config.augment, data.eval_crop, image_size, size, *key, data.fit)
+        images[i] = crops.crop_resize(image, box[0], image_size, data.interpolation, data.fill)
     return images
 
 

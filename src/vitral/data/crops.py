@@ -1,8 +1,8 @@
 """Draws crop boxes and resamples crops.
 
 Boxes are int64 arrays of shape (B, 4): top, left, height and width in pixels of the source. A box
-may extend beyond its image, where pixels are black. Boxes that are scaled to squashed images are
-fractional, of type float64.
+may extend beyond its image, where pixels have the color `fill`. Boxes that are scaled to squashed
+images are fractional, of type float64.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitral.config import AugmentConfig
+from vitral.config import AugmentConfig, DataConfig
 from vitral.data.sampling import Integers, uniforms
 
 Floats = NDArray[np.float64]
-Fit = Literal["crop", "squash"]
+Fit = Literal["crop", "squash", "pad"]
+Color = tuple[int, int, int]
 
 NUM_TRIES = 10
+BLACK = (0, 0, 0)
 
 
 def eval_boxes(sizes: Integers, fraction: float, fit: Fit = "crop") -> Integers:
     """Returns the central squares whose side is `fraction` times the shorter side.
 
     If `fit` is "squash", returns the central boxes whose sides are `fraction` times the image's
-    sides, to be squashed.
+    sides, to be squashed. If it is "pad", returns the smallest squares that contain the images.
 
     Args:
         sizes: height and width of each image, shape (B, 2).
@@ -40,7 +42,10 @@ def eval_boxes(sizes: Integers, fraction: float, fit: Fit = "crop") -> Integers:
     if fit == "squash":
         sides = np.maximum(np.rint(fraction * sizes), 1)
         return np.concatenate([np.rint((sizes - sides) / 2), sides], axis=1).astype(np.int64)
-    side = np.maximum(np.rint(fraction * sizes.min(axis=1, keepdims=True)), 1)
+    if fit == "pad":
+        side = sizes.max(axis=1, keepdims=True)
+    else:
+        side = np.maximum(np.rint(fraction * sizes.min(axis=1, keepdims=True)), 1)
     return np.concatenate([np.rint((sizes - side) / 2), side, side], axis=1).astype(np.int64)
 
 
@@ -70,7 +75,7 @@ def random_boxes(
         return eval_boxes(sizes, fraction, fit)
     if config.crop == "resized":
         uniform = uniforms(seed, epochs, indices, 2 * NUM_TRIES + 2, purpose="crop")
-        return _resized_boxes(config.crop_scale, config.crop_ratio, sizes, uniform)
+        return _resized_boxes(config.crop_scale, config.crop_ratio, sizes, uniform, fit)
     boxes = eval_boxes(sizes, fraction, fit)
     uniform = uniforms(seed, epochs, indices, 2, purpose="crop")
     shift = np.floor(uniform * (2 * config.crop_padding + 1)) - config.crop_padding
@@ -99,34 +104,74 @@ def rectangles(
 
 
 def _resized_boxes(
-    scale: tuple[float, float], ratio: tuple[float, float], sizes: Integers, uniform: Floats
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    sizes: Integers,
+    uniform: Floats,
+    fit: Fit,
 ) -> Integers:
-    """Draws random resized crops (Szegedy et al. 2014), with torchvision's distribution."""
-    height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
+    """Draws random resized crops (Szegedy et al. 2014), with torchvision's distribution.
+
+    They are drawn from the image, or from the square that evaluation makes of it, so that objects
+    and padding have the same proportions in both. The center of a crop is never in the padding.
+    """
+    canvas, origin = sizes, np.zeros_like(sizes)
+    if fit != "crop":
+        canvas = np.broadcast_to(sizes.max(axis=1, keepdims=True), sizes.shape)
+    if fit == "pad":
+        origin = eval_boxes(sizes, 1.0, fit)[:, :2]
+    boxes = _boxes_on(canvas, origin, sizes if fit == "pad" else canvas, scale, ratio, uniform)
+    if fit != "squash":
+        return boxes
+    starts = np.minimum(np.rint(boxes[:, :2] * sizes / canvas), sizes - 1)
+    ends = np.rint((boxes[:, :2] + boxes[:, 2:]) * sizes / canvas)
+    return np.hstack([starts, np.maximum(ends - starts, 1)]).astype(np.int64)
+
+
+def _boxes_on(
+    canvas: Integers,
+    origin: Integers,
+    sizes: Integers,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    uniform: Floats,
+) -> Integers:
+    """Draws random resized crops of canvases, whose centers are inside the images on them.
+
+    Args:
+        canvas: height and width of each canvas, shape (B, 2).
+        origin: top and left of each canvas in pixels of its image, 0 or less, shape (B, 2).
+        sizes: height and width of each image, shape (B, 2).
+
+    Returns:
+        Boxes in pixels of the images, shape (B, 4).
+    """
+    height, width = canvas[:, :1].astype(np.float64), canvas[:, 1:].astype(np.float64)
     w, h = rectangles(uniform[:, : 2 * NUM_TRIES], height * width, scale, ratio)
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.argmax(axis=1, keepdims=True)
-    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
-    top = np.floor(uniform[:, -2:-1] * (height - h + 1))
-    left = np.floor(uniform[:, -1:] * (width - w + 1))
+    lengths = np.hstack([np.take_along_axis(h, first, 1), np.take_along_axis(w, first, 1)])
+    low = np.maximum(origin, np.ceil(-lengths / 2))
+    high = np.minimum(origin + canvas - lengths, np.floor(sizes - lengths / 2))
+    starts = low + np.floor(uniform[:, -2:] * (high - low + 1))
 
     most_h = np.minimum(height, np.rint(width / ratio[0]))
     most_w = np.minimum(width, np.rint(height * ratio[1]))
-    central = [(height - most_h) // 2, (width - most_w) // 2, most_h, most_w]
+    most = np.hstack([most_h, most_w])
     found = fits.any(axis=1, keepdims=True)
-    boxes = np.where(found, np.hstack([top, left, h, w]), np.hstack(central))
-    return boxes.astype(np.int64)
+    central = np.hstack([origin + (canvas - most) // 2, most])
+    return np.where(found, np.hstack([starts, lengths]), central).astype(np.int64)
 
 
-def eval_crop(
-    image: Tensor, fraction: float, size: int, interpolation: str, fit: Fit = "crop"
-) -> Tensor:
+def eval_crop(image: Tensor, config: DataConfig, size: int) -> Tensor:
     """Returns the evaluation crop of one image: `crop_resize` with the box from `eval_boxes`."""
-    box = eval_boxes(np.array([image.shape[1:]]), fraction, fit)[0]
-    return crop_resize(image, box, size, interpolation)
+    box = eval_boxes(np.array([image.shape[1:]]), config.eval_crop, config.fit)[0]
+    return crop_resize(image, box, size, config.interpolation, config.fill)
 
 
-def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> Tensor:
+def crop_resize(
+    image: Tensor, box: Integers, size: int, interpolation: str, fill: Color = BLACK
+) -> Tensor:
     """Crops an image and resizes the crop with antialiasing, on the CPU.
 
     Args:
@@ -134,6 +179,7 @@ def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> 
         box: top, left, height and width, shape (4,).
         size: side length of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
+        fill: color of the box outside the image, added before the box is resized.
 
     Returns:
         uint8, shape (3, size, size), contiguous.
@@ -143,16 +189,22 @@ def crop_resize(image: Tensor, box: Integers, size: int, interpolation: str) -> 
     crop = image[:, max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
     if crop.shape[1:] != (height, width):
         y, x = max(-top, 0), max(-left, 0)
-        padded = image.new_zeros(3, height, width)
+        padded = image.new_tensor(fill).repeat(height, width, 1).permute(2, 0, 1)
         padded[:, y : y + crop.shape[1], x : x + crop.shape[2]] = crop
         crop = padded
     if (height, width) != (size, size):
-        # The strides of a decoded image (channels last) select torch's fastest kernel.
+        # Channels last, as of a decoded image, selects torch's fastest kernel.
         crop = F.interpolate(crop[None], (size, size), mode=interpolation, antialias=True)[0]
     return crop.contiguous()
 
 
-def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation: str) -> Tensor:
+def resample(
+    images: Tensor,
+    boxes: Integers | Floats,
+    size: int,
+    interpolation: str,
+    fill: Color = BLACK,
+) -> Tensor:
     """Crops and resizes a batch with antialiasing on any device, as two batched matmuls.
 
     Matches `crop_resize` within one gray level (two in a few pixels of a bicubic enlargement), and
@@ -163,6 +215,7 @@ def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation:
         boxes: on the host, in whole or fractional pixels, shape (B, 4).
         size: side length of the result, in pixels.
         interpolation: "bilinear" or "bicubic".
+        fill: color of the boxes outside the images.
 
     Returns:
         uint8, shape (B, 3, size, size).
@@ -175,11 +228,14 @@ def resample(images: Tensor, boxes: Integers | Floats, size: int, interpolation:
     along_y = _filter_weights(top, height, H, margin_y, size, interpolation)
     along_x = _filter_weights(left, width, W, margin_x, size, interpolation)
 
-    rows = images.reshape(B, C * H, W).float() @ along_x.transpose(1, 2)
+    # Relative to the fill, so that pixels outside the images are 0.
+    color = torch.tensor(fill, dtype=torch.float32, device=images.device).view(C, 1, 1)
+    rows = images.float().sub_(color).reshape(B, C * H, W) @ along_x.transpose(1, 2)
     # Rounded and clipped between the two passes, as F.interpolate does with uint8.
-    rows = rows.round_().clamp_(0, 255).view(B, C, H, size).transpose(1, 2)  # (B, H, C, size)
+    rows = rows.round_().view(B, C, H, size).clamp_(-color, 255 - color)
+    rows = rows.transpose(1, 2)  # (B, H, C, size)
     pixels = along_y @ rows.reshape(B, H, C * size)
-    pixels = pixels.view(B, size, C, size).transpose(1, 2)
+    pixels = pixels.view(B, size, C, size).transpose(1, 2).add(color)
     return pixels.round().clamp_(0, 255).to(torch.uint8, memory_format=torch.contiguous_format)
 
 
@@ -194,10 +250,10 @@ def _filter_weights(
     """Computes antialiasing weights along an axis, from `length` pixels at `start` to `size`.
 
     The filter is widened by the downscaling factor and normalized over the pixels of the box. These
-    include pixels outside the image, which count as black. A pixel on an edge of the box belongs to
-    the box if its center does. Each pixel is thus either in or out, as in a crop of whole pixels,
-    and no pixel that is mostly outside contributes. A box counts as at least one pixel long, so
-    that it always contains a center.
+    include pixels outside the image, whose weights are not returned. A pixel on an edge of the box
+    belongs to the box if its center does. Each pixel is thus either in or out, as in a crop of
+    whole pixels, and no pixel that is mostly outside contributes. A box counts as at least one
+    pixel long, so that it always contains a center.
 
     Args:
         start, length: in source pixels, both of shape (B,).

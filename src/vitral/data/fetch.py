@@ -136,7 +136,7 @@ class _DecodingDataset(_FetchDataset[Fetched]):
         self.config = config
 
     def __getitem__(self, request: Request) -> Fetched:
-        size, interpolation = request.image_size, self.config.data.interpolation
+        size, data = request.image_size, self.config.data
         images = torch.empty(len(request.indices), 3, size, size, dtype=torch.uint8)
         labels = torch.empty(len(request.indices), dtype=torch.int64)
         broken: list[tuple[int, str]] = []
@@ -146,7 +146,7 @@ class _DecodingDataset(_FetchDataset[Fetched]):
             sizes = np.array([image.shape[1:] for image, _ in decoded])
             boxes = _boxes(self.config, sizes, request, part)
             for k, ((image, label), box) in enumerate(zip(decoded, boxes, strict=True), first):
-                images[k] = crops.crop_resize(image, box, size, interpolation)
+                images[k] = crops.crop_resize(image, box, size, data.interpolation, data.fill)
                 labels[k] = label
         return Fetched(request, images, labels, broken)
 
@@ -191,7 +191,10 @@ def _crop(records: Packed, config: Config, squares: Fetched) -> Fetched:
     boxes = _boxes(config, sides, request, slice(None))
     scale = squares.images.shape[-1] / sides
     boxes = boxes * np.hstack([scale, scale])
-    images = crops.resample(squares.images, boxes, request.image_size, config.data.interpolation)
+    data = config.data
+    images = crops.resample(
+        squares.images, boxes, request.image_size, data.interpolation, data.fill
+    )
     return replace(squares, images=images)
 
 
@@ -207,12 +210,13 @@ def _crop_pixels(
     records: Pixels, config: Config, requests: Iterable[Request], device: torch.device
 ) -> Iterator[Fetched]:
     pixels, labels = records.images.to(device), torch.from_numpy(records.labels)
+    data = config.data
     for request in requests:
         chosen = torch.from_numpy(request.indices)
         images = pixels[chosen.to(device, non_blocking=True)]
         sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
         boxes = _boxes(config, sizes, request, slice(None))
-        images = crops.resample(images, boxes, request.image_size, config.data.interpolation)
+        images = crops.resample(images, boxes, request.image_size, data.interpolation, data.fill)
         yield Fetched(request, images, labels[chosen], [])
 
 
@@ -268,17 +272,18 @@ def _decode_on_gpu(
         complete = [image for image in decoded if image is not None]
         sizes = np.array([image.shape[1:] for image in complete])
         boxes = _boxes(config, sizes, request, part)
-        images[part] = _crop_ragged(complete, boxes, request.image_size, config.data.interpolation)
+        images[part] = _crop_ragged(complete, boxes, request.image_size, config.data)
     return Fetched(request, images, labels, broken)
 
 
-def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, interpolation: str) -> Tensor:
+def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, config: DataConfig) -> Tensor:
     """Crops images of different sizes and resizes them together; returns (B, 3, size, size)."""
     height, width = (max(int(n), 1) for n in boxes[:, 2:].max(0))
-    stacked = images[0].new_zeros(len(images), 3, height, width)
+    color = images[0].new_tensor(config.fill).view(1, 3, 1, 1)
+    stacked = color.repeat(len(images), 1, height, width)
     for place, image, (top, left, h, w) in zip(stacked, images, boxes.tolist(), strict=True):
         y, x = max(-top, 0), max(-left, 0)
         crop = image[:, max(top, 0) : max(top + h, 0), max(left, 0) : max(left + w, 0)]
         place[:, y : y + crop.shape[1], x : x + crop.shape[2]] = crop
     complete = np.hstack([np.zeros_like(boxes[:, :2]), boxes[:, 2:]])
-    return crops.resample(stacked, complete, size, interpolation)
+    return crops.resample(stacked, complete, size, config.interpolation)

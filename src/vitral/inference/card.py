@@ -208,8 +208,11 @@ def _preprocessing(data: DataConfig, size: int) -> str:
     region = f"square whose side is {fraction} of the shorter side"
     if data.fit == "squash":
         region = f"rectangle whose sides are {fraction} of the image's sides"
+    region = f"central {region}"
+    if data.fit == "pad":
+        region = f"entire image, padded to a square with the color {data.fill}"
     return (
-        f"RGB; central {region}, resized to {size} by {size} pixels ({data.interpolation}, "
+        f"RGB; {region}, resized to {size} by {size} pixels ({data.interpolation}, "
         f"antialiased), scaled to [0, 1], and normalized with mean ({mean}) and standard deviation "
         f"({std})"
     )

@@ -138,9 +138,7 @@ def explain(
         got = " ".join(map(str, patch))
         raise UserError(f"patch: expected a row and a column, each 0 to {grid - 1}, got {got}")
 
-    pixels = eval_crop(
-        image, config.data.eval_crop, size, config.data.interpolation, config.data.fit
-    )
+    pixels = eval_crop(image, config.data, size)
     batch = finish(pixels[None], None, config.data.mean, config.data.std).to(model.device)
     logits, attention = attention_weights(model, batch)
     N = attention[0].shape[-1]

@@ -214,15 +214,17 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
 
     With `fit` "crop", the input of the model is the central square whose side is `eval_crop` times
     the shorter side. With "squash", it is the central rectangle whose sides are `eval_crop` times
-    the image's sides. It is resized to a square of `image_size` pixels with antialiasing, scaled to
-    [0, 1], and normalized with `mean` and `std`. The probabilities are the softmax of the logits
+    the image's sides. With "pad", it is the entire image, in the center of a square whose side is
+    the longer side and whose color is `fill`, from 0 to 255; `eval_crop` is 1. This is resized to a
+    square of `image_size` pixels with antialiasing, scaled to [0, 1], and normalized with `mean`
+    and `std`.
+    The probabilities are the softmax of the logits
     divided by `temperature`; null stands for 1, because the weights are not calibrated.
     """
     description = weights.description
     config = description.config
     data = {
-        key: getattr(config.data, key)
-        for key in ("eval_crop", "fit", "interpolation", "mean", "std")
+        key: getattr(config.data, key) for key in ("fit", "fill", "interpolation", "mean", "std")
     }
     return {
         "vitral": version("vitral"),
@@ -230,6 +232,7 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
         "fingerprint": description.fingerprint,
         "image_size": config.model.image_size,
         "patch_size": config.model.patch_size,
+        "eval_crop": 1.0 if config.data.fit == "pad" else config.data.eval_crop,
         **data,
         "temperature": description.temperature,
         "classes": description.classes,

@@ -331,9 +331,7 @@ class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
             except (OSError, ValueError) as error:
                 broken[i] = reason_of(error)
                 continue
-            cropped[done] = crops.eval_crop(
-                pixels, config.eval_crop, image_size, config.interpolation, config.fit
-            )
+            cropped[done] = crops.eval_crop(pixels, config, image_size)
             done += 1
         return cropped[:done], broken
 
