@@ -12,7 +12,7 @@ from torchvision.transforms import CenterCrop, RandomResizedCrop
 from torchvision.transforms.v2 import functional as TF
 
 from vitral.config import AugmentConfig, DataConfig
-from vitral.data.crops import crop_resize, eval_boxes, eval_crop, random_boxes, resample
+from vitral.data.crops import crop_resize, eval_boxes, eval_crop, five_boxes, random_boxes, resample
 
 SIZES = np.array([[300, 400], [401, 333], [33, 47], [64, 64], [500, 40]])
 
@@ -334,3 +334,12 @@ def test_padded_crops_of_padded_images_shift_the_square():
     (box,) = random_boxes(config, 1.0, 32, np.array([[64, 128]]), 0, 0, np.arange(1), "pad")
     assert box[2:].tolist() == [128, 128]
     assert (abs(box[:2] - [-32, 0]) <= 16).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 80), (81, 40), (33, 33)])
+def test_five_boxes_equal_torchvision(height, width):
+    image = torch.arange(height * width).view(1, height, width)
+    side = round(0.8 * min(height, width))
+    boxes = five_boxes(np.tile([height, width], (5, 1)), 0.8, np.arange(5))
+    for (top, left, h, w), expected in zip(boxes, TF.five_crop(image, [side]), strict=True):
+        assert torch.equal(image[:, top : top + h, left : left + w], expected)

@@ -26,7 +26,7 @@ def kept(logits, labels, batch=7, first=0):
 
 @pytest.fixture(scope="module")
 def data():
-    """Overconfident logits (300, 5), of which about half are right."""
+    """Overconfident logits (300, 5); about half of the images are right."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (300,), generator=generator)
     logits = 4 * torch.randn(300, 5, generator=generator)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import five_crop
 
 import vitral
 from vitral import storage, weights
@@ -109,6 +110,72 @@ def test_predictions_are_calibrated(directory, folder, files, tmp_path, capsys):
     storage.write(tmp_path / "best", states, {"config": document | {"metrics": metrics}})
     with pytest.raises(UserError, match="val_temperature: expected a number above 0, got -1"):
         vitral.load(tmp_path / "best")
+
+
+@pytest.mark.parametrize("tta", ["flip", "five-crop"])
+def test_test_time_augmentation_averages_the_views(directory, folder, files, tta):
+    loaded = vitral.load(directory)
+    metrics = {**loaded.description.metrics, "ema_temperature": 1.5}
+    description = dataclasses.replace(loaded.description, metrics=metrics)
+    classifier = Classifier(loaded.model, description, loaded.path)
+    data, expected = description.config.data, []
+    for file in files:
+        pixels = decode(Path(file).read_bytes())
+        views = [eval_crop(pixels, data, 16)]
+        views.append(views[0].flip(2))
+        if tta == "five-crop":
+            squares = five_crop(pixels, [round(0.8 * min(pixels.shape[1:]))])
+            views = [
+                eval_crop(square, dataclasses.replace(data, eval_crop=1.0), 16)
+                for square in squares
+            ]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
+        logits = classifier.model((torch.stack(views) / 255 - mean) / std)
+        expected.append((logits / 1.5).softmax(1).mean(0))
+    probabilities = torch.stack(expected)
+    plain = torch.tensor([p.probabilities for p in classifier.predict(files, 7)])
+    found = classifier.predict(files, 7, tta=tta, batch_size=4)
+    for prediction, row in zip(found, probabilities, strict=True):
+        by_class = row[list(prediction.classes)]
+        np.testing.assert_allclose(prediction.probabilities, by_class, atol=2e-3)
+    assert abs(plain.amax(1) - probabilities.amax(1)).max() > 0.01
+    for workers in (0, 1):
+        scores = vitral.evaluate(classifier, str(folder), tta=tta, batch_size=5, workers=workers)
+        assert scores.ranked[:, 0].tolist() == [p.classes[0] for p in found]
+        best = [p.probabilities[0] for p in found]
+        np.testing.assert_allclose(scores.confidence, best, atol=1e-6)
+    truth = probabilities[torch.arange(len(files)), torch.from_numpy(scores.labels)]
+    assert scores.loss == pytest.approx(-truth.log().mean().item(), abs=5e-3)
+
+
+def test_val_prints_the_gain_of_test_time_augmentation(directory, folder, capsys):
+    words = ["val", str(directory), "--data", str(folder), "--workers", "0"]
+    assert main([*words, "--tta", "flip"]) == 0
+    plain, averaged = (
+        vitral.evaluate(directory, str(folder), tta=t).top1 for t in ("none", "flip")
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"with test-time augmentation flip: top-1 {averaged:.2%} instead of {plain:.2%} "
+        f"({100 * (averaged - plain):+.2f} points), 2 forward passes per image instead of 1"
+    )
+    assert main([*words, "--tta", "flip", "--image-sizes", "16"]) == 2
+    assert "tta, image-sizes: expected one of the two" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_five_crops_of_entire_images_are_rejected(directory, folder, files, fit):
+    loaded = vitral.load(directory)
+    config = loaded.description.config
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit=fit))
+    description = dataclasses.replace(loaded.description, config=config)
+    classifier = Classifier(loaded.model, description, loaded.path)
+    with pytest.raises(UserError, match="tta: expected none or flip"):
+        classifier.predict(files, tta="five-crop")
+    with pytest.raises(UserError, match="tta: expected none or flip"):
+        vitral.evaluate(classifier, str(folder), tta="five-crop")
+    scores = vitral.evaluate(classifier, str(folder), tta="flip", workers=0)
+    best = [p.probabilities[0] for p in classifier.predict(files, tta="flip")]
+    np.testing.assert_allclose(scores.confidence, best, atol=1e-6)
 
 
 def test_predictions_equal_those_of_evaluation(directory, folder, files):

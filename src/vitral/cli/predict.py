@@ -26,6 +26,9 @@ class Options:
     """Number of classes per image."""
     min_confidence: float = 0.0
     """Probability of the most likely class below which the result is "unknown"."""
+    tta: Literal["none", "flip", "five-crop"] = "none"
+    """Test-time augmentation: the mean probability over an image and its mirror image, or over its
+    four corners and its center."""
     image_size: int | None = None
     """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
     training size."""
@@ -62,6 +65,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
         images,
         options.top,
         min_confidence=options.min_confidence,
+        tta=options.tta,
         image_size=options.image_size,
         batch_size=options.batch_size,
         workers=options.workers,

@@ -40,6 +40,9 @@ class Options(TableOptions):
     all. Default: subset, or all for a dataset with one class."""
     which: Literal["model", "ema"] | None = None
     """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
+    tta: Literal["none", "flip", "five-crop"] = "none"
+    """Test-time augmentation, evaluated in addition: the mean probability over an image and its
+    mirror image, or over its four corners and its center."""
     batch_size: int = 256
     """Number of images per forward pass."""
     workers: int | None = None
@@ -57,6 +60,9 @@ class Options(TableOptions):
             if getattr(self, name) in ("", ()):
                 option = name.replace("_", "-")
                 raise UserError(f"{option}: expected a value after --{option}, got nothing")
+        if self.tta != "none" and (self.suite is not None or self.image_sizes):
+            other = "suite" if self.suite is not None else "image-sizes"
+            raise UserError(f"tta, {other}: expected one of the two, got both")
         if self.suite is not None and self.classes is not None:
             raise UserError("suite, classes: expected one of the two, got both")
         if self.suite is not None and (self.data is not None or self.image_sizes):
@@ -68,10 +74,12 @@ def run(args: argparse.Namespace, options: Options) -> int:
     """Prints the results and returns the exit code."""
     from vitral.evaluation import Results, at_sizes, evaluate, open_set, summarize
     from vitral.evaluation.output import write_results
+    from vitral.evaluation.tta import NUM_PASSES, check_tta
     from vitral.weights import load, require_head
 
     weights = require_head(load(args.weights, which=options.which))
     known = weights.description
+    check_tta(options.tta, known.config.data.fit)
     at_sizes(known, options.image_sizes or ())  # checks the sizes before the dataset is opened
     dataset = None if options.suite else open_set(known, options.data, options.columns)
     heading = _heading(weights, dataset, options)
@@ -79,20 +87,24 @@ def run(args: argparse.Namespace, options: Options) -> int:
         return _table(weights, dataset, options, heading)
     if options.out is not None:
         check_writable(options.out)
-    scores = evaluate(
-        weights,
-        dataset,
-        classes=options.classes,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        device=options.device,
-        keep_probabilities=options.out is not None,
-    )
+    how = {
+        "classes": options.classes,
+        "batch_size": options.batch_size,
+        "workers": options.workers,
+        "device": options.device,
+    }
+    scores = evaluate(weights, dataset, keep_probabilities=options.out is not None, **how)
     print(heading)
     results = Results(scores)
     print(summarize(results))
-    if dataset is not None:
-        print(_calibration(scores, fitted=dataset.fingerprint == known.fingerprint))
+    print(_calibration(scores, fitted=dataset.fingerprint == known.fingerprint))
+    if options.tta != "none":
+        averaged = evaluate(weights, dataset, tta=options.tta, **how)
+        print(
+            f"with test-time augmentation {options.tta}: top-1 {averaged.top1:.2%} instead of "
+            f"{scores.top1:.2%} ({100 * (averaged.top1 - scores.top1):+.2f} points), "
+            f"{NUM_PASSES[options.tta]} forward passes per image instead of 1"
+        )
     if options.out is not None:
         write_results(results, Path(options.out))
     return 0

@@ -49,6 +49,23 @@ def eval_boxes(sizes: Integers, fraction: float, fit: Fit = "crop") -> Integers:
     return np.concatenate([np.rint((sizes - side) / 2), side, side], axis=1).astype(np.int64)
 
 
+def five_boxes(sizes: Integers, fraction: float, views: Integers) -> Integers:
+    """Returns one of the boxes of torchvision's FiveCrop for each image.
+
+    Args:
+        sizes: height and width of each image, shape (B, 2).
+        fraction: side of the squares as a fraction of the shorter side.
+        views: 0 to 4 for top left, top right, bottom left, bottom right and center, shape (B,).
+
+    Returns:
+        Boxes, shape (B, 4).
+    """
+    boxes = eval_boxes(sizes, fraction)
+    bottom_right = np.stack([views // 2, views % 2], axis=1) * (sizes - boxes[:, 2:])
+    boxes[:, :2] = np.where(views[:, None] < 4, bottom_right, boxes[:, :2])
+    return boxes
+
+
 def random_boxes(
     config: AugmentConfig,
     fraction: float,
@@ -167,6 +184,13 @@ def eval_crop(image: Tensor, config: DataConfig, size: int) -> Tensor:
     """Returns the evaluation crop of one image: `crop_resize` with the box from `eval_boxes`."""
     box = eval_boxes(np.array([image.shape[1:]]), config.eval_crop, config.fit)[0]
     return crop_resize(image, box, size, config.interpolation, config.fill)
+
+
+def five_crops(image: Tensor, config: DataConfig, size: int) -> Tensor:
+    """Returns the crops of one image in the boxes of `five_boxes`, shape (5, 3, size, size)."""
+    sizes = np.tile(image.shape[1:], (5, 1))
+    boxes = five_boxes(sizes, config.eval_crop, np.arange(5))
+    return torch.stack([crop_resize(image, box, size, config.interpolation) for box in boxes])
 
 
 def crop_resize(

@@ -6,6 +6,7 @@ the squares of packs, and pixel datasets stay on the device; both are cropped on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -55,6 +56,8 @@ class Request:
     """Size of the requested images, in pixels."""
     epochs: Integers
     indices: Integers
+    views: Integers | None = None
+    """Box of each sample among `crops.five_boxes`, instead of a random one, shape (B,)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def describe(records: Records, index: int) -> str:
 
 
 def _boxes(config: Config, sizes: Integers, request: Request, part: slice) -> Integers:
+    if request.views is not None:
+        return crops.five_boxes(sizes, config.data.eval_crop, request.views[part])
     return crops.random_boxes(
         config.augment,
         config.data.eval_crop,
@@ -142,7 +147,9 @@ class _DecodingDataset(_FetchDataset[Fetched]):
         broken: list[tuple[int, str]] = []
         for first in range(0, len(images), CHUNK):
             part = slice(first, first + CHUNK)
-            decoded = [_decode(self.encoded, int(i), broken) for i in request.indices[part]]
+            decoded = []
+            for i, repeated in itertools.groupby(request.indices[part].tolist()):
+                decoded += [_decode(self.encoded, i, broken)] * len(list(repeated))
             sizes = np.array([image.shape[1:] for image, _ in decoded])
             boxes = _boxes(self.config, sizes, request, part)
             for k, ((image, label), box) in enumerate(zip(decoded, boxes, strict=True), first):

@@ -116,6 +116,7 @@ def eval_batches(
     device: torch.device,
     shard: tuple[int, int] = (0, 1),
     decoder: Decoder = "cpu",
+    num_crops: int = 1,
 ) -> Iterator[Batch]:
     """Yields every record once, in order.
 
@@ -125,6 +126,8 @@ def eval_batches(
     Args:
         shard: index of this process's shard of the batches, and number of shards. Shards are
             contiguous.
+        num_crops: 1 for the evaluation crop, or 5 for the crops of `crops.five_boxes`; those of an
+            image are consecutive.
 
     Raises:
         UserError: if an image cannot be decoded.
@@ -144,16 +147,16 @@ def eval_batches(
                 "fix or remove it and start again; `vitral data check` lists all broken images"
             )
         images = fetched.images.to(data_device, non_blocking=True)
-        if len(images) < batch_size:
-            padding = images[-1:].expand(batch_size - len(images), -1, -1, -1)
+        if len(images) < batch_size * num_crops:
+            padding = images[-1:].expand(batch_size * num_crops - len(images), -1, -1, -1)
             images = torch.cat([images, padding])
         images = augment.finish(images, None, config.data.mean, config.data.std)
         first = int(fetched.request.indices[0])
-        labels = fetched.labels.to(data_device, non_blocking=True)
+        labels = fetched.labels[::num_crops].to(data_device, non_blocking=True)
         return Batch(first // batch_size, first, images, labels, [])
 
     return _prepare_ahead(
-        fetch_eval_crops(records, config, own_batches, workers, data_device, decoder),
+        fetch_eval_crops(records, config, own_batches, workers, data_device, decoder, num_crops),
         prepare,
         device,
     )
@@ -166,13 +169,18 @@ def fetch_eval_crops(
     workers: int,
     device: torch.device,
     decoder: Decoder = "cpu",
+    num_crops: int = 1,
 ) -> Iterator[Fetched]:
     """Yields unnormalized evaluation crops, one batch per element of `index_batches`."""
     config = dataclasses.replace(config, augment=NO_AUGMENTATION)
     image_size = config.model.image_size
-    requests = [
-        Request(0, 0, image_size, np.zeros_like(indices), indices) for indices in index_batches
-    ]
+
+    def request(indices: Integers) -> Request:
+        views = np.tile(np.arange(num_crops), len(indices)) if num_crops > 1 else None
+        repeated = np.repeat(indices, num_crops)
+        return Request(0, 0, image_size, np.zeros_like(repeated), repeated, views)
+
+    requests = map(request, index_batches)
     return fetch(records, config, requests, workers, device, decoder)
 
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from vitral.config import Config, ViTConfig
 from vitral.data.fetch import resolve_workers
@@ -22,6 +23,7 @@ from vitral.data.objects import PATH, Source
 from vitral.data.records import Dataset, Records, class_name, hold_out
 from vitral.errors import UserError, counted, data_error, first_few
 from vitral.evaluation.scores import Scores, measure
+from vitral.evaluation.tta import NUM_CROPS, Tta, check_tta, mean_probabilities
 from vitral.files import expand
 from vitral.machine import pick_device
 from vitral.weights import Description, Weights, Which, load, require_head
@@ -35,6 +37,7 @@ def evaluate(
     *,
     which: Which | None = None,
     classes: CompetingClasses | None = None,
+    tta: Tta = "none",
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     device: str = "auto",
@@ -54,6 +57,9 @@ def evaluate(
         classes: "subset" removes the logits of classes that are not in the dataset; "all" keeps
             them, after the classes of the dataset in `Scores.classes`. None means "all" for a
             dataset with a single class and "subset" otherwise.
+        tta: test-time augmentation: the scores of the mean probabilities over an image and its
+            mirror image ("flip"), or over its four corners and its center ("five-crop"), after the
+            temperature of the weights.
         batch_size: images per forward pass.
         workers: number of decoding processes; None uses all cores but one.
         device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.
@@ -64,12 +70,12 @@ def evaluate(
             weights do not have.
     """
     weights = prepare(weights, which, device)
+    check_tta(tta, weights.description.config.data.fit)
     dataset, config = _open(weights.description, data, workers)
     competing = competing_classes(weights.description, dataset.classes, classes)
     records = _validation_records(dataset)
-    return score(
-        weights, records, competing, config, batch_size, keep_probabilities=keep_probabilities
-    )
+    how = {"tta": tta, "keep_probabilities": keep_probabilities}
+    return score(weights, records, competing, config, batch_size, **how)
 
 
 def sweep(
@@ -147,6 +153,7 @@ def score(
     config: Config,
     batch_size: int,
     *,
+    tta: Tta = "none",
     keep_probabilities: bool = False,
 ) -> Scores:
     """Returns the scores of weights on labeled images.
@@ -158,6 +165,8 @@ def score(
             others are removed.
         config: settings for reading and cropping images; `model.image_size` is the input size.
         batch_size: images per forward pass.
+        tta: test-time augmentation. With it, the loss and the confidence are those of the mean
+            probabilities, which are already calibrated.
         keep_probabilities: as for `evaluate`.
 
     Raises:
@@ -167,13 +176,23 @@ def score(
     position = {class_name(name): i for i, name in enumerate(weights.description.classes)}
     columns = torch.tensor([position[name] for name in classes], device=data_device)
     workers = resolve_workers(config.data, records)
-    batches = eval_batches(records, config, batch_size, workers, data_device)
+    batches = eval_batches(
+        records, config, batch_size, workers, data_device, num_crops=NUM_CROPS[tta]
+    )
+    temperature = weights.description.temperature
+
+    def logits(images: Tensor) -> Tensor:
+        return weights.model(images)[:, columns]
+
+    def log_probabilities(images: Tensor) -> Tensor:
+        return mean_probabilities(logits, images, tta, temperature).log()
+
     return measure(
-        lambda images: weights.model(images)[:, columns],
+        logits if tta == "none" else log_probabilities,
         batches,
         tuple(classes),
         keep_probabilities=keep_probabilities,
-        temperature=weights.description.temperature,
+        temperature=temperature if tta == "none" else None,
     )
 
 

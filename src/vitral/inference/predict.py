@@ -32,6 +32,7 @@ from vitral.data.imagenet import display, human_name
 from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, counted, data_error, printable, reason_of, unreadable
+from vitral.evaluation.tta import NUM_CROPS, Tta, check_tta, mean_probabilities
 from vitral.files import read_regular
 from vitral.machine import available_cores, input_device
 from vitral.model import ViT
@@ -75,6 +76,7 @@ class Classifier(weights.Weights):
         top: int = 5,
         *,
         min_confidence: float = 0.0,
+        tta: Tta = "none",
         image_size: int | None = None,
         batch_size: int = 64,
         workers: int | None = None,
@@ -88,6 +90,8 @@ class Classifier(weights.Weights):
                 array or tensor of shape (H, W, 3) or (3, H, W).
             top: number of classes per image.
             min_confidence: probability of the most likely class below which an image is `unknown`.
+            tta: test-time augmentation: the mean probability over an image and its mirror image
+                ("flip"), or over its four corners and its center ("five-crop").
             image_size: side length of the model's input, in pixels; None uses the training size.
             batch_size: images per forward pass.
             workers: number of decoding processes for files; None uses all cores but one.
@@ -96,9 +100,13 @@ class Classifier(weights.Weights):
             UserError: if an argument is invalid. If an image cannot be read, its Prediction
                 contains the reason.
         """
-        options = {"image_size": image_size, "batch_size": batch_size, "workers": workers}
-        found = predictions(self, _as_list(images), top, min_confidence=min_confidence, **options)
-        return list(found)
+        options: dict[str, Any] = {
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "workers": workers,
+        }
+        options |= {"min_confidence": min_confidence, "tta": tta}
+        return list(predictions(self, _as_list(images), top, **options))
 
     @torch.no_grad()
     def embed(
@@ -195,6 +203,7 @@ def predictions(
     top: int = 5,
     *,
     min_confidence: float = 0.0,
+    tta: Tta = "none",
     image_size: int | None = None,
     batch_size: int = 64,
     workers: int | None = None,
@@ -206,10 +215,11 @@ def predictions(
             f"min_confidence: expected a probability from 0 to 1, got {min_confidence:g}"
         )
     weights.require_head(source)
-    temperature = source.description.temperature or 1.0
-    rank = partial(_rank, for_inference(source.model), top, temperature)
-    results = _process_images(source, images, rank, image_size, batch_size, workers)
-    return map(partial(_prediction, source.description, min_confidence), results, images)
+    description = source.description
+    check_tta(tta, description.config.data.fit)
+    rank = partial(_rank, for_inference(source.model), top, tta, description.temperature)
+    results = _process_images(source, images, rank, image_size, batch_size, workers, NUM_CROPS[tta])
+    return map(partial(_prediction, description, min_confidence), results, images)
 
 
 def _prediction(
@@ -258,12 +268,17 @@ def _process_images(
     image_size: int | None,
     batch_size: int,
     workers: int | None,
+    num_crops: int = 1,
 ) -> Iterator[_Result[T]]:
-    """Calls `compute` with normalized batches (B, C, S, S) on the device; one result per image."""
+    """Calls `compute` with normalized batches on the device; yields one result per image.
+
+    A batch has the shape (B * num_crops, C, S, S), with B images and B results.
+    """
     _check_minimum(1, batch_size=batch_size)
     _check_minimum(0, workers=workers or 0)
     config = source.description.config
-    dataset = _CropDataset(images, config.data, resolve_image_size(config.model, image_size))
+    size = resolve_image_size(config.model, image_size)
+    dataset = _CropDataset(images, config.data, size, num_crops)
     starts = range(0, len(images), batch_size)
     batches = [range(first, min(first + batch_size, len(images))) for first in starts]
     if not all(isinstance(image, str | os.PathLike) for image in images):
@@ -307,8 +322,10 @@ def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
 
 
 @torch.no_grad()
-def _rank(model: ViT, top: int, temperature: float, images: Tensor) -> list[_Ranked]:
-    probabilities = (model(images).float() / temperature).softmax(1)
+def _rank(
+    model: ViT, top: int, tta: Tta, temperature: float | None, images: Tensor
+) -> list[_Ranked]:
+    probabilities = mean_probabilities(model, images, tta, temperature)
     top_classes = probabilities.topk(min(top, model.num_classes))
     rows = zip(top_classes.indices.tolist(), top_classes.values.tolist(), strict=True)
     return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]
@@ -317,23 +334,28 @@ def _rank(model: ViT, top: int, temperature: float, images: Tensor) -> list[_Ran
 class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
     """Crops readable images, and collects errors of the others; runs in worker processes."""
 
-    def __init__(self, images: Sequence[ImageLike], config: DataConfig, image_size: int) -> None:
+    def __init__(
+        self, images: Sequence[ImageLike], config: DataConfig, image_size: int, num_crops: int
+    ) -> None:
         self.images = images
         self.config = config
         self.image_size = image_size
+        self.num_crops = num_crops
 
     def __getitem__(self, batch: range) -> tuple[Tensor, dict[int, str]]:
         config, image_size, broken, done = self.config, self.image_size, {}, 0
-        cropped = torch.empty(len(batch), 3, image_size, image_size, dtype=torch.uint8)
+        shape = len(batch), self.num_crops, 3, image_size, image_size
+        cropped = torch.empty(shape, dtype=torch.uint8)
         for i in batch:
             try:
                 pixels = to_pixels(self.images[i])
             except (OSError, ValueError) as error:
                 broken[i] = reason_of(error)
                 continue
-            cropped[done] = crops.eval_crop(pixels, config, image_size)
+            crop = crops.eval_crop if self.num_crops == 1 else crops.five_crops
+            cropped[done] = crop(pixels, config, image_size)
             done += 1
-        return cropped[:done], broken
+        return cropped[:done].flatten(0, 1), broken
 
 
 def to_pixels(image: ImageLike) -> Tensor:

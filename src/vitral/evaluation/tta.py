@@ -1,0 +1,41 @@
+"""Test-time augmentation: the mean of the probabilities over several views of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vitral.errors import UserError
+
+Tta = Literal["none", "flip", "five-crop"]
+NUM_PASSES = {"none": 1, "flip": 2, "five-crop": 5}  # forward passes per image
+NUM_CROPS = {"none": 1, "flip": 1, "five-crop": 5}  # crops per image, taken before the model
+
+
+def check_tta(tta: Tta, fit: str) -> None:
+    """Raises UserError if the views do not exist for this value of `data.fit`."""
+    if tta == "five-crop" and fit != "crop":
+        raise UserError(
+            f"tta: expected none or flip for weights with data.fit {fit}, whose input is the "
+            "entire image, got five-crop"
+        )
+
+
+def mean_probabilities(
+    forward: Callable[[Tensor], Tensor], images: Tensor, tta: Tta, temperature: float | None
+) -> Tensor:
+    """Returns the mean probabilities over the views of each image, (B, classes), float32.
+
+    Args:
+        forward: maps images (B, C, H, W) to logits (B, classes).
+        images: the crops of each image, shape (B * NUM_CROPS[tta], C, H, W).
+        temperature: divides the logits of each view; None for 1.
+    """
+    views = images.unflatten(0, (-1, NUM_CROPS[tta])).unbind(1)
+    if tta == "flip":
+        views = (images, images.flip(3))
+    scale = temperature or 1.0
+    return torch.stack([(forward(view).float() / scale).softmax(1) for view in views]).mean(0)
