@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch.torch_version import TorchVersion
 
+os.environ["VITRAL_PROFILE"] = "off"  # decisions do not depend on the speed of this machine
 torch.set_num_threads(1)  # otherwise forked children may wait for threads they did not inherit
 # For deterministic runs. torch reads it at the first matrix product on a GPU, in whichever test.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
+import re
 import resource
 import sys
 from collections.abc import Collection
@@ -102,6 +104,17 @@ def available_cores() -> int:
 def num_cores() -> int | None:
     """Returns the number of processor cores of the machine."""
     return os.cpu_count()
+
+
+@functools.cache
+def processor() -> str:
+    """Returns the model name of the processor, or its architecture if the name is unknown."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:  # not Linux
+        text = ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 @functools.cache
