@@ -1,6 +1,8 @@
 """Detection of hardware, most of it simulated."""
 
+import math
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -108,6 +110,7 @@ def test_peak_rates_by_gpu_name(gpu, name, peak):
 def test_cores_are_those_that_the_process_may_use(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: math.inf)
     assert (machine.available_cores(), machine.num_cores()) == (3, 64)
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert machine.available_cores() == 64
@@ -116,10 +119,53 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [("vendor_id : AuthenticAMD\n", True), ("vendor_id : GenuineIntel\n", False), (None, False)],
+    ("own", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/a/b\n", {"cpu.max": "300000 100000", "a/cpu.max": "250000 100000"}, 2.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000", "a/cpu.max": "max 100000"}, 1.5),
+        ("0::/host/docker/1\n", {"cpu.max": "200000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "damaged"}, math.inf),
+        ("0::/\n", {}, math.inf),
+        ("", {"cpu.max": "50000 100000"}, math.inf),
+        (
+            "5:memory:/x\n4:cpu,cpuacct:/x\n0::/x\n",
+            {"cpu/x/cpu.cfs_quota_us": "75000\n", "cpu/x/cpu.cfs_period_us": "50000\n"},
+            1.5,
+        ),
+        (
+            "4:cpuacct,cpu:/\n",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            math.inf,
+        ),
+    ],
 )
-def test_the_processor_vendor(monkeypatch, text, expected):
+def test_the_quota_is_the_lowest_of_the_control_groups(tmp_path, own, files, quota):
+    groups = tmp_path / "cgroup"
+    for name, content in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(content)
+    (tmp_path / "own").write_text(own)
+    assert machine.cpu_quota(groups, tmp_path / "own") == quota
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(0.5, 1), (2.9, 2), (9, 3), (math.inf, 3)])
+def test_a_quota_limits_the_cores(monkeypatch, quota, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    assert machine.available_cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 9\nmodel name\t: AMD EPYC 9\n", "AMD EPYC 9"),
+        ("CPU part\t: 0xd0c\n", "aarch64"),
+        (None, "aarch64"),
+    ],
+)
+def test_the_name_of_the_processor(monkeypatch, text, name):
     def read(path, **_):
         assert str(path) == "/proc/cpuinfo"
         if text is None:
@@ -127,7 +173,9 @@ def test_the_processor_vendor(monkeypatch, text, expected):
         return text
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert machine.is_amd.__wrapped__() is expected
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert machine.processor.__wrapped__() == name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

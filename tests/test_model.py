@@ -21,6 +21,7 @@ from vitral.model import (
     count_flops,
     forward_flops,
     rotate,
+    take,
 )
 
 CPU = torch.device("cpu")
@@ -344,21 +345,17 @@ def test_dropout_drops_its_fraction_and_keeps_the_mean():
     torch.manual_seed(0)
     residual = Residual(tiny(dim=48, dropout=0.3), skip=0)
     x = torch.ones(20_000, 2, 3)
-    dropped = residual(x, lambda x: x)
+    dropped = residual(x, None)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert dropped.mean() == pytest.approx(1, abs=0.03)
-    assert residual.eval()(x, lambda x: x).equal(x)
+    assert residual.eval()(x, None).equal(x)
 
 
 def added_by(residual, x):
     """The output for the branch x^2, and the number of images that the branch computed."""
-    seen = []
-
-    def branch(x):
-        seen.append(len(x))
-        return x**2
-
-    return residual(x, branch), seen[0]
+    drawn = residual.draw(x)
+    taken = take(x, drawn)
+    return residual(taken**2, drawn), len(taken)
 
 
 @pytest.mark.parametrize(("batch", "kept"), [(20, 14), (6, 4), (2, 1), (1, 1)])
@@ -373,7 +370,7 @@ def test_high_stochastic_depth_computes_only_the_kept_images(batch, kept):
     weight = tokens(3, batch, 2, 3)[2]
     gradients = (torch.autograd.grad((y * weight).sum(), x)[0] for y in (added, expected))
     torch.testing.assert_close(*gradients)
-    assert residual.eval()(x, lambda x: x**2).equal(x**2)
+    assert residual.eval().draw(x) is None
 
 
 def test_low_stochastic_depth_masks_images_and_keeps_the_mean():
@@ -392,7 +389,8 @@ def test_stochastic_depth_rises_with_depth_and_draws_each_branch_separately():
     x = torch.ones(20_000, 1, 1)
 
     def skipped(block, name):
-        return getattr(block, f"{name}_residual")(x, lambda x: x).flatten() == 0
+        residual = getattr(block, f"{name}_residual")
+        return added_by(residual, x)[0].flatten() == 0
 
     for name in ("attention", "ffn"):
         rates = [skipped(block, name).double().mean() for block in model.blocks]

@@ -16,7 +16,8 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchcodec.decoders import decode_image
 
-from vitral.machine import available_cores, num_gpus, peak_flops, pick_device
+from vitral.engines import profile
+from vitral.machine import available_cores, num_gpus, peak_flops, pick_device, processor
 
 KERNELS = (
     SDPBackend.FLASH_ATTENTION,
@@ -32,7 +33,8 @@ def examine() -> str:
     lines = [
         f"python      {platform.python_version()} on {platform.platform()}",
         "packages    " + ", ".join(f"{name} {version(name)}" for name in packages),
-        f"processor   cores: {available_cores()}, threads in torch: {torch.get_num_threads()}",
+        f"processor   {processor()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"cores: {available_cores()}, threads in torch: {torch.get_num_threads()}",
     ]
     device = pick_device("auto")
     others = ["GPU         none that torch can use"]
@@ -43,7 +45,7 @@ def examine() -> str:
         name = str(dtype).removeprefix("torch.")
         lines.append(f"attention   {name} on {device.type}: {', '.join(_kernels(device, dtype))}")
     lines.append(f"decoders    {', '.join(_decoders())}")
-    lines += [_disk("runs", Path.cwd()), *_shared_memory()]
+    lines += [_disk("runs", Path.cwd()), *_shared_memory(), *_profile()]
     return "\n".join(lines)
 
 
@@ -93,6 +95,14 @@ def _decoders() -> list[str]:
 def _disk(name: str, path: Path) -> str:
     usage = shutil.disk_usage(path)
     return f"disk        {usage.free / 1e9:,.0f} GB free for {name} in {path}"
+
+
+def _profile() -> list[str]:
+    """Returns the measurements of the machine profile."""
+    if not profile.is_enabled():
+        return ["profile     off, because of VITRAL_PROFILE"]
+    found = profile.measurements() or ["empty; the first training or prediction measures"]
+    return [f"profile     {line}" for line in found]
 
 
 def _shared_memory() -> list[str]:

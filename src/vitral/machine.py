@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import platform
 import re
@@ -95,10 +96,47 @@ def peak_flops() -> float | None:
 
 
 def available_cores() -> int:
-    """Returns the number of processor cores that this process may use."""
+    """Returns the number of processor cores that this process may use, at least 1.
+
+    A quota of control groups, such as that of `docker run --cpus`, limits it to full cores.
+    """
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return max(1, int(min(cores, cpu_quota())))
+
+
+def cpu_quota(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Returns how many cores the control groups (v1 or v2) allow on average; inf without a limit.
+
+    Args:
+        groups: where the control groups are mounted.
+        own: the file with the groups of this process.
+    """
+    lowest = math.inf
+    for line in _read(own).splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = groups / "cpu" if controllers else groups
+        files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        # Without its own namespace, a container lists a group of the host that it does not see.
+        group = top / name.lstrip("/")
+        while group.is_relative_to(top):
+            numbers = " ".join(_read(group / file) for file in files).split()
+            if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+                lowest = min(lowest, int(numbers[0]) / int(numbers[1]))
+            group = group.parent
+    return lowest
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # another system, or no such group
+        return ""
 
 
 def num_cores() -> int | None:
@@ -109,21 +147,8 @@ def num_cores() -> int | None:
 @functools.cache
 def processor() -> str:
     """Returns the model name of the processor, or its architecture if the name is unknown."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:  # not Linux
-        text = ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    found = re.search(r"^model name\s*: (.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
-
-
-@functools.cache
-def is_amd() -> bool:
-    """Returns whether the processor is made by AMD; False if that cannot be determined."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(errors="replace")
-    except OSError:  # not Linux
-        return False
 
 
 def max_open_files() -> int:

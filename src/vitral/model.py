@@ -24,8 +24,9 @@ Initialization:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -184,7 +185,7 @@ class ViT(nn.Module):
         gelu = self.config.activation == "gelu-tanh"
         for module in self.modules():
             if isinstance(module, Linear):
-                module.fused = fused
+                module.fused = fused and kernels.has_onednn()
             elif isinstance(module, FeedForward):
                 module.fused = fused and gelu and kernels.has_feed_forward(self.device)
 
@@ -210,21 +211,74 @@ class EncoderBlock(nn.Module):
         self.ffn_norm = PreNorm(config.shape.dim)
         self.ffn = FeedForward(config)
         self.ffn_residual = Residual(config, skip)
+        self.compiled: Callable[..., Tensor] | None = None  # see compile_blocks
 
     def forward(self, x: Tensor, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
-        attention, ffn, rope = self.attention, self.ffn, (cosine, sine)
-        x = x + self.attention_residual(x, lambda x: attention(self.attention_norm(x), *rope))
-        return x + self.ffn_residual(x, lambda x: ffn(self.ffn_norm(x)))
+        first = self.attention_residual.draw(x)
+        if self.compiled is not None:
+            return self.compiled(self, x, first, self.ffn_residual.draw(x), cosine, sine)
+        x = self.attend(x, first, cosine, sine)
+        return self.feed(x, self.ffn_residual.draw(x))
+
+    def apply_drawn(
+        self, x: Tensor, first: Drawn, second: Drawn, cosine: Tensor | None, sine: Tensor | None
+    ) -> Tensor:
+        """Applies the block with the images drawn for both branches; for compilation."""
+        return self.feed(self.attend(x, first, cosine, sine), second)
+
+    def attend(self, x: Tensor, drawn: Drawn, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
+        """Applies the first half of the block; keeps the shape."""
+        normed = self.attention_norm(take(x, drawn))
+        return x + self.attention_residual(self.attention(normed, cosine, sine), drawn)
+
+    def feed(self, x: Tensor, drawn: Drawn) -> Tensor:
+        """Applies the second half of the block; keeps the shape."""
+        return x + self.ffn_residual(self.ffn(self.ffn_norm(take(x, drawn))), drawn)
+
+
+def compile_blocks(module: nn.Module) -> int:
+    """Compiles the encoder blocks in a module, in place; returns their number.
+
+    All blocks share the compiled code. It is compiled once for each shape of the tokens and kind of
+    stochastic depth, so compilation takes as long for a deep model as for a shallow one.
+    """
+    blocks = [block for block in module.modules() if isinstance(block, EncoderBlock)]
+    for block in blocks:
+        block.compiled = _compiled_block()
+    return len(blocks)
+
+
+@functools.cache
+def _compiled_block() -> Callable[..., Tensor]:
+    return torch.compile(EncoderBlock.apply_drawn, dynamic=False)
+
+
+class Gathered(NamedTuple):
+    """The images for which a branch is computed: order[:num_kept] of B."""
+
+    order: Tensor
+    """A permutation of the images, int64, (B,)."""
+    num_kept: int
+
+
+Drawn: TypeAlias = Gathered | Tensor | None
+
+
+def take(x: Tensor, drawn: Drawn) -> Tensor:
+    """Returns the images of x (B, N, D) for which a branch is computed."""
+    return kernels.take_rows(x, *drawn) if isinstance(drawn, Gathered) else x
 
 
 class Residual(nn.Module):
-    """drop(branch(x)) for tokens (B, N, D): dropout, LayerScale, stochastic depth.
+    """drop(branch) for the output of a branch (B, N, D): dropout, LayerScale, stochastic depth.
 
     Stochastic depth (Huang et al. 2016) skips the branch for a random fraction of the images and
     scales up its output for the others. A small fraction is the probability of skipping each image.
     With a large fraction, round(fraction * B) images are skipped, but at least one is kept, and the
-    branch is not computed for the skipped images (Oquab et al. 2023); therefore `forward` takes the
-    branch as a function.
+    branch is not computed for the skipped images (Oquab et al. 2023).
+
+    `draw` and `forward` are separate so that `forward` does not depend on the fraction: then all
+    blocks share their compiled code.
     """
 
     # Below this, gathering the kept images on a GPU costs more than skipping the others saves.
@@ -233,21 +287,19 @@ class Residual(nn.Module):
     def __init__(self, config: ViTConfig, skip: float) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.skip = skip
+        self.skip, self.gathers = skip, skip >= self.MIN_SKIP_FRACTION
         initial = torch.full((config.shape.dim,), config.layer_scale)
         self.scale = nn.Parameter(initial) if config.layer_scale else None
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def draw(self, x: Tensor) -> Drawn:
+        """Returns the images to keep, factors (B, 1, 1) for the images, or None for all images."""
         if not (self.training and self.skip):
-            return self.drop(branch(x))
+            return None
         B = len(x)
-        if self.skip < self.MIN_SKIP_FRACTION:
+        if not self.gathers:
             keep = torch.empty(B, 1, 1, device=x.device, dtype=x.dtype).bernoulli_(1 - self.skip)
-            return self.drop(branch(x)) * (keep / (1 - self.skip))
-        kept = self.num_kept(B, self.skip)
-        order = torch.randperm(B, device=x.device)
-        added = self.drop(branch(kernels.take_rows(x, order, kept))) * (B / kept)
-        return kernels.put_rows(added, order)
+            return keep / (1 - self.skip)
+        return Gathered(torch.randperm(B, device=x.device), self.num_kept(B, self.skip))
 
     @classmethod
     def num_kept(cls, num_images: int, skip: float) -> int:
@@ -256,10 +308,14 @@ class Residual(nn.Module):
             return num_images
         return max(1, num_images - round(skip * num_images))
 
-    def drop(self, x: Tensor) -> Tensor:
-        """Applies dropout and LayerScale; keeps the shape."""
-        x = F.dropout(x, self.dropout, self.training)
-        return x if self.scale is None else x * self.scale
+    def forward(self, branch: Tensor, drawn: Drawn) -> Tensor:
+        """Returns the addend of the residual stream, (B, N, D)."""
+        x = F.dropout(branch, self.dropout, self.training)
+        x = x if self.scale is None else x * self.scale
+        if isinstance(drawn, Gathered):
+            order, num_kept = drawn
+            return kernels.put_rows(x * (len(order) / num_kept), order)
+        return x if drawn is None else x * drawn
 
 
 class GroupedQueryAttention(nn.Module):

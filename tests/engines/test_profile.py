@@ -163,4 +163,5 @@ def test_the_machine_is_its_processor_and_everything_that_changes_kernels(monkey
     assert torch.backends.cpu.get_cpu_capability() in found
     assert f"torch {torch.__version__}" in found
     assert "MKL_CBWR=COMPATIBLE" in found
-    assert "PASSIVE" not in found
+    assert "OMP_WAIT_POLICY=PASSIVE" in found
+    assert "HOME" not in found

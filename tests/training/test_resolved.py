@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitral import kernels, settings
 from vitral.errors import UserError
 from vitral.rundir import RunDir
+from vitral.training import processor
 from vitral.training import resolved as chosen
-from vitral.training import trial
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.resolved import (
@@ -27,9 +27,13 @@ from vitral.training.resolved import (
 CPU = torch.device("cpu")
 
 
+CHOICES = processor.Choices(threads=3, fused=True, compile=True)
+
+
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    monkeypatch.setattr(chosen, "fused_is_faster", lambda *_: True)
+def _measured(monkeypatch):
+    monkeypatch.setattr(processor, "choose", lambda *_: CHOICES)
+    monkeypatch.setattr(chosen, "can_compile", lambda device: True)
 
 
 @pytest.fixture
@@ -37,9 +41,12 @@ def model():
     return build_model(settings.load("digits"), 10)
 
 
-@pytest.mark.parametrize(("words", "fused"), [([], True), (["--train.reproducible"], False)])
-def test_a_reproducible_run_does_not_depend_on_timing(model, words, fused):
-    assert resolve(settings.load("digits", words), model, CPU).fused is fused
+@pytest.mark.parametrize(("words", "measured"), [([], True), (["--train.reproducible"], False)])
+def test_a_reproducible_run_does_not_depend_on_timing(model, words, measured):
+    resolved = resolve(settings.load("digits", words), model, CPU)
+    assert (resolved.threads, resolved.fused, resolved.compile) == (
+        (3, True, True) if measured else (1, False, False)
+    )
 
 
 def test_a_reproducible_run_uses_one_thread():
@@ -48,17 +55,28 @@ def test_a_reproducible_run_uses_one_thread():
     assert resolve(config, build_model(config, 10), CPU).threads == 1
 
 
-def test_custom_kernels_must_be_faster_for_every_process(model):
+def test_every_process_must_be_able_to_compile(model):
     class DifferingWorld(World):
         def gather(self, value):
             return [value, False] if value is True else [value]
 
-    assert not resolve(settings.load("digits"), model, CPU, DifferingWorld()).fused
+    resolved = resolve(settings.load("digits"), model, CPU, DifferingWorld())
+    assert (resolved.fused, resolved.compile) == (True, False)
+
+
+def test_processes_use_the_choices_of_the_first(model):
+    class Second(IdenticalWorld):
+        def broadcast(self, value):
+            assert value is None
+            return dataclasses.replace(CHOICES, threads=5)
+
+    config = settings.load("digits", ["--train.batch-size", "16"])
+    assert resolve(config, model, CPU, Second(1, 2, 1, 2)).threads == 5
 
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_an_accelerator_other_than_cuda_runs_plain_float32(model, kind, monkeypatch):
-    monkeypatch.setattr(chosen, "fused_is_faster", trial.fused_is_faster)
+    monkeypatch.setattr(processor, "choose", pytest.fail)
     resolved = resolve(settings.load("digits"), model, torch.device(kind))
     assert resolved.device == kind
     assert resolved.precision == "fp32"
@@ -106,31 +124,26 @@ class IdenticalWorld(World):
     def gather(self, value):
         return [value] * self.size
 
+    def broadcast(self, value):
+        return value
+
 
 WAS = Resolved("cpu", "bf16", True, 3, 10, 2, "gpu", True)
 
 
-@pytest.fixture
-def _compiles(monkeypatch):
-    monkeypatch.setattr(chosen, "can_compile", lambda device: True)
-
-
-@pytest.mark.usefixtures("_compiles")
 def test_a_resumed_run_keeps_its_choices():
     """Regardless of what the settings and this machine would choose now."""
     words = "--train.precision fp32 --train.compile never --train.threads 1".split()
     assert again(WAS, words, processes=2) == WAS
 
 
-@pytest.mark.usefixtures("_compiles")
 @pytest.mark.parametrize("fused", [True, False])
 def test_another_number_of_processes_changes_the_micro_batch(fused):
     was = dataclasses.replace(WAS, fused=fused)
     now = again(was, ["--train.batch-size", "16", "--train.threads", "1"], processes=4)
-    assert now == dataclasses.replace(was, processes=4, micro_batch=4, threads=1)
+    assert now == dataclasses.replace(was, processes=4, micro_batch=4, threads=3)
 
 
-@pytest.mark.usefixtures("_compiles")
 def test_a_reproducible_run_keeps_its_choices_on_other_processes():
     now = again(WAS, ["--train.reproducible", "--train.batch-size", "16"], processes=4)
     assert now == dataclasses.replace(WAS, processes=4)

@@ -74,26 +74,6 @@ def test_without_a_compiler_nothing_is_compiled(compiler, tmp_path):
     assert bool(warning) is (compiler != "g++")
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cpu_kernels_are_chosen_without_timing(monkeypatch, onednn, precision):
-    """Except where the model is compiled, or the settings ask for plain kernels."""
-    calls = []
-
-    def can_train_by_onednn(x):
-        calls.append((torch.is_autocast_enabled("cpu"), x.device.type))
-        return onednn
-
-    monkeypatch.setattr(kernels, "can_train_by_onednn", can_train_by_onednn)
-    monkeypatch.setattr(trial, "_seconds", pytest.fail)
-    faster = trial.fused_is_faster.__wrapped__
-    plain = ViTConfig(size="ti", kernels="plain")
-    assert faster(CONFIG, "cpu", precision, False, 8) is onednn
-    assert calls == [(precision == "bf16", "cpu")]
-    assert not faster(CONFIG, "cpu", precision, True, 8)
-    assert not faster(plain, "cpu", precision, False, 8)
-
-
 def timed(monkeypatch, fused, plain):
     """Returns whether the custom kernels count as faster, given the times of the passes.
 

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Messages are discarded without an error if standard error cannot be written.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # OpenMP reads it when torch is imported. By default, a thread that waits for another one keeps
+    # its core busy, which multiplies the time of a step if other processes use the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _open_streams()
     stderr = sys.stderr
     plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -30,7 +30,7 @@ from vitral.errors import Messages, UserError, counted, printable, reason_of
 from vitral.files import read_regular
 from vitral.machine import processor
 
-VARIABLES = ("ATEN_CPU_CAPABILITY", "DNNL_", "MKL_", "OMP_NUM_THREADS", "ONEDNN_")  # prefixes
+VARIABLES = ("ATEN_CPU_CAPABILITY", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_")  # prefixes
 MARGIN = 1.05  # how many times faster than the first candidate another one must be
 SLICE = 0.02  # seconds of consecutive calls of a candidate, unless a single call takes longer
 SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.3, 3, 15  # for each candidate
@@ -55,7 +55,7 @@ class Measurement:
             raise UserError("seconds: expected a positive number for each name")
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {1e3 * value:.4g} ms" for name, value in self.seconds.items())
+        times = ", ".join(f"{name} {1e3 * value:,.3g} ms" for name, value in self.seconds.items())
         return f"{self.decision} ({self.shape}, {counted(self.threads, 'thread')}): {times}"
 
 

@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from vitral.compat import has_linear_pointwise, linear_pointwise
 from vitral.kernels.norm import product_dtype
-from vitral.machine import is_amd
 
 
 def has_onednn() -> bool:
@@ -24,16 +23,8 @@ def has_onednn() -> bool:
 
 
 def can_train_by_onednn(x: Tensor) -> bool:
-    """Returns whether `onednn_linear` supports x and is faster than torch: float32, on AMD.
-
-    torch runs linear layers with MKL, which uses half the vector width of AMD processors. Other
-    processors are not measured. Returns False under torch.compile, whose lowering to oneDNN does
-    not support tensors that require gradients.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    exact = product_dtype(x) == x.dtype == torch.float32
-    return exact and has_onednn() and is_amd()
+    """Returns whether `onednn_linear` supports x where `has_onednn`: float32 on a CPU."""
+    return x.device.type == "cpu" and product_dtype(x) == x.dtype == torch.float32
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +49,26 @@ def onednn_product(
     Returns:
         (..., F).
     """
+    if torch.compiler.is_compiling():
+        return compiled_product(x, weight, bias, *then)
     return linear_pointwise(x, weight, bias, *then)
+
+
+@torch.library.custom_op("vitral::onednn_product", mutates_args=())
+def compiled_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, function: str, form: str
+) -> Tensor:
+    """Computes `linear_pointwise` in compiled code.
+
+    torch.compile does not inspect a custom operator. It would replace torch's own operator, which
+    it supports only for constant weights.
+    """
+    return linear_pointwise(x, weight, bias, function, form)
+
+
+@compiled_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, function: str, form: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):

@@ -377,7 +377,8 @@ class Trainer:
             lambda: choose_decoder(self.records, config, self.workers, device)
         )
         decoder, rates = world.broadcast(found)
-        return resolve(config, self.model, device, world, decoder), {**rates}
+        num_steps = self.plan.total
+        return resolve(config, self.model, device, world, decoder, num_steps), {**rates}
 
     def _batches(self, signals: Signals) -> Iterator[Batch]:
         if self.cached:

@@ -18,8 +18,9 @@ from vitral.data.fetch import Decoder
 from vitral.data.sampling import derive_seed
 from vitral.errors import UserError
 from vitral.machine import available_cores
-from vitral.model import CHANNELS, ViT
+from vitral.model import CHANNELS, ViT, compile_blocks
 from vitral.rundir import RunDir
+from vitral.training import processor
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
@@ -70,8 +71,12 @@ def resolve(
     device: torch.device,
     world: World | None = None,
     decoder: Decoder = "cpu",
+    num_steps: int = 0,
 ) -> Resolved:
-    """Resolves the settings that `config` leaves open, for a model on `device`."""
+    """Resolves the settings that `config` leaves open, for a model on `device`.
+
+    `num_steps` is the number of steps of the run; without it, a CPU does not compile by default.
+    """
     world = world or World()
     train = config.train
     gpu = device.type == "cuda"
@@ -100,22 +105,32 @@ def resolve(
         resolved = _fit_micro_batch(resolved, config, model, device)
         torch.cuda.reset_peak_memory_stats(device)  # exclude the trials
     resolved = dataclasses.replace(resolved, micro_batch=min(world.gather(resolved.micro_batch)))
-    if reproducible:  # otherwise rounding would depend on timing
+    # In a reproducible run, rounding must not depend on timing. Experiments have other models.
+    if reproducible or not isinstance(model, ViT):
         return resolved
-    own = isinstance(model, ViT)  # not an experiment's model
-    fused = all(
-        world.gather(
-            own
-            and fused_is_faster(
-                config.model,
-                resolved.device,
-                resolved.precision,
-                resolved.compile,
-                resolved.micro_batch,
-            )
-        )
+    if device.type == "cpu":
+        images = num_steps * images_per_process
+        return dataclasses.replace(resolved, **_choose_for_cpu(config, resolved, world, images))
+    fused = fused_is_faster(
+        config.model, resolved.device, resolved.precision, resolved.compile, resolved.micro_batch
     )
-    return dataclasses.replace(resolved, fused=fused)
+    return dataclasses.replace(resolved, fused=all(world.gather(fused)))
+
+
+def _choose_for_cpu(
+    config: Config, resolved: Resolved, world: World, images: int
+) -> dict[str, Any]:
+    """Returns the choices of the first process, which measures while the others wait."""
+    precision, most, micro_batch = resolved.precision, resolved.threads, resolved.micro_batch
+    choices = None
+    if world.is_main:
+        choices = processor.choose(config, precision, most, micro_batch, images)
+    choices = world.broadcast(choices)
+    assert choices is not None
+    compiled = choices.compile
+    if compiled and config.train.compile == "auto":
+        compiled = all(world.gather(can_compile(torch.device("cpu"))))
+    return {"threads": choices.threads, "fused": choices.fused, "compile": compiled}
 
 
 def prepare_device(config: Config, device: torch.device) -> None:
@@ -140,6 +155,9 @@ def compiled(model: nn.Module, resolved: Resolved) -> Callable[[Tensor], Tensor]
     if not resolved.compile:
         return model
     allow_recompiles(MAX_GRAPHS)  # one for each image size and each size of a micro-batch
+    # On a CPU, compiling takes long. Compiling one block for all takes two thirds of the time.
+    if resolved.device == "cpu" and compile_blocks(model):
+        return model
     return torch.compile(model, dynamic=False)
 
 

@@ -1,4 +1,4 @@
-"""Trials on this machine: whether compilation works and the custom kernels are faster."""
+"""Trials on this machine: whether compilation works, and GPU kernels are faster."""
 
 from __future__ import annotations
 
@@ -51,16 +51,11 @@ def fused_is_faster(
     compile: bool,
     micro_batch: int,
 ) -> bool:
-    """Returns whether the custom kernels are faster than PyTorch's on a device.
+    """Returns whether the custom kernels are faster than PyTorch's on a GPU.
 
-    On a GPU, alternately times both passes of a norm and a feed-forward network on noise with each.
-    Returns False if there are no kernels for the device, as on mps and xpu, or if they fail. On a
-    CPU, the result depends on its vendor and not on timing, so a run is bit-identical at any load.
+    Alternately times both passes of a norm and a feed-forward network on noise with each.
+    Returns False if there are no kernels for the device, as on mps and xpu, or if they fail.
     """
-    if device == "cpu":
-        eager = config.kernels == "auto" and not compile
-        with autocast(device, precision):
-            return eager and kernels.can_train_by_onednn(torch.empty(1))
     if config.kernels == "plain" or not kernels.has_feed_forward(torch.device(device)):
         return False
     grid_size = config.image_size // config.patch_size
