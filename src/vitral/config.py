@@ -37,7 +37,7 @@ PRESETS: dict[str, Shape] = {
 
 MAX_PATCHES = 256  # per side
 Sampling = Literal["uniform", "balanced", "sqrt"]
-BestBy = Literal["top1", "balanced", "f1", "loss"]
+BestBy = Literal["top1", "balanced", "f1", "loss", "map"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
 TABLES = (".yaml", ".yml", ".csv")  # suffixes of files with a weight for each class
 Policy = Literal[
@@ -255,11 +255,19 @@ class DataConfig:
     """Hold out val_fraction of the training images even if there is a validation split, which is
     then not used. This is for choosing settings, so that the validation split is evaluated only
     once, after they are chosen."""
+    task: Literal["auto", "single", "multi"] = "auto"
+    """single: every image has one class. multi: an image has any number of classes, listed in one
+    cell of a table, or in one column of 0 and 1 for each class. auto: multi if label_separator is
+    set, if cells contain lists, or if a table has such columns and no others."""
+    label_separator: str | None = None
+    """Text between the labels of an image in one cell of a table, such as ; or |, for several
+    labels per image. A space stands for any white space."""
     sampling: Sampling = "uniform"
     """How often the images of each class occur in an epoch. uniform: every image once. balanced:
     every class equally often. sqrt: in proportion to the square root of the number of its images.
     The length of an epoch remains the number of training images; images of rare classes are
-    repeated, each time with different augmentation."""
+    repeated, each time with different augmentation. An image with several labels belongs to the
+    rarest of them."""
     workers: int | None = None
     """Number of data loading processes; if not set, all cores but one, at most 16. With 0, the main
     process loads the data."""
@@ -286,6 +294,11 @@ class DataConfig:
         )
         for name in TABLE_COLUMNS:
             _check(getattr(self, name) != "", f"{name}: expected the name of a column, got nothing")
+        _check(self.label_separator != "", "label_separator: expected a separator, got nothing")
+        _check(
+            self.label_separator is None or self.task != "single",
+            f"label_separator: expected none with task single, got {self.label_separator!r}",
+        )
         _check(
             0 < self.val_fraction < 1,
             f"val_fraction: expected a fraction between 0 and 1, got {self.val_fraction}",
@@ -468,9 +481,11 @@ class TrainConfig:
     """Successive image sizes, each with its fraction of the steps; by default, model.image_size
     throughout."""
     loss: Literal["ce", "bce"] = "ce"
-    """Soft-target cross-entropy, or binary cross-entropy over every class."""
+    """Soft-target cross-entropy, or binary cross-entropy over every class. Images with several
+    labels need bce, which then replaces ce."""
     label_smoothing: float = 0.0
-    """Fraction of the target that is distributed uniformly over the classes."""
+    """Fraction of the target that is distributed uniformly over the classes or, for images with
+    several labels, over the two answers for each class."""
     class_weights: str = "none"
     """Factor on the loss of an image by its class, scaled to a mean of 1 over the training images.
     balanced: one over the number of images of the class. effective: one over the effective number
@@ -513,7 +528,8 @@ class TrainConfig:
     """Epochs between validations."""
     best_by: BestBy = "top1"
     """Validation metric that selects weights/best, and raw or EMA weights: accuracy, balanced
-    accuracy, macro F1, or the lowest loss."""
+    accuracy, macro F1, the lowest loss, or, for images with several labels, the mean average
+    precision (map), which then replaces top1."""
     patience: int = 0
     """Stop after this many consecutive validations without improvement of best_by; 0 trains to the
     last epoch. The learning rate schedule remains that of all epochs; fewer epochs are usually
@@ -680,7 +696,7 @@ CHANGEABLE = frozenset(
     {
         "model.activation_checkpointing",
         "data.path",
-        *(f"data.{name}" for name in TABLE_COLUMNS),
+        *(f"data.{name}" for name in (*TABLE_COLUMNS, "task", "label_separator")),
         "data.workers",
         "train.out",
         "train.parallel",

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PosixPath
@@ -22,6 +23,7 @@ from vitral.storage import make_directory, replacing
 
 Row = dict[str, float]
 """A row of the metrics log, by column."""
+HEADLINES = ("top1", "map")  # main metrics: for one label per image, and for any number
 PACKAGES = ("vitral", "torch", "torchvision", "torchcodec", "numpy", "safetensors")
 WEIGHTS, CHECKPOINTS = "weights", "checkpoints"
 CONFIG, CURVES, REPORT = "config.yaml", "curves.png", "report.html"
@@ -142,15 +144,20 @@ class Run:
     @property
     def validations(self) -> list[Row]:
         """The rows with validation results."""
-        return [row for row in self.rows if "val_top1" in row]
+        return [row for row in self.rows if "val_loss" in row]
 
     @property
     def best(self) -> tuple[str, Row] | None:
         """ "val" or "ema", and the best row by `train.best_by`; ties go to the first row."""
         found = [(kind, row) for row in self.validations for kind in ("val", "ema")]
-        found = [(kind, row) for kind, row in found if f"{kind}_top1" in row]
+        found = [(kind, row) for kind, row in found if f"{kind}_loss" in row]
         rank = self.config.train.rank
         return max(found, key=lambda item: rank(item[1], f"{item[0]}_"), default=None)
+
+    @property
+    def headline(self) -> str:
+        """Name of the main metric."""
+        return headline(self.validations[-1] if self.validations else {})
 
     @property
     def stopped_early(self) -> bool:
@@ -165,7 +172,12 @@ class Run:
         """Whether the last step has been trained and validated, or the run has stopped early."""
         last = self.rows[-1] if self.rows else {"epoch": 0.0}
         done = last["epoch"] > self.config.train.epochs - 1e-6 or self.stopped_early
-        return "val_top1" in last and done
+        return "val_loss" in last and done
+
+
+def headline(metrics: Mapping[str, float], kind: str = "val") -> str:
+    """Returns the name of the main metric: that for one label per image, or for several."""
+    return next((name for name in HEADLINES if f"{kind}_{name}" in metrics), "top1")
 
 
 def read_run(path: Path) -> Run:

@@ -36,6 +36,8 @@ SHORTCUTS = {
     "data.path": "data",
     "data.image_column": "image-column",
     "data.label_column": "label-column",
+    "data.task": "task",
+    "data.label_separator": "label-separator",
     "data.group_column": "group-column",
     "data.split_column": "split-column",
     "train.init": "init",

@@ -223,9 +223,10 @@ def digests(out):
     """Returns digests of all tensors and tables, and the log without its clock columns."""
     run = RunDir(out)
     files = [*newest(out).glob("*.safetensors"), *run.weights.glob("*/*.safetensors")]
-    files += [run.path / "per_class.csv", run.path / "confused_pairs.csv"]
+    tables = [run.path / "per_class.csv", run.path / "confused_pairs.csv"]
+    files += [table for table in tables if table.exists()]  # there are no pairs of several labels
     found = {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    assert len(found) == 9, sorted(found)
+    assert len(found) in (8, 9), sorted(found)
     rows = read_rows(run.metrics)
     found["log"] = json.dumps(
         [{k: v for k, v in r.items() if k not in CLOCK_COLUMNS} for r in rows]

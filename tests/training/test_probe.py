@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
+from sklearn.multiclass import OneVsRestClassifier
 
 from vitral.data.sampling import divide
 from vitral.errors import UserError
@@ -158,3 +160,54 @@ def test_check_is_called_before_each_evaluation():
 
     with pytest.raises(StopError):
         fit(make_features(40), CLASSES, seed=0, check=stop)
+
+
+def several_labels(count, noise=1.0):
+    """Returns features of images with any number of labels, each adding the center of its class."""
+    draw = torch.Generator().manual_seed(1)
+    labels = (
+        torch.rand(count, CLASSES, generator=draw) < torch.tensor([0.5, 0.3, 0.2, 0.1])
+    ).byte()
+    centers = 2 * torch.randn(CLASSES, DIM, generator=draw)
+    vectors = labels.float() @ centers + noise * torch.randn(count, DIM, generator=draw)
+    return Features(vectors * torch.logspace(-2, 2, DIM), labels, torch.arange(count), {})
+
+
+def test_several_labels_equal_one_versus_rest_in_scikit_learn():
+    features = several_labels(300)
+    found = fit(features, CLASSES, seed=0)
+    mean, deviation = (part.numpy() for part in standardization(features.vectors))
+    vectors = (features.vectors.double().numpy() - mean) / deviation
+    one = LogisticRegression(C=1 / (300 * found.strength), tol=1e-8, max_iter=10_000)
+    expected = OneVsRestClassifier(one).fit(vectors, features.labels.numpy())
+    wanted = expected.decision_function(vectors)
+    logits = (features.vectors @ found.weight.T + found.bias).numpy()
+    assert np.abs(logits - wanted).max() < 2e-3 * np.abs(wanted).max()
+    assert 0.8 < found.held_out < 1
+
+
+def test_the_gradient_for_several_labels_equals_autograd(monkeypatch):
+    monkeypatch.setattr(probe, "LOGITS_PER_BATCH", 10 * CLASSES)
+    vectors, labels = torch.randn(37, DIM).double(), torch.randint(2, (37, CLASSES)).byte()
+    head = torch.randn(CLASSES, DIM + 1, dtype=torch.float64, requires_grad=True)
+    logits = vectors @ head[:, :-1].T + head[:, -1]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits, labels.double(), reduction="sum"
+    )
+    (gradient,) = torch.autograd.grad(expected / 37, head)
+    loss, found = Problem(vectors, labels, CLASSES).loss(head.detach())
+    torch.testing.assert_close(loss, (expected / 37).detach())
+    torch.testing.assert_close(found, gradient)
+
+
+def test_several_labels_are_scored_by_mean_average_precision():
+    features = several_labels(60, noise=4.0)
+    heads = [torch.randn(CLASSES, DIM + 1, dtype=torch.float64) for _ in range(2)]
+    parts = [torch.arange(60) % 2 == k for k in range(2)]
+    held = [Problem(features.vectors[part], features.labels[part], CLASSES) for part in parts]
+    logits = torch.cat(
+        [p.vectors.double() @ h[:, :-1].T + h[:, -1] for p, h in zip(held, heads, strict=True)]
+    )
+    labels = torch.cat([problem.labels for problem in held])
+    expected = average_precision_score(labels, logits, average="macro")
+    assert probe.held_out_score(held, heads) == pytest.approx(expected, abs=1e-6)

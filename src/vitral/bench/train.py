@@ -37,8 +37,7 @@ def plan(request: settings.Request) -> str:
     """
     run, device = RunDir(request.config.train.out or ""), pick_device(request.config.train.device)
     request = budget.fit_time_budget(request, run, World())
-    config = request.config
-    notes, dataset, model = prepare(config, run, World(), device="meta")
+    config, notes, dataset, model = prepare(request.config, run, World(), device="meta")
     assert dataset.train is not None
     resume.check_resumable(config, run, dataset)
     if config.data.decode == "gpu":

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from vitral import settings
 from vitral.config import Config
@@ -20,6 +21,10 @@ class TableOptions:
     """Column with the paths of the images, if the data is a table."""
     label_column: str | None = None
     """Column with the class of each image, if the data is a table."""
+    task: Literal["auto", "single", "multi"] | None = None
+    """multi for a table with one column of 0 and 1 for each class and other columns."""
+    label_separator: str | None = None
+    """Text between the labels of an image in one cell, if the data is a table."""
     group_column: str | None = None
     """Column with the group of each image, if the data is a table; groups are not divided."""
     split_column: str | None = None
@@ -27,7 +32,7 @@ class TableOptions:
 
     @property
     def columns(self) -> dict[str, str]:
-        """The columns that are given, by the name of their setting."""
+        """The given options, by the name of their setting."""
         given = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(TableOptions)
         }

@@ -23,7 +23,8 @@ class Options:
     """Options of `vitral predict`."""
 
     top: int = 5
-    """Number of classes per image."""
+    """Number of classes per image. Weights for several labels per image list all classes that
+    reach their threshold instead."""
     min_confidence: float = 0.0
     """Probability of the most likely class below which the result is "unknown"."""
     tta: Literal["none", "flip", "five-crop"] = "none"

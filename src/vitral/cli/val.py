@@ -72,7 +72,8 @@ class Options(TableOptions):
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Prints the results and returns the exit code."""
-    from vitral.evaluation import Results, at_sizes, evaluate, open_set, summarize
+    from vitral.evaluation import Results, at_sizes, evaluate, multilabel, open_set, summarize
+    from vitral.evaluation.multilabel import MultiLabelScores
     from vitral.evaluation.output import write_results
     from vitral.evaluation.tta import NUM_PASSES, check_tta
     from vitral.weights import load, require_head
@@ -95,6 +96,11 @@ def run(args: argparse.Namespace, options: Options) -> int:
     }
     scores = evaluate(weights, dataset, keep_probabilities=options.out is not None, **how)
     print(heading)
+    if isinstance(scores, MultiLabelScores):
+        print(multilabel.summarize(scores))
+        if options.out is not None:
+            scores.write_tables(Path(options.out))
+        return 0
     results = Results(scores)
     print(summarize(results))
     print(_calibration(scores, fitted=dataset.fingerprint == known.fingerprint))

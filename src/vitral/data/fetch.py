@@ -62,7 +62,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Samples of a request: uint8 images (B, C, S, S), labels (B,), and the broken records."""
+    """Samples of a request: uint8 images (B, C, S, S), labels (B,) or, if an image can have
+    several, (B, classes), and the broken records."""
 
     request: Request
     images: Tensor
@@ -143,7 +144,7 @@ class _DecodingDataset(_FetchDataset[Fetched]):
     def __getitem__(self, request: Request) -> Fetched:
         size, data = request.image_size, self.config.data
         images = torch.empty(len(request.indices), 3, size, size, dtype=torch.uint8)
-        labels = torch.empty(len(request.indices), dtype=torch.int64)
+        read = request.indices.copy()
         broken: list[tuple[int, str]] = []
         for first in range(0, len(images), CHUNK):
             part = slice(first, first + CHUNK)
@@ -152,14 +153,14 @@ class _DecodingDataset(_FetchDataset[Fetched]):
                 decoded += [_decode(self.encoded, i, broken)] * len(list(repeated))
             sizes = np.array([image.shape[1:] for image, _ in decoded])
             boxes = _boxes(self.config, sizes, request, part)
-            for k, ((image, label), box) in enumerate(zip(decoded, boxes, strict=True), first):
+            for k, ((image, index), box) in enumerate(zip(decoded, boxes, strict=True), first):
                 images[k] = crops.crop_resize(image, box, size, data.interpolation, data.fill)
-                labels[k] = label
-        return Fetched(request, images, labels, broken)
+                read[k] = index
+        return Fetched(request, images, torch.from_numpy(self.encoded.labels[read]), broken)
 
 
 def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tuple[Tensor, int]:
-    """Returns image and label of a record, or of the next one that can be decoded.
+    """Returns image and index of a record, or of the next one that can be decoded.
 
     If more consecutive records fail than a run tolerates, the image is black, because the run will
     stop.
@@ -168,11 +169,11 @@ def _decode(records: Encoded, index: int, broken: list[tuple[int, str]]) -> tupl
         try:
             decoded = isinstance(records, Objects)
             image = records.image(index) if decoded else decode(records.read(index))
-            return image, int(records.labels[index])
+            return image, index
         except (DecodeError, OSError) as error:
             broken.append((index, reason_of(error)))
             index = (index + 1) % len(records)
-    return torch.zeros(3, 1, 1, dtype=torch.uint8), int(records.labels[index])
+    return torch.zeros(3, 1, 1, dtype=torch.uint8), index
 
 
 class _PackedDataset(_FetchDataset[Fetched]):
@@ -264,7 +265,7 @@ def _decode_on_gpu(
     records: Encoded, config: Config, read: _EncodedBatch, device: torch.device
 ) -> Fetched:
     request, broken = read.request, []
-    labels = torch.from_numpy(records.labels[request.indices])
+    indices = request.indices.copy()
     contents = read.content.split(read.lengths)
     shape = (len(contents), 3, request.image_size, request.image_size)
     images = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -273,14 +274,13 @@ def _decode_on_gpu(
         decoded = decode_on_gpu(contents[part], read.gpu_readable[part], device)
         for k, image in enumerate(decoded):
             if image is None:
-                index = int(request.indices[first + k])
-                image, labels[first + k] = _decode(records, index, broken)
+                image, indices[first + k] = _decode(records, int(indices[first + k]), broken)
                 decoded[k] = image.to(device)
         complete = [image for image in decoded if image is not None]
         sizes = np.array([image.shape[1:] for image in complete])
         boxes = _boxes(config, sizes, request, part)
         images[part] = _crop_ragged(complete, boxes, request.image_size, config.data)
-    return Fetched(request, images, labels, broken)
+    return Fetched(request, images, torch.from_numpy(records.labels[indices]), broken)
 
 
 def _crop_ragged(images: list[Tensor], boxes: Integers, size: int, config: DataConfig) -> Tensor:

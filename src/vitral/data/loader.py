@@ -39,7 +39,8 @@ class Batch:
     images: Tensor
     """(B, C, S, S), float32, normalized."""
     targets: Tensor
-    """(B, classes), float32, rows that sum to one; in evaluation, the labels, int64."""
+    """(B, classes), float32, rows that sum to one if each image has one label; in evaluation, the
+    labels: (B,), int64, or (B, classes), 0 or 1."""
     broken: list[tuple[int, str]]
     """Index and reason of each record that could not be decoded; other records replaced them."""
     waited: float = 0.0
@@ -104,7 +105,13 @@ def train_batches(
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Converts labels (B,) to targets (B, classes); spreads a fraction evenly over the classes."""
+    """Converts labels to targets (B, classes), float32.
+
+    Labels (B,) become one-hot rows, and a fraction of each is spread evenly over the classes. For
+    labels of 0 and 1 (B, classes), the fraction is spread over the two answers for each class.
+    """
+    if labels.ndim == 2:
+        return labels * (1 - smoothing) + smoothing / 2
     return F.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 

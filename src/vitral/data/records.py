@@ -11,7 +11,7 @@ import hashlib
 import os
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from vitral.config import DataConfig
-from vitral.data.sampling import Integers, held_out, held_out_groups
+from vitral.data.sampling import Integers, Labels, held_out, held_out_groups, strata
 from vitral.data.skipped import kinds, note
 from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import MAX_IMAGE, descriptor_of, read_regular, require_regular
@@ -52,15 +52,16 @@ class Encoded(Protocol):
     """Encoded images, which are decoded one at a time."""
 
     @property
-    def labels(self) -> Integers:
-        """Indices into the dataset's classes. Shape (N,)."""
+    def labels(self) -> Labels:
+        """Indices into the dataset's classes, shape (N,), or 0 and 1, shape (N, classes)."""
         ...
 
     @property
     def names(self) -> Names:
         """Names of the images, as bytes of paths. Shape (N,).
 
-        Images in files and archives are ordered by label and name.
+        Images in files and archives are ordered by label and name, or by name if they can have
+        several labels.
         """
         ...
 
@@ -92,8 +93,8 @@ class Files:
     """Paths relative to `root`, as returned by `os.fsencode`. Shape (N,)."""
     sizes: Integers
     """Size of each file in bytes. Shape (N,)."""
-    labels: Integers
-    """Shape (N,)."""
+    labels: Labels
+    """Shape (N,) or (N, classes)."""
     groups: Integers | None = None
     """Hash of the name of each image's group, if splits must not divide groups. Shape (N,)."""
 
@@ -134,8 +135,8 @@ class Spans:
     """Size of each image in bytes. Shape (N,)."""
     names: Names
     """Names inside the archives. Shape (N,)."""
-    labels: Integers
-    """Shape (N,)."""
+    labels: Labels
+    """Shape (N,) or (N, classes)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -192,8 +193,8 @@ class Packed:
     """Height and width of each image before it was squashed. Shape (N, 2)."""
     names: Names
     """Names of the images in the source of the pack. Shape (N,)."""
-    labels: Integers
-    """Shape (N,)."""
+    labels: Labels
+    """Shape (N,) or (N, classes)."""
     digest: str
     """SHA-256 over the SHA-256 of all chunks in the pack's index."""
     rows: Integers
@@ -225,8 +226,8 @@ class Pixels:
 
     images: torch.Tensor
     """Shape (N, 3, H, W), uint8."""
-    labels: Integers
-    """Shape (N,)."""
+    labels: Labels
+    """Shape (N,) or (N, classes)."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -254,6 +255,12 @@ def image_path(records: Records, i: int) -> str:
     return os.fsdecode(records.names[i]) if isinstance(records, Packed) else records.where(i)
 
 
+def label_of(records: Records, classes: Sequence[str], i: int) -> str:
+    """Returns the class of image `i`; for several or none, their names separated by commas."""
+    label = records.labels[i]
+    return ", ".join(classes[int(c)] for c in (np.flatnonzero(label) if label.ndim else [label]))
+
+
 def groups_of(records: Records) -> Integers | None:
     """Returns the hash of each image's group, shape (N,); None if there are no groups."""
     return records.groups if isinstance(records, Files) else None
@@ -261,7 +268,7 @@ def groups_of(records: Records) -> Integers | None:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Two splits with the same classes; a label is an index into `classes`."""
+    """Two splits with the same classes; labels are indices into `classes`, or 0 and 1 for each."""
 
     name: str
     classes: tuple[str, ...]
@@ -275,6 +282,12 @@ class Dataset:
     """Number of unused files, by kind."""
 
     @property
+    def multi_label(self) -> bool:
+        """Whether an image can have any number of labels."""
+        records = self.val if self.train is None else self.train
+        return records is not None and records.labels.ndim == 2
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes about the dataset for the user."""
         return (*self.choices, *note(self.name, self.skipped))
@@ -286,10 +299,15 @@ class Dataset:
         for split, records in (("train", self.train), ("val", self.val)):
             if records is not None:
                 digest.update(f"\0\0{split} {len(records)}\0".encode())
-                digest.update(np.ascontiguousarray(records.labels, "<i8").data)
+                digest.update(label_bytes(records.labels))
                 for part in records.identity():
                     digest.update(part)
         return digest.hexdigest()
+
+
+def label_bytes(labels: Labels) -> memoryview:
+    """Returns labels as bytes that are the same on all machines."""
+    return np.ascontiguousarray(labels, "<i8" if labels.ndim == 1 else "u1").data
 
 
 def merge_splits(
@@ -377,7 +395,9 @@ def hold_out(
         got = f"none: {why}, and no class has enough {kind} to hold one out"
         got += f"; skipped: {kinds(dataset.skipped)}" if dataset.skipped else ""
         raise data_error(place, "validation images", got, "add images")
-    share = f"{fraction:.0%} of each class" + (", without dividing groups" if grouped else "")
+    share = f"{fraction:.0%} of each class"
+    share += " by the rarest label of each image" if dataset.multi_label else ""
+    share += ", without dividing groups" if grouped else ""
     choice = (
         f"{why}: {held.sum():,} of {counted(len(held), 'training image')} ({share}) "
         f"{'is' if held.sum() == 1 else 'are'} held out, drawn with seed {seed}"
@@ -388,11 +408,12 @@ def hold_out(
 
 def _draw_held_out(records: Records, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Returns a mask of the images to hold out. Shape (N,)."""
+    classes = strata(records.labels)
     if isinstance(records, Pixels):
         keys = np.arange(len(records))
     else:  # by base name, which is the same in an archive and in the folder it was made from
         keys = np.array([crc32(path.rpartition(b"/")[2]) for path in records.names.tolist()])
     groups = groups_of(records)
     if groups is not None:
-        return held_out_groups(groups, records.labels, fraction, seed, "held out")
-    return held_out(keys, records.labels, fraction, seed, "held out")
+        return held_out_groups(groups, classes, fraction, seed, "held out")
+    return held_out(keys, classes, fraction, seed, "held out")

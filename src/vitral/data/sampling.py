@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Self
+from typing import Any, Self
 from zlib import crc32
 
 import numpy as np
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from vitral.config import Config, Sampling
 
 Integers = NDArray[np.int64]
+Labels = NDArray[Any]
+"""Labels of N images: indices of classes, shape (N,), or, if an image can have several, 0 or 1 for
+each class, uint8, shape (N, classes)."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -72,6 +75,26 @@ def permutation(seed: int, epoch: int, size: int) -> Integers:
     order = np.argsort(hash64(seed, crc32(b"order"), epoch, np.arange(size)), kind="stable")
     order.setflags(write=False)
     return order
+
+
+def count_labels(labels: Labels, num_classes: int) -> Integers:
+    """Returns the number of images with each label, shape (classes,)."""
+    if labels.ndim == 2:
+        return labels.sum(0, dtype=np.int64)
+    return np.bincount(labels, minlength=num_classes)
+
+
+def strata(labels: Labels) -> Integers:
+    """Returns the class by which each image is selected, shape (N,).
+
+    This is its label or, if it has several, the rarest of them (Sechidis et al. 2011). Images
+    without any label form a class of their own, after the others.
+    """
+    if labels.ndim == 1:
+        return labels
+    by_rarity = np.argsort(count_labels(labels, labels.shape[1]), kind="stable")
+    rarest = by_rarity[labels[:, by_rarity].argmax(1)]
+    return np.where(labels.any(1), rarest, labels.shape[1])
 
 
 def held_out(
@@ -269,10 +292,14 @@ class Order:
     repetition: Repetition | None = None
 
     @classmethod
-    def of(cls, config: Config, labels: Integers) -> Self:
-        """Returns the order of a run on images with these labels, shape (N,)."""
+    def of(cls, config: Config, labels: Labels) -> Self:
+        """Returns the order of a run on images with these labels.
+
+        With `data.sampling`, an image with several labels is repeated as often as the rarest
+        requires (Gupta et al. 2019).
+        """
         sampling, size = config.data.sampling, config.train.batch_size
-        repetition = None if sampling == "uniform" else Repetition.of(labels, sampling)
+        repetition = None if sampling == "uniform" else Repetition.of(strata(labels), sampling)
         return cls(config.train.seed, len(labels), size, config.augment.repeats, repetition)
 
     def samples(self, step: int, start: int, stop: int) -> tuple[Integers, Integers]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -18,10 +18,12 @@ from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.formats.known import KNOWN_SETS
 from vitral.data.formats.objects import own_names, records_of
-from vitral.data.loader import EVAL_BATCH, eval_batches
+from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
 from vitral.data.objects import PATH, Source
 from vitral.data.records import Dataset, Records, class_name, hold_out
 from vitral.errors import UserError, counted, data_error, first_few
+from vitral.evaluation import multilabel
+from vitral.evaluation.multilabel import MultiLabelScores
 from vitral.evaluation.scores import Scores, measure
 from vitral.evaluation.tta import NUM_CROPS, Tta, check_tta, mean_probabilities
 from vitral.files import expand
@@ -42,11 +44,12 @@ def evaluate(
     workers: int | None = None,
     device: str = "auto",
     keep_probabilities: bool = False,
-) -> Scores:
+) -> Scores | MultiLabelScores:
     """Evaluates weights on a validation set: top-1, top-5, per-class accuracy and calibration.
 
     Each validation image counts exactly once. If the dataset has only some of the weights'
-    classes, `classes` selects the candidate classes.
+    classes, `classes` selects the candidate classes. With weights for several labels per image, the
+    scores contain average precisions, and F1 at the stored thresholds, instead.
 
     Args:
         weights: loaded weights, or anything that `load` accepts: a weight or run directory,
@@ -70,10 +73,12 @@ def evaluate(
             weights do not have.
     """
     weights = prepare(weights, which, device)
-    check_tta(tta, weights.description.config.data.fit)
+    check_tta(tta, weights.description)
     dataset, config = _open(weights.description, data, workers)
     competing = competing_classes(weights.description, dataset.classes, classes)
     records = _validation_records(dataset)
+    if weights.description.multi_label:
+        return score_labels(weights, records, competing, config, batch_size)
     how = {"tta": tta, "keep_probabilities": keep_probabilities}
     return score(weights, records, competing, config, batch_size, **how)
 
@@ -106,6 +111,10 @@ def sweep(
             checked before anything is evaluated.
     """
     weights = prepare(weights, which, device)
+    if weights.description.multi_label:
+        raise UserError(
+            "image_sizes: expected weights with one label per image, got several; use --data"
+        )
     models = at_sizes(weights.description, image_sizes)
     dataset, config = _open(weights.description, data, workers)
     records = _validation_records(dataset)
@@ -172,17 +181,8 @@ def score(
     Raises:
         UserError: if an image cannot be decoded.
     """
-    data_device = weights.model.device
-    position = {class_name(name): i for i, name in enumerate(weights.description.classes)}
-    columns = torch.tensor([position[name] for name in classes], device=data_device)
-    workers = resolve_workers(config.data, records)
-    batches = eval_batches(
-        records, config, batch_size, workers, data_device, num_crops=NUM_CROPS[tta]
-    )
+    logits, batches = _outputs(weights, records, classes, config, batch_size, tta)
     temperature = weights.description.temperature
-
-    def logits(images: Tensor) -> Tensor:
-        return weights.model(images)[:, columns]
 
     def log_probabilities(images: Tensor) -> Tensor:
         return mean_probabilities(logits, images, tta, temperature).log()
@@ -194,6 +194,49 @@ def score(
         keep_probabilities=keep_probabilities,
         temperature=temperature if tta == "none" else None,
     )
+
+
+def score_labels(
+    weights: Weights, records: Records, classes: Sequence[str], config: Config, batch_size: int
+) -> MultiLabelScores:
+    """Returns the scores of weights on images with several labels, at the stored thresholds.
+
+    The arguments are those of `score`.
+    """
+    forward, batches = _outputs(weights, records, classes, config, batch_size)
+    known = map(class_name, weights.description.classes)
+    thresholds = dict(zip(known, weights.description.thresholds, strict=True))
+    chosen = tuple(thresholds[name] for name in classes)
+    return multilabel.measure(forward, batches, tuple(classes), chosen)
+
+
+def _outputs(
+    weights: Weights,
+    records: Records,
+    classes: Sequence[str],
+    config: Config,
+    batch_size: int,
+    tta: Tta = "none",
+) -> tuple[Callable[[Tensor], Tensor], Iterator[Batch]]:
+    """Returns a function from images to the logits of `classes`, and batches for it."""
+    _check_task(weights.description, records, config)
+    data_device = weights.model.device
+    position = {class_name(name): i for i, name in enumerate(weights.description.classes)}
+    columns = torch.tensor([position[name] for name in classes], device=data_device)
+    workers = resolve_workers(config.data, records)
+    batches = eval_batches(
+        records, config, batch_size, workers, data_device, num_crops=NUM_CROPS[tta]
+    )
+    return lambda images: weights.model(images)[:, columns], batches
+
+
+def _check_task(description: Description, records: Records, config: Config) -> None:
+    """Raises UserError if images have one label and the weights are for several, or vice versa."""
+    one, several = "one label per image", "any number of labels per image"
+    if description.multi_label != (records.labels.ndim == 2):
+        expected, got = (several, one) if description.multi_label else (one, several)
+        fix = "evaluate on a dataset with labels as in training"
+        raise data_error(config.data.path, f"{expected}, as the weights predict", got, fix)
 
 
 def competing_classes(

@@ -24,10 +24,11 @@ TITLES = {
     "mcc": "Matthews correlation",
     "kappa": "Cohen's kappa",
     "loss": "loss",
+    "map": "mAP",
     "ece": "calibration error",
 }
 """Titles of metrics for display; macro recall is the balanced accuracy, weighted recall top-1."""
-PERCENT = ("top1", "balanced", "f1", "top5", "macro_precision", "weighted_precision")
+PERCENT = ("top1", "map", "balanced", "f1", "top5", "macro_precision", "weighted_precision")
 PERCENT += ("weighted_f1", "ece")
 
 
@@ -42,6 +43,8 @@ def headline_rows(results: Results) -> list[tuple[str, str, str]]:
     """Returns the title, value and 95% interval of each metric; the interval may be empty."""
     values, bounds, rows = results.headline, results.intervals, []
     for name, title in TITLES.items():
+        if name not in values:
+            continue
         low, high = bounds.get(name, (math.nan, math.nan))
         interval = f"{low:.2%} to {high:.2%}" if name in bounds else ""
         rows.append((title, shown(name, values[name]), interval))

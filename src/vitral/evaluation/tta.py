@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 
 from vitral.errors import UserError
+from vitral.weights import Description
 
 Tta = Literal["none", "flip", "five-crop"]
 NUM_PASSES = {"none": 1, "flip": 2, "five-crop": 5}  # forward passes per image
 NUM_CROPS = {"none": 1, "flip": 1, "five-crop": 5}  # crops per image, taken before the model
 
 
-def check_tta(tta: Tta, fit: str) -> None:
-    """Raises UserError if the views do not exist for this value of `data.fit`."""
+def check_tta(tta: Tta, description: Description) -> None:
+    """Raises UserError if the weights do not support the views."""
+    fit = description.config.data.fit
+    if tta != "none" and description.multi_label:
+        raise UserError(f"tta: expected none for weights with several labels per image, got {tta}")
     if tta == "five-crop" and fit != "crop":
         raise UserError(
             f"tta: expected none or flip for weights with data.fit {fit}, whose input is the "

@@ -6,7 +6,7 @@ each layer, and must reproduce the output of the layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from vitral.model import GroupedQueryAttention, ViT
 
 STEPS = 20  # steps of a deletion curve, or one per patch if there are fewer patches
 BATCH = 32  # images per forward pass
+SOFTMAX = partial(torch.softmax, dim=-1)
 
 
 @torch.inference_mode()
@@ -137,7 +138,13 @@ class Curve(NamedTuple):
 
 
 @torch.inference_mode()
-def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
+def deletion(
+    model: ViT,
+    image: Tensor,
+    target: int,
+    order: Tensor,
+    probabilities: Callable[[Tensor], Tensor] = SOFTMAX,
+) -> Curve:
     """Computes the probability of a class as patches are deleted, in order.
 
     Deleted patches are filled with the mean color of the image. A meaningful map puts the patches
@@ -148,6 +155,7 @@ def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
         image: normalized, (C, H, W).
         target: index of the class.
         order: order of the patches, (patches,), on the device of the image.
+        probabilities: maps logits (B, classes) to probabilities.
     """
     _, H, W = image.shape
     P, N = model.config.patch_size, len(order)
@@ -156,20 +164,26 @@ def deletion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
     deleted = rank < counts.to(rank.device, rank.dtype).view(-1, 1, 1)
     deleted = deleted.repeat_interleave(P, 1).repeat_interleave(P, 2)[:, None]
     mean = image.mean((1, 2), keepdim=True)
-    probabilities = [
-        model(torch.where(part, mean, image)).softmax(-1)[:, target]
+    found = [
+        probabilities(model(torch.where(part, mean, image)))[:, target]
         for part in deleted.split(BATCH)
     ]
-    return Curve(counts / N, torch.cat(probabilities).cpu().double())
+    return Curve(counts / N, torch.cat(found).cpu().double())
 
 
 @torch.inference_mode()
-def insertion(model: ViT, image: Tensor, target: int, order: Tensor) -> Curve:
+def insertion(
+    model: ViT,
+    image: Tensor,
+    target: int,
+    order: Tensor,
+    probabilities: Callable[[Tensor], Tensor] = SOFTMAX,
+) -> Curve:
     """Computes the probability of a class as patches are inserted into a blank image, in order.
 
     The blank image has the mean color of the image. A meaningful map makes the area under the curve
     large. The curve is that of deletion in reverse order, read backwards, so both mean areas over
     random orders are the same.
     """
-    fractions, probabilities = deletion(model, image, target, order.flip(0))
-    return Curve(1 - fractions.flip(0), probabilities.flip(0))
+    fractions, found = deletion(model, image, target, order.flip(0), probabilities)
+    return Curve(1 - fractions.flip(0), found.flip(0))

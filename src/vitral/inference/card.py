@@ -44,6 +44,7 @@ KNOWN_DATASETS = {
     "cifar100": DatasetSource("CIFAR-100", "uoft-cs/cifar100"),
     "imagenette": DatasetSource("Imagenette", "frgfm/imagenette"),
 }
+HEADLINES = {"top1": "top-1", "map": "mAP"}
 IMAGENET = DatasetSource("ImageNet-1K (ILSVRC2012)", "ILSVRC/imagenet-1k")
 
 
@@ -84,7 +85,7 @@ def card(weights: Weights, name: str, license: str | None = None) -> str:
         f"---\n{_card_data(description, source, name, license).to_yaml()}\n---",
         f"# {name.split('/')[1]}",
         _overview(weights),
-        _usage(name),
+        _usage(name, description.multi_label),
         _data(description, source),
         _training(description.config, name),
         _results(description, _curves(weights.path) is not None),
@@ -126,15 +127,18 @@ def _curves(directory: Path) -> Path | None:
 
 
 def _scores(description: Description, kind: str) -> dict[str, float]:
-    """Returns the validation metrics of a file: loss, top1, top5 and ece."""
+    """Returns the validation metrics of a file, such as loss and top1."""
     prefix = "val_" if kind == "model" else "ema_"
     found = description.metrics.items()
     return {key.removeprefix(prefix): value for key, value in found if key.startswith(prefix)}
 
 
 def _message(description: Description) -> str:
-    top1 = _scores(description, description.default).get("top1")
-    score = "" if top1 is None else f", validation top-1 {top1:.2%}"
+    scores = _scores(description, description.default)
+    found = (
+        f", validation {HEADLINES[key]} {scores[key]:.2%}" for key in HEADLINES & scores.keys()
+    )
+    score = next(found, "")
     return f"Weights from vitral {description.vitral}{score}"
 
 
@@ -147,6 +151,8 @@ def _card_data(
     init, scores = description.config.train.init or "", _scores(description, description.default)
     base = _hub_repository(description.source or init)
     names = {"top1": ("accuracy", "top-1 accuracy"), "top5": ("top_5_accuracy", "top-5 accuracy")}
+    if description.multi_label:
+        names = {"map": ("mean_average_precision", "mAP"), "f1": ("f1", "macro F1")}
     results = [
         EvalResult(
             task_type="image-classification",
@@ -159,7 +165,7 @@ def _card_data(
             metric_value=round(scores[key], 4),
         )
         for key, (kind, title) in names.items()
-        if "top1" in scores
+        if key in scores
     ]
     return ModelCardData(
         library_name="vitral",
@@ -168,7 +174,7 @@ def _card_data(
         license=license and license.lower(),  # the Hub uses SPDX names in lower case
         datasets=[source.hub] if source.hub else None,
         base_model=base,
-        metrics=["accuracy"] if results else None,
+        metrics=[next(iter(names.values()))[0]] if results else None,
         model_name=name.split("/")[1],
         eval_results=results or None,
     )
@@ -218,7 +224,8 @@ def _preprocessing(data: DataConfig, size: int) -> str:
     )
 
 
-def _usage(name: str) -> str:
+def _usage(name: str, several: bool) -> str:
+    first = "prediction.names[0], prediction.probabilities[0]"
     return f"""## Usage
 
 Run `pip install '.[hub]'` in a checkout of vitral's source. Then:
@@ -232,7 +239,7 @@ import vitral
 
 weights = vitral.load("{hub.PREFIX}{name}")
 prediction = weights.predict("photo.jpg")[0]
-print(prediction.names[0], prediction.probabilities[0])
+print({"prediction.names, prediction.probabilities" if several else first})
 ```
 
 To use the weights with timm, run `pip install '.[hub,timm]'` instead. Then:
@@ -287,6 +294,8 @@ vitral train {CONFIG}{"" if known else " --data PATH"} --out runs/again
 
 
 def _results(description: Description, curves: bool) -> str:
+    if description.multi_label:
+        return _multi_label_results(description, curves)
     rows = []
     temperatures = []
     for kind in ("model", "ema"):
@@ -327,14 +336,39 @@ optimistic.{calibration}\
 {picture}"""
 
 
+def _multi_label_results(description: Description, curves: bool) -> str:
+    rows = []
+    for kind in ("model", "ema"):
+        if scores := _scores(description, kind):
+            columns = ("map", "micro_ap", "f1", "micro_f1")
+            values = " | ".join(f"{scores[key]:.2%}" for key in columns)
+            used = ", the default of `--which`" if kind == description.default else ""
+            rows.append(f"| `{kind}.safetensors`{used} | {values} | {scores['loss']:.4f} |")
+    table = "\n".join(rows)
+    picture = f"\n\n![Loss and average precision during training]({CURVES})" if curves else ""
+    return f"""## Results
+
+Evaluated on the validation images of the dataset at {description.config.model.image_size} pixels:
+
+| file | mAP | micro average precision | macro F1 | micro F1 | loss |
+|---|---|---|---|---|---|
+{table}
+
+The best weights of a run and the thresholds, which maximize the F1 of each class, are selected on \
+the same images, so the results are slightly optimistic.{picture}"""
+
+
 def _limitations(description: Description) -> str:
     image_sizes = {size for size, _ in description.config.train.progressive}
     trained_sizes = sorted(image_sizes | {description.config.model.image_size})
     patch = description.config.model.patch_size
+    classes = f"{len(description.classes):,} classes"
+    assigns = f"one of its {classes} to every image, even if none applies"
+    if description.multi_label:
+        assigns = f"any number of its {classes}: those whose probability reaches their threshold"
     return f"""## Limitations
 
-* The model assigns one of its {len(description.classes):,} classes to every image, even if none \
-applies.
+* The model assigns {assigns}.
 * It was trained at {", ".join(map(str, trained_sizes))} pixels and evaluated at \
 {description.config.model.image_size}. It accepts any multiple of {patch}, but was not evaluated \
 at other sizes.

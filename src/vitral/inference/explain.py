@@ -149,7 +149,8 @@ def explain(
         patch = where // grid, where % grid
     row = attention[layer][0, :, model.num_prefix + patch[0] * grid + patch[1], model.num_prefix :]
     similarity = position_similarity(model, layer, grid, grid, patch)
-    best = logits[0].softmax(0).topk(min(SHOWN_CLASSES, model.num_classes))
+    probabilities = weights.description.probabilities
+    best = probabilities(logits)[0].topk(min(SHOWN_CLASSES, model.num_classes))
     target, order = int(best.indices[0]), flow.argsort(descending=True, stable=True)
     generator = torch.Generator().manual_seed(0)
     shuffled = [torch.randperm(grid**2, generator=generator).to(flow.device) for _ in range(ORDERS)]
@@ -164,9 +165,12 @@ def explain(
         patch=patch,
         patch_attention=_numpy(row.mean(0) * N).reshape(grid, grid),
         similarity=_numpy(similarity),
-        deletion=deletion(model, batch[0], target, order),
-        insertion=insertion(model, batch[0], target, order),
-        random=tuple(deletion(model, batch[0], target, random_order) for random_order in shuffled),
+        deletion=deletion(model, batch[0], target, order, probabilities),
+        insertion=insertion(model, batch[0], target, order, probabilities),
+        random=tuple(
+            deletion(model, batch[0], target, random_order, probabilities)
+            for random_order in shuffled
+        ),
     )
 
 

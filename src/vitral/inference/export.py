@@ -217,9 +217,10 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
     the image's sides. With "pad", it is the entire image, in the center of a square whose side is
     the longer side and whose color is `fill`, from 0 to 255; `eval_crop` is 1. This is resized to a
     square of `image_size` pixels with antialiasing, scaled to [0, 1], and normalized with `mean`
-    and `std`.
-    The probabilities are the softmax of the logits
-    divided by `temperature`; null stands for 1, because the weights are not calibrated.
+    and `std`. With `task` "single", the probabilities are the softmax of the logits divided by
+    `temperature`; null stands for 1, because the weights are not calibrated. With "multi", they are
+    the sigmoid of the logits, and an image has each class whose probability is at least its value
+    in `thresholds`.
     """
     description = weights.description
     config = description.config
@@ -235,6 +236,8 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
         "eval_crop": 1.0 if config.data.fit == "pad" else config.data.eval_crop,
         **data,
         "temperature": description.temperature,
+        "task": "multi" if description.multi_label else "single",
+        **({"thresholds": description.thresholds} if description.multi_label else {}),
         "classes": description.classes,
         "names": [human_name(name) or name for name in description.classes],
     }

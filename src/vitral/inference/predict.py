@@ -45,11 +45,15 @@ _Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the most likely classes, 
 _Result = tuple[T | None, str | None]  # result for an image, or the reason why it cannot be read
 CSV_HEADER = "path,rank,class,name,probability,error,calibrated\n"
 UNKNOWN = "unknown"
+NO_CLASSES = "no class"  # in text, if no probability reaches its threshold
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The most likely classes of an image, most likely first; empty if it could not be read."""
+    """The most likely classes of an image, most likely first; empty if it could not be read.
+
+    If an image can have several labels, these are all predicted classes, possibly none.
+    """
 
     path: str | None
     """Path of the file; None for an image in memory."""
@@ -84,6 +88,8 @@ class Classifier(weights.Weights):
         """Returns the most likely classes of each image, in order, on the device of the model.
 
         The logits are divided by the temperature of the weights, if they have one.
+        With weights for several labels per image, these are all classes whose probability is at
+        least their threshold, and `top` is not used.
 
         Args:
             images: one image or several, each the path of a file, a PIL image, or uint8 RGB as an
@@ -216,8 +222,13 @@ def predictions(
         )
     weights.require_head(source)
     description = source.description
-    check_tta(tta, description.config.data.fit)
-    rank = partial(_rank, for_inference(source.model), top, tta, description.temperature)
+    check_tta(tta, description)
+    if min_confidence and description.multi_label:
+        raise UserError(
+            "min_confidence: expected 0 for weights with several labels per image, which may have "
+            f"no label, got {min_confidence:g}"
+        )
+    rank = partial(_rank, for_inference(source.model), top, tta, description)
     results = _process_images(source, images, rank, image_size, batch_size, workers, NUM_CROPS[tta])
     return map(partial(_prediction, description, min_confidence), results, images)
 
@@ -239,7 +250,8 @@ def _prediction(
         names=tuple(description.classes[c] for c in top_classes),
         probabilities=probabilities,
         calibrated=description.temperature is not None,
-        unknown=not probabilities[0] >= min_confidence,  # also if it is NaN
+        # Also if it is NaN. An image with any number of labels may have none.
+        unknown=not description.multi_label and not probabilities[0] >= min_confidence,
     )
 
 
@@ -323,12 +335,23 @@ def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
 
 @torch.no_grad()
 def _rank(
-    model: ViT, top: int, tta: Tta, temperature: float | None, images: Tensor
+    model: ViT, top: int, tta: Tta, description: weights.Description, images: Tensor
 ) -> list[_Ranked]:
-    probabilities = mean_probabilities(model, images, tta, temperature)
+    if description.multi_label:
+        rows = model(images).float().sigmoid().tolist()
+        return [_above(row, description.thresholds) for row in rows]
+    probabilities = mean_probabilities(model, images, tta, description.temperature)
     top_classes = probabilities.topk(min(top, model.num_classes))
     rows = zip(top_classes.indices.tolist(), top_classes.values.tolist(), strict=True)
     return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]
+
+
+def _above(probabilities: Sequence[float], thresholds: Sequence[float]) -> _Ranked:
+    """Returns the classes whose probability is at least their threshold, most likely first."""
+    pairs = zip(probabilities, thresholds, strict=True)
+    chosen = [i for i, (p, threshold) in enumerate(pairs) if p >= threshold]
+    chosen.sort(key=lambda i: -probabilities[i])
+    return tuple(chosen), tuple(probabilities[i] for i in chosen)
 
 
 class _CropDataset(Dataset[tuple[Tensor, dict[int, str]]]):
@@ -425,7 +448,7 @@ def _text(prediction: Prediction) -> str:
         f"{display(name)} {p:.2%}" for name, p in _named_probabilities(prediction)
     )
     top_classes = UNKNOWN if prediction.unknown else top_classes
-    return f"{printable(str(prediction.path))}: {top_classes}\n"
+    return f"{printable(str(prediction.path))}: {top_classes or NO_CLASSES}\n"
 
 
 def _json(prediction: Prediction) -> str:
@@ -450,6 +473,6 @@ def _csv(prediction: Prediction) -> str:
         confidence = f"{prediction.probabilities[0]:.6f}"
         rows = [(path, 1, UNKNOWN, UNKNOWN, confidence, "", calibrated)]
     lines = io.StringIO()
-    rows = rows or [(path, *[""] * 4, prediction.error, "")]
+    rows = rows or [(path, *[""] * 4, prediction.error or "", "")]
     csv.writer(lines, lineterminator="\n").writerows(rows)
     return lines.getvalue()

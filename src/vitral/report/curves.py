@@ -20,8 +20,9 @@ def draw(path: Path, rows: Rows) -> None:
     _line(loss, rows, "loss", "training")
     _line(loss, rows, "val_loss", "validation")
     _line(loss, rows, "ema_loss", "validation, EMA")
-    _line(accuracy, rows, "val_top1", "top-1", 100)
-    _line(accuracy, rows, "ema_top1", "top-1, EMA", 100)
+    for name, title in (("top1", "top-1"), ("map", "mAP")):
+        _line(accuracy, rows, f"val_{name}", title, 100)
+        _line(accuracy, rows, f"ema_{name}", f"{title}, EMA", 100)
     _line(accuracy, rows, "val_top5", "top-5", 100)
     _finish(loss, "cross-entropy (nats)")
     _finish(accuracy, "validation accuracy (%)")

@@ -25,14 +25,16 @@ from vitral.evaluation.calibration import Coverage, coverage
 from vitral.evaluation.confusion import draw
 from vitral.evaluation.label_errors import LabelErrors
 from vitral.evaluation.metrics import ClassMetrics
+from vitral.evaluation.multilabel import MultiLabelScores
 from vitral.evaluation.output import TITLES, headline_rows, shown
 from vitral.files import read_regular
 from vitral.report import figures
 from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
 from vitral.report.label_errors import LabelErrorReport
+from vitral.report.multilabel import MultiLabelReport
 from vitral.report.predictions import Predictions
 from vitral.report.thumbnails import attention_pictures, data_uri, png_uri, thumbnail
-from vitral.rundir import Row, Run, RunDir, duration
+from vitral.rundir import Row, Run, RunDir, duration, headline
 from vitral.storage import replacing
 
 MAX_MATRIX_CLASSES = 50  # limit for showing the full confusion matrix
@@ -75,7 +77,7 @@ def write_report(
         cost=_cost(run),
         best=_best(run),
         batch=_picture(RunDir(run.path).train_batch),
-        results=predictions and PredictionReport(predictions),
+        **_sections(predictions),
         missing=missing,
         errors=errors and LabelErrorReport(errors),
     )
@@ -92,6 +94,7 @@ def write_comparison(runs: Sequence[Run], out: Path) -> None:
         title=f"Comparison of {len(runs)} runs",
         runs=list(zip(names, runs, strict=True)),
         colors=NUM_COLORS,
+        main=" or ".join(dict.fromkeys(TITLES[run.headline] for run in runs)),
         different={k: v for k, v in columns.items() if any(value != v[0] for value in v)},
         charts=_charts(dict(zip(names, [run.rows for run in runs], strict=True))),
     )
@@ -106,6 +109,7 @@ class PredictionReport:
     @property
     def scores(self) -> Scores:
         """Scores of the predictions."""
+        assert isinstance(self.predictions.scores, Scores)
         return self.predictions.scores
 
     @property
@@ -224,6 +228,17 @@ class PredictionReport:
         }
 
 
+def _sections(predictions: Predictions | None) -> dict[str, Any]:
+    """Returns the contents about individual predictions, by their name in the template."""
+    if predictions is None:
+        return {"results": None, "several": None}
+    results = PredictionReport(predictions)
+    if not isinstance(predictions.scores, MultiLabelScores):
+        return {"results": results, "several": None}
+    weights = results.model, results.images
+    return {"results": None, "several": MultiLabelReport(predictions, predictions.scores, *weights)}
+
+
 def _write(out: Path, template: str, **content: Any) -> None:
     pages = Environment(
         loader=PackageLoader("vitral.report", "pages"),
@@ -257,9 +272,12 @@ def _charts(runs: Mapping[str, Sequence[Row]]) -> list[Chart]:
     losses = {"val_loss": "validation", "ema_loss": "validation, EMA"}
     if not several:
         losses = {"loss": "training", **losses}
+    main = headline(next((row for rows in runs.values() for row in rows if "val_loss" in row), {}))
+    title = ("Average precision", "mAP, %") if main == "map" else ("Accuracy", "top-1, %")
+    accuracy = {f"val_{main}": "raw weights", f"ema_{main}": "EMA"}
     return [
         chart("Loss", "nats", 1, False, **losses),
-        chart("Accuracy", "top-1, %", 100, False, val_top1="raw weights", ema_top1="EMA"),
+        chart(*title, 100, False, **accuracy),
         chart("Learning rate", "", 1, True, lr="learning rate"),
         chart("Gradient norm", "before clipping", 1, True, grad_norm="gradient norm"),
         chart("Throughput", "img/s", 1, True, images_per_second="throughput"),

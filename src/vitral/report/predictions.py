@@ -15,8 +15,8 @@ from vitral.data.formats import open_dataset
 from vitral.data.loader import EVAL_BATCH, eval_batches
 from vitral.data.records import Dataset, Records
 from vitral.errors import UserError
-from vitral.evaluation import Scores, measure
 from vitral.evaluation.evaluate import data_path
+from vitral.evaluation.tasks import AnyScores, score_batches
 from vitral.machine import pick_device
 from vitral.rundir import Run
 from vitral.weights import Description, Weights, load
@@ -26,7 +26,7 @@ from vitral.weights import Description, Weights, load
 class Predictions:
     """Predictions of a model for the validation images."""
 
-    scores: Scores
+    scores: AnyScores
     records: Records
     """The images, in the order of the scores."""
     weights: Weights
@@ -61,13 +61,7 @@ def evaluate_best(
     batches = eval_batches(records, config, EVAL_BATCH, workers, device)
     total = -(-len(records) // EVAL_BATCH)
     batches = tqdm(batches, "evaluating", total, leave=False, disable=None)
-    scores = measure(
-        weights.model,
-        batches,
-        dataset.classes,
-        keep_probabilities=keep_probabilities,
-        temperature=weights.description.temperature,
-    )
+    scores = score_batches(weights, batches, dataset.classes, keep_probabilities=keep_probabilities)
     return Predictions(scores, records, weights, dataset.train)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitral.config import Config
 from vitral.data.records import class_name
-from vitral.data.sampling import Integers, quotas
+from vitral.data.sampling import Integers, Labels, count_labels, quotas
 from vitral.errors import UserError, did_you_mean, first_few, printable, reason_of, short
 from vitral.files import read_regular
 from vitral.settings import parse_yaml
@@ -37,12 +37,12 @@ class Balance:
 
     @classmethod
     def of(
-        cls, config: Config, classes: Sequence[str], labels: Integers, *, each_once: bool = False
+        cls, config: Config, classes: Sequence[str], labels: Labels, *, each_once: bool = False
     ) -> Self:
         """Returns the changes that the settings select, in float64 on the CPU.
 
         Args:
-            labels: labels of all training images, shape (N,).
+            labels: labels of all training images.
             each_once: for a fit that uses each image once, so that weights replace
                 `data.sampling`.
 
@@ -50,7 +50,7 @@ class Balance:
             UserError: if the table of weights cannot be used.
         """
         counts, train, sampling = (
-            np.bincount(labels, minlength=len(classes)),
+            count_labels(labels, len(classes)),
             config.train,
             config.data.sampling,
         )

@@ -41,6 +41,8 @@ def cross_validate(path: Path, count: int) -> str:
     """
     run = RunDir(path)
     known = weights.read_description(path)[1]
+    if known.multi_label:
+        raise UserError("folds: expected images with one label each, got several; omit --folds")
     train = open_dataset_of(known)[1].train
     assert train is not None
     features, seed = read_features(run.features), known.config.train.seed

@@ -65,7 +65,7 @@ class Features:
     vectors: Tensor
     """(n, D), float32: the input of the head."""
     labels: Tensor
-    """(n,), int64."""
+    """(n,), int64, or (n, classes), uint8, if an image can have several."""
     images: Tensor
     """(n,), int64: the index of each image in its split."""
     broken: Mapping[int, str]

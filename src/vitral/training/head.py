@@ -130,11 +130,17 @@ class HeadFit:
         console.message(
             f"head fitted to {len(features.labels):,} vectors in "
             f"{duration(time.monotonic() - started)}: L2 strength {head.strength:.3g}, "
-            f"held-out {'' if self.balance.importance is None else 'weighted '}top-1 "
-            f"{head.held_out:.2%}"
+            f"held-out {self._score} {head.held_out:.2%}"
         )
         set_head(self.model, head)
         return head.loss
+
+    @property
+    def _score(self) -> str:
+        """Name of the score that selected the L2 strength."""
+        if self.dataset.multi_label:
+            return "mAP"
+        return "top-1" if self.balance.importance is None else "weighted top-1"
 
     def features(self, signals: Signals, console: Console) -> Features:
         """Returns the features of all training images, in every process.

@@ -6,7 +6,6 @@ import functools
 import time
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from vitral.config import Config
@@ -14,12 +13,13 @@ from vitral.data.fetch import resolve_workers
 from vitral.data.loader import Batch, train_batches
 from vitral.data.objects import Objects
 from vitral.data.records import Dataset, Packed, Pixels
-from vitral.data.sampling import derive_seed
+from vitral.data.sampling import count_labels, derive_seed
 from vitral.data.tools.check import MAX_IMBALANCE
 from vitral.data.tools.rates import choose_decoder, input_speed_message
 from vitral.errors import UserError, counted
-from vitral.evaluation import Scores
 from vitral.evaluation.output import TITLES
+from vitral.evaluation.scores import Scores
+from vitral.evaluation.tasks import AnyScores, thresholds
 from vitral.model import ViT, count_flops
 from vitral.rundir import RunDir
 from vitral.training import checkpoint as checkpoints
@@ -107,7 +107,7 @@ class Trainer:
             self.state.restore(checkpoint)
         forward = compiled(model, self.resolved) if self.cached else self.accumulator.forward
         assert dataset.val is not None
-        counts = np.bincount(dataset.val.labels, minlength=len(dataset.classes))
+        counts = count_labels(dataset.val.labels, len(dataset.classes))
         self.imbalanced = counts.max() > MAX_IMBALANCE * max(counts.min(), 1)
         self.validation = Validation(
             config, dataset, model, forward, self.resolved, world, self.workers, device
@@ -314,9 +314,10 @@ class Trainer:
         measured = {f"{k}_{name}": v for k, each in metrics.items() for name, v in each.items()}
         self._write_row(pace, measured)
         temperatures = {
-            f"{kind}_temperature": s.temperature for kind, s in scores.items() if s.temperature
+            f"{kind}_temperature": s.temperature for kind, s in scores.items() if isinstance(s, Scores) and s.temperature
         }
         progress.metrics = {"step": progress.step, **measured, **temperatures}
+        progress.thresholds = thresholds(scores)
         progress.evaluated = progress.step
         self._save_weights(scores, metrics)
         epoch = progress.step / self.plan.steps_per_epoch
@@ -327,9 +328,11 @@ class Trainer:
 
     def _shown(self, metrics: dict[str, dict[str, float]]) -> str:
         """Formats a validation as text: top-1, and other metrics if they matter."""
-        best_by, names = self.config.train.best_by, {"top1": "top-1"}
-        names |= {"balanced": "balanced"} if self.imbalanced or best_by == "balanced" else {}
-        names |= {"f1": "F1"} if best_by == "f1" else {}
+        best_by, multi_label = self.config.train.best_by, self.dataset.multi_label
+        names = {"map": "mAP"} if multi_label else {"top1": "top-1"}
+        balanced = not multi_label and (self.imbalanced or best_by == "balanced")
+        names |= {"balanced": "balanced"} if balanced else {}
+        names |= {"f1": "F1"} if multi_label or best_by == "f1" else {}
         shown = (
             f"{kind} {', '.join(f'{title} {each[name]:.2%}' for name, title in names.items())}"
             for kind, each in metrics.items()
@@ -337,7 +340,7 @@ class Trainer:
         return f"{'  '.join(shown)}  val loss {metrics['val']['loss']:.3f}"
 
     def _save_weights(
-        self, scores: dict[str, Scores], metrics: dict[str, dict[str, float]]
+        self, scores: dict[str, AnyScores], metrics: dict[str, dict[str, float]]
     ) -> None:
         """Writes the tables, weights/last, and weights/best if `train.best_by` improved."""
         progress, rank = self.progress, self.config.train.rank
@@ -353,7 +356,7 @@ class Trainer:
             self._save_checkpoint()
         if self.outputs is not None:
             names = ["last", "best"] if improved else ["last"]
-            self.outputs.save_weights(states, names, progress.metrics)
+            self.outputs.save_weights(states, names, progress.metrics, progress.thresholds)
 
     def _save_checkpoint(self) -> None:
         progress = self.progress

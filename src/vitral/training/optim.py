@@ -126,7 +126,7 @@ def loss_sum(
 
     Args:
         logits: (B, classes).
-        targets: (B, classes), with rows that sum to one.
+        targets: (B, classes), with rows that sum to one unless an image can have several labels.
         kind: cross-entropy, or binary cross-entropy averaged over the classes.
         balance: in float32, on the device of the logits.
     """

@@ -13,8 +13,7 @@ from vitral.config import Config
 from vitral.data.records import Dataset
 from vitral.data.tools import preview
 from vitral.errors import UserError, counted, first_few
-from vitral.evaluation import Results, Scores
-from vitral.evaluation.output import write_tables
+from vitral.evaluation.tasks import AnyScores, write_tables
 from vitral.rundir import RunDir, read_rows, read_run
 from vitral.storage import CorruptError
 from vitral.training.estimate import compare_with_frozen
@@ -47,7 +46,7 @@ class Outputs:
         self.parts = parts
         self.last_drawn = time.monotonic()
         # Step and scores for the report: the best validation of this process, or its last one.
-        self.reported: tuple[int, Scores] | None = None
+        self.reported: tuple[int, AnyScores] | None = None
 
     def announce(
         self,
@@ -105,16 +104,22 @@ class Outputs:
         preview.save(grid, self.run.train_batch)
         self.log.picture(grid)
 
-    def save_weights(self, states: States, names: list[str], metrics: Mapping[str, float]) -> None:
+    def save_weights(
+        self,
+        states: States,
+        names: list[str],
+        metrics: Mapping[str, float],
+        thresholds: Mapping[str, tuple[float, ...]],
+    ) -> None:
         """Writes weights/NAME for each of `names`."""
         if self.parts.describable:
             storage.make_directory(self.run.weights)
             for name in names:
-                weights.save(self.run.weights / name, states, self._describe(metrics))
+                weights.save(self.run.weights / name, states, self._describe(metrics, thresholds))
 
-    def record_scores(self, scores: Scores, progress: Progress) -> None:
+    def record_scores(self, scores: AnyScores, progress: Progress) -> None:
         """Writes the tables of a validation and remembers its scores for the report."""
-        write_tables(Results(scores), self.run.path)
+        write_tables(scores, self.run.path)
         if self.reported is None or self.reported[0] != progress.best["step"]:
             self.reported = (progress.step, scores)
 
@@ -127,7 +132,7 @@ class Outputs:
         steps = {"best": int(progress.best["step"])} if progress.evaluated else {}
         if progress.evaluated == progress.step > 0:  # otherwise the next validation writes them
             steps["last"] = progress.step
-        place = self._describe({}).config.data.path
+        place = self._describe({}, {}).config.data.path
         for name, step in steps.items():
             try:
                 directory, known = weights.read_description(self.run.weights / name)
@@ -170,9 +175,12 @@ class Outputs:
             self.console.message(f"weights/{name} cannot be restored: {error}")
             return
         states = {kind: found.tensors[kind] for kind in found.tensors if kind != "optimizer"}
-        self.save_weights(states, [name], found.state["metrics"])
+        state = found.state
+        self.save_weights(states, [name], state["metrics"], state.get("thresholds", {}))
         self.console.message(f"weights/{name} restored from the checkpoint of step {step}")
 
-    def _describe(self, metrics: Mapping[str, float]) -> weights.Description:
-        dataset = self.dataset
-        return weights.describe(self.config, dataset.classes, dataset.fingerprint, metrics)
+    def _describe(
+        self, metrics: Mapping[str, float], thresholds: Mapping[str, tuple[float, ...]]
+    ) -> weights.Description:
+        identity = self.dataset.classes, self.dataset.fingerprint
+        return weights.describe(self.config, *identity, metrics, thresholds)

@@ -1,4 +1,8 @@
-"""A linear classifier on features: multinomial logistic regression fitted with L-BFGS."""
+"""A linear classifier on features, fitted with L-BFGS.
+
+This is multinomial logistic regression or, if an image can have several labels, an independent
+logistic regression for each class.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitral.data.sampling import Integers, divide
+from vitral.data.sampling import Integers, divide, strata
+from vitral.evaluation.multilabel import macro_average_precision
 from vitral.training.balance import NO_BALANCE, Balance
 from vitral.training.frozen import Features
 
@@ -43,8 +48,7 @@ class Probe(NamedTuple):
     strength: float
     """Strength of the L2 penalty, relative to the mean cross-entropy."""
     held_out: float
-    """Accuracy on the held-out images used to select the strength, weighted by
-    `Balance.importance`."""
+    """`held_out_score` of the images used to select the strength."""
     loss: float
     """Mean cross-entropy over all images, in nats, weighted by class."""
 
@@ -141,7 +145,7 @@ class Folds:
         )
         own = None if groups is None else groups[self.images]
         labels = features.labels.numpy()[self.first]
-        self.fold = divide(self.images, labels, FOLDS, seed, "probe", own)
+        self.fold = divide(self.images, strata(labels), FOLDS, seed, "probe", own)
         self.used = [k for k in range(FOLDS) if 0 < np.sum(self.fold == k) < len(self.fold)]
 
     @property
@@ -172,13 +176,13 @@ def standardization(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, list[Tensor]]:
-    """Selects the strength with the best held-out accuracy; ties go to the strongest.
+    """Selects the strength with the best held-out score; ties go to the strongest.
 
     Args:
         folds: the problem to fit and the held-out problem of each fold.
 
     Returns:
-        The strength, its accuracy, and its head in each fold; without folds, DEFAULT_STRENGTH, nan
+        The strength, its score, and its head in each fold; without folds, DEFAULT_STRENGTH, nan
         and no heads.
     """
     if not folds:  # no class has two images
@@ -191,21 +195,37 @@ def select(folds: Sequence[tuple[Problem, Problem]]) -> tuple[float, float, list
             fitted.minimize(head, strength, SELECTION_TOLERANCE)[0]
             for (fitted, _), head in zip(folds, heads, strict=True)
         ]
-        correct = sum(held.num_correct(head) for (_, held), head in zip(folds, heads, strict=True))
-        accuracy = correct / sum(held.count(held.labels) for _, held in folds)
-        since = 0 if accuracy > best[1] else since + 1
-        best = (strength, accuracy, heads) if since == 0 else best
+        score = held_out_score([held for _, held in folds], heads)
+        since = 0 if score > best[1] else since + 1
+        best = (strength, score, heads) if since == 0 else best
         if since == PATIENCE:
             break
     return best
 
 
+def held_out_score(folds: Sequence[Problem], heads: Sequence[Tensor]) -> float:
+    """Returns the score of each head (classes, D + 1) on its held-out images, over all folds.
+
+    This is the accuracy, weighted by `Balance.importance`, or, if an image can have several labels,
+    the mean average precision of the classes.
+    """
+    pairs = [*zip(folds, heads, strict=True)]
+    if folds[0].labels.ndim == 2:
+        labels = torch.cat([held.labels for held in folds])
+        logits = torch.cat([part for held, head in pairs for part in held.logits(head)])
+        return macro_average_precision(labels.cpu().numpy(), logits.cpu().numpy())
+    correct = sum(held.num_correct(head) for held, head in pairs)
+    return correct / sum(held.count(held.labels) for held in folds)
+
+
 class Problem:
     """Mean cross-entropy of a linear classifier, with an L2 penalty on its weights.
 
+    If an image can have several labels, it is the sum of the binary cross-entropies of the classes.
+
     Args:
         vectors: (n, D); logits are computed in this dtype, and losses are added in float64.
-        labels: (n,).
+        labels: (n,), or 0 and 1, (n, classes).
         check: called before each evaluation.
         balance: changes to the cross-entropy, in float64.
     """
@@ -266,10 +286,7 @@ class Problem:
         bias = bias if self.balance.shift is None else bias + self.balance.shift
         bias, weights = bias.to(self.vectors.dtype), self.balance.weights
         for x, y in zip(self.vectors.split(self.rows), self.labels.split(self.rows), strict=True):
-            log_p = F.log_softmax(F.linear(x, weight, bias), 1)
-            own = log_p.gather(1, y[:, None])
-            error = log_p.exp_()
-            error[torch.arange(len(y)), y] -= 1
+            own, error = _log_likelihood(F.linear(x, weight, bias), y)
             if weights is not None:
                 factors = weights[y, None].to(error.dtype)
                 own, error = own * factors, error * factors
@@ -280,14 +297,15 @@ class Problem:
 
     def num_correct(self, head: Tensor) -> float:
         """Returns the `count` of vectors that a head (classes, D + 1) classifies correctly."""
-        classes = torch.cat([logits.argmax(1) for logits in self._logits(head)])
+        classes = torch.cat([logits.argmax(1) for logits in self.logits(head)])
         return self.count(self.labels[classes == self.labels])
 
     def probabilities(self, head: Tensor) -> Tensor:
         """Returns the probabilities that a head (classes, D + 1) predicts, (n, classes)."""
-        return torch.cat([logits.softmax(1).float() for logits in self._logits(head)])
+        return torch.cat([logits.softmax(1).float() for logits in self.logits(head)])
 
-    def _logits(self, head: Tensor) -> Iterator[Tensor]:
+    def logits(self, head: Tensor) -> Iterator[Tensor]:
+        """Yields the logits of some of the vectors, (rows, classes), in order."""
         head = head.to(self.vectors.dtype)
         return (F.linear(x, head[:, :-1], head[:, -1]) for x in self.vectors.split(self.rows))
 
@@ -299,3 +317,19 @@ class Problem:
         # Counts first, so that equal counts give equal results.
         counts = torch.bincount(labels.cpu(), minlength=self.num_classes)
         return float(counts.to(importance.dtype) @ importance.cpu())
+
+
+def _log_likelihood(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns log-likelihoods of the labels, (n, 1), and gradients of their negative, (n, classes).
+
+    Args:
+        logits: (n, classes); overwritten.
+        labels: (n,), or 0 and 1, (n, classes).
+    """
+    if labels.ndim == 2:
+        own = F.logsigmoid(torch.where(labels > 0, logits, -logits)).sum(1, keepdim=True)
+        return own, logits.sigmoid_().sub_(labels)
+    log_p = F.log_softmax(logits, 1)
+    own, error = log_p.gather(1, labels[:, None]), log_p.exp_()
+    error[torch.arange(len(labels)), labels] -= 1
+    return own, error

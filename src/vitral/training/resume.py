@@ -19,7 +19,7 @@ from vitral.documents import UnknownFieldError, convert_json
 from vitral.errors import UserError, counted, short
 from vitral.evaluation.output import TITLES, shown
 from vitral.model import ViT
-from vitral.rundir import RunDir, read_rows
+from vitral.rundir import RunDir, headline, read_rows
 from vitral.storage import CorruptError
 from vitral.training import checkpoint as checkpoints
 from vitral.training.checkpoint import Checkpoint
@@ -42,6 +42,7 @@ class Values(TypedDict):
     best: Mapping[str, float]
     stale: NotRequired[int]
     metrics: Mapping[str, float]
+    thresholds: NotRequired[Mapping[str, tuple[float, ...]]]
     broken: tuple[tuple[int, str], ...]
     counters: tuple[float, ...]
     resolved: Resolved
@@ -69,12 +70,16 @@ class Progress:
     """Number of validations since the best one."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Results of the last validation."""
+    thresholds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Thresholds of the classes, of "model" and "ema", if an image can have several labels."""
 
     def summary(self, best_by: BestBy) -> str:
         """Returns the results as text."""
-        text = f"val top-1 {self.metrics['val_top1']:.2%}"
-        text += f", EMA {self.metrics['ema_top1']:.2%}" if "ema_top1" in self.metrics else ""
-        title = "" if best_by == "top1" else f"{TITLES[best_by]} "
+        name = headline(self.metrics)
+        text = f"val {TITLES[name]} {self.metrics[f'val_{name}']:.2%}"
+        ema = self.metrics.get(f"ema_{name}")
+        text += "" if ema is None else f", EMA {ema:.2%}"
+        title = "" if best_by == name else f"{TITLES[best_by]} "
         best = title + shown(best_by, self.best[best_by])
         return f"{text}; best {best} at step {self.best['step']:.0f}"
 
@@ -116,6 +121,7 @@ class State:
             "best": self.progress.best,
             "stale": self.progress.stale,
             "metrics": self.progress.metrics,
+            "thresholds": self.progress.thresholds,
             "broken": sorted(broken.items()),
             "counters": self.counters.values.tolist(),
             "resolved": dataclasses.asdict(self.resolved),
@@ -137,6 +143,7 @@ class State:
         progress.saved = (progress.step, progress.evaluated)
         progress.best, progress.metrics = state["best"], state["metrics"]
         progress.stale = state.get("stale", 0)
+        progress.thresholds = state.get("thresholds", {})
         self.counters.values.copy_(
             torch.tensor(state["counters"], dtype=self.counters.values.dtype)
         )
@@ -231,7 +238,7 @@ def read_values(folder: Path, step: int) -> Values:
         "best": math.isfinite(best.get("step", math.nan))
         and (not evaluated or values["config"].train.best_by in best),
         "stale": values.get("stale", 0) >= 0,
-        "metrics": not evaluated or "val_top1" in metrics,
+        "metrics": not evaluated or "val_loss" in metrics,
         "broken": all(i >= 0 for i, _ in broken),
         "counters": len(values["counters"]) == Counters.SIZE,
         "resolved": min(resolved.threads, resolved.micro_batch, resolved.processes) > 0,
@@ -278,7 +285,7 @@ def check_checkpoints_exist(run: RunDir) -> None:
 
     The first validation writes one, before any weights and any later row of the log.
     """
-    validated = any("val_top1" in row for row in read_rows(run.metrics)[:-1])
+    validated = any("val_loss" in row for row in read_rows(run.metrics)[:-1])
     if validated or run.weights.is_dir():
         raise UserError(
             f"out: the run in {run.path} cannot be resumed, because its checkpoints are missing; "

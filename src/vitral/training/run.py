@@ -27,6 +27,7 @@ from vitral.training.frozen import freeze
 from vitral.training.loop import Trainer
 from vitral.training.parts import Parts
 from vitral.training.resolved import build_model
+from vitral.training.task import adapt_to_labels
 
 DEFAULT_PARTS = Parts()
 
@@ -72,9 +73,8 @@ def train(
     with exclusive_training(), process_world(gpu, minutes) as world, run:
         device = world.run_on_all_ranks(lambda: world.device(device))
         request = budget.fit_time_budget(request, run, world, datasets)
-        config = request.config
-        notes, data, model = world.run_on_all_ranks(
-            lambda: prepare(config, run, world, parts, datasets)
+        config, notes, data, model = world.run_on_all_ranks(
+            lambda: prepare(request.config, run, world, parts, datasets)
         )
         if len({*world.gather(data.fingerprint)}) > 1:
             raise UserError(f"data: {config.data.path} is not the same in all processes")
@@ -101,22 +101,24 @@ def prepare(
     parts: Parts = DEFAULT_PARTS,
     datasets: PythonDatasets | None = None,
     device: str = "cpu",
-) -> tuple[list[str], Dataset, ViT]:
-    """Returns the notes, dataset and model of a run. Raises errors before anything is written.
+) -> tuple[Config, list[str], Dataset, ViT]:
+    """Returns the settings, notes, dataset and model of a run.
 
+    Raises errors before anything is written. The settings are adapted to the labels of the dataset.
     On the device "meta", only the shapes of the model and of the initial weights are compared.
     """
     check_processes(config, world.size)
     check_room(run.path)
-    changes = resume.check_settings(run, config) if world.is_main else []
     dataset = open_data(config, datasets)
     assert dataset.train is not None
+    config, adapted = adapt_to_labels(config, dataset)
+    changes = resume.check_settings(run, config) if world.is_main else []
     Balance.of(config, dataset.classes, dataset.train.labels)  # reads the table of weights
     with torch.device(device):
         model = build_model(config, len(dataset.classes), parts.model)
-    path, notes = config.train.init, [*dataset.notes, *changes]
+    path, notes = config.train.init, [*dataset.notes, *adapted, *changes]
     if path is not None and not checkpoints.steps(run.checkpoints):
         new = ", ".join(parts.initialize(model, path)) or "none"
         notes.append(f"initialized from {path}; reinitialized parameters: {new}")
     freeze(model, config.train.trainable)
-    return notes, dataset, model
+    return config, notes, dataset, model

@@ -12,8 +12,9 @@ from torch import Tensor
 from vitral.config import Config
 from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
 from vitral.data.records import Dataset, Packed, Pixels
-from vitral.evaluation import Scores, measure, merge
+from vitral.evaluation import measure, merge, multilabel
 from vitral.evaluation.calibration import Logits, fit_temperature
+from vitral.evaluation.tasks import AnyScores
 from vitral.model import ViT
 from vitral.training.distributed import World
 from vitral.training.parallel import unsharded
@@ -41,8 +42,9 @@ class Validation:
         self.resolved, self.world = resolved, world
         self.workers, self.device = workers, device
 
-    def measure(self, signals: Signals) -> Scores:
-        """Scores the model with its current weights, and fits their temperature.
+    def measure(self, signals: Signals) -> AnyScores:
+        """Scores the model with its current weights, and fits their temperature if an image has one
+        label.
 
         Every process must call this.
 
@@ -55,6 +57,8 @@ class Validation:
             with self.resolved.autocast():
                 return self.call(images)
 
+        if self.records.labels.ndim == 2:
+            return self._measure_labels(forward, signals)
         logits = Logits(len(self.records), len(self.classes))
         with unsharded(self.model):
             part = self.world.run_on_all_ranks(
@@ -65,6 +69,15 @@ class Validation:
             calibrated = logits.confidence(temperature)
             part = dataclasses.replace(part, temperature=temperature, calibrated=calibrated)
         return merge(self.world.gather(part))
+
+    def _measure_labels(
+        self, forward: Callable[[Tensor], Tensor], signals: Signals
+    ) -> multilabel.MultiLabelScores:
+        with unsharded(self.model):
+            part = self.world.run_on_all_ranks(
+                lambda: multilabel.measure(forward, self._batches(signals), self.classes)
+            )
+        return multilabel.merge(self.world.gather(part))
 
     @property
     def needs_decoding(self) -> bool:

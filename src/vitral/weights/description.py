@@ -6,10 +6,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
+
+from torch import Tensor
 
 from vitral.config import TABLES, Config
 from vitral.documents import convert_json
@@ -43,6 +46,26 @@ class Description:
     """License of the pretrained model, as stated by its publisher."""
     difference: float = 0.0
     """Largest difference from the pretrained model's outputs, relative to their rms."""
+    all_thresholds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """If an image can have several labels, the probability of each class from which an image has
+    it, for each file: "model" and "ema"."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image can have any number of labels."""
+        return bool(self.all_thresholds)
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Thresholds of the classes for the file `default`; empty if an image has one label."""
+        return self.all_thresholds.get(self.default, ())
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Returns the probability of each class given logits, (..., classes) each.
+
+        If an image can have several labels, each is independent of the others.
+        """
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
 
     @property
     def temperature(self) -> float | None:
@@ -87,6 +110,13 @@ class Description:
                 raise UserError(
                     f"weights: {directory}: config.json: {name}: expected a number above 0, got "
                     f"{temperature:g}; copy the weights again"
+                )
+        for kind, thresholds in found.all_thresholds.items():
+            if len(thresholds) != len(found.classes) or not all(0 <= t <= 1 for t in thresholds):
+                raise UserError(
+                    f"weights: {directory}: config.json: expected a threshold from 0 to 1 for each "
+                    f"of the {len(found.classes)} classes of {printable(kind)}; copy the weights "
+                    "again"
                 )
         texts = {name: printable(getattr(found, name)) for name in ("vitral", "source", "license")}
         classes = tuple(map(printable, found.classes))
@@ -137,7 +167,11 @@ def absolute_paths(config: Config) -> Config:
 
 
 def describe(
-    config: Config, classes: tuple[str, ...], fingerprint: str, metrics: Mapping[str, float]
+    config: Config,
+    classes: tuple[str, ...],
+    fingerprint: str,
+    metrics: Mapping[str, float],
+    thresholds: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
 ) -> Description:
     """Returns the description of a run's weights; the default is the better of raw and EMA weights
     by `train.best_by`.
@@ -154,4 +188,5 @@ def describe(
         default="ema" if better else "model",
         metrics=metrics,
         vitral=version("vitral"),
+        all_thresholds=dict(thresholds),
     )

@@ -265,7 +265,7 @@ def test_missing_files_are_counted(tmp_path, rows):
         ("[1]\n", "row 1: expected a JSON object, got [1]", "a.jsonl"),
         ("[" * 100_000, "row 1: expected JSON", "a.jsonl"),
         ('{"image": "a.png", "label": 1, "label": 2}', "got duplicate key; fix this", "a.jsonl"),
-        ('{"image": "00c.png", "label": ["a"]}', "column label: expected text", "a.jsonl"),
+        ('{"image": "00c.png", "label": {"a": 1}}', "column label: expected text", "a.jsonl"),
         ('{"image": "00c.png", "label": null}', "row 1, column label: expected", "a.jsonl"),
         ('{"image": "00c.png", "label": 1}\n{"image": "0d"}', "row 2, column label", "a.jsonl"),
         (f'image,label\n"{"x" * 200_000}",a', "row 2: expected CSV, got field larger", "a.csv"),

@@ -48,10 +48,21 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
             dataset = found.open(root, config, seed, train)
     except OSError as error:
         raise unreadable(config.path, error) from error
+    _check_task(config, dataset)
     if config.hold_out and train and not dataset.held_out:
         why = f"the validation images of {dataset.name} are not used"
         return hold_out(dataset, config.path, config.val_fraction, seed, why)
     return dataset
+
+
+def _check_task(config: DataConfig, dataset: Dataset) -> None:
+    if dataset.multi_label and config.task == "single":
+        got, fix = "several", "pass --task auto"
+        raise data_error(config.path, "one label per image with task single", got, fix)
+    wanted = config.task == "multi" or config.label_separator is not None
+    if wanted and not dataset.multi_label:
+        got, fix = "one label per image", "list the labels of each image in a table"
+        raise data_error(config.path, "images with any number of labels", got, fix)
 
 
 def _not_found(root: Path, path: str) -> Exception:

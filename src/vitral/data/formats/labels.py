@@ -30,7 +30,10 @@ COLUMNS = {
     "group": ("group", "group_id", "patient_id"),
 }
 """Common names of each column, in lower case with underscores, the preferred ones first."""
-REQUIRED = ("image", "label")
+CLASS = "class "  # prefix of the kind of a column of 0 and 1; its name follows
+BINARY = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+"""Cells of such a column, in lower case."""
+LIST = "\0"  # precedes each item of a list in a cell
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +42,17 @@ class Table:
 
     path: Path
     names: dict[str, str]
-    """Name of each column in the table; image and label are always there."""
+    """Name in the table of each kind of column. Image is always there, and either label or two or
+    more kinds that begin with CLASS."""
     cells: dict[str, list[str]]
     """Text of each column, without surrounding spaces."""
     rows: Integers
     """Number of each row in the file, counted from 1. Shape (n,)."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Kinds of the columns of 0 and 1, one for each class."""
+        return [kind for kind in self.names if kind.startswith(CLASS)]
 
     def error(self, i: int, column: str, expected: str, got: str, fix: str) -> UserError:
         """Returns the error for cell `i` of a column."""
@@ -94,7 +103,9 @@ def _open_text(path: Path) -> TextIO:
 def find_columns(
     path: Path, header: Sequence[str], config: DataConfig, train: bool
 ) -> dict[str, str]:
-    """Returns the name in the table of each column that the dataset uses.
+    """Returns the name in the table of each kind of column that the dataset uses.
+
+    Without a column for the label, these are all columns, which may contain 0 and 1 for a class.
 
     Raises:
         UserError: if a column is missing, or is there twice.
@@ -112,19 +123,54 @@ def find_columns(
             fix = hint or f"give {_option(column)} with one of these names"
             raise data_error(path, f"a column {given}", first_few(header), fix)
         name = given or next((usual[name] for name in names if name in usual), None)
-        if name is None and column in REQUIRED:
-            expected = f"a column for the {column}, such as {names[0]}"
-            fix = f"name it in the first row, or give {_option(column)}"
-            raise data_error(path, expected, first_few(header), fix)
+        if name is None and column == "image":
+            raise _missing(path, column, header)
         if name is not None:
-            if header.count(name) > 1:
-                raise data_error(path, f"one column {name}", "several", "rename the others")
             found[column] = name
+    if "label" not in found:
+        others = [name for name in header if name and name not in found.values()]
+        if config.task == "single" or config.label_separator is not None or len(others) < 2:
+            raise _missing(path, "label", header)
+        found |= {f"{CLASS}{name}": name for name in others}
+    for name in found.values():
+        if header.count(name) > 1:
+            raise data_error(path, f"one column {name}", "several", "rename the others")
     return found
 
 
 def _option(column: str) -> str:
     return f"--{column}-column"
+
+
+def _missing(path: Path, column: str, header: Sequence[str], otherwise: str = "") -> UserError:
+    expected = f"a column for the {column}, such as {COLUMNS[column][0]}"
+    fix = f"name it in the first row, or give {_option(column)}{otherwise}"
+    return data_error(path, expected, first_few(header), fix)
+
+
+def _only_binary(table: Table, config: DataConfig) -> Table:
+    """Drops columns that are not of 0 and 1, if there is no column for the label.
+
+    A column with a few other values is kept, so that these are errors.
+
+    Raises:
+        UserError: if fewer than two columns are of 0 and 1, or `config.task` is "auto" and others
+            are not: one of them may be the label.
+    """
+
+    def is_binary(kind: str) -> bool:
+        cells = table.cells[kind]
+        return 2 * sum(cell.lower() in BINARY for cell in cells) > len(cells)
+
+    binary = [kind for kind in table.classes if is_binary(kind)]
+    others = {*table.classes} - {*binary}
+    if table.classes and (len(binary) < 2 or (others and config.task == "auto")):
+        hint = ", or --task multi for columns of 0 and 1, one for each class"
+        otherwise = hint if len(binary) >= 2 else ""
+        raise _missing(table.path, "label", [*table.names.values()], otherwise)
+    names = {kind: name for kind, name in table.names.items() if kind not in others}
+    cells = {kind: cells for kind, cells in table.cells.items() if kind not in others}
+    return Table(table.path, names, cells, table.rows)
 
 
 def _read_csv(path: Path, text: TextIO, config: DataConfig, train: bool) -> Table:
@@ -142,7 +188,7 @@ def _read_csv(path: Path, text: TextIO, config: DataConfig, train: bool) -> Tabl
                 raise data_error(f"{path}: row {number}", expected, str(len(cells)), fix)
             yield number, [cells[place] for place in places]
 
-    return _collect(path, names, selected())
+    return _only_binary(_collect(path, names, selected()), config)
 
 
 def _csv_rows(path: Path, text: TextIO) -> Iterator[tuple[int, list[str]]]:
@@ -173,14 +219,17 @@ def _read_json(path: Path, text: TextIO, config: DataConfig, train: bool) -> Tab
 
     def selected() -> Iterator[tuple[int, list[str]]]:
         for number, item in chain([first], objects):
-            cells = [item.get(name) for name in names.values()]
-            for name, cell in zip(names.values(), cells, strict=True):
-                if isinstance(cell, list | dict):
-                    place, fix = f"{path}: row {number}, column {name}", "use one value per image"
+            cells = {kind: item.get(name) for kind, name in names.items()}
+            for kind, cell in cells.items():
+                listed = kind == "label" and config.task != "single"
+                values = cell if listed and isinstance(cell, list) else [cell]
+                if kind in COLUMNS and any(isinstance(value, list | dict) for value in values):
+                    place = f"{path}: row {number}, column {names[kind]}"
+                    fix = "use one value per image"
                     raise data_error(place, "text or a number", short(cell), fix)
-            yield number, [_text(cell) for cell in cells]
+            yield number, [*map(_text, cells.values())]
 
-    return _collect(path, names, selected())
+    return _only_binary(_collect(path, names, selected()), config)
 
 
 def _objects(path: Path, text: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -202,6 +251,8 @@ def _objects(path: Path, text: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return LIST + LIST.join(map(_text, value))
     return "" if value is None else str(value)
 
 
@@ -212,13 +263,31 @@ def _read_parquet(path: Path, config: DataConfig, train: bool) -> Table:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as opened:
             names = find_columns(path, opened.schema_arrow.names, config, train)
+            names = {
+                kind: name
+                for kind, name in names.items()
+                if kind in COLUMNS or not pa.types.is_nested(opened.schema_arrow.field(name).type)
+            }
             table = opened.read([*dict.fromkeys(names.values())], use_threads=False)
-        columns = [table[name].cast(pa.string()).to_pylist() for name in names.values()]
+        columns = [
+            table[name].to_pylist()
+            if kind == "label" and config.task != "single" and _is_list(table[name].type)
+            else table[name].cast(pa.string()).to_pylist()
+            for kind, name in names.items()
+        ]
     except (pa.ArrowException, ValueError) as error:
         got = next(iter(str(error).splitlines()), type(error).__name__)
         raise data_error(path, "columns of text or numbers", got, "convert them") from error
     rows = enumerate(zip(*columns, strict=True), 1)
-    return _collect(path, names, ((number, [*map(_text, cells)]) for number, cells in rows))
+    collected = _collect(path, names, ((number, [*map(_text, cells)]) for number, cells in rows))
+    return _only_binary(collected, config)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a column contains lists of text or numbers."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) and not pa.types.is_nested(kind.value_type)
 
 
 def _collect(

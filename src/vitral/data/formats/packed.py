@@ -123,7 +123,7 @@ def _open_split(root: Path, index: dict[str, Any], split: str) -> Packed | Spans
     table = {key: t.numpy() for key, t in storage.read_tensors(root / INDEX, split).items()}
     names, labels = table["names"].view(f"S{table['names'].shape[1]}")[:, 0], table["labels"]
     if index["jpeg"]:
-        columns = (np.zeros_like(labels), table["offsets"], table["sizes"], names, labels)
+        columns = (np.zeros(len(labels), np.int64), table["offsets"], table["sizes"], names, labels)
         return Spans((path,), (stamp(path, status),), *columns)
     shape = (len(labels), 3, index["size"], index["size"])
     digest = hashlib.sha256("".join(chunk["sha256"] for chunk in chunks).encode()).hexdigest()

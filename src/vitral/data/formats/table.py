@@ -1,7 +1,8 @@
 """Tables of labels: a file, or `metadata.csv` or `metadata.jsonl` next to the images.
 
 The latter is a layout of the Hugging Face Hub: the file is in the folder itself, or in `train/` and
-`val/`. Each row contains the path of an image, relative to the folder of the table, and its class.
+`val/`. Each row contains the path of an image, relative to the folder of the table, and its class
+or classes.
 """
 
 from __future__ import annotations
@@ -10,11 +11,7 @@ import dataclasses
 import errno
 import os
 import stat
-from bisect import bisect
-from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,11 @@ from numpy.typing import NDArray
 
 from vitral.config import DataConfig
 from vitral.data.formats import parquet
+from vitral.data.formats.classes import class_columns, find_classes
 from vitral.data.formats.folder import holds_images
-from vitral.data.formats.labels import SUFFIXES, Table, find_columns, read_header, read_table
-from vitral.data.records import VALIDATION, Dataset, Files, class_name, merge_splits
+from vitral.data.formats.labels import SUFFIXES, find_columns, read_header, read_table
+from vitral.data.formats.rows import Rows
+from vitral.data.records import VALIDATION, Dataset, Files, merge_splits
 from vitral.data.sampling import Integers
 from vitral.errors import UserError, counted, data_error, first_few, printable, short
 
@@ -45,7 +44,8 @@ def matches(root: Path) -> bool:
 def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     """Opens the images in a table; without a validation split, a part is held out.
 
-    The records are in the order of a folder with the same images: by class, then by path. With
+    The records are in the order of a folder with the same images: by class, then by path. If an
+    image can have several labels, they are in the order of the paths. With
     `train` False, there may be a single class, and all images of a table without splits are
     validation images.
 
@@ -54,11 +54,13 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         OSError: if a file cannot be read.
     """
     files = _metadata_files(root) if root.is_dir() else [root]
-    rows = _Rows(root, tuple(read_table(path, config, train) for path in files))
+    rows = Rows(root, tuple(read_table(path, config, train) for path in files))
     splits, notes = _assign_splits(rows, train)
-    classes, labels = _classes(rows, splits, train)
+    used = np.flatnonzero(splits != UNUSED)
+    training = np.flatnonzero(splits == TRAIN) if train else None
+    classes, labels = find_classes(rows, used, training, config)
     has_val = bool((splits == VAL).any())
-    chosen = np.flatnonzero(splits == VAL if has_val and not train else splits != UNUSED)
+    chosen = np.flatnonzero(splits == VAL) if has_val and not train else used
     names, sizes = _locate(rows, chosen)
     columns = {"label": labels[chosen], "split": splits[chosen]}
     if rows.has("group"):
@@ -67,8 +69,12 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
     if len(first) < len(chosen):
         rows_merged = counted(len(chosen) - len(first), "duplicate row")
         notes = (*notes, f"{printable(root.name)}: {rows_merged} merged")
-    order = first[np.lexsort((names[first], columns["label"][first]))]
+    keys = (names,) if labels.ndim == 2 else (names, columns["label"])
+    order = first[np.lexsort([key[first] for key in keys])]
     parts = {name: column[order] for name, column in columns.items()}
+    unlabeled = int((~parts["label"].any(1)).sum()) if labels.ndim == 2 else 0
+    if unlabeled:
+        notes = (*notes, f"{printable(root.name)}: {counted(unlabeled, 'image')} without labels")
     records = Files(
         rows.folder,
         names[order],
@@ -99,58 +105,12 @@ def _has_labels(path: Path) -> bool:
     if holds_images(path.parent):
         return True
     try:
-        return bool(find_columns(path, read_header(path), DataConfig(), train=False))
+        return "label" in find_columns(path, read_header(path), DataConfig(), train=False)
     except UserError:
         return False
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The rows of one or more tables, one after another."""
-
-    root: Path
-    """The table, or the folder with the tables."""
-    tables: tuple[Table, ...]
-
-    @property
-    def folder(self) -> Path:
-        """The folder that paths in the dataset are relative to."""
-        return self.root if self.root.is_dir() else self.root.parent
-
-    @cached_property
-    def ends(self) -> list[int]:
-        """Number of rows up to the end of each table."""
-        return [*accumulate(len(table.rows) for table in self.tables)]
-
-    def has(self, column: str) -> bool:
-        """Whether all tables have a column."""
-        return all(column in table.cells for table in self.tables)
-
-    def cells(self, column: str) -> list[str]:
-        """Returns the text of all cells in a column that all tables have."""
-        return [cell for table in self.tables for cell in table.cells[column]]
-
-    def paths(self) -> list[str]:
-        """Returns the path of each image, relative to `folder` or absolute."""
-        paths: list[str] = []
-        for table in self.tables:
-            inside = "" if table.path.parent == self.folder else table.path.parent.name
-            cells = table.cells["image"]
-            paths += [os.path.join(inside, cell) for cell in cells] if inside else cells  # noqa: PTH118
-        return paths
-
-    def error(self, i: int, column: str, expected: str, got: str, fix: str) -> UserError:
-        """Returns the error for row `i` and a column."""
-        which = bisect(self.ends, i)
-        return self.tables[which].error(i - self.ends[which], column, expected, got, fix)
-
-    def number(self, i: int) -> int:
-        """Returns the number in its file of row `i`."""
-        which = bisect(self.ends, i)
-        return int(self.tables[which].rows[i - self.ends[which]])
-
-
-def _assign_splits(rows: _Rows, train: bool) -> tuple[Integers, tuple[str, ...]]:
+def _assign_splits(rows: Rows, train: bool) -> tuple[Integers, tuple[str, ...]]:
     """Returns the split of each row, and notes about the splits."""
     words = _split_words(rows)
     if words is None:
@@ -174,7 +134,7 @@ def _assign_splits(rows: _Rows, train: bool) -> tuple[Integers, tuple[str, ...]]
     return np.array([codes[word] for word in words]), tuple(notes)
 
 
-def _split_words(rows: _Rows) -> list[str] | None:
+def _split_words(rows: Rows) -> list[str] | None:
     """Returns the name of each row's split, or None if there are no splits.
 
     Splits are those of the column, of the tables' folders, or of the first folders in the paths.
@@ -187,39 +147,7 @@ def _split_words(rows: _Rows) -> list[str] | None:
     return firsts if from_folders else None
 
 
-def _classes(rows: _Rows, splits: Integers, train: bool) -> tuple[tuple[str, ...], Integers]:
-    """Returns the classes, sorted as names of folders, and each row's position in them."""
-    cells, known = rows.cells("label"), dict[str, int]()
-    codes = np.array([known.setdefault(cell, len(known)) for cell in cells])
-    used = np.flatnonzero(splits != UNUSED)
-    empty = used[codes[used] == known.get("", -1)]
-    if len(empty):
-        raise rows.error(empty[0], "label", "a class", "nothing", "add it or remove the row")
-    texts = [*known]
-    for text in texts:
-        if len(text.splitlines()) > 1:  # of a quote that is not closed
-            i, fix = cells.index(text), "check the quotes there"
-            raise rows.error(i, "label", "a class on one line", short(text), fix)
-    names = [class_name(text) for text in texts]
-    present = {names[code] for code in np.unique(codes[used]).tolist()}
-    classes = tuple(sorted(present, key=os.fsencode))
-    position = {name: i for i, name in enumerate(classes)}
-    labels = np.array([position.get(name, -1) for name in names])[codes]
-    if train:
-        if len(classes) < 2:
-            got = f"only {first_few(classes)}"
-            fix = "add images of other classes, or give --label-column"
-            raise data_error(rows.root, "two or more classes", got, fix)
-        known_classes = np.unique(labels[splits == TRAIN])
-        unknown = used[~np.isin(labels[used], known_classes)]
-        if len(unknown):
-            got = f"{classes[labels[unknown[0]]]}, which no training image has"
-            fix = "correct it, or add training images"
-            raise rows.error(unknown[0], "label", "a class of the training images", got, fix)
-    return classes, labels
-
-
-def _locate(rows: _Rows, chosen: Integers) -> tuple[NDArray[np.bytes_], Integers]:
+def _locate(rows: Rows, chosen: Integers) -> tuple[NDArray[np.bytes_], Integers]:
     """Returns path relative to the folder, and size, of the images in the chosen rows."""
     paths, folder = rows.paths(), os.path.join(os.fsencode(rows.folder), b"")  # noqa: PTH118
     inside = os.path.join(os.path.realpath(folder), b"")  # noqa: PTH118
@@ -261,7 +189,7 @@ def _find_file(folder: bytes, path: str) -> tuple[bytes, int] | None:
     return (name, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
 
-def _groups(rows: _Rows, chosen: Integers, splits: Integers) -> Integers:
+def _groups(rows: Rows, chosen: Integers, splits: Integers) -> Integers:
     """Returns the hashed group of each chosen row."""
     cells = rows.cells("group")
     for i in chosen.tolist():
@@ -285,7 +213,7 @@ def _hash(name: str) -> int:
 
 
 def _drop_duplicates(
-    rows: _Rows,
+    rows: Rows,
     names: NDArray[np.bytes_],
     columns: dict[str, NDArray[Any]],
     chosen: Integers,
@@ -301,11 +229,19 @@ def _drop_duplicates(
     first: dict[bytes, int] = {}
     for place, name in enumerate(listed):
         before = first.setdefault(name, place)
-        for column, values in columns.items():
-            if values[before] != values[place]:
+        for column, values in columns.items() if before != place else ():
+            if np.any(values[before] != values[place]):
+                column = _column_of(rows, column, values[before] != values[place])
                 cells = rows.cells(column) if rows.has(column) else rows.paths()
                 i, j = int(chosen[place]), int(chosen[before])
                 expected = f"{short(cells[j])} as in row {rows.number(j)} for the same image"
                 column, fix = column if rows.has(column) else "image", "remove one of the rows"
                 raise rows.error(i, column, expected, short(cells[i]), fix)
     return np.array([*first.values()])
+
+
+def _column_of(rows: Rows, column: str, differs: NDArray[np.bool_]) -> str:
+    """Returns the column with a value that differs: for labels, possibly that of a class."""
+    if column != "label" or rows.has("label"):
+        return column
+    return class_columns(rows)[int(differs.argmax())]

@@ -16,7 +16,7 @@ from vitral.data.decode import DecodeError, decode
 from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.folder import holds_only_validation
 from vitral.data.records import Encoded, Packed, Pixels
-from vitral.data.sampling import Integers
+from vitral.data.sampling import Integers, count_labels
 from vitral.data.tools.duplicates import (
     Duplicates,
     Split,
@@ -32,6 +32,8 @@ MAX_LISTED_CLASSES = 30
 MAX_IMBALANCE = (
     10  # ratio of the most frequent to the rarest class above which options are suggested
 )
+MULTI_LABEL_OPTIONS = "--data.sampling balanced"
+OPTIONS = f"{MULTI_LABEL_OPTIONS}, --train.class-weights balanced or --train.logit-adjustment 1"
 T = TypeVar("T")
 BATCH = 64  # files that a worker checks at a time
 FileCheck = tuple[int, int, int, str, float, tuple[int, int]]
@@ -44,9 +46,12 @@ class Report:
 
     name: str
     classes: tuple[str, ...]
+    multi_label: bool
     notes: tuple[str, ...]
     counts: dict[str, Integers]
     """Number of images per class by split, each of shape (classes,)."""
+    images: dict[str, int]
+    """Number of images by split, which is not the sum of the counts if they have several labels."""
     broken: tuple[tuple[str, str], ...]
     """Location and reason for each file that cannot be decoded."""
     dimensions: Integers
@@ -78,11 +83,12 @@ def check(
     validation_only = root.is_dir() and holds_only_validation(root)
     dataset = open_dataset(config, image_size, seed, train=not validation_only)
     damaged = packed.verify(root) if packed.matches(root) else []
-    counts, broken, dimensions, sizes, seconds, hashed = {}, [], [], [], [], []
+    counts, images, broken, dimensions, sizes, seconds, hashed = {}, {}, [], [], [], [], []
     for split, records in (("train", dataset.train), ("val", dataset.val)):
         if records is None:
             continue
-        counts[split] = np.bincount(records.labels, minlength=len(dataset.classes))
+        counts[split] = count_labels(records.labels, len(dataset.classes))
+        images[split] = len(records)
         decoded = np.ones(len(records), bool)
         hashes = np.zeros((len(records), 2), np.uint64)
         if isinstance(records, Packed | Pixels):
@@ -104,9 +110,9 @@ def check(
     broken += [(place, reason) for place, _, reason in (d.partition(": ") for d in damaged)]
     rate = len(seconds) / max(sum(seconds), 1e-9) if seconds else None
     found = np.array(dimensions, np.int64).reshape(-1, 2), np.array(sizes, np.int64)
-    dataset_facts = dataset.name, dataset.classes, dataset.notes
+    dataset_facts = dataset.name, dataset.classes, dataset.multi_label, dataset.notes
     groups = find_duplicates(hashed, dataset.classes) if duplicates else None
-    return Report(*dataset_facts, counts, tuple(broken), *found, rate, groups)
+    return Report(*dataset_facts, counts, images, tuple(broken), *found, rate, groups)
 
 
 def _in_batches(images: Dataset[list[T]], count: int, workers: int) -> Iterator[T]:
@@ -167,7 +173,7 @@ def format_report(report: Report) -> str:
     for split, counts in report.counts.items():
         imbalance = counts.max() / max(counts.min(), 1)
         lines += [
-            f"{split}: {counted(int(counts.sum()), 'image')}, {_range(counts, 'per class')}, "
+            f"{split}: {counted(report.images[split], 'image')}, {_range(counts, 'per class')}, "
             f"imbalance ratio {imbalance:.1f}"
         ]
         rising = [f"{report.classes[i]} {counts[i]:,}" for i in np.argsort(counts, kind="stable")]
@@ -177,8 +183,8 @@ def format_report(report: Report) -> str:
         if split == "train" and imbalance > MAX_IMBALANCE:
             lines += [
                 f"  imbalance ratio above {MAX_IMBALANCE}: if rare classes matter, try "
-                "--data.sampling balanced, --train.class-weights balanced or "
-                "--train.logit-adjustment 1, and compare the accuracy of each class"
+                f"{MULTI_LABEL_OPTIONS if report.multi_label else OPTIONS}, and compare the "
+                "accuracy of each class"
             ]
     if len(report.dimensions):
         for side, values in zip(

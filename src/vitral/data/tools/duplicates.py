@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from vitral.data.crops import crop_resize
-from vitral.data.records import Records, image_path
+from vitral.data.records import Records, image_path, label_of
 from vitral.data.sampling import Integers
 from vitral.errors import counted, first_few, printable
 from vitral.storage import write_csv
@@ -129,8 +129,7 @@ def find_duplicates(splits: Sequence[Split], classes: tuple[str, ...]) -> Duplic
         images = []
         for s, i, copy in zip(*(column.tolist() for column in columns), strict=True):
             name, records = splits[s].name, splits[s].records
-            label = classes[int(records.labels[i])]
-            images.append(Image(name, label, image_path(records, i), copy))
+            images.append(Image(name, label_of(records, classes, i), image_path(records, i), copy))
         across = len({image.split for image in images}) > 1
         kind = 0 if across else 1 if len({image.label for image in images}) > 1 else 2
         return KINDS[kind], images

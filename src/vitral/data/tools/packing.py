@@ -32,7 +32,7 @@ from vitral.data.crops import crop_resize
 from vitral.data.decode import DecodeError, decode
 from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.packed import INDEX, PROGRESS, VERSION, Chunk, images_path
-from vitral.data.records import Encoded, Packed, Pixels
+from vitral.data.records import Encoded, Packed, Pixels, label_bytes
 from vitral.data.workers import in_workers
 from vitral.errors import counted, data_error, how_to_fix, printable
 from vitral.files import check_room
@@ -183,7 +183,7 @@ class _ChunkEncoder(Dataset[_EncodedChunk]):
         chosen = np.zeros(len(self.records), bool)
         chosen[images.start : images.stop] = True
         chunk = self.records.take(chosen)
-        digest = hashlib.sha256(np.ascontiguousarray(chunk.labels, "<i8").data)
+        digest = hashlib.sha256(label_bytes(chunk.labels))
         for piece in chunk.identity():
             digest.update(piece)
         return digest.hexdigest()
@@ -351,7 +351,8 @@ def _columns(encoder: _ChunkEncoder, chunks: Sequence[Chunk]) -> dict[str, Tenso
     """Returns the index columns for the images in a split."""
     records = encoder.records
     names = np.ascontiguousarray(records.names).view(np.uint8).reshape(len(records), -1)
-    columns = {"names": names, "labels": records.labels.astype(np.int64)}
+    labels = records.labels.astype(np.int64) if records.labels.ndim == 1 else records.labels
+    columns = {"names": names, "labels": labels}
     each = np.concatenate([chunk["each"] for chunk in chunks])
     if encoder.jpeg:
         starts = [chunk["offset"] + np.cumsum(chunk["each"]) - chunk["each"] for chunk in chunks]
