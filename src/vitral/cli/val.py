@@ -72,7 +72,7 @@ class Options(TableOptions):
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Prints the results and returns the exit code."""
-    from vitral.evaluation import Results, at_sizes, evaluate, multilabel, open_set, summarize
+    from vitral.evaluation import Results, Scores, at_sizes, evaluate, multilabel, open_set, summarize
     from vitral.evaluation.multilabel import MultiLabelScores
     from vitral.evaluation.output import write_results
     from vitral.evaluation.tta import NUM_PASSES, check_tta
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
 
     weights = require_head(load(args.weights, which=options.which))
     known = weights.description
-    check_tta(options.tta, known.config.data.fit)
+    check_tta(options.tta, known)
     at_sizes(known, options.image_sizes or ())  # checks the sizes before the dataset is opened
     dataset = None if options.suite else open_set(known, options.data, options.columns)
     heading = _heading(weights, dataset, options)
@@ -106,6 +106,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     print(_calibration(scores, fitted=dataset.fingerprint == known.fingerprint))
     if options.tta != "none":
         averaged = evaluate(weights, dataset, tta=options.tta, **how)
+        assert isinstance(averaged, Scores)
         print(
             f"with test-time augmentation {options.tta}: top-1 {averaged.top1:.2%} instead of "
             f"{scores.top1:.2%} ({100 * (averaged.top1 - scores.top1):+.2f} points), "

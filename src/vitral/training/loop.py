@@ -314,7 +314,9 @@ class Trainer:
         measured = {f"{k}_{name}": v for k, each in metrics.items() for name, v in each.items()}
         self._write_row(pace, measured)
         temperatures = {
-            f"{kind}_temperature": s.temperature for kind, s in scores.items() if isinstance(s, Scores) and s.temperature
+            f"{kind}_temperature": s.temperature
+            for kind, s in scores.items()
+            if isinstance(s, Scores) and s.temperature
         }
         progress.metrics = {"step": progress.step, **measured, **temperatures}
         progress.thresholds = thresholds(scores)
