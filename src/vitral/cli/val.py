@@ -72,7 +72,15 @@ class Options(TableOptions):
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Prints the results and returns the exit code."""
-    from vitral.evaluation import Results, Scores, at_sizes, evaluate, multilabel, open_set, summarize
+    from vitral.evaluation import (
+        Results,
+        Scores,
+        at_sizes,
+        evaluate,
+        multilabel,
+        open_set,
+        summarize,
+    )
     from vitral.evaluation.multilabel import MultiLabelScores
     from vitral.evaluation.output import write_results
     from vitral.evaluation.tta import NUM_PASSES, check_tta

@@ -27,9 +27,11 @@ def find_label_errors(run: Run, predictions: Predictions) -> LabelErrors:
         predictions: the result of `evaluate_best` with `keep_probabilities`.
 
     Raises:
-        UserError: if the stored features are damaged.
+        UserError: if the stored features are damaged, or an image can have several labels.
     """
     description, train = predictions.weights.description, predictions.train
+    if description.multi_label:
+        raise UserError("label-errors: expected images with one label each, got several")
     classes, config = description.classes, description.config
     assert train is not None
     assert predictions.scores.probabilities is not None
