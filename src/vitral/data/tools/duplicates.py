@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from vitral.data.crops import crop_resize
@@ -144,6 +142,9 @@ def similar(hashes: Hashes) -> Integers:
     Two hashes are in one group if a chain of hashes connects them in which neighbors differ in at
     most MAX_DISTANCE bits.
     """
+    from scipy.sparse import csr_array  # training does not need SciPy, but imports this module
+    from scipy.sparse.csgraph import connected_components
+
     distinct, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     n = len(distinct)
     root = np.arange(n)  # a member of each hash's group
