@@ -259,26 +259,41 @@ def test_config_reproduces_the_run(run, tmp_path):
     assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes()
 
 
+def printed_metrics(text):
+    """Returns the values that `vitral val` prints, by title."""
+    return dict(re.findall(r"^(\S+(?: \S+)*)  +([\d.]+%?)(?:  |$)", text, re.MULTILINE))
+
+
 def test_val_agrees_with_training(run, capsys, tmp_path):
     last = read_rows(run / "metrics.jsonl")[-1]
     words = ["val", str(run / "weights" / "last"), "--which", "model", "--batch-size", "5"]
     assert main([*words, "--out", str(tmp_path / "tables")]) == 0
-    out = capsys.readouterr().out
-    assert f"top-1 {last['val_top1']:.2%}" in out
-    assert f"loss {last['val_loss']:.4f}" in out
-    assert (tmp_path / "tables" / "per_class.csv").read_text().startswith("class,images,top1,top5")
+    values = printed_metrics(capsys.readouterr().out)
+    assert values["top-1"] == f"{last['val_top1']:.2%}"
+    assert values["macro F1"] == f"{last['val_f1']:.2%}"
+    assert values["loss"] == f"{last['val_loss']:.4f}"
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {
+        "metrics.json",
+        "per_class.csv",
+        "confused_pairs.csv",
+        "confusion.csv",
+        "confusion.png",
+    }
+    header = (tmp_path / "tables" / "per_class.csv").read_text().splitlines()[0]
+    assert header.endswith(",f1,average_precision,roc_auc")
 
 
 def test_val_at_several_sizes(run, capsys, tmp_path):
     assert main(["val", str(run)]) == 0
-    plain = re.search(r"top-1 (\S+)   top-5 (\S+).*error (\S+)", capsys.readouterr().out)
+    plain = printed_metrics(capsys.readouterr().out)
     words = ["val", str(run), "--image-sizes", "8", "16", "24", "--out", str(tmp_path / "tables")]
     assert main(words) == 0
     output = capsys.readouterr().out
     assert "the central 100% of the shorter side at every size" in output
     rows = [line.split() for line in output.splitlines()[2:]]
     assert [row[0] for row in rows] == ["8", "16", "24"]
-    assert rows[1] == ["16", "12", "2", *plain.groups()]
+    expected = [plain[title] for title in ("top-1", "top-5", "calibration error")]
+    assert rows[1] == ["16", "12", "2", *expected]
     table = (tmp_path / "tables" / "image_sizes.csv").read_text().splitlines()
     assert table[0] == "image size,images,classes,top1,top5,ece"
     assert [line.split(",")[0] for line in table[1:]] == ["8", "16", "24"]

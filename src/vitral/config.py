@@ -532,8 +532,8 @@ class TrainConfig:
     precision (map), which then replaces top1."""
     patience: int = 0
     """Stop after this many consecutive validations without improvement of best_by; 0 trains to the
-    last epoch. The learning rate schedule remains that of all epochs; fewer epochs are usually
-    better than stopping early."""
+    last epoch. The learning rate schedule remains that of all epochs, so a small value stops a run
+    before the learning rate has decreased."""
     log_every: int = 50
     """Steps between rows of the metrics log."""
     checkpoint_steps: int | None = None

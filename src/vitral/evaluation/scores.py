@@ -167,10 +167,9 @@ def classification_rates(
 
     right = count(np.where(labels == predicted, labels, num_classes) + sets)
     support, total = count(labels + sets), count(predicted + sets)
-    present = support > 0
-    num_present = present.sum(1)
+    num_present = (support > 0).sum(1)
     recall = right / support.clip(1)
-    f1 = np.where(present, 2 * right / (support + total).clip(1), 0)
+    f1 = 2 * right / (support + total).clip(1)
     return Rates(
         right.sum(1) / labels.shape[1], recall.sum(1) / num_present, f1.sum(1) / num_present
     )
