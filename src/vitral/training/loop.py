@@ -13,11 +13,9 @@ from vitral.data.fetch import resolve_workers
 from vitral.data.loader import Batch, train_batches
 from vitral.data.objects import Objects
 from vitral.data.records import Dataset, Packed, Pixels
-from vitral.data.sampling import count_labels, derive_seed
-from vitral.data.tools.check import MAX_IMBALANCE
+from vitral.data.sampling import derive_seed
 from vitral.data.tools.rates import choose_decoder, input_speed_message
 from vitral.errors import UserError, counted
-from vitral.evaluation.output import TITLES
 from vitral.evaluation.scores import Scores
 from vitral.evaluation.tasks import AnyScores, thresholds
 from vitral.model import ViT, count_flops
@@ -50,6 +48,13 @@ from vitral.training.resolved import (
     resolve_resumed,
 )
 from vitral.training.resume import Progress, State
+from vitral.training.selection import (
+    early_stop_message,
+    finished,
+    is_imbalanced,
+    select,
+    validation_message,
+)
 from vitral.training.signals import Signals
 from vitral.training.tokens import TokenCache, TrainedBlocks, can_cache
 from vitral.training.validation import Validation
@@ -106,9 +111,7 @@ class Trainer:
         if checkpoint is not None:
             self.state.restore(checkpoint)
         forward = compiled(model, self.resolved) if self.cached else self.accumulator.forward
-        assert dataset.val is not None
-        counts = count_labels(dataset.val.labels, len(dataset.classes))
-        self.imbalanced = counts.max() > MAX_IMBALANCE * max(counts.min(), 1)
+        self.imbalanced = is_imbalanced(dataset)
         self.validation = Validation(
             config, dataset, model, forward, self.resolved, world, self.workers, device
         )
@@ -136,14 +139,14 @@ class Trainer:
 
     def fit(self) -> None:
         """Trains to the last step. After a signal, writes a checkpoint and raises Interrupted."""
-        progress, total = self.progress, self.plan.total
+        progress, total, train = self.progress, self.plan.total, self.config.train
         if self.outputs is not None:
             self.outputs.restore_weights(progress)
-        if self._finished:
-            self.console.message(f"this run is already finished: {self._summary()}")
+        if finished(progress, train, total):
+            self.console.message(f"this run is already finished: {progress.summary(train.best_by)}")
             return
         self._announce()
-        profile = self.config.train.profile and self.world.is_main
+        profile = train.profile and self.world.is_main
         with Signals(self.world) as signals, profiling(profile, self.run.trace) as profiler:
             try:
                 self._check_images(signals)
@@ -151,21 +154,21 @@ class Trainer:
                     self._fit_head(self.head_fit, signals)
                 batches = signals.until_signal(self._batches(signals))  # starts the workers
                 self._validate_if_due(signals)  # a signal may have interrupted it
-                while not self._finished:
+                while not finished(progress, train, total):
                     self._step(batches)
                     if profiler is not None:
                         profiler.step()
                     self._log_if_due()
                     self._validate_if_due(signals)
-                    now, limit = time.monotonic(), 60 * self.config.train.checkpoint_minutes
+                    now, limit = time.monotonic(), 60 * train.checkpoint_minutes
                     late = self.world.is_main and now - self.last_checkpoint > limit
                     if late:  # all processes act on it one step later, so request it only once
                         self.last_checkpoint = now
                     signal, late = self.agreement.exchange(signals.received or 0, late)
-                    every = self.config.train.checkpoint_steps
+                    every = train.checkpoint_steps
                     if late or (every is not None and progress.step % every == 0):
                         self._save_checkpoint()
-                    if signal and not self._finished:
+                    if signal and not finished(progress, train, total):
                         raise Interrupted(signal)
                 self.agreement.finish()
             except Interrupted as interrupted:
@@ -177,28 +180,13 @@ class Trainer:
                 raise
         self._save_checkpoint()
         if progress.step < total:
-            self._announce_early_stop()
+            epoch = progress.step / self.plan.steps_per_epoch
+            self.console.message(early_stop_message(train, epoch))
         if self.outputs is not None:
             self.outputs.draw_curves(force=True)
             self.outputs.write_report(progress)
-        self.console.message(f"finished: {self._summary()}; results are in {self.run.path}")
-
-    @property
-    def _finished(self) -> bool:
-        """Whether the last step has been validated, or `train.patience` has run out."""
-        progress, patience = self.progress, self.config.train.patience
-        return progress.evaluated == self.plan.total or 0 < patience <= progress.stale
-
-    def _summary(self) -> str:
-        return self.progress.summary(self.config.train.best_by)
-
-    def _announce_early_stop(self) -> None:
-        train, progress = self.config.train, self.progress
         self.console.message(
-            f"stopped at epoch {progress.step / self.plan.steps_per_epoch:.0f}: "
-            f"{TITLES[train.best_by]} has not improved in {counted(train.patience, 'validation')} "
-            "(train.patience); the learning rate schedule was planned for "
-            f"{counted(train.epochs, 'epoch')}"
+            f"finished: {progress.summary(train.best_by)}; results are in {self.run.path}"
         )
 
     def close(self) -> None:
@@ -323,34 +311,23 @@ class Trainer:
         progress.evaluated = progress.step
         self._save_weights(scores, metrics)
         epoch = progress.step / self.plan.steps_per_epoch
-        self.console.message(f"epoch {epoch:.0f}: {self._shown(metrics)}")
+        shown = validation_message(
+            self.config.train,
+            metrics,
+            imbalanced=self.imbalanced,
+            multi_label=self.dataset.multi_label,
+        )
+        self.console.message(f"epoch {epoch:.0f}: {shown}")
         if self.outputs is not None:
             self.outputs.draw_curves()
         self.clock.start_row()  # the next row covers training only
-
-    def _shown(self, metrics: dict[str, dict[str, float]]) -> str:
-        """Formats a validation as text: top-1, and other metrics if they matter."""
-        best_by, multi_label = self.config.train.best_by, self.dataset.multi_label
-        names = {"map": "mAP"} if multi_label else {"top1": "top-1"}
-        balanced = not multi_label and (self.imbalanced or best_by == "balanced")
-        names |= {"balanced": "balanced"} if balanced else {}
-        names |= {"f1": "F1"} if multi_label or best_by == "f1" else {}
-        shown = (
-            f"{kind} {', '.join(f'{title} {each[name]:.2%}' for name, title in names.items())}"
-            for kind, each in metrics.items()
-        )
-        return f"{'  '.join(shown)}  val loss {metrics['val']['loss']:.3f}"
 
     def _save_weights(
         self, scores: dict[str, AnyScores], metrics: dict[str, dict[str, float]]
     ) -> None:
         """Writes the tables, weights/last, and weights/best if `train.best_by` improved."""
-        progress, rank = self.progress, self.config.train.rank
-        kind, states = max(scores, key=lambda k: rank(metrics[k])), self.state.weights(self.world)
-        improved = progress.best["step"] < 0 or rank(metrics[kind]) > rank(progress.best)
-        progress.stale = 0 if improved else progress.stale + 1
-        if improved:
-            progress.best = {"step": progress.step, **metrics[kind]}
+        progress, states = self.progress, self.state.weights(self.world)
+        kind, improved = select(progress, self.config.train, metrics)
         # The tables are written before the checkpoint, and the checkpoint before the weights.
         if self.outputs is not None:
             self.outputs.record_scores(scores[kind], progress)
