@@ -25,6 +25,7 @@ from vitral.data.formats import open_dataset
 from vitral.data.loader import eval_batches
 from vitral.errors import UserError
 from vitral.evaluation import evaluate
+from vitral.evaluation.metrics import per_class
 from vitral.model import ViT
 from vitral.rundir import read_rows
 
@@ -393,7 +394,8 @@ def test_val_selects_the_competing_classes(three_classes, user_error, tmp_path, 
     scores = evaluate(out, str(some), classes="all")
     assert scores.classes == ("light", "white", "dark")
     assert scores.loss == pytest.approx(-probabilities.log().mean().item())
-    assert [row[:2] for row in scores.per_class()] == [("light", 6), ("white", 6)]
+    found = [(row.name, row.images) for row in per_class(scores)]
+    assert found == [("light", 6), ("white", 6)]
     (some / "dark").mkdir()  # a class without images
     assert evaluate(out, str(some)).loss == pytest.approx(scores.loss)
     shutil.copytree(some / "white", some / "gray")
