@@ -236,10 +236,10 @@ class DataConfig:
     """A folder of images, archives or Parquet files, a table of labels (.csv, .tsv, .jsonl,
     .parquet), a pack, or a known dataset: digits, synthetic, cifar10, cifar100, imagenette."""
     image_column: str | None = None
-    """Column with the paths of the images, if the data is a table. None uses one with a common
-    name, such as image, file_name or path."""
+    """Column with the images in Parquet files, or with their paths in a table. None uses one with a
+    common name, such as image, file_name or path."""
     label_column: str | None = None
-    """Column with the class of each image, if the data is a table. None uses one with a common
+    """Column with the class of each image in Parquet files or a table. None uses one with a common
     name, such as label, class or target."""
     group_column: str | None = None
     """Column with the group of each image, such as a patient or a camera, if the data is a table.

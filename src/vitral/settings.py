@@ -547,13 +547,14 @@ class _StrictLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
-        if node.tag != TEXT_TAG and len(node.value) > MAX_NUMBER:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        value = super().construct_scalar(node)
+        if node.tag != TEXT_TAG and len(value) > MAX_NUMBER:
             problem = f"a number of more than {MAX_NUMBER} characters"
             raise yaml.constructor.ConstructorError(problem=problem)
-        if "\0" in node.value:
+        if "\0" in value:
             raise yaml.constructor.ConstructorError(problem="a NUL character")
-        return super().construct_scalar(node)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

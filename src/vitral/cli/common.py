@@ -18,9 +18,9 @@ class TableOptions:
     """Options of the commands that read a dataset and have no settings."""
 
     image_column: str | None = None
-    """Column with the paths of the images, if the data is a table."""
+    """Column with the images in Parquet files, or with their paths in a table."""
     label_column: str | None = None
-    """Column with the class of each image, if the data is a table."""
+    """Column with the class of each image in Parquet files or a table."""
     task: Literal["auto", "single", "multi"] | None = None
     """multi for a table with one column of 0 and 1 for each class and other columns."""
     label_separator: str | None = None

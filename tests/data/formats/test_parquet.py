@@ -206,6 +206,26 @@ def other_columns(path):
     pq.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"x"]), "label": [0]}), path)
 
 
+def test_columns_can_be_named(tmp_path):
+    """They take precedence over the usual names."""
+    pictures = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(4)]
+    usual, other = pa.array(pictures, IMAGE), pa.array(pictures[::-1], IMAGE)
+    columns = {"image": usual, "photo": other, "label": [0, 1, 0, 1], "kind": ["b", "b", "a", "a"]}
+    pq.write_table(pa.table(columns), tmp_path / "validation.parquet")
+
+    def opened(**names):
+        config = DataConfig(path=str(tmp_path), **names)
+        return open_dataset(config, 16, 0, train=False)
+
+    found = opened(image_column="photo", label_column="kind")
+    assert found.classes == ("a", "b")
+    assert [found.val.read(i) for i in range(4)] == [jpeg(i) for i in (0, 1, 2, 3)]
+    assert found.val.labels.tolist() == [0, 0, 1, 1]
+    assert opened().classes == ("0", "1")
+    with pytest.raises(UserError, match=r"a column kinds of integers.*name them with --image-col"):
+        opened(label_column="kinds")
+
+
 def describe(path, described):
     table = pq.read_table(path)
     pq.write_table(table.replace_schema_metadata({"huggingface": described}), path)

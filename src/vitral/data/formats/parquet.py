@@ -142,15 +142,15 @@ def open(root: Path, config: DataConfig, seed: int, train: bool) -> Dataset:
         raise data_error(splits[""][0], expected, "none of these", "rename or remove it")
     val = next((name for name in VALIDATION if name in splits), None)
     if val is None:
-        found = _scan(splits.get("train") or splits[""])
+        found = _scan(splits.get("train") or splits[""], config)
         if not train and "" in splits:
             return merge_splits(root, None, found, config, seed)
         return merge_splits(root, found, None, config, seed)
-    held_out = _scan(splits[val])
+    held_out = _scan(splits[val], config)
     if train and "train" not in splits:
         got = f"only {splits[val][0].name}"
         raise data_error(root, "train-*.parquet", got, "put the training images there")
-    known = _scan(splits["train"]) if train else None
+    known = _scan(splits["train"], config) if train else None
     dataset = merge_splits(root, known, held_out, config, seed)
     if val != "test":
         return dataset
@@ -183,10 +183,10 @@ def _split_of(path: Path) -> str:
     return next((word for word in re.findall("[a-z]+", str(path).lower()) if word in SPLITS), "")
 
 
-def _scan(files: Sequence[Path]) -> Split:
+def _scan(files: Sequence[Path], config: DataConfig) -> Split:
     """Reads the classes and rows of one split; only labels and paths are read."""
     stamps = tuple(stamp(path) for path in files)
-    shards = [_read(path) for path in files]
+    shards = [_read(path, config) for path in files]
     first = shards[0]
     for path, shard in zip(files, shards, strict=True):
         if shard.kind != first.kind:
@@ -247,14 +247,14 @@ class _Shard:
         return self.column, self.labels.dtype, self.classes
 
 
-def _read(path: Path) -> _Shard:
+def _read(path: Path, config: DataConfig) -> _Shard:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as opened:
             schema, footer = opened.schema_arrow, opened.metadata
-            image, label = _columns(path, schema)
+            image, label = _columns(path, schema, config)
             table = opened.read([label, f"{image}.path"], use_threads=False).flatten()
             classes = _described_classes(path, schema, label)
             labels = _labels(path, table[label], classes)
@@ -270,22 +270,27 @@ def _read(path: Path) -> _Shard:
     return _Shard(footer, content, classes, places, labels, names)
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, str]:
-    """Returns the image and label columns: by the usual names, or the only ones of their types."""
+def _columns(path: Path, schema: Any, config: DataConfig) -> tuple[str, str]:
+    """Returns the image and label columns: by the settings, by the usual names, or the only ones of
+    their types.
+    """
     found = {field.name: field.type for field in schema}
+    images = (config.image_column,) if config.image_column else IMAGES
+    labels = (config.label_column,) if config.label_column else LABELS
     chosen = []
-    for usual, fits in ((IMAGES, _holds_images), (LABELS, _holds_labels)):
+    for names, usual, fits in ((images, IMAGES, _holds_images), (labels, LABELS, _holds_labels)):
         fitting = [name for name, kind in found.items() if fits(kind)]
-        known = [name for name in usual if name in fitting]
-        chosen += known[:1] or (fitting if len(fitting) == 1 else [])
+        known = [name for name in names if name in fitting]
+        chosen += known[:1] or (fitting if len(fitting) == 1 and names is usual else [])
     if len(chosen) == 2:
         return chosen[0], chosen[1]
     got = ", ".join(f"{name}: {kind}" for name, kind in found.items())
     expected = (
-        f"a column {' or '.join(IMAGES)} of struct<bytes: binary, path: string> or binary, "
-        f"and a column {' or '.join(LABELS)} of integers, text or booleans"
+        f"a column {' or '.join(images)} of struct<bytes: binary, path: string> or binary, "
+        f"and a column {' or '.join(labels)} of integers, text or booleans"
     )
-    raise data_error(path, expected, got, "rename or convert them")
+    fix = "convert them, or name them with --image-column and --label-column"
+    raise data_error(path, expected, got, fix)
 
 
 def _holds_images(kind: Any) -> bool:
