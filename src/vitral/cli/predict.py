@@ -55,7 +55,8 @@ class Options:
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Writes the predictions and returns the exit code."""
-    from vitral.inference.predict import find_images, predictions, write
+    from vitral.inference.output import write
+    from vitral.inference.predict import find_images, predictions
     from vitral.machine import pick_device
     from vitral.weights import load
 

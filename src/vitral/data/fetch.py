@@ -6,7 +6,6 @@ the squares of packs, and pixel datasets stay on the device; both are cropped on
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -147,10 +146,12 @@ class _DecodingDataset(_FetchDataset[Fetched]):
         read = request.indices.copy()
         broken: list[tuple[int, str]] = []
         for first in range(0, len(images), CHUNK):
-            part = slice(first, first + CHUNK)
-            decoded = []
-            for i, repeated in itertools.groupby(request.indices[part].tolist()):
-                decoded += [_decode(self.encoded, i, broken)] * len(list(repeated))
+            part, previous = slice(first, first + CHUNK), -1
+            decoded: list[tuple[Tensor, int]] = []
+            for i in request.indices[part].tolist():
+                same = request.views is not None and i == previous
+                decoded.append(decoded[-1] if same else _decode(self.encoded, i, broken))
+                previous = i
             sizes = np.array([image.shape[1:] for image, _ in decoded])
             boxes = _boxes(self.config, sizes, request, part)
             for k, ((image, index), box) in enumerate(zip(decoded, boxes, strict=True), first):

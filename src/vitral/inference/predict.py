@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,31 +17,24 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from vitral import weights
 from vitral.config import DataConfig, ViTConfig
 from vitral.data import augment, crops
 from vitral.data.decode import SUFFIXES, decode, decode_pillow
 from vitral.data.formats.folder import walk_images
-from vitral.data.imagenet import display, human_name
 from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
-from vitral.errors import UserError, counted, data_error, printable, reason_of, unreadable
+from vitral.errors import UserError, data_error, reason_of, unreadable
 from vitral.evaluation.tta import NUM_CROPS, Tta, check_tta, mean_probabilities
 from vitral.files import read_regular
 from vitral.machine import available_cores, input_device
 from vitral.model import ViT
-from vitral.storage import replacing
 
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-Format = Literal["text", "json", "csv"]
 T = TypeVar("T")
 _Ranked = tuple[tuple[int, ...], tuple[float, ...]]  # the most likely classes, their probabilities
 _Result = tuple[T | None, str | None]  # result for an image, or the reason why it cannot be read
-CSV_HEADER = "path,rank,class,name,probability,error,calibrated\n"
-UNKNOWN = "unknown"
-NO_CLASSES = "no class"  # in text, if no probability reaches its threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,84 +384,3 @@ def to_pixels(image: ImageLike) -> Tensor:
     # Copied because torch does not support read-only arrays or negative strides.
     pixels = torch.from_numpy(np.array(image)) if isinstance(image, np.ndarray) else image.cpu()
     return pixels.permute(2, 0, 1) if shape[2] == 3 else pixels
-
-
-def write(found: Iterable[Prediction], count: int, format: Format, place: Path | None) -> int:
-    """Writes predictions for files as they arrive, and errors to standard error.
-
-    Text has one line for each image that could be read. For every image, JSON has one line with an
-    object, and CSV has one or more lines.
-
-    Args:
-        count: number of predictions, for the progress bar.
-        place: file to write atomically; None writes to standard output.
-
-    Returns:
-        Number of images that could be read.
-    """
-    formats = {"text": _text, "json": _json, "csv": _csv}
-    read = 0
-    with _opened(place) as out, tqdm(total=count, unit=" images", disable=None) as bar:
-        out.write(CSV_HEADER if format == "csv" else "")
-        for prediction in found:
-            if prediction.error is not None:
-                line = printable(f"vitral: {prediction.path}: {prediction.error}")
-                tqdm.write(line, file=sys.stderr)
-            read += prediction.error is None
-            tqdm.write(formats[format](prediction), file=out, end="")
-            out.flush()
-            bar.update()
-    if read < count:
-        total = counted(count, "image")
-        print(f"vitral: {count - read:,} of {total} cannot be read", file=sys.stderr)
-    return read
-
-
-@contextmanager
-def _opened(place: Path | None) -> Iterator[TextIO]:
-    if place is None:
-        yield sys.stdout
-        return
-    with replacing(place) as building, building.open("w", newline="", encoding="utf-8") as file:
-        yield file
-
-
-def _named_probabilities(prediction: Prediction) -> Iterator[tuple[str, float]]:
-    return zip(prediction.names, prediction.probabilities, strict=True)
-
-
-def _text(prediction: Prediction) -> str:
-    if prediction.error is not None:
-        return ""
-    top_classes = ", ".join(
-        f"{display(name)} {p:.2%}" for name, p in _named_probabilities(prediction)
-    )
-    top_classes = UNKNOWN if prediction.unknown else top_classes
-    return f"{printable(str(prediction.path))}: {top_classes or NO_CLASSES}\n"
-
-
-def _json(prediction: Prediction) -> str:
-    if prediction.error is not None:
-        return json.dumps({"path": prediction.path, "error": prediction.error}) + "\n"
-    top_classes = [
-        {"class": name, "name": human_name(name) or name, "probability": round(p, 6)}
-        for name, p in _named_probabilities(prediction)
-    ]
-    state = {"calibrated": prediction.calibrated, "unknown": prediction.unknown}
-    return json.dumps({"path": prediction.path, **state, "predictions": top_classes}) + "\n"
-
-
-def _csv(prediction: Prediction) -> str:
-    path = printable(str(prediction.path))
-    calibrated = "true" if prediction.calibrated else "false"
-    rows = [
-        (path, rank, name, human_name(name) or name, f"{p:.6f}", "", calibrated)
-        for rank, (name, p) in enumerate(_named_probabilities(prediction), 1)
-    ]
-    if prediction.unknown:
-        confidence = f"{prediction.probabilities[0]:.6f}"
-        rows = [(path, 1, UNKNOWN, UNKNOWN, confidence, "", calibrated)]
-    lines = io.StringIO()
-    rows = rows or [(path, *[""] * 4, prediction.error or "", "")]
-    csv.writer(lines, lineterminator="\n").writerows(rows)
-    return lines.getvalue()

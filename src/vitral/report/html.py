@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -21,15 +20,14 @@ from vitral.config import Config, flatten
 from vitral.data.imagenet import short_name
 from vitral.errors import counted, printable
 from vitral.evaluation import Results, Scores
-from vitral.evaluation.calibration import Coverage, coverage
 from vitral.evaluation.confusion import draw
 from vitral.evaluation.label_errors import LabelErrors
 from vitral.evaluation.metrics import ClassMetrics
 from vitral.evaluation.multilabel import MultiLabelScores
 from vitral.evaluation.output import TITLES, headline_rows, shown
 from vitral.files import read_regular
-from vitral.report import figures
-from vitral.report.figures import NUM_COLORS, Chart, Line, number, reliability
+from vitral.report.calibration import CalibrationReport
+from vitral.report.figures import NUM_COLORS, Chart, Line, number
 from vitral.report.label_errors import LabelErrorReport
 from vitral.report.multilabel import MultiLabelReport
 from vitral.report.predictions import Predictions
@@ -42,7 +40,6 @@ MAX_LISTED_CLASSES = 20  # above this, only the ten best and the ten worst
 MAX_PAIRS, IMAGES_PER_PAIR = 12, 4
 MAX_MISTAKES = 24
 NUM_ATTENTION_IMAGES = 8  # images whose attention is shown
-TARGETS = (0.95, 0.99)  # accuracies whose thresholds are shown
 MAX_PICTURE_SIZE = 1100  # of the augmented batch, in pixels
 
 
@@ -186,35 +183,13 @@ class PredictionReport:
         return found
 
     @cached_property
-    def calibration(self) -> Markup:
-        """The reliability diagram."""
-        return reliability(self.answers.reliability())
-
-    @cached_property
-    def answers(self) -> Scores:
-        """The scores with the confidence that `predict` shows, after temperature scaling."""
-        return self.scores.after_temperature()
-
-    @cached_property
-    def coverage(self) -> Coverage:
-        """Accuracy against the fraction of the images that are answered."""
-        return coverage(self.answers.confidence, self.answers.hits(1))
-
-    @property
-    def coverage_chart(self) -> Markup:
-        """The chart of accuracy against coverage."""
-        return figures.coverage(
-            list(zip(self.coverage.coverage, self.coverage.accuracy, strict=True))
-        )
-
-    @property
-    def thresholds(self) -> list[tuple[float, tuple[float, float] | None]]:
-        """Accuracy, and the lowest confidence that reaches it with its coverage."""
-        return [(target, self.coverage.threshold(target)) for target in TARGETS]
+    def calibration(self) -> CalibrationReport:
+        """Contents of the section on calibration."""
+        return CalibrationReport(self.scores)
 
     def _shown(self, indices: NDArray[np.int64], count: int) -> list[dict[str, Any]]:
         """Returns the most confidently classified of some images, with their captions."""
-        order = np.argsort(-self.answers.confidence[indices], kind="stable")[:count]
+        order = np.argsort(-self.calibration.scores.confidence[indices], kind="stable")[:count]
         records = self.predictions.records
         return [{"picture": thumbnail(records, int(i)), **self._caption(i)} for i in indices[order]]
 
@@ -224,7 +199,7 @@ class PredictionReport:
         return {
             "truth": scores.classes[scores.labels[i]],
             "predicted": scores.classes[scores.ranked[i, 0]],
-            "probability": self.answers.confidence[i],
+            "probability": self.calibration.scores.confidence[i],
         }
 
 
