@@ -56,7 +56,7 @@ def outputs(model, root):
     data, batch = DataConfig(), []
     for i in range(12):
         pixels = to_pixels(root / f"{i:02d}.png")
-        batch.append(eval_crop(pixels, data.eval_crop, 16, data.interpolation, data.fit))
+        batch.append(eval_crop(pixels, data, 16))
     images = finish(torch.stack(batch), None, data.mean, data.std)
     with torch.no_grad():
         return model.eval()(images).sigmoid().double().numpy()
@@ -155,3 +155,11 @@ def test_thresholds_are_checked(folder):
     for wrong in ([0.5], [0.5, 0.5, 0.5, 1.5]):
         with pytest.raises(UserError, match="expected a threshold from 0 to 1 for each of the 4"):
             Description.from_document({**document, "all_thresholds": {"model": wrong}}, folder)
+
+
+def test_options_for_one_label_are_refused(folder, capsys):
+    command = ["predict", str(folder / "best"), str(folder / "00.png")]
+    assert main([*command, "--tta", "flip"]) == 2
+    assert "tta: expected none for weights with several labels" in capsys.readouterr().err
+    assert main([*command, "--min-confidence", "0.5"]) == 2
+    assert "min_confidence: expected 0 for weights with several" in capsys.readouterr().err

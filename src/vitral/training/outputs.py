@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -109,7 +110,7 @@ class Outputs:
         states: States,
         names: list[str],
         metrics: Mapping[str, float],
-        thresholds: Mapping[str, tuple[float, ...]],
+        thresholds: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
     ) -> None:
         """Writes weights/NAME for each of `names`."""
         if self.parts.describable:
