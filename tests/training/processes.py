@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-import torch._dynamo  # noqa: F401  optimizers import it; import it once, not in every fork
+import torch._dynamo  # noqa: F401  DDP imports it; import it once, not in every fork
 
 from vitral import settings
 from vitral.cli import main

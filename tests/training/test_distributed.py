@@ -17,10 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from vitral import evaluate, storage
+from vitral.config import DataConfig
 from vitral.data import loader
+from vitral.data.formats import open_dataset
 from vitral.rundir import read_rows
 from vitral.training import loop, validation
 from vitral.training.distributed import gather_full, process_world
+from vitral.training.run import open_data_once
 
 from .processes import (
     REPRODUCIBLE,
@@ -28,6 +31,7 @@ from .processes import (
     errors,
     finish,
     folder_of,
+    make_config,
     newest,
     run,
     start,
@@ -406,7 +410,12 @@ def test_invalid_settings_of_processes_are_rejected(
     assert not (tmp_path / "run").exists()
 
 
-def test_data_that_differs_between_processes_is_rejected(pictures, tmp_path, data_error):
+def own_machine(_):
+    """Makes a process the only one on its machine."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def test_data_that_differs_between_machines_is_rejected(pictures, tmp_path, data_error):
     out, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(pictures, other)
     (other / "train" / "class0" / "00.jpg").unlink()
@@ -414,8 +423,23 @@ def test_data_that_differs_between_processes_is_rejected(pictures, tmp_path, dat
         "/no/such/folder": ["process 1: ", "/no/such/folder"],
         other: ["not the same in all processes"],
     }.items():
-        assert data_error([words(pictures, out), words(data, out)], *fragments)
+        assert data_error([words(pictures, out), words(data, out)], *fragments, hook=own_machine)
         assert not out.exists()
+
+
+def test_one_process_of_each_machine_lists_the_files(pictures, tmp_path):
+    """Two processes on one machine, of which one has no data, and one process on another."""
+    expected = open_dataset(DataConfig(path=str(pictures)), 16, 0).fingerprint
+
+    def opened(rank):
+        os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(2 - rank // 2)}
+        config = make_config(tmp_path / "missing" if rank == 1 else pictures, tmp_path / "run")
+        with process_world(gpu=False, timeout_minutes=5) as world:
+            dataset = open_data_once(config, None, world)
+        os._exit(dataset.fingerprint != expected)
+
+    commands = [["--out", str(tmp_path / "run")]] * 3
+    assert finish(start(commands, opened)) == [0] * 3, errors(commands[1], 1).read_text()
 
 
 @pytest.fixture

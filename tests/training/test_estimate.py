@@ -148,7 +148,7 @@ def test_each_recipe_is_planned_without_its_model(name, saved, tmp_path):
     if settings.load(name).train.init:
         options += ["--init", str(saved)]
     request = weights.request(name, options)
-    _, _, model = prepare(request.config, RunDir(tmp_path / "out"), World(), device="meta")
+    _, _, _, model = prepare(request.config, RunDir(tmp_path / "out"), World(), device="meta")
     assert all(p.is_meta for p in model.parameters())
     assert f"parameters  {model.num_parameters:,}\n" in plan(request)
     assert not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ from vitral.files import MAX_IMAGE, descriptor_of, read_regular, require_regular
 from vitral.machine import max_open_files
 
 Names = NDArray[np.bytes_]
+CHUNK = 1 << 16  # names that are converted at a time, which takes several times their memory
 VALIDATION = ("val", "validation", "valid", "dev", "test")  # the first one found is used
 
 
@@ -179,7 +180,8 @@ class Spans:
 
 
 def _names_and_sizes(names: Names, sizes: Integers) -> Iterator[bytes]:
-    yield b"\0".join(names.tolist())
+    for first in range(0, len(names), CHUNK):
+        yield (b"\0" if first else b"") + b"\0".join(names[first : first + CHUNK].tolist())
     yield np.ascontiguousarray(sizes, "<i8").tobytes()
 
 

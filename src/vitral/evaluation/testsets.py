@@ -14,7 +14,7 @@ import numpy as np
 from vitral.config import Config
 from vitral.data.decode import SUFFIXES
 from vitral.data.formats import open_dataset
-from vitral.data.formats.folder import walk_images
+from vitral.data.formats.folder import list_images
 from vitral.data.formats.ilsvrc import VAL
 from vitral.data.formats.parquet import Rows
 from vitral.data.imagenet import validation_labels, wnids
@@ -264,7 +264,9 @@ def _open(kind: Kind, place: Path) -> LabeledSet:
     images = [
         (wnid, path, size)
         for name, wnid in _class_folders(kind, names)
-        for path, size in walk_images(place / name, os.fsencode(name))
+        for path, size in zip(
+            *(each.tolist() for each in list_images(place / name, os.fsencode(name))), strict=True
+        )
     ]
     if not images and kind == IMAGENET:
         images = list(_flat_images(place))

@@ -22,7 +22,7 @@ from vitral import weights
 from vitral.config import DataConfig, ViTConfig
 from vitral.data import augment, crops
 from vitral.data.decode import SUFFIXES, decode, decode_pillow
-from vitral.data.formats.folder import walk_images
+from vitral.data.formats.folder import list_images
 from vitral.data.workers import in_workers
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, data_error, reason_of, unreadable
@@ -186,8 +186,8 @@ def _images_in(name: str) -> list[str]:
     if not os.path.isdir(name):  # noqa: PTH112, as Path's raises for some names
         return [name]
     try:
-        found = sorted(walk_images(Path(name), os.fsencode(Path(name))))
-        return [os.fsdecode(path) for path, _ in found]
+        paths, _ = list_images(Path(name), os.fsencode(Path(name)))
+        return [*map(os.fsdecode, paths.tolist())]
     except OSError as error:
         raise unreadable(name, error) from error
 

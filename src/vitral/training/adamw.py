@@ -49,7 +49,8 @@ class AdamW:
             adamw(
                 members,
                 [p.grad for p in members],
-                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")),
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
                 fused=True,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import math
 import os
@@ -54,6 +55,8 @@ class World:
     local_size: int = 1
     group: dist.ProcessGroup | None = None
     """Process group for communication between CPUs."""
+    machine_group: dist.ProcessGroup | None = None
+    """The part of `group` that is on this machine."""
 
     @property
     def is_main(self) -> bool:
@@ -85,25 +88,43 @@ class World:
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Runs `action` in every process. A UserError in one process is raised in all."""
+        return self._run_shared(action, True)  # pyright: ignore[reportReturnType]
+
+    def run_once_per_machine(self, action: Callable[[], T]) -> T | None:
+        """Runs `action` in the first process of each machine; returns None in the others.
+
+        A UserError in one process is raised in all.
+        """
+        return self._run_shared(action, self.local_rank == 0)
+
+    def _run_shared(self, action: Callable[[], T], active: bool) -> T | None:
         result = message = None
         try:
-            result = action()
+            result = action() if active else None
         except UserError as error:
             message = str(error)
-        messages = self.gather(message)
-        for rank, text in enumerate(messages):
+        gathered = self.gather((active, message))
+        name_rank = self.size > 1 and len({text for was_active, text in gathered if was_active}) > 1
+        for rank, (_, text) in enumerate(gathered):
             if text is not None:
-                name_rank = self.size > 1 and len({*messages}) > 1
                 error = UserError(f"process {rank}: {text}" if name_rank else text)
                 error.shared = True
                 raise error
-        return result  # pyright: ignore[reportReturnType]
+        return result
 
     def broadcast(self, value: T) -> T:
         """Returns the value of rank 0."""
         values: list[Any] = [value]
         if self.size > 1:
             dist.broadcast_object_list(values, src=0, group=self.group)
+        return values[0]
+
+    def broadcast_on_machine(self, value: T) -> T:
+        """Returns the value of the first process of this machine."""
+        values: list[Any] = [value]
+        if self.local_size > 1:
+            first = self.rank - self.local_rank
+            dist.broadcast_object_list(values, src=first, group=self.machine_group)
         return values[0]
 
     def broadcast_tensors(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -161,13 +182,26 @@ def process_world(gpu: bool, timeout_minutes: float) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timeout)
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
+    world = World(rank, size, local_rank, local_size, group)
     try:
-        yield World(rank, size, local_rank, local_size, group)
+        yield dataclasses.replace(world, machine_group=_machine_group(world, timeout))
     except (UserError, Interrupted):  # raised in all processes
         dist.destroy_process_group()
         raise
     # Skipped after any other error, because it would wait for the other processes.
     dist.destroy_process_group()
+
+
+def _machine_group(world: World, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """Returns a process group for communication on this machine, whose ranks are consecutive."""
+    if world.local_size == world.size:
+        return world.group
+    own = None
+    for first, size in sorted({*world.gather((world.rank - world.local_rank, world.local_size))}):
+        ranks = [*range(first, first + size)]
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)  # called by every process
+        own = group if isinstance(group, dist.ProcessGroup) else own
+    return own
 
 
 def end_with_launcher() -> None:

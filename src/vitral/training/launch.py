@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vitral.config import Config
-from vitral.data.formats import open_dataset
+from vitral.data.formats import check_path
 from vitral.errors import UserError
 from vitral.machine import num_gpus
 from vitral.rundir import RunDir
@@ -67,4 +67,4 @@ def _check(config: Config, processes: int) -> None:
         )
     check_processes(config, processes)
     check_settings(RunDir(config.train.out or ""), config)
-    open_dataset(config.data, config.model.image_size, config.train.seed)
+    check_path(config.data.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -149,7 +149,9 @@ class FixedOrderReduction:
 def unsharded(model: ViT) -> Iterator[None]:
     """Temporarily gathers all parameters in every process, so that no process waits for others."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by `_shard_model`
-    modules = [m for m in model.modules() if fsdp is not None and isinstance(m, fsdp.FSDPModule)]
+    modules: list[Any] = []
+    if fsdp is not None:
+        modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

@@ -12,7 +12,7 @@ from vitral import weights
 from vitral.config import Config
 from vitral.data.formats.objects import PythonDatasets, open_data, python_datasets
 from vitral.data.objects import Source
-from vitral.data.records import Dataset
+from vitral.data.records import Dataset, Files
 from vitral.errors import UserError
 from vitral.files import check_room
 from vitral.machine import pick_device
@@ -73,11 +73,11 @@ def train(
     with exclusive_training(), process_world(gpu, minutes) as world, run:
         device = world.run_on_all_ranks(lambda: world.device(device))
         request = budget.fit_time_budget(request, run, world, datasets)
-        config, notes, data, model = world.run_on_all_ranks(
-            lambda: prepare(request.config, run, world, parts, datasets)
-        )
+        config, notes, data, model = prepare(request.config, run, world, parts, datasets)
         if len({*world.gather(data.fingerprint)}) > 1:
-            raise UserError(f"data: {config.data.path} is not the same in all processes")
+            error = UserError(f"data: {config.data.path} is not the same in all processes")
+            error.shared = True
+            raise error
         check = functools.partial(resume.check, config, run, data, model, parts.name)
         checkpoint, warnings = resume.open_run(run, world, check)
         trainer = world.run_on_all_ranks(
@@ -102,23 +102,49 @@ def prepare(
     datasets: PythonDatasets | None = None,
     device: str = "cpu",
 ) -> tuple[Config, list[str], Dataset, ViT]:
-    """Returns the settings, notes, dataset and model of a run.
+    """Returns the settings, notes, dataset and model of a run. Every process must call this.
 
-    Raises errors before anything is written. The settings are adapted to the labels of the dataset.
+    The settings are adapted to the labels of the dataset.
     On the device "meta", only the shapes of the model and of the initial weights are compared.
+
+    Raises:
+        UserError: in all processes, before anything is written.
     """
-    check_processes(config, world.size)
-    check_room(run.path)
-    dataset = open_data(config, datasets)
-    assert dataset.train is not None
-    config, adapted = adapt_to_labels(config, dataset)
-    changes = resume.check_settings(run, config) if world.is_main else []
-    Balance.of(config, dataset.classes, dataset.train.labels)  # reads the table of weights
-    with torch.device(device):
-        model = build_model(config, len(dataset.classes), parts.model)
-    path, notes = config.train.init, [*dataset.notes, *adapted, *changes]
-    if path is not None and not checkpoints.steps(run.checkpoints):
-        new = ", ".join(parts.initialize(model, path)) or "none"
-        notes.append(f"initialized from {path}; reinitialized parameters: {new}")
-    freeze(model, config.train.trainable)
-    return config, notes, dataset, model
+
+    def check() -> None:
+        check_processes(config, world.size)
+        check_room(run.path)
+
+    def build() -> tuple[Config, list[str], ViT]:
+        assert dataset.train is not None
+        adapted, notes = adapt_to_labels(config, dataset)
+        notes += resume.check_settings(run, adapted) if world.is_main else []
+        Balance.of(adapted, dataset.classes, dataset.train.labels)  # reads the table of weights
+        with torch.device(device):
+            model = build_model(adapted, len(dataset.classes), parts.model)
+        path = adapted.train.init
+        if path is not None and not checkpoints.steps(run.checkpoints):
+            new = ", ".join(parts.initialize(model, path)) or "none"
+            notes.append(f"initialized from {path}; reinitialized parameters: {new}")
+        freeze(model, adapted.train.trainable)
+        return adapted, notes, model
+
+    world.run_on_all_ranks(check)
+    dataset = open_data_once(config, datasets, world)
+    adapted, notes, model = world.run_on_all_ranks(build)
+    return adapted, [*dataset.notes, *notes], dataset, model
+
+
+def open_data_once(config: Config, datasets: PythonDatasets | None, world: World) -> Dataset:
+    """Opens the dataset, in the first process of each machine before the others.
+
+    The others receive the list of the files in a folder, which takes long to read. Other data they
+    open themselves, after downloads and indexes of archives are complete.
+
+    Raises:
+        UserError: in all processes.
+    """
+    own = world.run_once_per_machine(lambda: open_data(config, datasets))
+    shared = own if own is not None and isinstance(own.train, Files) else None
+    received = world.broadcast_on_machine(shared)
+    return world.run_on_all_ranks(lambda: own or received or open_data(config, datasets))

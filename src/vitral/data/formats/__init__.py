@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from types import ModuleType
 
 from vitral.config import DataConfig
 from vitral.data.formats import folder, ilsvrc, packed, parquet, shards, table
@@ -42,10 +43,7 @@ def open_dataset(config: DataConfig, image_size: int, seed: int, *, train: bool 
             dataset = open_known(config, image_size, seed, train)
         else:
             root = expand(config.path)
-            found = next((each for each in FORMATS if each.matches(root)), None)
-            if found is None:
-                raise _not_found(root, config.path)
-            dataset = found.open(root, config, seed, train)
+            dataset = _format_of(root, config.path).open(root, config, seed, train)
     except OSError as error:
         raise unreadable(config.path, error) from error
     _check_task(config, dataset)
@@ -63,6 +61,24 @@ def _check_task(config: DataConfig, dataset: Dataset) -> None:
     if wanted and not dataset.multi_label:
         got, fix = "one label per image", "list the labels of each image in a table"
         raise data_error(config.path, "images with any number of labels", got, fix)
+def check_path(path: str) -> None:
+    """Checks that a path names a dataset or contains data, without opening it.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if path not in KNOWN_SETS:
+        try:
+            _format_of(expand(path), path)
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+
+def _format_of(root: Path, path: str) -> ModuleType:
+    found = next((each for each in FORMATS if each.matches(root)), None)
+    if found is None:
+        raise _not_found(root, path)
+    return found
 
 
 def _not_found(root: Path, path: str) -> Exception:

@@ -6,18 +6,31 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISDIR
 
 import numpy as np
 
 from vitral.config import DataConfig
 from vitral.data.decode import SUFFIXES
-from vitral.data.records import VALIDATION, Dataset, Files, Split, class_name, merge_splits
+from vitral.data.records import (
+    VALIDATION,
+    Dataset,
+    Files,
+    Names,
+    Split,
+    class_name,
+    merge_splits,
+)
+from vitral.data.sampling import Integers
 from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_system, kinds
 from vitral.errors import counted, data_error, first_few, printable
 
 SPLITS = ("train", *VALIDATION)
 DEPTH = 3  # levels of single nested folders that are searched for splits
+IMAGES = tuple(map(os.fsencode, SUFFIXES))
+NUM_THREADS = 16  # they mostly wait if the files are on another machine
 
 
 def matches(root: Path) -> bool:
@@ -134,10 +147,12 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     before = skipped[OUTSIDE_CLASSES]
     _count_files(base, skipped)
     inside = [os.fsencode(f"{split}/{n}" if split else n) for n in names]
-    found = [
-        sorted(walk_images(base / n, path, skipped)) for n, path in zip(names, inside, strict=True)
-    ]
-    empty = [name for name, images in zip(names, found, strict=True) if not images]
+    counters = [Counter[str]() for _ in names]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        found = [*pool.map(list_images, (base / name for name in names), inside, counters)]
+    skipped.update(sum(counters, Counter()))
+    counts = [len(images) for images, _ in found]
+    empty = [name for name, count in zip(names, counts, strict=True) if not count]
     if len(empty) == len(names):
         expected = f"images ({', '.join(SUFFIXES)}) in a folder for each class"
         got = f"other files: {kinds(skipped)}" if skipped else "none"
@@ -145,14 +160,14 @@ def _scan(root: Path, split: str, skipped: Counter[str], train: bool) -> Split:
     if empty and train:
         got = f"none for {first_few(empty)}" + (f", but {kinds(skipped)}" if skipped else "")
         raise data_error(base, "images for each class", got, "add images or remove the folder")
-    num_outside, count = skipped[OUTSIDE_CLASSES] - before, sum(map(len, found))
+    num_outside, count = skipped[OUTSIDE_CLASSES] - before, sum(counts)
     if num_outside > count:
         images = counted(num_outside, "image")
         got = f"{images} directly in it and {count:,} in class folders"
         raise data_error(base, "a folder for each class", got, "move or remove them")
-    paths, sizes = zip(*(image for images in found for image in images), strict=True)
-    labels = np.repeat(np.arange(len(names)), [len(images) for images in found])
-    return tuple(map(printable, names)), Files(root, np.array(paths), np.array(sizes), labels)
+    paths, sizes = map(np.concatenate, zip(*found, strict=True))
+    labels = np.repeat(np.arange(len(names)), counts)
+    return tuple(map(printable, names)), Files(root, paths, sizes, labels)
 
 
 def _check_split_names(root: Path) -> None:
@@ -185,23 +200,58 @@ def _class_folders(base: Path, split: str, train: bool) -> list[str]:
     return names
 
 
-def walk_images(
+def list_images(
     folder: Path, prefix: bytes, skipped: Counter[str] | None = None
-) -> Iterator[tuple[bytes, int]]:
-    """Yields the relative path and size of each image in a class folder and its subfolders.
+) -> tuple[Names, Integers]:
+    """Lists the images in a class folder and its subfolders; counts other files in `skipped`.
 
-    Other files are counted in `skipped`, by kind.
+    Returns:
+        The path of each image, which is `prefix`, a slash and the path relative to `folder`, in
+        order, shape (N,). Its size in bytes, which is 0 for a broken link, shape (N,).
     """
-    for entry in _entries(folder, skipped):
-        path = prefix + b"/" + os.fsencode(entry.name)
-        if entry.is_dir():
-            loop = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
-            if not loop:  # such a link would be followed up to the system's limit of 40
-                yield from walk_images(folder / entry.name, path, skipped)
-        elif _is_image(entry.name):
-            yield path, entry.stat().st_size if entry.is_file() else 0  # 0 for a broken link
-        elif skipped is not None:
-            skipped[file_kind(entry.name)] += 1
+    # With the descriptor of the folder, the system looks up only the names of the files.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        names = os.listdir(os.fsencode(folder))  # noqa: PTH208, for names in bytes
+        images = sorted(n for n in names if n.lower().endswith(IMAGES) and not n.startswith(b"."))
+        sizes = np.array([_size(name, descriptor) for name in images], np.int64)
+    finally:
+        os.close(descriptor)
+    files = sizes >= 0
+    found = [(_joined(prefix, images)[files], sizes[files])]
+    if len(found[0][1]) < len(names):
+        for entry in _entries(folder, skipped):
+            if entry.is_dir():
+                loop = entry.is_symlink() and folder.resolve().is_relative_to(Path(entry).resolve())
+                if not loop:  # such a link would be followed up to the system's limit of 40
+                    path = prefix + b"/" + os.fsencode(entry.name)
+                    found.append(list_images(folder / entry.name, path, skipped))
+            elif skipped is not None and not _is_image(entry.name):
+                skipped[file_kind(entry.name)] += 1
+    if len(found) == 1:
+        return found[0]
+    paths, sizes = map(np.concatenate, zip(*found, strict=True))
+    order = np.argsort(paths)
+    return paths[order], sizes[order]
+
+
+def _size(name: bytes, folder: int) -> int:
+    """Returns the size of a file in an open folder: 0 for a broken link, and -1 for a folder."""
+    try:
+        status = os.stat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return 0
+    return -1 if S_ISDIR(status.st_mode) else status.st_size
+
+
+def _joined(prefix: bytes, names: list[bytes]) -> Names:
+    """Returns `prefix`, a slash, and each name."""
+    prefix += b"/"
+    table = np.array(names, np.bytes_)
+    joined = np.empty((len(table), len(prefix) + table.itemsize), np.uint8)
+    joined[:, : len(prefix)] = np.frombuffer(prefix, np.uint8)
+    joined[:, len(prefix) :] = table.view(np.uint8).reshape(len(table), table.itemsize)
+    return joined.view(f"S{joined.shape[1]}")[:, 0]
 
 
 def _count_files(folder: Path, skipped: Counter[str]) -> None:
@@ -238,7 +288,10 @@ def _other_folders(root: Path) -> list[str]:
 
 def _holds_classes(folder: Path) -> bool:
     """Returns whether a folder in this folder contains images, at any depth."""
-    return any(next(walk_images(folder / name, b""), None) for name in _folders(folder))
+    return any(
+        holds_images(folder / name) or len(list_images(folder / name, b"")[0])
+        for name in _folders(folder)
+    )
 
 
 def holds_images(folder: Path) -> bool:
