@@ -61,6 +61,8 @@ def _check_task(config: DataConfig, dataset: Dataset) -> None:
     if wanted and not dataset.multi_label:
         got, fix = "one label per image", "list the labels of each image in a table"
         raise data_error(config.path, "images with any number of labels", got, fix)
+
+
 def check_path(path: str) -> None:
     """Checks that a path names a dataset or contains data, without opening it.
 
