@@ -765,7 +765,9 @@ def test_characters_the_terminal_cannot_show_are_escaped(image_folder, tmp_path,
 
 def test_doctor_and_recipes(capsys):
     assert main(["doctor"]) == 0
-    assert "attention" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "attention" in shown
+    assert "profile     off, because of VITRAL_PROFILE" in shown
     assert main(["recipes"]) == 0
     assert "imagenet-l16-400ep" in capsys.readouterr().out
     assert main(["recipes", "digits"]) == 0

@@ -511,8 +511,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or float32; auto uses bf16 on CUDA GPUs that support it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Compile the model with torch.compile; auto compiles on a CUDA GPU if a C compiler is
-    available."""
+    """Compile the model with torch.compile, which needs a C compiler; auto compiles on a CUDA GPU,
+    and on a CPU if that saves more time than it takes, by the machine profile."""
     deterministic: bool = False
     """Make resuming bit-identical on a GPU, at a cost in speed; on a CPU, resuming is always
     bit-identical."""
@@ -522,8 +522,8 @@ class TrainConfig:
     """Parallelism over processes: a copy of the model in each (ddp), or parameters sharded over
     them (fsdp, FSDP2)."""
     threads: int | None = None
-    """Number of CPU threads per training process; if not set, one per core, at most 16, or a single
-    one with train.reproducible."""
+    """Number of CPU threads per training process; if not set, the fastest number by the machine
+    profile, at most one per core and 16, or a single one with train.reproducible."""
     eval_every: int = 1
     """Epochs between validations."""
     best_by: BestBy = "top1"

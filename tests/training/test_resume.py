@@ -19,13 +19,14 @@ from vitral.data.sampling import Order
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows, read_run
-from vitral.training import checkpoint, resume, train
+from vitral.training import checkpoint, processor, resume, train
 from vitral.training.balance import Balance
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
 from vitral.training.parallel import AveragedGradients
+from vitral.training.processor import Choices
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
 from vitral.training.signals import SIGNAL_NUMBERS
