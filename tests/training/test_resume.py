@@ -148,6 +148,32 @@ def test_a_run_stops_early_at_the_same_step_after_a_resume(image_folder, tmp_pat
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch warns about itself while it compiles
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_choice_for_a_cpu_resumes_exactly(
+    monkeypatch, image_folder, tmp_path, threads, fused, compiled
+):
+    choices = Choices(threads, fused, compiled)
+    monkeypatch.setattr(processor, "choose", lambda *_: choices)
+    changes = {"model__depth": 3, "model__stochastic_depth": 0.2, "model__dropout": 0.1}
+    complete, killed = (
+        make_config(image_folder, tmp_path / name, data__workers=0, **changes)
+        for name in ("complete", "killed")
+    )
+    assert finish_single(complete) == 0
+    assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
+    other = Choices(3 - threads, not fused, not compiled)  # a resumed run does not choose again
+    monkeypatch.setattr(processor, "choose", lambda *_: other)
+    assert finish_single(killed) == 0
+    log = (tmp_path / "killed" / "train.log").read_text()
+    how = ", compiled" * compiled + ", oneDNN linear layers" * fused
+    assert log.count(f"in fp32{how}, threads: {threads}, ") == 2
+    assert digests(tmp_path / "killed") == digests(tmp_path / "complete")
+
+
 def test_corrections_for_rare_classes_resume_exactly(pictures, tmp_path):
     table = tmp_path / "weights.csv"
     table.write_text("".join(f"class{i},{i + 1}\n" for i in range(6)))
