@@ -326,11 +326,14 @@ def merge_splits(
     `class_name`.
 
     Raises:
-        UserError: if the classes differ, two of them have the same name, or nothing can be held
-            out.
+        UserError: if the classes differ, two of them have the same name, there is only one to train
+            on, or nothing can be held out.
     """
     name, skipped = printable(root.resolve().name), skipped or {}
     training, val = (_with_class_names(root, split) for split in (training, val))
+    if training is not None and len(training[0]) < 2:
+        got, fix = f"only {training[0][0]}", "add images of other classes"
+        raise data_error(root, "two or more classes", got, fix)
     if val is None:
         assert training is not None
         why = f"{name} has no validation split"

@@ -206,6 +206,14 @@ def other_columns(path):
     pq.write_table(pa.table({"a": pa.array([b"x"]), "b": pa.array([b"x"]), "label": [0]}), path)
 
 
+def test_a_single_class_can_be_validated_but_not_trained(tmp_path):
+    write_rows(tmp_path / "train.parquet", draw(4, classes=("cat",)), None)
+    with pytest.raises(UserError, match="two or more classes, got only 0; add images of other"):
+        open_at(tmp_path)
+    (tmp_path / "train.parquet").rename(tmp_path / "test.parquet")
+    assert open_at(tmp_path, train=False).classes == ("0",)
+
+
 def test_columns_can_be_named(tmp_path):
     """They take precedence over the usual names."""
     pictures = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(4)]

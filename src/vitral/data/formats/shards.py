@@ -141,9 +141,6 @@ def _label(root: Path, found: ArchiveIndex, names: dict[bytes, bytes]) -> Split:
         names = dict(zip(values, values, strict=True))
     plain = all(name.isdigit() for name in names.values())
     classes = sorted(names.values(), key=_number if plain else _composed)
-    if len(classes) < 2:
-        got = f"only {printable(classes[0])}"
-        raise data_error(root, "two or more classes", got, "add other classes")
     position = {name: i for i, name in enumerate(classes)}
     labels = np.array([position[names[value]] for value in values])
     return tuple(map(printable, classes)), found.relabeled(labels[found.spans.labels])
