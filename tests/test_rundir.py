@@ -179,8 +179,9 @@ def directory(tmp_path):
     words = "--train.epochs 1 --optim.warmup-epochs 0 --optim.lr 0.125".split()
     run.write_config(settings.load("digits", words))
     run.write_environment(device="cpu")
-    first = {**ROW, "val_top1": 0.5, "ema_top1": 0.75}
-    write(run.metrics, first, {**ROW, "epoch": 1.0, "val_top1": 0.75}, b"7\n", ROW)
+    first = {**ROW, "val_loss": 2.5, "val_top1": 0.5, "ema_loss": 2.25, "ema_top1": 0.75}
+    second = {**ROW, "epoch": 1.0, "val_loss": 2.0, "val_top1": 0.75}
+    write(run.metrics, first, second, b"7\n", ROW)
     return run
 
 
@@ -207,10 +208,10 @@ def test_the_environment_is_that_of_this_process(directory):
 
 @pytest.mark.parametrize(
     ("last", "finished"),
-    [({"epoch": 1.0}, False), ({"epoch": 0.5, "val_top1": 0.9}, False), ({"val_top1": 0.9}, True)],
+    [({"epoch": 1.0}, False), ({"epoch": 0.5, "val_loss": 0.9}, False), ({"val_loss": 0.9}, True)],
 )
 def test_a_run_is_finished_when_its_last_step_is_validated(directory, last, finished):
-    write(directory.metrics, {**ROW, "val_top1": 0.5}, {**ROW, "epoch": 1.0, **last})
+    write(directory.metrics, {**ROW, "val_loss": 0.5}, {**ROW, "epoch": 1.0, **last})
     assert read_run(directory.path).finished is finished
     write(directory.metrics)
     assert not read_run(directory.path).finished
