@@ -18,7 +18,7 @@ import torch
 from vitral import machine, settings
 from vitral.config import Config
 from vitral.errors import UserError, how_to_fix
-from vitral.files import read_regular, require_regular
+from vitral.files import open_regular, read_regular, require_regular
 from vitral.storage import make_directory, replacing
 
 Row = dict[str, float]
@@ -212,7 +212,10 @@ def read_rows(path: Path) -> list[Row]:
         OSError: if it is not a regular file, or cannot be read.
     """
     rows = []
-    content = read_regular(path, sys.maxsize - 1) if path.exists() else b""
+    content = b""
+    if path.exists():
+        with open_regular(path) as file:  # a run may be appending to it
+            content = file.read()
     for line in content.decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)

@@ -187,7 +187,7 @@ def fetch_eval_crops(
         repeated = np.repeat(indices, num_crops)
         return Request(0, 0, image_size, np.zeros_like(repeated), repeated, views)
 
-    requests = map(request, index_batches)
+    requests = [request(indices) for indices in index_batches]
     return fetch(records, config, requests, workers, device, decoder)
 
 
