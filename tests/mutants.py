@@ -111,10 +111,10 @@ MUTANTS = {
         "evaluation/test_scores.py",
     ),
     "held-out fraction": Mutant(
-        "data/records.py",
+        "data/sampling.py",
         "np.rint(fraction * counts)",
         "np.floor(fraction * counts)",
-        "data/formats/test_folder.py data/test_records.py",
+        "data/formats/test_folder.py data/test_splits.py",
     ),
     "shard of a process": Mutant(
         "data/loader.py",

@@ -120,7 +120,9 @@ def test_the_own_folder_page_end_to_end(tmp_path, monkeypatch, capsys):
         short = ["--epochs", "1", "--batch-size", "4"] if words[0] == "train" else []
         assert cli.main([*words, *short]) == 0, words
         ran.append(" ".join(words[:2]))
-    expected = "data check, data check, train --data, train finetune, data preview, report runs/probe"
+    expected = (
+        "data check, data check, train --data, train finetune, data preview, report runs/probe"
+    )
     expected += ", predict runs/probe, explain runs/probe, val runs/probe, report runs/probe"
     assert ", ".join(ran) == expected
     assert RunDir("runs/probe").features.is_dir()

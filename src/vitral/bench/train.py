@@ -13,8 +13,8 @@ from vitral.bench.rounds import interleaved_rates, ratios, table
 from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
-from vitral.data.records import Dataset
 from vitral.data.sampling import Order
+from vitral.data.splits import Dataset
 from vitral.data.tools.rates import choose_decoder, endless_batches
 from vitral.errors import counted
 from vitral.machine import available_cores, pick_device

@@ -17,7 +17,7 @@ from vitral.errors import UserError, printable
 from vitral.files import check_writable
 
 if TYPE_CHECKING:
-    from vitral.data.records import Dataset
+    from vitral.data.splits import Dataset
     from vitral.evaluation import Scores
     from vitral.weights import Weights
 

@@ -20,7 +20,8 @@ from vitral.data.formats.known import KNOWN_SETS
 from vitral.data.formats.objects import own_names, records_of
 from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
 from vitral.data.objects import PATH, Source
-from vitral.data.records import Dataset, Records, class_name, hold_out
+from vitral.data.records import Records
+from vitral.data.splits import Dataset, class_name, hold_out
 from vitral.errors import UserError, counted, data_error, first_few
 from vitral.evaluation import multilabel
 from vitral.evaluation.multilabel import MultiLabelScores

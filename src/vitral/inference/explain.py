@@ -257,13 +257,11 @@ def _figure(shown: Explanation, title: str) -> Figure:
     rows = -(-num_heads // 8)
     columns = max(-(-num_heads // rows), 4)
     below = 0.4 + rows * (0.2 + 11 / columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.1)
-    figure = Figure(figsize=(12, 7 + below), layout=layout)
+    figure = Figure(figsize=(12, 7 + below), layout=ConstrainedLayoutEngine(w_pad=0.1))
     short = title if len(title) <= 90 else f"{title[:89]}…"
     style: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 14, "fontweight": "bold"}
     figure.suptitle(short, parse_math=False, **style)
-    parts = figure.subfigures(3, 1, height_ratios=[3.5, 3.1, below], squeeze=False)
-    top, middle, bottom = parts.flat
+    top, middle, bottom = figure.subfigures(3, height_ratios=[3.5, 3.1, below], squeeze=False).flat
     input_axes, predicted, curves = top.subplots(1, 3, width_ratios=[1, 1, 2])
     _draw_input(input_axes, shown)
     _draw_prediction(predicted, shown)

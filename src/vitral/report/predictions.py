@@ -13,7 +13,8 @@ from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.loader import EVAL_BATCH, eval_batches
-from vitral.data.records import Dataset, Records
+from vitral.data.records import Records
+from vitral.data.splits import Dataset
 from vitral.errors import UserError
 from vitral.evaluation.evaluate import data_path
 from vitral.evaluation.tasks import AnyScores, score_batches

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitral.config import Config
-from vitral.data.records import class_name
 from vitral.data.sampling import Integers, Labels, count_labels, quotas
+from vitral.data.splits import class_name
 from vitral.errors import UserError, did_you_mean, first_few, printable, reason_of, short
 from vitral.files import read_regular
 from vitral.settings import parse_yaml

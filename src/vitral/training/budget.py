@@ -17,7 +17,8 @@ from vitral.config import Config, flatten
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats.objects import PythonDatasets, open_data
 from vitral.data.loader import Batch, eval_batches
-from vitral.data.records import Dataset, Packed, Pixels
+from vitral.data.records import Packed, Pixels
+from vitral.data.splits import Dataset
 from vitral.data.tools.rates import choose_decoder, endless_batches, synchronize
 from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, counted

@@ -13,7 +13,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from vitral.config import Config, TrainConfig, ViTConfig
-from vitral.data.records import Dataset
+from vitral.data.splits import Dataset
 from vitral.data.tools.rates import synchronize
 from vitral.machine import has_gpu
 from vitral.model import ViT, count_flops

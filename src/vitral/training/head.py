@@ -8,7 +8,8 @@ import time
 import torch
 
 from vitral.config import Config
-from vitral.data.records import Dataset, groups_of
+from vitral.data.records import groups_of
+from vitral.data.splits import Dataset
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, duration

@@ -12,8 +12,9 @@ from vitral.config import Config
 from vitral.data.fetch import resolve_workers
 from vitral.data.loader import Batch, train_batches
 from vitral.data.objects import Objects
-from vitral.data.records import Dataset, Packed, Pixels
+from vitral.data.records import Packed, Pixels
 from vitral.data.sampling import derive_seed
+from vitral.data.splits import Dataset
 from vitral.data.tools.rates import choose_decoder, input_speed_message
 from vitral.errors import UserError, counted
 from vitral.evaluation.scores import Scores

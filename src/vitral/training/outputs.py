@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitral import storage, weights
 from vitral.config import Config
-from vitral.data.records import Dataset
+from vitral.data.splits import Dataset
 from vitral.data.tools import preview
 from vitral.errors import UserError, counted, first_few
 from vitral.evaluation.tasks import AnyScores, write_tables

@@ -14,7 +14,7 @@ import torch
 
 from vitral import settings, weights
 from vitral.config import CHANGEABLE, BestBy, Config, flatten
-from vitral.data.records import Dataset
+from vitral.data.splits import Dataset
 from vitral.documents import UnknownFieldError, convert_json
 from vitral.errors import UserError, counted, short
 from vitral.evaluation.output import TITLES, shown

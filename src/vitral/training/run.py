@@ -12,7 +12,8 @@ from vitral import weights
 from vitral.config import Config
 from vitral.data.formats.objects import PythonDatasets, open_data, python_datasets
 from vitral.data.objects import Source
-from vitral.data.records import Dataset, Files
+from vitral.data.records import Files
+from vitral.data.splits import Dataset
 from vitral.errors import UserError
 from vitral.files import check_room
 from vitral.machine import pick_device

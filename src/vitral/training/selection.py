@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vitral.config import TrainConfig
-from vitral.data.records import Dataset
 from vitral.data.sampling import count_labels
+from vitral.data.splits import Dataset
 from vitral.data.tools.check import MAX_IMBALANCE
 from vitral.errors import counted
 from vitral.evaluation.output import TITLES

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from vitral.config import Config
-from vitral.data.records import Dataset
+from vitral.data.splits import Dataset
 from vitral.errors import UserError
 
 

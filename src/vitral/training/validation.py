@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vitral.config import Config
 from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
-from vitral.data.records import Dataset, Packed, Pixels
+from vitral.data.records import Packed, Pixels
+from vitral.data.splits import Dataset
 from vitral.evaluation import measure, merge, multilabel
 from vitral.evaluation.calibration import Logits, fit_temperature
 from vitral.evaluation.tasks import AnyScores

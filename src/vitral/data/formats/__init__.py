@@ -16,7 +16,7 @@ from vitral.data.formats import folder, ilsvrc, packed, parquet, shards, table
 from vitral.data.formats.known import KNOWN_SETS, open_known
 from vitral.data.formats.labels import SUFFIXES
 from vitral.data.objects import PATH
-from vitral.data.records import Dataset, hold_out
+from vitral.data.splits import Dataset, hold_out
 from vitral.errors import data_error, unreadable
 from vitral.files import expand
 

@@ -11,8 +11,8 @@ import numpy as np
 from vitral.config import DataConfig
 from vitral.data.formats.labels import BINARY, CLASS, LIST
 from vitral.data.formats.rows import Rows
-from vitral.data.records import class_name
 from vitral.data.sampling import Integers, Labels
+from vitral.data.splits import class_name
 from vitral.errors import data_error, first_few, short
 
 Classes = tuple[str, ...]

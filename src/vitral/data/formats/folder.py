@@ -14,17 +14,10 @@ import numpy as np
 
 from vitral.config import DataConfig
 from vitral.data.decode import SUFFIXES
-from vitral.data.records import (
-    VALIDATION,
-    Dataset,
-    Files,
-    Names,
-    Split,
-    class_name,
-    merge_splits,
-)
+from vitral.data.records import Files, Names
 from vitral.data.sampling import Integers
 from vitral.data.skipped import OUTSIDE_CLASSES, count_files, file_kind, is_system, kinds
+from vitral.data.splits import VALIDATION, Dataset, Split, class_name, merge_splits
 from vitral.errors import counted, data_error, first_few, printable
 
 SPLITS = ("train", *VALIDATION)

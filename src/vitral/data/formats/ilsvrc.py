@@ -22,7 +22,7 @@ from vitral.data.archives import REDOWNLOAD, check_unique, members, progress
 from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import Row, index_archives
-from vitral.data.records import VALIDATION, Dataset, Split, merge_splits
+from vitral.data.splits import VALIDATION, Dataset, Split, merge_splits
 from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import open_regular, read_regular
 

@@ -16,7 +16,8 @@ import torch
 from vitral.caches import downloads_dir
 from vitral.config import DataConfig
 from vitral.data.formats import folder
-from vitral.data.records import Dataset, Pixels
+from vitral.data.records import Pixels
+from vitral.data.splits import Dataset
 from vitral.errors import data_error
 
 KNOWN_SETS = ("digits", "synthetic", "cifar10", "cifar100", "imagenette")

@@ -17,8 +17,8 @@ from vitral.data.decode import DecodeError
 from vitral.data.fetch import resolve_workers
 from vitral.data.formats import open_dataset
 from vitral.data.objects import LABELS, PATH, Objects, Source, read_item
-from vitral.data.records import Dataset, class_name, hold_out
 from vitral.data.sampling import Integers
+from vitral.data.splits import Dataset, class_name, hold_out
 from vitral.data.workers import in_workers
 from vitral.errors import UserError, data_error, first_few
 

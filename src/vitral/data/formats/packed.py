@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from vitral import storage
 from vitral.config import DataConfig
-from vitral.data.records import Dataset, Packed, Spans, class_name, stamp
+from vitral.data.records import Packed, Spans, stamp
+from vitral.data.splits import Dataset, class_name
 from vitral.errors import data_error, printable
 from vitral.files import require_regular
 

@@ -23,8 +23,9 @@ from vitral.data.archives import REDOWNLOAD
 from vitral.data.decode import DecodeError
 from vitral.data.imagenet import human_name, wnids
 from vitral.data.objects import IMAGES, LABELS
-from vitral.data.records import VALIDATION, Dataset, Names, Split, Stamp, merge_splits, stamp
+from vitral.data.records import Names, Stamp, stamp
 from vitral.data.sampling import Integers
+from vitral.data.splits import VALIDATION, Dataset, Split, merge_splits
 from vitral.documents import parse_json
 from vitral.errors import counted, data_error, printable
 

@@ -18,7 +18,7 @@ from vitral.data.archives import REDOWNLOAD, check_unique, members, progress
 from vitral.data.decode import SUFFIXES
 from vitral.data.imagenet import validation_labels, wnids
 from vitral.data.index import ArchiveIndex, Row, index_archives
-from vitral.data.records import VALIDATION, Dataset, Split, class_name, merge_splits
+from vitral.data.splits import VALIDATION, Dataset, Split, class_name, merge_splits
 from vitral.documents import parse_json
 from vitral.errors import counted, data_error, first_few, printable
 from vitral.files import open_regular, read_regular

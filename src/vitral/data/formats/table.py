@@ -24,8 +24,9 @@ from vitral.data.formats.classes import class_columns, find_classes
 from vitral.data.formats.folder import holds_images
 from vitral.data.formats.labels import SUFFIXES, find_columns, read_header, read_table
 from vitral.data.formats.rows import Rows
-from vitral.data.records import VALIDATION, Dataset, Files, merge_splits
+from vitral.data.records import Files
 from vitral.data.sampling import Integers
+from vitral.data.splits import VALIDATION, Dataset, merge_splits
 from vitral.errors import UserError, counted, data_error, first_few, printable, short
 
 METADATA = ("metadata.csv", "metadata.jsonl")

@@ -32,7 +32,8 @@ from vitral.data.crops import crop_resize
 from vitral.data.decode import DecodeError, decode
 from vitral.data.formats import open_dataset, packed
 from vitral.data.formats.packed import INDEX, PROGRESS, VERSION, Chunk, images_path
-from vitral.data.records import Encoded, Packed, Pixels, label_bytes
+from vitral.data.records import Encoded, Packed, Pixels
+from vitral.data.splits import label_bytes
 from vitral.data.workers import in_workers
 from vitral.errors import counted, data_error, how_to_fix, printable
 from vitral.files import check_room

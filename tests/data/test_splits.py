@@ -1,4 +1,4 @@
-"""Held-out images and fingerprints of records."""
+"""Datasets: held-out images and fingerprints."""
 
 import shutil
 from pathlib import Path
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from vitral.config import DataConfig
-from vitral.data import records
+from vitral.data import records, splits
 from vitral.data.formats import open_dataset
-from vitral.data.records import Dataset, Pixels, Spans
+from vitral.data.records import Pixels, Spans
+from vitral.data.splits import Dataset
 
 from .image_files import error_message, opened, paths, put, put_split
 
@@ -95,7 +96,7 @@ def test_the_fingerprint_distinguishes_pixel_datasets():
 def test_the_fingerprint_is_computed_once(monkeypatch):
     dataset = opened("digits")
     before = dataset.fingerprint
-    monkeypatch.setattr(records.hashlib, "sha256", None)
+    monkeypatch.setattr(splits.hashlib, "sha256", None)
     assert dataset.fingerprint == before
 
 
