@@ -12,6 +12,7 @@ from vitral.training.processor import Block, choose, num_graphs
 
 TINY = "--model.dim 16 --model.depth 3 --train.batch-size 4"
 LONG = 10**13  # images
+HEAD = "--train.trainable head --train.ema-decay 0 --augment.mixup 0 --augment.cutmix 0"
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_compiling_must_save_more_time_than_it_takes(measured, monkeypatch):
     assert not chosen(images=396).compile
     assert chosen(images=404).compile
     assert not chosen("--train.compile never").compile
-    assert not chosen("--train.trainable head --train.init weights --train.ema-decay 0").compile
+    assert not chosen(f"{HEAD} --train.init weights").compile
     monkeypatch.setattr(processor, "MIN_FLOPS", 1e12)
     assert not chosen(images=404).compile
     monkeypatch.setattr(processor, "can_compile", lambda device: False)
