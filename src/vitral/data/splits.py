@@ -90,7 +90,7 @@ def merge_splits(
     name, skipped = printable(root.resolve().name), skipped or {}
     training, val = (_with_class_names(root, split) for split in (training, val))
     if training is not None and len(training[0]) < 2:
-        got, fix = f"only {training[0][0]}", "add images of other classes"
+        got, fix = f"only {first_few(training[0])}", "add images of other classes"
         raise data_error(root, "two or more classes", got, fix)
     if val is None:
         assert training is not None
