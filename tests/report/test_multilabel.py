@@ -17,7 +17,7 @@ TINY = "--model.dim 16 --model.depth 2 --train.epochs 2 --optim.warmup-epochs 0 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run on images of which the left half, the right half, both or none are bright."""
+    """A finished run on images whose left half, right half, both or none are bright."""
     root = tmp_path_factory.mktemp("halves")
     draw, rows = np.random.default_rng(0), ["image,left,right & <low>"]
     for i in range(60):

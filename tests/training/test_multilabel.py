@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def table(image_folder, tmp_path_factory):
-    """The images of `image_folder` with the labels light and even, of which some have neither."""
+    """The images of `image_folder` with the labels light and even; some have neither."""
     path, rows = tmp_path_factory.mktemp("table") / "labels.csv", ["image,split,light,even"]
     for split in ("train", "val"):
         for file in sorted((image_folder / split).rglob("*.jpg")):
@@ -59,6 +60,11 @@ def test_a_killed_run_resumes_exactly(table, tmp_path):
         "model": 2,
         "ema": 2,
     }
+    last_weights = tmp_path / "run" / "weights" / "last"
+    known = weights.read_description(last_weights)[1].all_thresholds
+    shutil.rmtree(last_weights)
+    assert finish_single(config) == 0  # restores the weights from the checkpoint
+    assert weights.read_description(last_weights)[1].all_thresholds == known
     last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
     assert {"val_map", "val_micro_ap", "val_f1", "val_micro_f1", "ema_map"} < last.keys()
 
