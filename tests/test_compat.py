@@ -47,6 +47,15 @@ def test_lists_of_tensors_are_scaled_by_a_tensor():
     torch.testing.assert_close(tensors, wanted)
 
 
+def test_the_gradient_of_ones_is_contiguous():
+    x, strides = torch.randn(3, 4, requires_grad=True), []
+    y = x * 2
+    y.grad_fn.register_prehook(lambda gradients: strides.append(gradients[0].stride()))
+    compat.backward_of_ones(y)
+    assert torch.equal(x.grad, torch.full((3, 4), 2.0))
+    assert strides == [(4, 1)]
+
+
 def test_the_limit_on_graphs_is_only_raised():
     import torch._dynamo.config as dynamo
 

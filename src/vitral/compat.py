@@ -43,6 +43,16 @@ def copy_all(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     torch._foreach_copy_(list(tensors), list(sources))
 
 
+def backward_of_ones(y: Tensor) -> None:
+    """Runs the backward pass for a gradient of ones with respect to `y`.
+
+    Passing a gradient to `Tensor.backward` would import SymPy, which takes a third as long as
+    importing torch.
+    """
+    y.register_hook(Tensor.contiguous)  # the gradient of a sum is an expanded scalar
+    y.sum().backward()
+
+
 def make_inductor_deterministic() -> None:
     """Prevents Inductor from choosing kernels by their measured speed."""
     import torch._inductor.config as inductor

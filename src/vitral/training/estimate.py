@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from vitral.compat import backward_of_ones
 from vitral.config import Config, TrainConfig, ViTConfig
 from vitral.data.splits import Dataset
 from vitral.data.tools.rates import synchronize
@@ -121,7 +122,7 @@ def block_forward_backward(training: Training) -> Callable[[int], None]:
     def run(count: int) -> None:
         with resolved.autocast():
             out = block(tokens[:count], *tables)
-        out.backward(torch.ones_like(out))
+        backward_of_ones(out)
 
     return run
 

@@ -132,7 +132,7 @@ class Block:
         def run() -> None:
             with autocast("cpu", self.precision):
                 y = model.encode(x, grid, grid)
-            y.backward(torch.ones_like(y))
+            compat.backward_of_ones(y)
 
         return run
 
