@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -73,7 +74,7 @@ def pretrained(source: str) -> Parts:
     return Parts(name=source, model=model, optimizer=TimmGroups, initialize=_load_timm)
 
 
-def _load_timm(model: Any, path: str) -> list[str]:
+def _load_timm(model: Any, path: str, classes: Sequence[str]) -> list[str]:
     """Loads the source of the import at `path`, without the head if the classes differ."""
     directory, description = weights.read_description(path)
     file = directory.parent / f"{directory.name}.safetensors"
@@ -83,7 +84,7 @@ def _load_timm(model: Any, path: str) -> list[str]:
         img_size=model.patch_embed.img_size,  # positions are resampled once, as in vitral
         num_classes=model.num_classes,
     ).state_dict()
-    other = len(description.classes) != model.num_classes
+    other = description.classes != tuple(classes)
     new = [name for name in state if other and name.startswith("head.")]
     model.load_state_dict({n: v for n, v in state.items() if n not in new}, strict=False)
     return new

@@ -121,10 +121,10 @@ def without_layer_scale(config: ViTConfig, num_classes: int) -> ViT:
     return ViT(dataclasses.replace(config, layer_scale=0.0), num_classes)
 
 
-def fold(model: ViT, path: str) -> list[str]:
+def fold(model: ViT, path: str, classes: Sequence[str]) -> list[str]:
     """`weights.initialize`, with LayerScale multiplied into the preceding weights and biases."""
     scaled = ViT(dataclasses.replace(model.config, layer_scale=1.0), model.num_classes)
-    new = weights.initialize(scaled, path)
+    new = weights.initialize(scaled, path, classes)
     state = scaled.state_dict()
     for branch, layer in (("attention", "attention.projection"), ("ffn", "ffn.contract")):
         for i in range(len(model.blocks)):
@@ -163,10 +163,10 @@ def with_lora(config: ViTConfig, num_classes: int) -> ViT:
     return model
 
 
-def freeze_all_but_lora(model: ViT, path: str) -> list[str]:
+def freeze_all_but_lora(model: ViT, path: str, classes: Sequence[str]) -> list[str]:
     """`weights.initialize`, and freezes everything except the updates and the head."""
     plain = ViT(model.config, model.num_classes)
-    new = weights.initialize(plain, path)
+    new = weights.initialize(plain, path, classes)
     missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected
     model.requires_grad_(False)

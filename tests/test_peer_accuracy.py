@@ -386,7 +386,8 @@ def started(imported, name, image_size=64):
     config, parts = weights.load_settings("imagenet-finetune", words).model, variants.find(name)
     assert config.layer_scale > 0
     model = parts.model(dataclasses.replace(config, stochastic_depth=0.0), 5)
-    assert sorted(parts.initialize(model, str(imported))) == ["head.bias", "head.weight"]
+    new = parts.initialize(model, str(imported), tuple("abcde"))
+    assert sorted(new) == ["head.bias", "head.weight"]
     assert not any(p.any() for p in model.head.parameters())
     torch.manual_seed(3)
     torch.nn.init.normal_(model.head.weight)

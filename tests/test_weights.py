@@ -273,6 +273,12 @@ def test_a_model_is_initialized_with_the_default_weights(saved, changes):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_classes_are_compared_by_name_and_order(saved):
+    known = weights.load(saved).description.classes
+    assert initialize(model_of(), saved, known) == []
+    assert initialize(model_of(), saved, known[::-1]) == ["head.bias", "head.weight"]
+
+
 def test_other_classes_get_a_new_head(saved):
     model = model_of(classes=5)
     head = {name: value.clone() for name, value in model.head.state_dict().items()}

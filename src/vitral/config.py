@@ -498,7 +498,7 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights; 0 disables it."""
     init: str | None = None
     """Weights to start from: a path, hf-hub:owner/name or timm:name. A recipe without a model uses
-    the model of the weights. If the number of classes differs, the head is reinitialized."""
+    the model of the weights. If the classes differ, the head is reinitialized."""
     trainable: int | Literal["all", "head"] = "all"
     """Parameters to train. all: every parameter. head: only the head, fitted to features that are
     computed once per image in each epoch; the first epoch uses no augmentation. N: the head, the

@@ -135,4 +135,4 @@ def test_custom_parts_need_a_name():
     with pytest.raises(ValueError, match="name"):
         Parts(model=Pixels)
     with pytest.raises(ValueError, match="name"):
-        Parts(initialize=lambda model, path: [])
+        Parts(initialize=lambda model, path, classes: [])

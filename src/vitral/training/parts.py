@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,9 @@ class Parts:
     as in vitral and timm, and has no state except its parameters: no running statistics."""
     optimizer: Callable[[ViT, OptimConfig], Optimizer] = Optimizer
     """Creates an optimizer from the model and the settings."""
-    initialize: Callable[[Any, str], list[str]] = weights.initialize
-    """Copies the weights of `train.init` into a new model, and returns the names of the parameters
-    that are not copied."""
+    initialize: Callable[[Any, str, Sequence[str]], list[str]] = weights.initialize
+    """Copies the weights of `train.init` into a new model for classes with the given names, and
+    returns the names of the parameters that are not copied."""
 
     def __post_init__(self) -> None:
         own = (ViT, Optimizer, weights.initialize)

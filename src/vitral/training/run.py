@@ -125,7 +125,7 @@ def prepare(
             model = build_model(adapted, len(dataset.classes), parts.model)
         path = adapted.train.init
         if path is not None and not checkpoints.steps(run.checkpoints):
-            new = ", ".join(parts.initialize(model, path)) or "none"
+            new = ", ".join(parts.initialize(model, path, dataset.classes)) or "none"
             notes.append(f"initialized from {path}; reinitialized parameters: {new}")
         freeze(model, adapted.train.trainable)
         return adapted, notes, model

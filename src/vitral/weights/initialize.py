@@ -58,19 +58,23 @@ def _as_preset(model: ViTConfig) -> ViTConfig:
     return dataclasses.replace(model, **dict.fromkeys(model.shape._fields))
 
 
-def initialize(model: ViT, path: str | Path) -> list[str]:
+def initialize(model: ViT, path: str | Path, classes: Sequence[str] | None = None) -> list[str]:
     """Copies weights into `model` and returns the names of parameters that were not copied.
 
-    The head is not copied if the number of classes differs. The image size may differ if the grid
-    of rotary positions is the same. For a model on the meta device, only the shapes are read and
-    compared.
+    The head is not copied if the classes differ. The image size may differ if the grid of rotary
+    positions is the same. For a model on the meta device, only the shapes are read and compared.
+
+    Args:
+        path: weights, as for `load`.
+        classes: names of the classes of `model`. If None, only their number is compared.
 
     Raises:
         UserError: if the architectures or the grids of rotary positions differ.
     """
-    source_model = load(path, device=model.device.type).model
+    loaded = load(path, device=model.device.type)
+    source_model, other_classes = loaded.model, classes not in (None, loaded.description.classes)
     source, own = source_model.state_dict(), model.state_dict()
-    if source_model.num_classes != model.num_classes:
+    if other_classes or source_model.num_classes != model.num_classes:
         source = {name: value for name, value in source.items() if not name.startswith("head.")}
     if source_model.positions is not None and model.positions is not None:
         source["positions"] = resample(source_model.positions, *model.positions.shape[:2])
