@@ -30,10 +30,9 @@ HEADER = (
     "training FLOPs",
     "hardware",
     "minutes",
-    "top-1, EMA",
-    "top-1, raw",
-    "commit",
 )
+IMBALANCE = "imbalance"  # the study whose rows also show the balanced accuracy
+MEASURES = (("top-1", "top1"), ("balanced accuracy", "balanced"))
 
 
 def draw(root: Path) -> None:
@@ -100,8 +99,10 @@ def block(study: str | None, rows: dict[str, Row], way: str, commands: bool) -> 
         return EMPTY
     place = f"{way}{picture(study)}"
     caption = f"Validation top-1 against images seen, and at the last step{of_study(study)}"
-    lines = [cells(row, f"{way}results/{name}.json") for name, row in rows.items()]
-    parts = [table(HEADER, lines), f"[![{caption}]({place})]({place})"]
+    measures = MEASURES if study == IMBALANCE else MEASURES[:1]
+    header = [*HEADER, *(f"{title}, {kind}" for title, _ in measures for kind in ("EMA", "raw"))]
+    lines = [cells(row, f"{way}results/{name}.json", measures) for name, row in rows.items()]
+    parts = [table([*header, "commit"], lines), f"[![{caption}]({place})]({place})"]
     if commands:
         lines = dict.fromkeys(row["command"] for row in rows.values())
         parts.append("```sh\n" + "\n".join(lines) + "\n```")
@@ -124,10 +125,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "|---" * len(header) + "|", *rest])
 
 
-def scores(row: Row) -> list[str]:
-    """Top-1 of the averaged and the raw weights; the headline score is bold."""
-    runs = row["runs"]
-    found = {kind: [100 * r["top1"][kind] for r in runs if kind in r["top1"]] for kind in KINDS}
+def scores(row: Row, measure: str = "top1") -> list[str]:
+    """A score of the averaged and the raw weights in percent; the headline score is bold."""
+    runs = [run[measure] for run in row["runs"]]
+    found = {kind: [100 * run[kind] for run in runs if kind in run] for kind in KINDS}
     ema, raw = (mean_and_deviation(values) if values else "" for values in found.values())
     return [f"**{ema}**", raw] if ema else ["none", f"**{raw}**"]
 
@@ -137,7 +138,7 @@ def images(row: Row) -> str:
     return f"{statistics.fmean(run['images'] for run in row['runs']):,.0f}"
 
 
-def cells(row: Row, link: str) -> list[str]:
+def cells(row: Row, link: str, measures: Sequence[tuple[str, str]]) -> list[str]:
     """The cells of a row."""
     runs = row["runs"]
     note = f"<br>{row['note']}" if row["note"] else ""
@@ -149,7 +150,7 @@ def cells(row: Row, link: str) -> list[str]:
         operations(statistics.fmean(run["flops"] for run in runs)),
         row["hardware"],
         minutes(row),
-        *scores(row),
+        *(cell for _, measure in measures for cell in scores(row, measure)),
         f"`{row['commit']}`",
     ]
 

@@ -221,7 +221,8 @@ def entry(run: Run, flops: float) -> Row:
     kept = {name: kind for name, kind in KINDS.items() if f"{kind}_top1" in last}
     scores = {
         measure: {name: last[f"{kind}_{measure}"] for name, kind in kept.items()}
-        for measure in ("top1", "top5", "loss")
+        for measure in ("top1", "top5", "loss", "balanced")
+        if f"val_{measure}" in last  # early runs have no balanced accuracy
     }
     return {
         "seed": run.config.train.seed,
@@ -232,6 +233,7 @@ def entry(run: Run, flops: float) -> Row:
         "minutes": round(last["seconds"] / 60, 2),
         "top1": scores["top1"],
         "top5": scores["top5"],
+        **({"balanced": scores["balanced"]} if "balanced" in scores else {}),
         "val_loss": scores["loss"],
         "memory_gb": max(row["memory_gb"] for row in run.rows),
         "images_per_second": statistics.median(row["images_per_second"] for row in run.rows),
