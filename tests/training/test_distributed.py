@@ -428,7 +428,7 @@ def test_data_that_differs_between_machines_is_rejected(pictures, tmp_path, data
 
 
 def test_one_process_of_each_machine_lists_the_files(pictures, tmp_path):
-    """Two processes on one machine, of which one has no data, and one process on another."""
+    """Two processes run on one machine, one of them without data, and a third on another."""
     expected = open_dataset(DataConfig(path=str(pictures)), 16, 0).fingerprint
 
     def opened(rank):
