@@ -1,5 +1,6 @@
 """Tests of explanations with a model that was trained to locate a white square."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from vitral.config import Config, DataConfig, ViTConfig
 from vitral.data.augment import finish
 from vitral.errors import UserError
 from vitral.inference.explain import explain
+from vitral.inference.predict import Classifier
 from vitral.model import ViT
 
 CLASSES = ("n01440764", r"right $\no$")  # not a formula
@@ -73,6 +75,17 @@ def test_the_map_highlights_the_relevant_patch(loaded, column):
     assert found.deletion.area < mean - deviation
     assert found.insertion.area > mean + deviation
     assert f"deletion {found.deletion.area:.3f}" in found.summary
+
+
+def test_probabilities_are_those_of_predict(loaded):
+    image = scene(3).permute(1, 2, 0).numpy()
+    calibrated = dataclasses.replace(loaded.description, metrics={"val_temperature": 4.0})
+    calibrated = weights.Weights(loaded.model, calibrated, loaded.path)
+    explained = explain(calibrated, torch.from_numpy(image).permute(2, 0, 1))
+    predicted = Classifier(calibrated.model, calibrated.description, loaded.path).predict(image)[0]
+    assert predicted.calibrated
+    assert explained.probabilities == pytest.approx(predicted.probabilities)
+    assert explained.deletion.probabilities[0] == pytest.approx(predicted.probabilities[0])
 
 
 def test_the_selected_layer_and_patch_are_shown(loaded):

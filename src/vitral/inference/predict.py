@@ -327,7 +327,7 @@ def _rank(
     model: ViT, top: int, tta: Tta, description: weights.Description, images: Tensor
 ) -> list[_Ranked]:
     if description.multi_label:
-        rows = model(images).float().sigmoid().tolist()
+        rows = description.probabilities(model(images)).tolist()
         return [_above(row, description.thresholds) for row in rows]
     probabilities = mean_probabilities(model, images, tta, description.temperature)
     top_classes = probabilities.topk(min(top, model.num_classes))

@@ -61,11 +61,14 @@ class Description:
         return self.all_thresholds.get(self.default, ())
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Returns the probability of each class given logits, (..., classes) each.
+        """Returns the probability of each class given logits, (..., classes) each, in float32.
 
-        If an image can have several labels, each is independent of the others.
+        They are calibrated if the weights have a temperature. If an image can have several labels,
+        each is independent of the others.
         """
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        if self.multi_label:
+            return logits.float().sigmoid()
+        return (logits.float() / (self.temperature or 1.0)).softmax(-1)
 
     @property
     def temperature(self) -> float | None:
