@@ -36,7 +36,7 @@ from vitral.config import Config
 from vitral.data.formats import open_dataset
 from vitral.data.loader import eval_batches
 from vitral.data.records import Records
-from vitral.engines.onednn import for_inference
+from vitral.engines.choice import for_inference
 from vitral.storage import replacing
 
 BATCH = 50

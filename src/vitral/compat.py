@@ -89,6 +89,11 @@ def has_linear_pointwise() -> bool:
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def has_bf16_products() -> bool:
+    """Returns whether the processor multiplies in bfloat16: with AVX-512 BF16, so also with AMX."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def linear_pointwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, function: str, form: str
 ) -> Tensor:

@@ -39,6 +39,7 @@ MAX_PATCHES = 256  # per side
 Sampling = Literal["uniform", "balanced", "sqrt"]
 BestBy = Literal["top1", "balanced", "f1", "loss", "map"]
 Device = Literal["auto", "cpu", "cuda", "mps", "xpu"]
+Engine = Literal["auto", "plain", "onednn", "bf16", "onnxruntime", "openvino"]
 TABLES = (".yaml", ".yml", ".csv")  # suffixes of files with a weight for each class
 Policy = Literal[
     "none",

@@ -79,7 +79,11 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the logits (B, num_classes) of images (B, C, H, W)."""
-        return self.head(self.pool(self.forward_features(images)))
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the head's input (B, D) for images (B, C, H, W)."""
+        return self.pool(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Returns all tokens after the last norm.
@@ -569,8 +573,7 @@ class Linear(nn.Linear):
     ) -> Tensor:
         """Applies the layer to tokens or a norm's output, whose scale multiplies the weights."""
         x, weight = (x.tokens, self.weight * x.scale) if isinstance(x, Normed) else (x, self.weight)
-        # oneDNN is not used in evaluation, so that validation gives the same results during and
-        # after training.
+        # Inference with oneDNN uses a copy of the model, in engines/onednn.py.
         use_onednn = self.training and self.fused and kernels.can_train_by_onednn(x)
         return (kernels.onednn_linear if use_onednn else F.linear)(x, weight, self.bias)
 

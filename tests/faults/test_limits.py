@@ -181,7 +181,7 @@ def test_a_deep_directory_is_refused_at_once(image_folder, tmp_path, monkeypatch
 def test_an_export_without_a_place_is_refused_before_the_work(directory, monkeypatch, capsys):
     """/proc permits no file, even to root."""
     monkeypatch.chdir("/proc")
-    monkeypatch.setattr("vitral.inference.export._trace", None)
+    monkeypatch.setattr("vitral.engines.onnx.trace", None)
     assert main(["export", str(directory), "--format", "pt2"]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"vitral: out: cannot write \.: .+; use a different directory\n", error)

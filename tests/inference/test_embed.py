@@ -10,6 +10,7 @@ from PIL import Image
 from vitral import weights
 from vitral.cli import main
 from vitral.config import Config, ViTConfig
+from vitral.engines import choice
 from vitral.errors import UserError
 from vitral.inference import load
 from vitral.inference.embed import Features, embed, write
@@ -117,3 +118,27 @@ def test_the_command_writes_features_and_reports_unreadable_images(
     assert main([*words[:3], "--out", "features.csv"]) == 2
     expected = "out: expected a name that ends in .npz or .parquet, got features.csv"
     assert expected in capsys.readouterr().err
+
+
+def test_commands_use_the_engine(directory, files, tmp_path, capsys, monkeypatch):
+    out = str(tmp_path / "features.npz")
+    embed_words = ["embed", str(directory), files[0], "--out", out, "--engine"]
+    predict_words = ["predict", str(directory), files[0], "--engine"]
+    weights = load(directory)
+    with torch.no_grad():
+        weights.model.norm.scale.zero_()  # so that the result shows which model was used
+    monkeypatch.setattr(choice, "by_torch", lambda model: weights.model)
+    assert main([*embed_words, "plain"]) == 0
+    with np.load(out) as stored:
+        assert not stored["features"].any()
+    assert main([*predict_words, "plain"]) == 0
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for words in (embed_words, predict_words, ["val", str(directory), "--engine"]):
+        capsys.readouterr()
+        assert main([*words, "onnxruntime", "--device", "cuda"]) == 2
+        assert "onnxruntime requires --device cpu, got --device cuda" in capsys.readouterr().err
+        if words[0] != "val":  # its dataset does not exist
+            assert main([*words, "onnxruntime"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "requires the package onnxruntime" in line
+            assert "pip install 'vitral[onnx]'" in line

@@ -150,7 +150,7 @@ def test_large_weights_are_stored_in_a_second_file(run, monkeypatch, tmp_path):
 
 def test_a_second_file_requires_a_path_in_utf8(run, monkeypatch, tmp_path):
     monkeypatch.setattr(exporting, "MAX_FILE_BYTES", 1000)
-    monkeypatch.setattr(exporting, "_trace", None)  # is refused before the work
+    monkeypatch.setattr(exporting.onnx, "trace", None)  # is refused before the work
     with pytest.raises(UserError, match="out: expected a path in UTF-8"):
         export(run, out=tmp_path / os.fsdecode(b"\xff.onnx"), images=0)
     assert not [*tmp_path.iterdir()]
@@ -216,7 +216,7 @@ def test_export_works_without_the_training_data(tmp_path, capsys):
 
 def another_model(program, file, *_):
     """Writes a valid file with other weights."""
-    torch.export.save(exporting._trace(ViT(ViTConfig(**TINY), 3).eval()), file)
+    torch.export.save(exporting.onnx.trace(ViT(ViTConfig(**TINY), 3).eval()), file)
 
 
 def nonsense(program, file, *_):

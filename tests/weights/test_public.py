@@ -15,7 +15,7 @@ from vitral import weights
 from vitral.cli import main
 from vitral.config import Config, OptimConfig
 from vitral.data.imagenet import wnids
-from vitral.engines.onednn import for_inference
+from vitral.engines.choice import for_inference
 from vitral.errors import UserError
 from vitral.inference.export import export
 from vitral.model import ViT

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitral.config import Device
+from vitral.config import Device, Engine
 from vitral.errors import UserError, counted, printable
 from vitral.files import check_output
 
@@ -33,6 +33,11 @@ class Options:
     """Number of decoding processes. Default: all cores but one."""
     device: Device = "auto"
     """Device to run on; auto uses a GPU if one is available."""
+    engine: Engine = "auto"
+    """How to run the model on a CPU. auto: onednn or plain, whichever is faster in a measurement
+    that is stored for this machine. plain: the kernels of torch. onednn: those of oneDNN. bf16:
+    oneDNN, with the linear layers in bfloat16, less accurate. onnxruntime, openvino: these
+    packages, with a file that is exported once, in up to a minute, and cached."""
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".npz", ".parquet"):
@@ -41,14 +46,15 @@ class Options:
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Writes the features and returns the exit code, 1 if an image cannot be read."""
+    from vitral.engines.choice import pick_engine_device, with_engine
     from vitral.inference.embed import embed, write
     from vitral.inference.predict import find_images, load
-    from vitral.machine import pick_device
 
     check_output(Path(options.out))
-    weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
+    device = pick_engine_device(options.engine, options.device)
+    weights = load(args.weights, which=options.which, device=device)
     features = embed(
-        weights,
+        with_engine(weights, options.engine),
         find_images(args.paths),
         normalize=options.normalize,
         image_size=options.image_size,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitral.config import Device
+from vitral.config import Device, Engine
 from vitral.errors import UserError
 from vitral.files import check_output
 
@@ -41,6 +41,11 @@ class Options:
     """Number of decoding processes. Default: all cores but one."""
     device: Device = "auto"
     """Device to run on; auto uses a GPU if one is available."""
+    engine: Engine = "auto"
+    """How to run the model on a CPU. auto: onednn or plain, whichever is faster in a measurement
+    that is stored for this machine. plain: the kernels of torch. onednn: those of oneDNN. bf16:
+    oneDNN, with the linear layers in bfloat16, less accurate. onnxruntime, openvino: these
+    packages, with a file that is exported once, in up to a minute, and cached."""
     json: bool = False
     """Print one JSON object per image, one per line."""
     csv: bool = False
@@ -55,15 +60,16 @@ class Options:
 
 def run(args: argparse.Namespace, options: Options) -> int:
     """Writes the predictions and returns the exit code."""
+    from vitral.engines.choice import pick_engine_device, with_engine
     from vitral.inference.output import write
     from vitral.inference.predict import find_images, predictions
-    from vitral.machine import pick_device
     from vitral.weights import load
 
-    weights = load(args.weights, which=options.which, device=str(pick_device(options.device)))
+    device = pick_engine_device(options.engine, options.device)
+    weights = load(args.weights, which=options.which, device=device)
     images = find_images(args.paths)
     found = predictions(
-        weights,
+        with_engine(weights, options.engine),
         images,
         options.top,
         min_confidence=options.min_confidence,

@@ -22,6 +22,7 @@ from vitral.data.loader import EVAL_BATCH, Batch, eval_batches
 from vitral.data.objects import PATH, Source
 from vitral.data.records import Records
 from vitral.data.splits import Dataset, class_name, hold_out
+from vitral.engines.choice import for_inference
 from vitral.errors import UserError, counted, data_error, first_few
 from vitral.evaluation import multilabel
 from vitral.evaluation.multilabel import MultiLabelScores
@@ -228,7 +229,8 @@ def _outputs(
     batches = eval_batches(
         records, config, batch_size, workers, data_device, num_crops=NUM_CROPS[tta]
     )
-    return lambda images: weights.model(images)[:, columns], batches
+    model = for_inference(weights.model)
+    return lambda images: model(images)[:, columns], batches
 
 
 def _check_task(description: Description, records: Records, config: Config) -> None:

@@ -15,12 +15,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from tqdm import tqdm
 
 from vitral.config import Config
@@ -38,6 +35,8 @@ from vitral.data.augment import finish
 from vitral.data.formats import open_dataset
 from vitral.data.imagenet import human_name
 from vitral.data.loader import fetch_eval_crops
+from vitral.engines import onnx
+from vitral.engines.onnx import Forward
 from vitral.errors import Messages, UserError, counted, printable
 from vitral.files import check_output, expand
 from vitral.model import CHANNELS, ViT
@@ -46,7 +45,6 @@ from vitral.storage import naming
 from vitral.weights import Weights, Which, load
 
 Format = Literal["onnx", "pt2"]
-Forward = Callable[[Tensor], Tensor]
 Comparison = tuple[str, Iterable[Tensor]]  # a description of the images, and batches
 
 TOLERANCE = 1e-4
@@ -150,8 +148,8 @@ def _write(
 ) -> tuple[Agreement, ...]:
     """Writes the file and compares it with the model."""
     options: dict[str, Any] = {"leave": False, "disable": None, "file": Messages(sys.stderr)}
-    with _quiet(), tqdm(desc="tracing", unit=" images", **options) as bar:
-        program = _trace(model)
+    with onnx.quiet(), tqdm(desc="tracing", unit=" images", **options) as bar:
+        program = onnx.trace(model)
         bar.set_description_str("writing")
         if file.suffix == ".onnx":
             _write_onnx(program, file, document, opset)
@@ -162,29 +160,10 @@ def _write(
         return tuple(_compare(*each, model, exported, bar) for each in comparisons)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppresses the exporters' warnings, which the user cannot act on."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _require_onnx() -> None:
-    """Imports the packages for ONNX, without the telemetry that onnxruntime starts on import.
-
-    Raises:
-        UserError: if a package is not installed.
-    """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    """Raises UserError if a package for ONNX is not installed."""
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
+        onnx.import_onnx()
     except ImportError as error:
         raise UserError(
             f"format: onnx requires the package {error.name}, which is not installed; "
@@ -243,29 +222,8 @@ def _describe(weights: Weights, which: Which) -> dict[str, Any]:
     }
 
 
-def _trace(model: ViT) -> ExportedProgram:
-    P = model.config.patch_size
-    # torch would specialize the graph for a single row or column.
-    rows, columns = Dim("rows", min=2), Dim("columns", min=2)
-    shapes = {"images": {0: Dim("batch", min=1), 2: P * rows, 3: P * columns}}
-    sample = torch.zeros(2, CHANNELS, 3 * P, 4 * P)
-    program = torch.export.export(model, (sample,), dynamic_shapes=shapes, strict=False)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it would leak local paths into the file
-    return program
-
-
 def _write_onnx(program: ExportedProgram, file: Path, document: str, opset: int) -> None:
-    made = torch.onnx.export(
-        program,
-        dynamo=True,
-        verbose=False,
-        opset_version=opset,
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes={"images": {0: "batch", 2: "height", 3: "width"}},
-    )
-    assert made is not None
+    made = onnx.to_onnx(program, "logits", opset)
     made.model.metadata_props["vitral"] = document
     made.save(file, external_data=_is_large(program.state_dict))
 
@@ -285,23 +243,12 @@ def _write_pt2(program: ExportedProgram, file: Path, document: str) -> None:
 def _open(file: Path) -> Forward:
     try:
         if file.suffix == ".onnx":
-            return _open_onnx(file)
+            large = file.with_name(f"{file.name}.data").exists()
+            return onnx.open_onnx(file if large else file.read_bytes())
         # The libraries' own code can only open paths in UTF-8.
         return torch.export.load(io.BytesIO(file.read_bytes())).module()
     except Exception as error:
         raise _cannot_run(error) from error
-
-
-def _open_onnx(file: Path) -> Forward:
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()  # in case it was imported before
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised as well
-    large = file.with_name(f"{file.name}.data").exists()
-    source = file if large else file.read_bytes()
-    session = onnxruntime.InferenceSession(source, options, ["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
 def _cannot_run(error: Exception) -> ExportError:

@@ -24,7 +24,7 @@ from vitral.data import augment, crops
 from vitral.data.decode import SUFFIXES, decode, decode_pillow
 from vitral.data.formats.folder import list_images
 from vitral.data.workers import in_workers
-from vitral.engines.onednn import for_inference
+from vitral.engines.choice import for_inference
 from vitral.errors import UserError, data_error, reason_of, unreadable
 from vitral.evaluation.tta import NUM_CROPS, Tta, check_tta, mean_probabilities
 from vitral.files import read_regular
@@ -127,7 +127,7 @@ class Classifier(weights.Weights):
         model = for_inference(self.model)
 
         def pooled(pixels: Tensor) -> NDArray[np.float32]:
-            return model.pool(model.forward_features(pixels)).float().cpu().numpy()
+            return model.features(pixels).float().cpu().numpy()
 
         vectors = np.full((len(many), model.config.shape.dim), np.nan, np.float32)
         results = _process_images(self, many, pooled, image_size, batch_size, workers)

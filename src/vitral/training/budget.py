@@ -20,7 +20,6 @@ from vitral.data.loader import Batch, eval_batches
 from vitral.data.records import Packed, Pixels
 from vitral.data.splits import Dataset
 from vitral.data.tools.rates import choose_decoder, endless_batches, synchronize
-from vitral.engines.onednn import for_inference
 from vitral.errors import UserError, counted
 from vitral.machine import pick_device
 from vitral.model import count_flops
@@ -181,7 +180,7 @@ def _measure_head(
     assert dataset.val is not None
     with preserve_torch_state():
         work = Inference(config, len(dataset.classes), config.model.image_size)
-        engine = for_inference(work.model)
+        engine = work.resolved.for_inference(work.model)
         size = min(work.resolved.micro_batch, len(dataset.train))
         batches = eval_batches(dataset.train, config, size, workers, device)
 

@@ -21,7 +21,6 @@ from vitral.data.fetch import Fetched, Request, fetch
 from vitral.data.loader import fetch_eval_crops
 from vitral.data.records import Records
 from vitral.data.sampling import Integers
-from vitral.engines.onednn import for_inference
 from vitral.errors import UserError
 from vitral.machine import input_device
 from vitral.model import ViT
@@ -109,7 +108,7 @@ class FeaturePass:
             model.device,
             input_device(model.device),
         )
-        self.engine = for_inference(model) if resolved.precision == "fp32" else model
+        self.engine = resolved.for_inference(model)
         self.engine.eval()
         data = dataclasses.replace(config.data, path="digits", workers=None)
         train = config.train
@@ -182,7 +181,7 @@ class FeaturePass:
             index = fetched.request.indices
             pixels = self._pixels(fetched, key.view)
             with self.resolved.autocast():
-                vectors = self.engine.pool(self.engine.forward_features(pixels)).float().cpu()
+                vectors = self.engine.features(pixels).float().cpu()
             good = torch.from_numpy(~np.isin(index, [i for i, _ in fetched.broken]))
             yield Features(
                 vectors[good],

@@ -16,6 +16,7 @@ from vitral.compat import allow_recompiles, make_inductor_deterministic
 from vitral.config import Config, ViTConfig
 from vitral.data.fetch import Decoder
 from vitral.data.sampling import derive_seed
+from vitral.engines import onednn
 from vitral.errors import UserError
 from vitral.machine import available_cores
 from vitral.model import CHANNELS, ViT, compile_blocks
@@ -48,6 +49,17 @@ class Resolved:
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Returns a context with bf16 autocast, or without autocast in float32."""
         return autocast(self.device, self.precision)
+
+    def for_inference(self, model: ViT) -> ViT:
+        """Returns a copy of a model for inference without gradients, or the model itself.
+
+        It depends only on the resolved settings, so that a resumed run rounds in the same way.
+        """
+        eager = self.fused and not self.compile and self.precision == "fp32"
+        unsharded = type(model) is ViT
+        return (
+            onednn.by_onednn(model) if eager and unsharded and onednn.is_supported(model) else model
+        )
 
 
 def build_model(

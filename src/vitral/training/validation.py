@@ -53,10 +53,12 @@ class Validation:
             Interrupted: if a signal arrived in a run with one process.
         """
         self.model.eval()
+        engine = self.resolved.for_inference(self.model)
+        call = self.call if engine is self.model else engine
 
         def forward(images: Tensor) -> Tensor:
             with self.resolved.autocast():
-                return self.call(images)
+                return call(images)
 
         if self.records.labels.ndim == 2:
             return self._measure_labels(forward, signals)
