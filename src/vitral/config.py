@@ -158,8 +158,8 @@ class ViTConfig:
     computation."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: custom kernels on GPUs that support them, if a measurement at the start of training
-    shows that they are faster, and oneDNN on AMD processors. plain: only PyTorch's built-in
-    kernels. Weights have the same names and shapes in both cases."""
+    shows that they are faster, and oneDNN on a CPU if it is faster according to the machine
+    profile. plain: only PyTorch's built-in kernels. Weights have the same names and shapes in both cases."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape
@@ -259,30 +259,30 @@ class DataConfig:
     task: Literal["auto", "single", "multi"] = "auto"
     """single: every image has one class. multi: an image has any number of classes, listed in one
     cell of a table, or in one column of 0 and 1 for each class. auto: multi if label_separator is
-    set, if cells contain lists, or if a table has such columns and no others."""
+    set, if cells contain lists, or if a table without a label column has only such columns."""
     label_separator: str | None = None
-    """Text between the labels of an image in one cell of a table, such as ; or |, for several
-    labels per image. A space stands for any white space."""
+    """Text between the labels of an image in one cell of a table, such as a semicolon, for several
+    labels per image. A space stands for any whitespace."""
     sampling: Sampling = "uniform"
     """How often the images of each class occur in an epoch. uniform: every image once. balanced:
     every class equally often. sqrt: in proportion to the square root of the number of its images.
     The length of an epoch remains the number of training images; images of rare classes are
-    repeated, each time with different augmentation. An image with several labels belongs to the
-    rarest of them."""
+    repeated, each time with different augmentation. An image with several labels counts as an
+    image of the rarest of them."""
     workers: int | None = None
     """Number of data loading processes; if not set, all cores but one, at most 16. With 0, the main
     process loads the data."""
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to decode JPEGs; auto measures both at the start of a run and uses the faster one."""
     fit: Literal["crop", "squash", "pad"] = "crop"
-    """How images become squares. crop: the central square. squash: the image is squashed. pad: the
-    entire image is padded to a square with `mean`, whatever eval_crop. In training, a random
-    resized crop is taken from the image, the squashed image or the padded image, respectively."""
+    """How images are made square. crop: use the central square. squash: squash the image to a square.
+    pad: pad the entire image to a square with `mean`, ignoring eval_crop. In training, random
+    resized crops are taken from the original, squashed or padded image, respectively."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation used to resize crops (always antialiased)."""
     eval_crop: float = 0.875
     """Side length of the central evaluation crop, as a fraction of the image's shorter side; with
-    fit squash, of both sides. Not used with fit pad."""
+    fit squash, of each side. Ignored with fit pad."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the red, green and blue channels for normalization, on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -482,11 +482,11 @@ class TrainConfig:
     """Successive image sizes, each with its fraction of the steps; by default, model.image_size
     throughout."""
     loss: Literal["ce", "bce"] = "ce"
-    """Soft-target cross-entropy, or binary cross-entropy over every class. Images with several
-    labels need bce, which then replaces ce."""
+    """Soft-target cross-entropy, or binary cross-entropy over every class. For images with
+    several labels, bce always replaces ce."""
     label_smoothing: float = 0.0
     """Fraction of the target that is distributed uniformly over the classes or, for images with
-    several labels, over the two answers for each class."""
+    several labels, over presence and absence of each class."""
     class_weights: str = "none"
     """Factor on the loss of an image by its class, scaled to a mean of 1 over the training images.
     balanced: one over the number of images of the class. effective: one over the effective number
@@ -512,8 +512,8 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 autocast or float32; auto uses bf16 on CUDA GPUs that support it."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Compile the model with torch.compile, which needs a C compiler; auto compiles on a CUDA GPU,
-    and on a CPU if that saves more time than it takes, by the machine profile."""
+    """Compile the model with torch.compile, which requires a C compiler; auto compiles on a CUDA
+    GPU, and on a CPU if it saves more time than it takes, according to the machine profile."""
     deterministic: bool = False
     """Make resuming bit-identical on a GPU, at a cost in speed; on a CPU, resuming is always
     bit-identical."""
@@ -523,8 +523,8 @@ class TrainConfig:
     """Parallelism over processes: a copy of the model in each (ddp), or parameters sharded over
     them (fsdp, FSDP2)."""
     threads: int | None = None
-    """Number of CPU threads per training process; if not set, the fastest number by the machine
-    profile, at most one per core and 16, or a single one with train.reproducible."""
+    """Number of CPU threads per training process; if not set, the fastest number according to the
+    machine profile, at most one per core and at most 16, or one with train.reproducible."""
     eval_every: int = 1
     """Epochs between validations."""
     best_by: BestBy = "top1"

@@ -98,7 +98,7 @@ def peak_flops() -> float | None:
 def available_cores() -> int:
     """Returns the number of processor cores that this process may use, at least 1.
 
-    A quota of control groups, such as that of `docker run --cpus`, limits it to full cores.
+    A CPU quota of control groups, as set by `docker run --cpus`, limits it, rounded down.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):

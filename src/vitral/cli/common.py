@@ -22,7 +22,7 @@ class TableOptions:
     label_column: str | None = None
     """Column with the class of each image in Parquet files or a table."""
     task: Literal["auto", "single", "multi"] | None = None
-    """multi for a table with one column of 0 and 1 for each class and other columns."""
+    """multi if the table has other columns than one of 0 and 1 for each class."""
     label_separator: str | None = None
     """Text between the labels of an image in one cell, if the data is a table."""
     group_column: str | None = None

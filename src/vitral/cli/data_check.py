@@ -22,9 +22,9 @@ class Options(TableOptions):
     workers: int | None = None
     """Number of decoding processes. Default: one per core."""
     duplicates: bool = False
-    """Search for identical and similar images, within the splits and in both of them."""
+    """Search for identical and similar images, within and across splits."""
     out: str | None = None
-    """CSV file to write, with the groups of duplicates; requires --duplicates."""
+    """CSV file to write the groups of duplicates to; requires --duplicates."""
 
     def __post_init__(self) -> None:
         if self.out is not None and not self.duplicates:

@@ -26,10 +26,10 @@ class Options:
     """Number of classes per image. Weights for several labels per image list all classes that
     reach their threshold instead."""
     min_confidence: float = 0.0
-    """Probability of the most likely class below which the result is "unknown"."""
+    """Report "unknown" if the probability of the most likely class is below this value."""
     tta: Literal["none", "flip", "five-crop"] = "none"
-    """Test-time augmentation: the mean probability over an image and its mirror image, or over its
-    four corners and its center."""
+    """Test-time augmentation: average the probabilities of an image and its mirror image (flip), or of
+    crops at its four corners and center (five-crop)."""
     image_size: int | None = None
     """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
     training size."""

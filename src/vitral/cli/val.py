@@ -41,8 +41,8 @@ class Options(TableOptions):
     which: Literal["model", "ema"] | None = None
     """Weights to use: raw (model) or averaged (ema). Default: as stored with the weights."""
     tta: Literal["none", "flip", "five-crop"] = "none"
-    """Test-time augmentation, evaluated in addition: the mean probability over an image and its
-    mirror image, or over its four corners and its center."""
+    """Test-time augmentation, evaluated in addition: average the probabilities of an image and its
+    mirror image (flip), or of crops at its four corners and center (five-crop)."""
     batch_size: int = 256
     """Number of images per forward pass."""
     workers: int | None = None

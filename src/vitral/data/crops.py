@@ -217,7 +217,7 @@ def crop_resize(
         padded[:, y : y + crop.shape[1], x : x + crop.shape[2]] = crop
         crop = padded
     if (height, width) != (size, size):
-        # Channels last, as of a decoded image, selects torch's fastest kernel.
+        # Channels last, the format of a decoded image, selects torch's fastest kernel.
         crop = F.interpolate(crop[None], (size, size), mode=interpolation, antialias=True)[0]
     return crop.contiguous()
 

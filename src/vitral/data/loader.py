@@ -108,7 +108,7 @@ def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
     """Converts labels to targets (B, classes), float32.
 
     Labels (B,) become one-hot rows, and a fraction of each is spread evenly over the classes. For
-    labels of 0 and 1 (B, classes), the fraction is spread over the two answers for each class.
+    labels of 0 and 1 (B, classes), it is spread over presence and absence of each class.
     """
     if labels.ndim == 2:
         return labels * (1 - smoothing) + smoothing / 2

@@ -62,9 +62,9 @@ def evaluate(
         classes: "subset" removes the logits of classes that are not in the dataset; "all" keeps
             them, after the classes of the dataset in `Scores.classes`. None means "all" for a
             dataset with a single class and "subset" otherwise.
-        tta: test-time augmentation: the scores of the mean probabilities over an image and its
-            mirror image ("flip"), or over its four corners and its center ("five-crop"), after the
-            temperature of the weights.
+        tta: test-time augmentation: averages the probabilities of an image and its mirror image
+            ("flip"), or of crops at its four corners and center ("five-crop"), after temperature
+            scaling.
         batch_size: images per forward pass.
         workers: number of decoding processes; None uses all cores but one.
         device: "cpu", "cuda", "mps", "xpu", or "auto" to use a GPU if there is one.

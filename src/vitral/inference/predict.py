@@ -85,8 +85,8 @@ class Classifier(weights.Weights):
                 array or tensor of shape (H, W, 3) or (3, H, W).
             top: number of classes per image.
             min_confidence: probability of the most likely class below which an image is `unknown`.
-            tta: test-time augmentation: the mean probability over an image and its mirror image
-                ("flip"), or over its four corners and its center ("five-crop").
+            tta: test-time augmentation: averages the probabilities of an image and its mirror image
+                ("flip"), or of crops at its four corners and center ("five-crop").
             image_size: side length of the model's input, in pixels; None uses the training size.
             batch_size: images per forward pass.
             workers: number of decoding processes for files; None uses all cores but one.

@@ -1,4 +1,4 @@
-"""Choices for training on a CPU: threads, linear layers and compilation, by the machine profile."""
+"""Choices for training on a CPU, using the machine profile: threads, linear layers, compilation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vitral.engines import profile
 from vitral.model import Residual, ViT, compile_blocks, count_flops
 from vitral.training.trial import autocast, can_compile
 
-MAX_ELEMENTS = 1 << 19  # of the tokens in a measurement: with more, it takes longer than it gains
-# Below this, a run takes less than a few minutes on any processor, and compiling never pays.
+MAX_ELEMENTS = 1 << 19  # of the tokens in a measurement, to limit its duration
+# Shorter runs take at most a few minutes on any processor, so compiling never saves time.
 MIN_FLOPS = 1e13
 
 

@@ -42,8 +42,8 @@ class Table:
 
     path: Path
     names: dict[str, str]
-    """Name in the table of each kind of column. Image is always there, and either label or two or
-    more kinds that begin with CLASS."""
+    """Name in the table of each kind of column. Contains "image", and either "label" or two or more
+    kinds that begin with CLASS."""
     cells: dict[str, list[str]]
     """Text of each column, without surrounding spaces."""
     rows: Integers
@@ -149,13 +149,13 @@ def _missing(path: Path, column: str, header: Sequence[str], otherwise: str = ""
 
 
 def _only_binary(table: Table, config: DataConfig) -> Table:
-    """Drops columns that are not of 0 and 1, if there is no column for the label.
+    """Drops columns that do not contain 0 and 1, if there is no column for the label.
 
     A column with a few other values is kept, so that these are errors.
 
     Raises:
-        UserError: if fewer than two columns are of 0 and 1, or `config.task` is "auto" and others
-            are not: one of them may be the label.
+        UserError: if fewer than two columns contain 0 and 1, or if `config.task` is "auto" and
+            others do not: one of them may be the label.
     """
 
     def is_binary(kind: str) -> bool:
