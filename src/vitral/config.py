@@ -159,7 +159,8 @@ class ViTConfig:
     kernels: Literal["auto", "plain"] = "auto"
     """auto: custom kernels on GPUs that support them, if a measurement at the start of training
     shows that they are faster, and oneDNN on a CPU if it is faster according to the machine
-    profile. plain: only PyTorch's built-in kernels. Weights have the same names and shapes in both cases."""
+    profile. plain: only PyTorch's built-in kernels. Weights have the same names and shapes in both
+    cases."""
 
     def __post_init__(self) -> None:
         dim, depth, num_heads, num_kv_heads = self.shape
@@ -275,9 +276,9 @@ class DataConfig:
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to decode JPEGs; auto measures both at the start of a run and uses the faster one."""
     fit: Literal["crop", "squash", "pad"] = "crop"
-    """How images are made square. crop: use the central square. squash: squash the image to a square.
-    pad: pad the entire image to a square with `mean`, ignoring eval_crop. In training, random
-    resized crops are taken from the original, squashed or padded image, respectively."""
+    """How images are made square. crop: use the central square. squash: squash the image to a
+    square. pad: pad the entire image to a square with `mean`, ignoring eval_crop. In training,
+    random resized crops are taken from the original, squashed or padded image, respectively."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation used to resize crops (always antialiased)."""
     eval_crop: float = 0.875

@@ -28,8 +28,8 @@ class Options:
     min_confidence: float = 0.0
     """Report "unknown" if the probability of the most likely class is below this value."""
     tta: Literal["none", "flip", "five-crop"] = "none"
-    """Test-time augmentation: average the probabilities of an image and its mirror image (flip), or of
-    crops at its four corners and center (five-crop)."""
+    """Test-time augmentation: average the probabilities of an image and its mirror image (flip),
+    or of crops at its four corners and center (five-crop)."""
     image_size: int | None = None
     """Side length of the model's input, in pixels, a multiple of the patch size. Default: the
     training size."""
