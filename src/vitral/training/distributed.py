@@ -285,7 +285,7 @@ class DelayedMax:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Returns whether a tensor is a DTensor, without importing them if there are none."""
+    """Returns whether a tensor is a DTensor, without importing torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -139,8 +139,8 @@ def prepare(
 def open_data_once(config: Config, datasets: PythonDatasets | None, world: World) -> Dataset:
     """Opens the dataset, in the first process of each machine before the others.
 
-    The others receive the list of the files in a folder, which takes long to read. Other data they
-    open themselves, after downloads and indexes of archives are complete.
+    The others receive the list of files if the dataset is a folder, because listing takes long.
+    They open other datasets themselves, after downloads and indexes of archives are complete.
 
     Raises:
         UserError: in all processes.

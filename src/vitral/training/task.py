@@ -18,7 +18,10 @@ def adapt_to_labels(config: Config, dataset: Dataset) -> tuple[Config, list[str]
     train = config.train
     if not dataset.multi_label:
         if train.best_by == "map":
-            raise UserError("train.best_by: expected map only for images with several labels")
+            raise UserError(
+                "train.best_by: expected top1, balanced, f1 or loss for images with one label "
+                "each, got map"
+            )
         return config, []
     head_only = train.trainable == "head" or train.probe_first
     for name, value, expected, refused in (

@@ -44,8 +44,7 @@ class Validation:
         self.workers, self.device = workers, device
 
     def measure(self, signals: Signals) -> AnyScores:
-        """Scores the model with its current weights, and fits their temperature if an image has one
-        label.
+        """Scores the model with its current weights; fits a temperature if each image has one label.
 
         Every process must call this.
 

@@ -47,8 +47,8 @@ class Description:
     difference: float = 0.0
     """Largest difference from the pretrained model's outputs, relative to their rms."""
     all_thresholds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """If an image can have several labels, the probability of each class from which an image has
-    it, for each file: "model" and "ema"."""
+    """If an image can have several labels, the lowest probability at which an image has each class,
+    for each file: "model" and "ema"."""
 
     @property
     def multi_label(self) -> bool:

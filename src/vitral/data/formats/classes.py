@@ -25,8 +25,8 @@ def find_classes(
 
     Args:
         used: indices of the rows whose labels are read.
-        training: those of the training images; None if no images are for training, and then there
-            may be a single class.
+        training: indices of the training images; None if there are none, in which case a single
+            class is accepted.
         config: selects whether an image can have several labels.
 
     Returns:
