@@ -264,7 +264,7 @@ COLOR = (124, 116, 104)  # the default mean
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("height", "width"), [(90, 70), (40, 81), (31, 90), (24, 24), (5, 80)])
-def test_padded_images_equal_those_of_torchvision_and_pillow(height, width, interpolation):
+def test_padded_images_match_torchvision_and_pillow(height, width, interpolation):
     image = picture(height, width)
     side, size = max(height, width), 24
     top, left = round((side - height) / 2), round((side - width) / 2)

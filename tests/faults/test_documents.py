@@ -358,7 +358,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("kind", "change"), CHANGES)
-def test_a_checkpoint_with_tensors_of_another_model_is_passed_over(run, folder, kind, change):
+def test_a_checkpoint_with_tensors_of_another_model_is_skipped(run, folder, kind, change):
     directory = folder / f"step_{NEWEST:07d}"
     names = ("model", "ema", "optimizer")
     groups = {name: storage.read_tensors(directory, name) for name in names}

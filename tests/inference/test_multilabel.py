@@ -116,7 +116,7 @@ def test_evaluation_uses_the_stored_thresholds(folder, capsys):
     assert "image_sizes: expected weights with one label" in capsys.readouterr().err
 
 
-def test_other_kinds_of_labels_are_refused(folder, capsys):
+def test_other_kinds_of_labels_are_rejected(folder, capsys):
     single = folder / "single.csv"
     single.write_text("image,label\n00.png,cat\n01.png,dog\n")
     dataset = open_dataset(DataConfig(path=str(single)), 16, 0, train=False)
@@ -157,7 +157,7 @@ def test_thresholds_are_checked(folder):
             Description.from_document({**document, "all_thresholds": {"model": wrong}}, folder)
 
 
-def test_options_for_one_label_are_refused(folder, capsys):
+def test_options_for_one_label_are_rejected(folder, capsys):
     command = ["predict", str(folder / "best"), str(folder / "00.png")]
     assert main([*command, "--tta", "flip"]) == 2
     assert "tta: expected none for weights with several labels" in capsys.readouterr().err

@@ -44,7 +44,7 @@ class Validation:
         self.workers, self.device = workers, device
 
     def measure(self, signals: Signals) -> AnyScores:
-        """Scores the model with its current weights; fits a temperature if each image has one label.
+        """Scores the model with its current weights; for one label per image, fits a temperature.
 
         Every process must call this.
 

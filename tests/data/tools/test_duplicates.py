@@ -51,7 +51,7 @@ def test_the_hash_equals_a_plain_discrete_cosine_transform():
     assert f"{perceptual_hash(pixels(image)):064b}" == bits
 
 
-def test_copies_have_close_hashes_and_other_images_have_not():
+def test_copies_have_close_hashes_and_other_images_do_not():
     for seed in range(8):
         image = picture(seed)
         again = Image.open(io.BytesIO(jpeg(image, 40)))
