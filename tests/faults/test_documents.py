@@ -302,7 +302,7 @@ OF_CHECKPOINTS = [
 
 
 @pytest.mark.parametrize(("path", "value"), OF_CHECKPOINTS)
-def test_a_checkpoint_with_another_value_is_passed_over(folder, path, value):
+def test_a_checkpoint_with_another_value_is_skipped(folder, path, value):
     replace(folder / f"step_{NEWEST:07d}", "state.json", path, value)
     warning = skip_warning(folder)
     assert "step" in warning
@@ -310,14 +310,14 @@ def test_a_checkpoint_with_another_value_is_passed_over(folder, path, value):
 
 
 @pytest.mark.parametrize("kind", documents(b"{}"))
-def test_a_checkpoint_with_a_damaged_document_is_passed_over(folder, kind):
+def test_a_checkpoint_with_a_damaged_document_is_skipped(folder, kind):
     directory = folder / f"step_{NEWEST:07d}"
     overwrite(directory, "state.json", documents((directory / "state.json").read_bytes())[kind])
     assert "state.json" in skip_warning(folder)
 
 
 @pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
-def test_a_checkpoint_without_a_file_is_passed_over(folder, name):
+def test_a_checkpoint_without_a_file_is_skipped(folder, name):
     (folder / f"step_{NEWEST:07d}" / f"{name}.safetensors").unlink()
     sign(folder / f"step_{NEWEST:07d}")
     assert f"{name}.safetensors: missing" in skip_warning(folder)

@@ -110,7 +110,7 @@ def test_groups_are_held_out_together(monkeypatch):
 
 
 @pytest.mark.parametrize("held_out_folds", [5, 1])
-def test_predictions_out_of_fold_equal_scikit_learn(monkeypatch, held_out_folds):
+def test_out_of_fold_predictions_equal_scikit_learn(monkeypatch, held_out_folds):
     monkeypatch.setattr(probe, "SELECTION_TOLERANCE", 1e-7)
     monkeypatch.setattr(probe, "MAX_CROSS_VALIDATED", 200 if held_out_folds == 5 else 100)
     features = make_features(150, views=2, noise=2.0)
