@@ -96,6 +96,16 @@ def test_json_output(directory, photos, expected, tmp_path, capsys):
     assert broken["path"] == str(photos / "b.jpg")
 
 
+def test_json_has_no_nan(directory, photos, tmp_path, capsys):
+    found = weights.load(directory)
+    state = {name: torch.full_like(t, torch.nan) for name, t in found.model.state_dict().items()}
+    weights.save(tmp_path / "nan", {"model": state}, found.description)
+    assert predict(tmp_path / "nan", photos / "a.jpg", "--json") == 0
+    row = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert row["unknown"]
+    assert {each["probability"] for each in row["predictions"]} == {None}
+
+
 def test_csv_output(directory, photos, expected, tmp_path):
     out = tmp_path / "found.csv"
     out.write_text("something older and longer " * 100)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -82,7 +83,11 @@ def _json(prediction: Prediction) -> str:
     if prediction.error is not None:
         return json.dumps({"path": prediction.path, "error": prediction.error}) + "\n"
     top_classes = [
-        {"class": name, "name": human_name(name) or name, "probability": round(p, 6)}
+        {
+            "class": name,
+            "name": human_name(name) or name,
+            "probability": None if math.isnan(p) else round(p, 6),  # JSON has no NaN
+        }
         for name, p in _named_probabilities(prediction)
     ]
     state = {"calibrated": prediction.calibrated, "unknown": prediction.unknown}
