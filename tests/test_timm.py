@@ -17,6 +17,7 @@ from vitral.config import Config, DataConfig, OptimConfig, ViTConfig
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.training.optim import parameter_groups
+from vitral.weights.public import read_data
 
 SHAPE = {"dim": 16, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "patch_size": 4}
 CLASSES = ("dark", "light", "neither")
@@ -77,6 +78,12 @@ def test_preprocessing_matches_the_weights(place):
     assert (model.num_classes, model.pretrained_cfg["num_classes"]) == (3, 3)
     over = timm.create_model("vitral", weights=str(place), pretrained_cfg_overlay={"crop_pct": 1.0})
     assert timm.data.resolve_model_data_config(over)["crop_pct"] == 1.0
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+def test_preprocessing_of_an_export_is_read_back(fit):
+    data = DataConfig(fit=fit, eval_crop=1.0, interpolation="bicubic", mean=(0.1, 0.2, 0.3))
+    assert read_data(vitral.timm._cfg(ViTConfig(), data)) == data
 
 
 def test_features_head_and_logits(place, images):

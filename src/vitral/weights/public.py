@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from vitral.weights.description import Description
 PREFIX = "timm:"
 FAMILIES = ("vision_transformer", "deit", "eva")  # timm's modules
 MAX_REASON = 300  # characters of timm's message
+FITS: Mapping[str, Literal["squash", "pad"]] = {
+    "squash": "squash",
+    "border": "pad",
+}  # by timm's crop mode
 TOLERANCE = 1e-4  # largest difference of the outputs, relative to their rms
 
 
@@ -237,7 +241,7 @@ def read_data(known: Mapping[str, Any]) -> DataConfig:
         std=tuple(known["std"]),
         interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
         eval_crop=min(1.0, known.get("crop_pct") or 0.875),
-        fit="squash" if known.get("crop_mode") == "squash" else "crop",
+        fit=FITS.get(known.get("crop_mode", ""), "crop"),
     )
 
 
