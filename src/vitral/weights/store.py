@@ -75,6 +75,11 @@ def _load(directory: Path, path: str | Path, which: Which | None, device: str) -
     file = directory / f"{which}{TENSORS}"
     if not file.exists():
         raise UserError(f"weights: {directory} contains no {which} weights, only {default}")
+    if description.multi_label and not description.thresholds:
+        raise UserError(
+            f"weights: {directory}: config.json: expected thresholds for the {which} weights, got "
+            "none; copy the weights again"
+        )
     read = storage.read_shapes if device == "meta" else storage.read_tensors
     try:
         state = read(directory, which)
