@@ -1,6 +1,7 @@
 """Predictions, explanations, evaluation and the card of weights for several labels per image."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -112,8 +113,10 @@ def test_evaluation_uses_the_stored_thresholds(folder, capsys):
     assert main([*command, "--out", str(folder / "tables")]) == 0
     assert "at the thresholds stored with the weights" in capsys.readouterr().out
     assert (folder / "tables" / "per_class.csv").exists()
+    document = json.loads((folder / "tables" / "metrics.json").read_text())
+    assert document == {"images": 12, "classes": 4, "metrics": scores.metrics()}
     assert main([*command, "--image-sizes", "16"]) == 2
-    assert "image_sizes: expected weights with one label" in capsys.readouterr().err
+    assert "image-sizes: expected weights with one label" in capsys.readouterr().err
 
 
 def test_other_kinds_of_labels_are_rejected(folder, capsys):
@@ -155,6 +158,11 @@ def test_thresholds_are_checked(folder):
     for wrong in ([0.5], [0.5, 0.5, 0.5, 1.5]):
         with pytest.raises(UserError, match="expected a threshold from 0 to 1 for each of the 4"):
             Description.from_document({**document, "all_thresholds": {"model": wrong}}, folder)
+    found = weights.load(folder / "best")
+    averaged = dataclasses.replace(known, all_thresholds={"ema": known.thresholds})
+    weights.save(folder / "averaged", {"model": found.model.state_dict()}, averaged)
+    with pytest.raises(UserError, match="expected thresholds for the model weights, got none"):
+        weights.load(folder / "averaged")
 
 
 def test_options_for_one_label_are_rejected(folder, capsys):

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     if isinstance(scores, MultiLabelScores):
         print(multilabel.summarize(scores))
         if options.out is not None:
-            scores.write_tables(Path(options.out))
+            scores.write_results(Path(options.out))
         return 0
     results = Results(scores)
     print(summarize(results))

@@ -115,7 +115,7 @@ def sweep(
     weights = prepare(weights, which, device)
     if weights.description.multi_label:
         raise UserError(
-            "image_sizes: expected weights with one label per image, got several; use --data"
+            "image-sizes: expected weights with one label per image, got several; omit it"
         )
     models = at_sizes(weights.description, image_sizes)
     dataset, config = _open(weights.description, data, workers)

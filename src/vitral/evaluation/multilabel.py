@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitral.data.imagenet import display, human_name
+from vitral.data.imagenet import display
 from vitral.data.loader import Batch
 from vitral.errors import counted
-from vitral.evaluation.table import write_csv
+from vitral.evaluation.table import write_metrics, write_named
 
 DEFAULT_THRESHOLD = 0.5  # for a class without images
 Targets = NDArray[np.uint8]
@@ -114,12 +114,14 @@ class MultiLabelScores:
 
     def write_tables(self, directory: Path) -> None:
         """Writes per_class.csv; for wnids, adds a column with their names."""
-        header: tuple[str, ...] = ("class", *ClassScores._fields[1:])
-        rows: list[Sequence[Any]] = [*self.per_class()]
-        if any(map(human_name, self.classes)):
-            header = (*header, "class_name")
-            rows = [(*row, human_name(str(row[0]))) for row in rows]
-        write_csv(directory / "per_class.csv", header, rows)
+        header = ("class", *ClassScores._fields[1:])
+        write_named(directory / "per_class.csv", self.classes, 1, header, self.per_class())
+
+    def write_results(self, directory: Path) -> None:
+        """Writes metrics.json and the table of `write_tables`."""
+        facts = {"images": len(self.labels), "classes": len(self.classes)}
+        write_metrics(directory / "metrics.json", self.metrics(), facts)
+        self.write_tables(directory)
 
 
 def _class_scores(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-from vitral.data.imagenet import display, human_name
+from vitral.data.imagenet import display
 from vitral.errors import counted
 from vitral.evaluation.metrics import LEVEL, RESAMPLES, ClassMetrics, Results
+from vitral.evaluation.table import write_metrics, write_named
 from vitral.storage import replacing, write_csv
 
 MAX_LISTED_CLASSES = 20  # above this, only the ten worst and the five best
@@ -96,42 +95,23 @@ def write_tables(results: Results, directory: Path) -> None:
             (row.name, row.images, *rates, *([row.average_precision, auc] if areas else []))
         )
     header += ["average_precision", "roc_auc"] if areas else []
-    _write_named(directory / "per_class.csv", scores.classes, 1, header, rows)
+    write_named(directory / "per_class.csv", scores.classes, 1, header, rows)
     pairs, header = scores.confused_pairs(), ["class", "predicted", "images"]
-    _write_named(directory / "confused_pairs.csv", scores.classes, 2, header, pairs)
-
-
-def _write_named(
-    path: Path,
-    classes: Sequence[str],
-    num_names: int,
-    header: Sequence[str],
-    rows: Sequence[Sequence[object]],
-) -> None:
-    """Writes a table whose first `num_names` columns are classes."""
-    if any(map(human_name, classes)):
-        header = (*header, *(f"{column}_name" for column in header[:num_names]))
-        rows = [(*row, *(human_name(str(name)) for name in row[:num_names])) for row in rows]
-    write_csv(path, header, rows)
+    write_named(directory / "confused_pairs.csv", scores.classes, 2, header, pairs)
 
 
 def write_results(results: Results, directory: Path) -> None:
     """Writes metrics.json, the tables, and the confusion matrix as confusion.csv and .png."""
     from vitral.evaluation.confusion import draw  # imports matplotlib
 
-    def known(value: float) -> float | None:
-        return value if math.isfinite(value) else None  # JSON has no NaN
-
     scores = results.scores
-    document = {
+    facts = {
         "images": len(scores.labels),
         "classes": len(scores.classes),
         "nonfinite": results.num_nonfinite,
-        "metrics": {name: known(value) for name, value in results.headline.items()},
         "intervals": {"level": LEVEL, "resamples": RESAMPLES, **results.intervals},
     }
-    with replacing(directory / "metrics.json") as file:
-        file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_metrics(directory / "metrics.json", results.headline, facts)
     write_tables(results, directory)
     header = ("class", *scores.classes)
     named = zip(scores.classes, scores.confusion().tolist(), strict=True)

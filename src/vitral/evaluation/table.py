@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from vitral.storage import write_csv
+from vitral.data.imagenet import human_name
+from vitral.storage import replacing, write_csv
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,31 @@ def write_rows(path: Path, title: str, rows: Iterable[Row]) -> None:
     """Writes the rows as CSV; fractions are empty if no image was scored."""
     values = ([value if value == value else "" for value in astuple(row)] for row in rows)
     write_csv(path, (title, *COLUMNS), values)
+
+
+def write_named(
+    path: Path,
+    classes: Sequence[str],
+    num_names: int,
+    header: Sequence[str],
+    rows: Iterable[Sequence[object]],
+) -> None:
+    """Writes a CSV file whose first `num_names` columns are classes; for wnids, adds their names.
+
+    Args:
+        classes: all classes of the dataset.
+    """
+    if any(map(human_name, classes)):
+        header = (*header, *(f"{column}_name" for column in header[:num_names]))
+        rows = [(*row, *(human_name(str(name)) for name in row[:num_names])) for row in rows]
+    write_csv(path, header, rows)
+
+
+def write_metrics(path: Path, metrics: Mapping[str, float], facts: Mapping[str, object]) -> None:
+    """Writes facts and, below "metrics", metrics by name as JSON; those that are not finite are
+    null.
+    """
+    known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    with replacing(path) as file:
+        text = json.dumps({**facts, "metrics": known}, indent=2)
+        file.write_text(text + "\n", encoding="utf-8")
