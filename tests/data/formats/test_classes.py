@@ -170,6 +170,27 @@ def test_errors_in_columns_of_0_and_1(images, lines, fragment):
     assert fragment in error_message(write(images, ["image,a,b", *lines]))
 
 
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (
+            "image,label\n0.png,b\n1.png,tênch\n",
+            "row 3, column label: expected UTF-8 text, got t\\xe",
+        ),
+        (
+            "image,a,tênch\n0.png,1,0\n1.png,0,1\n",
+            "expected UTF-8 text, got column t\\xeanch; save",
+        ),
+    ],
+)
+def test_names_of_classes_are_utf8(images, text, fragment):
+    table = images / "latin.csv"
+    table.write_bytes(text.encode("latin-1"))
+    assert fragment in error_message(table)
+    table.write_text(text, encoding="utf-8")
+    assert "tênch" in opened(table, train=False).classes
+
+
 def test_a_class_that_no_training_image_has(images):
     rows = ["0.png,train,1,0", "1.png,train,0,0", "2.png,val,1,1"]
     message = error_message(write(images, ["image,split,a,b", *rows]))

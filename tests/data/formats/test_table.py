@@ -205,9 +205,9 @@ def test_names_that_are_not_utf8(tmp_path):
     put(tmp_path, "a.png", "b.png")
     name = b"\xe9.png"
     shutil.copy(tmp_path / "a.png", bytes(tmp_path) + b"/" + name)
-    text = b"image,label\n\xe9.png,caf\xe9\nb.png,caf\xc3\xa9\na.png,cafe\xcc\x81\n"
+    text = b"image,label\n\xe9.png,cafe\nb.png,caf\xc3\xa9\na.png,cafe\xcc\x81\n"
     dataset = opened(write(tmp_path, text), train=False)
-    assert dataset.classes == ("caf\\xe9", "caf\u00e9")  # composed and decomposed are the same
+    assert dataset.classes == ("cafe", "caf\u00e9")  # composed and decomposed are the same
     assert dataset.val.names.tolist() == [name, b"a.png", b"b.png"]
 
 

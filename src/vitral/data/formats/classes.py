@@ -13,7 +13,7 @@ from vitral.data.formats.labels import BINARY, CLASS, LIST
 from vitral.data.formats.rows import Rows
 from vitral.data.sampling import Integers, Labels
 from vitral.data.splits import class_name
-from vitral.errors import data_error, first_few, short
+from vitral.errors import data_error, first_few, printable, short
 
 Classes = tuple[str, ...]
 
@@ -154,14 +154,23 @@ def class_columns(rows: Rows) -> list[str]:
     """Returns the kinds of the columns of 0 and 1, in the order of the classes.
 
     Raises:
-        UserError: if two names are the same class.
+        UserError: if two names are the same class, or a name is not UTF-8.
     """
     kinds = sorted(rows.tables[0].classes, key=lambda kind: os.fsencode(_name(kind)))
+    for kind in kinds:
+        if not _is_unicode(kind):
+            got, fix = f"column {_name(kind)}", "save the table as UTF-8"
+            raise data_error(rows.tables[0].path, "UTF-8 text", got, fix)
     for kind, following in pairwise(kinds):
         if _name(kind) == _name(following):
             got, fix = f"two columns {_name(kind)}", "rename or remove one"
             raise data_error(rows.tables[0].path, "each class once", got, fix)
     return kinds
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no surrogates, which represent bytes that are not UTF-8."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _name(kind: str) -> str:
@@ -172,7 +181,7 @@ def _distinct(rows: Rows) -> tuple[dict[str, int], Integers]:
     """Returns the number of each different label cell, and the number for each row.
 
     Raises:
-        UserError: if a cell has several lines.
+        UserError: if a cell has several lines, or is not UTF-8.
     """
     cells, known = rows.cells("label"), dict[str, int]()
     codes = np.array([known.setdefault(cell, len(known)) for cell in cells])
@@ -180,6 +189,9 @@ def _distinct(rows: Rows) -> tuple[dict[str, int], Integers]:
         if len(text.splitlines()) > 1:  # of a quote that is not closed
             i, fix = cells.index(text), "check the quotes there"
             raise rows.error(i, "label", "a class on one line", short(text), fix)
+        if not _is_unicode(text):
+            i, fix = cells.index(text), "save the table as UTF-8"
+            raise rows.error(i, "label", "UTF-8 text", printable(text), fix)
     return known, codes
 
 
