@@ -117,6 +117,18 @@ def page(run):
     return check_form(Page(run / "report.html"))
 
 
+def test_outputs_that_are_not_finite(run, tmp_path):
+    found, place = weights.load(run), copy(run, tmp_path / "run")
+    state = {name: torch.full_like(t, torch.nan) for name, t in found.model.state_dict().items()}
+    shutil.rmtree(place / "weights" / "best")
+    description = dataclasses.replace(found.description, default="model")
+    weights.save(place / "weights" / "best", {"model": state}, description)
+    assert main(["report", str(place)]) == 0
+    page = check_form(Page(place / "report.html"))
+    assert "not finite for 360 of the images, which count as wrong" in page.words["metrics"]
+    assert page.words["calibration"] == "Calibration No confidence is finite."
+
+
 def test_the_summary_matches_the_log(run, page):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = rows[-1]
