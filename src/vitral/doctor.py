@@ -101,7 +101,7 @@ def _profile() -> list[str]:
     """Returns the measurements of the machine profile."""
     if not profile.is_enabled():
         return ["profile     off, because of VITRAL_PROFILE"]
-    found = profile.measurements() or ["empty; the first training or prediction measures"]
+    found = profile.measurements() or ["empty; the first training run or prediction fills it"]
     return [f"profile     {line}" for line in found]
 
 
