@@ -52,6 +52,9 @@ def test_the_report_shows_metrics_classes_and_mistakes(run):
     panels = page.source.split('id="mistakes"')[1].split("<section")[0].count('<li class="panel">')
     assert panels == min(missed, 12) + min(false, 12) > 0
     assert "right & <low>" in page.words["classes"]
+    classes = page.source.split('id="classes"')[1].split("<section")[0]
+    assert '<div class="stack">' in classes  # eight columns do not fit into half the page
+    assert '<div class="columns">' not in classes
 
 
 def test_report_and_comparison_commands(run, tmp_path, capsys):
