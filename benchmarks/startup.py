@@ -6,7 +6,8 @@
 
 "commands" compares `vitral predict`, `vitral doctor` and `vitral train` up to its first step with
 `import torch`. "create" fills a folder with train/ and val/, named as in ImageNet, with hard links
-to 64 files that are not images. "folder" opens it with vitral and with torchvision's ImageFolder.
+to 64 files that are not images, and writes a table of the same labels, labels.csv. "folder" opens
+both with vitral, and the folder with torchvision's ImageFolder.
 Each run is a new process. The runs alternate, and each round starts with a different one. Processor
 time (of all threads, user and system) and memory hardly depend on other load.
 """
@@ -43,14 +44,16 @@ COMMANDS = {
     "vitral doctor": CALL.format("", ["doctor"]),
     "vitral train": CALL.format(STOP, ["train", "--model.dim", "16", "--model.depth", "1"]),
 }
+IMPORTS = "from vitral.config import DataConfig; from vitral.data.formats import open_dataset"
 OPEN = {
     "ImageFolder": (
         "from torchvision.datasets import ImageFolder",
         "opened = ImageFolder({0!r} + '/train'), ImageFolder({0!r} + '/val')",
     ),
-    "vitral": (
-        "from vitral.config import DataConfig; from vitral.data.formats import open_dataset",
-        "opened = open_dataset(DataConfig(path={0!r}), 224, 0)",
+    "vitral": (IMPORTS, "opened = open_dataset(DataConfig(path={0!r}), 224, 0)"),
+    "vitral, table": (
+        IMPORTS,
+        "opened = open_dataset(DataConfig(path={0!r} + '/labels.csv'), 224, 0)",
     ),
 }
 MEASURED = """
@@ -101,7 +104,7 @@ def create(folder: Path, classes: int, images: int) -> None:
     sources = [folder / f"source{i}" for i in range(SOURCES)]
     for i, source in enumerate(sources):
         source.write_bytes(bytes(100 + i))
-    number = 0
+    number, rows = 0, ["image,label,split\n"]
     for label in range(classes):
         wnid = f"n{label:08d}"
         for split in ("train", "val"):
@@ -110,7 +113,10 @@ def create(folder: Path, classes: int, images: int) -> None:
             held = i < VAL_IMAGES
             name = f"val/{wnid}/ILSVRC2012_val_{number:08d}" if held else f"train/{wnid}/{wnid}_{i}"
             os.link(sources[number % SOURCES], f"{folder}/{name}.JPEG")
+            rows.append(f"{name}.JPEG,{wnid},{'val' if held else 'train'}\n")
             number += 1
+    with (folder / "labels.csv").open("w") as table:
+        table.writelines(rows)
 
 
 def write_inputs(folder: Path) -> None:
@@ -167,6 +173,8 @@ def main() -> None:
     else:
         folder = str(args.path.absolute())
         runs = {name: partial(opening_cost, *each, folder) for name, each in OPEN.items()}
+        if not (args.path / "labels.csv").exists():
+            del runs["vitral, table"]
         print("\n".join(table(run_interleaved(runs, args.rounds))))
 
 

@@ -17,6 +17,8 @@ def test_a_created_folder_has_the_requested_files(startup, tmp_path):
     startup.create(tmp_path / "images", classes=3, images=60)
     dataset = open_dataset(DataConfig(path=str(tmp_path / "images")), 8, 0)
     assert (len(dataset.classes), len(dataset.train), len(dataset.val)) == (3, 30, 150)
+    table = open_dataset(DataConfig(path=str(tmp_path / "images" / "labels.csv")), 8, 0)
+    assert (table.classes, len(table.train), len(table.val)) == (dataset.classes, 30, 150)
 
 
 def test_the_table_contains_medians_of_ratios(startup):
@@ -33,8 +35,9 @@ def test_the_table_contains_medians_of_ratios(startup):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["commands", "folder"])
-def test_measurements_run(startup, image_folder, monkeypatch, capsys, what):
-    path = [str(image_folder)] if what == "folder" else []
+def test_measurements_run(startup, tmp_path, monkeypatch, capsys, what):
+    startup.create(tmp_path / "images", classes=2, images=60)
+    path = [str(tmp_path / "images")] if what == "folder" else []
     monkeypatch.setattr("sys.argv", ["startup.py", what, *path, "--rounds", "1"])
     startup.main()
     lines = capsys.readouterr().out.splitlines()

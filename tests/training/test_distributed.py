@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from vitral import evaluate, storage
+from vitral import evaluate, storage, weights
 from vitral.config import DataConfig
 from vitral.data import loader
 from vitral.data.formats import open_dataset
+from vitral.engines.choice import with_engine
 from vitral.rundir import read_rows
 from vitral.training import loop, validation
 from vitral.training.distributed import gather_full, process_world
@@ -91,7 +92,8 @@ def test_every_image_is_validated_once(pictures, tmp_path, monkeypatch, size, ba
     out = run(words(pictures, tmp_path / "run", **more), size)
     (row,) = (row for row in read_rows(out / "metrics.jsonl") if "val_loss" in row)
     for kind, name in (("model", "val"), ("ema", "ema")):
-        alone = evaluate(out / "weights" / "last", which=kind, batch_size=min(batch, 23), workers=0)
+        found = with_engine(weights.load(out / "weights" / "last", which=kind), "plain")
+        alone = evaluate(found, batch_size=min(batch, 23), workers=0)
         assert {k: row[f"{name}_{k}"] for k in alone.metrics()} == alone.metrics()
         assert np.bincount(alone.labels).tolist() == [1, 2, 3, 4, 6, 7]
     table = (out / "per_class.csv").read_text().splitlines()[1:]
