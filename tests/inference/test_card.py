@@ -211,6 +211,21 @@ def test_training_section_states_the_optimizer(make, name, called):
     assert expected in text
 
 
+def test_training_section_of_a_probe_states_no_optimizer(make):
+    text = card(make(train=TrainConfig(init="timm:x", trainable="head", seed=5)), "anna/x")
+    expected = "A linear classifier fitted to the features of `timm:x`, with seed 5."
+    assert expected in section(text, "Training")
+    assert "AdamW" not in text
+
+
+def test_model_table_states_the_positions(make):
+    known = make()
+    shape = replace(SHAPE, rope="none", positions="learned")
+    config = replace(known.description.config, model=shape)
+    text = card(replace(known, description=replace(known.description, config=config)), "anna/x")
+    assert "| attention | 4 query heads, 2 key/value heads, learned positions |" in text
+
+
 def test_limitations_list_every_training_size(make):
     train = TrainConfig(progressive=((16, 0.5), (20, 0.5)))
     limits = section(card(make(train=train), "anna/x"), "Limitations")

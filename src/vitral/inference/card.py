@@ -194,12 +194,15 @@ def _overview(weights: Weights) -> str:
     model = config.model
     size, (dim, depth, num_heads, num_kv_heads) = model.image_size, model.shape
     flops = count_flops(model, classes)
+    positions = ["learned positions"] if model.positions == "learned" else []
+    positions += ["RoPE in x and y"] if model.rope != "none" else []
+    heads = [f"{num_heads} query heads", f"{num_kv_heads} key/value heads"]
     rows = {
         "classes": classes,
         "parameters": f"{weights.model.num_parameters / 1e6:.3g} M",
         "compute": f"{flops / 1e9:.3g} GFLOPs per image; a multiply-add counts as two",
         "encoder": f"{depth} blocks of width {dim}",
-        "attention": f"{num_heads} query heads, {num_kv_heads} key/value heads, RoPE in x and y",
+        "attention": ", ".join([*heads, *positions]),
         "patches": f"{model.patch_size} by {model.patch_size} pixels",
         "head": f"reads the {'CLS token' if model.pooling == 'cls' else 'mean of the patches'}",
         "input": _preprocessing(config.data, size),
@@ -280,12 +283,17 @@ def _training(config: Config, name: str) -> str:
     train, known = config.train, config.data.path in KNOWN_DATASETS
     start = f"`{printable(train.init)}`" if train.init else "random weights"
     optimizer = {"adamw": "AdamW", "muon": "Muon"}[config.optim.name]
-    epochs = counted(train.epochs, "epoch")
+    if train.trainable == "head":
+        how = f"A linear classifier fitted to the features of {start}, with seed {train.seed}"
+    else:
+        how = (
+            f"Initialized from {start} and trained for {counted(train.epochs, 'epoch')} with "
+            f"batch size {train.batch_size}, using {optimizer} with a peak "
+            f"learning rate of {config.optim.lr:g}, a cosine schedule and seed {train.seed}"
+        )
     return f"""## Training
 
-Initialized from {start} and trained for {epochs} with batch size {train.batch_size}, using \
-{optimizer} with a peak learning rate of {config.optim.lr:g}, a cosine schedule and seed \
-{train.seed}. `{CONFIG}` contains all settings and reproduces the training run:
+{how}. `{CONFIG}` contains all settings and reproduces the training run:
 
 ```sh
 hf download {name} {CONFIG} --local-dir .
