@@ -83,7 +83,8 @@ def run(args: argparse.Namespace, options: Options) -> int:
         check_output(out)
     form = "json" if options.json else "csv" if options.csv else "text"
     read = write(found, len(images), form, out)
-    if read and form == "text":  # the other formats contain it
+    # The other formats contain it. Weights for several labels cannot be calibrated.
+    if read and form == "text" and not weights.description.multi_label:
         state = "not calibrated: the weights have no temperature"
         if (temperature := weights.description.temperature) is not None:
             state = f"calibrated with temperature {temperature:.4g}"

@@ -55,7 +55,7 @@ class Measurement:
             raise UserError("seconds: expected a positive number for each name")
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {1e3 * value:,.3g} ms" for name, value in self.seconds.items())
+        times = ", ".join(f"{name} {_milliseconds(s)}" for name, s in self.seconds.items())
         return f"{self.decision} ({self.shape}, {counted(self.threads, 'thread')}): {times}"
 
 
@@ -197,6 +197,10 @@ def _to_json(measurement: Measurement) -> bytes:
 
 def _say(text: str) -> None:
     print(f"machine profile: {printable(text)}", file=Messages(sys.stderr))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _directory() -> Path:
