@@ -9,7 +9,9 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitral import kernels, settings
+from vitral.engines import onednn
 from vitral.errors import UserError
+from vitral.model import ViT
 from vitral.rundir import RunDir
 from vitral.training import processor
 from vitral.training import resolved as chosen
@@ -207,3 +209,11 @@ def test_a_micro_batch_is_tried_at_the_largest_size_with_all_copies(model, words
         _try_batch(2, resolved, config, model, CPU)
     assert made.shapes[0] == (2, 3, 32, 32)
     assert made.ballast == copies * 4 * model.num_parameters + 24 * 2 * 3 * 32 * 32
+
+
+@pytest.mark.skipif(not kernels.has_onednn(), reason="torch does not support oneDNN here")
+def test_inference_in_a_run_uses_onednn_if_its_training_does(model):
+    resolved = Resolved("cpu", "fp32", False, 1, 2, 1, "cpu", True)
+    assert isinstance(resolved.for_inference(model), onednn.CLASSES[ViT])
+    for other in ({"fused": False}, {"compile": True}, {"precision": "bf16"}):
+        assert dataclasses.replace(resolved, **other).for_inference(model) is model

@@ -1,5 +1,6 @@
 """Validation during training: every image is scored once, unless a signal arrives."""
 
+import dataclasses
 import signal
 from types import SimpleNamespace
 
@@ -48,11 +49,11 @@ def validated(data, *words, world=None, resolved=RESOLVED):
     )
 
 
-@pytest.mark.parametrize("batch", [7, 360, 512])
-def test_scores_by_hand(monkeypatch, batch):
+@pytest.mark.parametrize(("batch", "fused"), [(7, False), (360, True), (512, False)])
+def test_scores_by_hand(monkeypatch, batch, fused):
     """Dropout is off, and the last batch may be smaller."""
     monkeypatch.setattr(validation, "EVAL_BATCH", batch)
-    work = validated("digits")
+    work = validated("digits", resolved=dataclasses.replace(RESOLVED, fused=fused))
     found = work.measure(QUIET)
     images, labels = work.records.images, torch.from_numpy(np.asarray(work.records.labels))
     with torch.no_grad():
