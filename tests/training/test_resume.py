@@ -8,7 +8,10 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,20 +22,20 @@ from vitral.data.sampling import Order
 from vitral.errors import UserError
 from vitral.model import ViT
 from vitral.rundir import RunDir, read_rows, read_run
-from vitral.training import checkpoint, processor, resume, train
+from vitral.training import checkpoint, resume, train
 from vitral.training.balance import Balance
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import World
 from vitral.training.monitor import Counters
 from vitral.training.optim import EMA, Optimizer
 from vitral.training.parallel import AveragedGradients
-from vitral.training.processor import Choices
 from vitral.training.resolved import Resolved
 from vitral.training.resume import Progress, State
 from vitral.training.signals import SIGNAL_NUMBERS
 from vitral.weights import read_description
 
 from .processes import (
+    TIMEOUT,
     damage,
     digests,
     finish_single,
@@ -148,26 +151,46 @@ def test_a_run_stops_early_at_the_same_step_after_a_resume(image_folder, tmp_pat
     assert (run.path / "metrics.jsonl").read_bytes() == before
 
 
+CHOOSE = """
+import sys
+from vitral.cli import main
+from vitral.training import processor
+threads, fused, compiled, *words = sys.argv[1:]
+choices = processor.Choices(int(threads), fused == "True", compiled == "True")
+processor.choose = lambda *_: choices
+sys.exit(main(["train", *words]))
+"""
+
+
+def start_with_choices(config, *choices):
+    """Trains in a new process: a forked one hangs if torch has used several threads before."""
+    file = Path(f"{config.train.out}.yaml")
+    file.write_text(settings.dump(config))
+    words = [sys.executable, "-c", CHOOSE, *map(str, choices), str(file), "--out", config.train.out]
+    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # torch warns about itself while it compiles
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_choice_for_a_cpu_resumes_exactly(
-    monkeypatch, image_folder, tmp_path, threads, fused, compiled
-):
-    choices = Choices(threads, fused, compiled)
-    monkeypatch.setattr(processor, "choose", lambda *_: choices)
+def test_every_choice_for_a_cpu_resumes_exactly(image_folder, tmp_path, threads, fused, compiled):
     changes = {"model__depth": 3, "model__stochastic_depth": 0.2, "model__dropout": 0.1}
     complete, killed = (
         make_config(image_folder, tmp_path / name, data__workers=0, **changes)
         for name in ("complete", "killed")
     )
-    assert finish_single(complete) == 0
-    assert signal_at(killed, 11, signal.SIGKILL) == -signal.SIGKILL
-    other = Choices(3 - threads, not fused, not compiled)  # a resumed run does not choose again
-    monkeypatch.setattr(processor, "choose", lambda *_: other)
-    assert finish_single(killed) == 0
+    choices = (threads, fused, compiled)
+    assert start_with_choices(complete, *choices).wait(TIMEOUT) == 0
+    child = start_with_choices(killed, *choices)
+    while not any(row["step"] >= 11 for row in read_rows(tmp_path / "killed" / "metrics.jsonl")):
+        time.sleep(0.001)
+        assert child.poll() is None
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    # A resumed run does not choose again.
+    other = (3 - threads, not fused, not compiled)
+    assert start_with_choices(killed, *other).wait(TIMEOUT) == 0
     log = (tmp_path / "killed" / "train.log").read_text()
     how = ", compiled" * compiled + ", oneDNN linear layers" * fused
     assert log.count(f"in fp32{how}, threads: {threads}, ") == 2
