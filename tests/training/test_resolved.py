@@ -97,6 +97,7 @@ def test_the_model_uses_the_chosen_kernels(model, fused, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch 2.11 warns about itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch warns about itself
 def test_every_size_is_compiled(monkeypatch):
     """Eleven image sizes, more than torch's default limit of 8 recompilations."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
