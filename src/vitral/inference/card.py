@@ -4,6 +4,8 @@ README.md           model card: front matter for the Hub, and text for readers
 config.yaml         settings, as a recipe that reproduces the training run
 curves.png          curves of the run, if the weights belong to one
 and the files of the weight directory, without local paths.
+
+The parts of the card are in one file because they are read together, like the card.
 """
 
 from __future__ import annotations
