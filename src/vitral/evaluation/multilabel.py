@@ -161,8 +161,8 @@ def macro_average_precision(labels: Targets, probabilities: Probabilities) -> fl
 def best_thresholds(labels: Targets, probabilities: Probabilities) -> NDArray[np.float64]:
     """Returns the threshold of each class that maximizes its F1 on these images, (classes,).
 
-    It is in the middle between two probabilities; of equally good ones, it is the highest. A class
-    without images has DEFAULT_THRESHOLD.
+    It is in the middle between two probabilities, or between the lowest and 0; of equally good
+    ones, it is the highest. A class without images has DEFAULT_THRESHOLD.
     """
     from sklearn.metrics import precision_recall_curve
 
@@ -171,7 +171,7 @@ def best_thresholds(labels: Targets, probabilities: Probabilities) -> NDArray[np
         precision, recall, values = precision_recall_curve(labels[:, i], probabilities[:, i])
         f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         best = len(values) - 1 - int(f1[:-1][::-1].argmax())
-        lower = values[max(best - 1, 0)]
+        lower = values[best - 1] if best else 0.0
         found[i] = (float(values[best]) + float(lower)) / 2
     return found
 
