@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vitral.inference.attention import (
 )
 from vitral.model import ViT
 
+SOFTMAX = partial(torch.softmax, dim=-1)
 OPTIONS = [
     {},
     {"pooling": "mean"},
@@ -154,7 +157,9 @@ def test_deletion_and_insertion_with_one_relevant_patch(position):
     torch.manual_seed(0)
     image, order = torch.rand(3, 16, 16), torch.randperm(16)
     model = OnePatch(int(order[position]), image)
-    deleted, inserted = deletion(model, image, 1, order), insertion(model, image, 1, order)
+    deleted, inserted = (
+        function(model, image, 1, order, SOFTMAX) for function in (deletion, insertion)
+    )
     assert deleted.fractions.tolist() == [i / 16 for i in range(17)]
     before = [0.9] * (position + 1) + [0.2] * (16 - position)
     np.testing.assert_allclose(deleted.probabilities, before, atol=1e-6)
@@ -167,7 +172,9 @@ def test_deletion_and_insertion_with_one_relevant_patch(position):
 def test_curves_of_many_patches_end_at_the_image_and_its_mean_color():
     model, image = tiny(), torch.randn(3, 24, 40)
     order = torch.randperm(60)
-    deleted, inserted = deletion(model, image, 3, order), insertion(model, image, 3, order)
+    deleted, inserted = (
+        function(model, image, 3, order, SOFTMAX) for function in (deletion, insertion)
+    )
     complete = model(image[None]).softmax(-1)[0, 3]
     flat = image.mean((1, 2))[None, :, None, None].expand(1, 3, 24, 40)
     blank = model(flat).softmax(-1)[0, 3]
@@ -175,5 +182,5 @@ def test_curves_of_many_patches_end_at_the_image_and_its_mean_color():
         assert len(curve.fractions) == STEPS + 1
         assert curve.fractions[[0, -1]].tolist() == [0, 1]
         np.testing.assert_allclose(curve.probabilities[[0, -1]], ends, rtol=1e-5)
-    backwards = deletion(model, image, 3, order.flip(0))
+    backwards = deletion(model, image, 3, order.flip(0), SOFTMAX)
     assert backwards.area == pytest.approx(inserted.area)

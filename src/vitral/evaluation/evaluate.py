@@ -184,17 +184,16 @@ def score(
         UserError: if an image cannot be decoded.
     """
     logits, batches = _outputs(weights, records, classes, config, batch_size, tta)
-    temperature = weights.description.temperature
 
     def log_probabilities(images: Tensor) -> Tensor:
-        return mean_probabilities(logits, images, tta, temperature).log()
+        return mean_probabilities(logits, images, tta, weights.description).log()
 
     return measure(
         logits if tta == "none" else log_probabilities,
         batches,
         tuple(classes),
         keep_probabilities=keep_probabilities,
-        temperature=temperature if tta == "none" else None,
+        temperature=weights.description.temperature if tta == "none" else None,
     )
 
 

@@ -29,17 +29,16 @@ def check_tta(tta: Tta, description: Description) -> None:
 
 
 def mean_probabilities(
-    forward: Callable[[Tensor], Tensor], images: Tensor, tta: Tta, temperature: float | None
+    forward: Callable[[Tensor], Tensor], images: Tensor, tta: Tta, description: Description
 ) -> Tensor:
     """Returns the mean probabilities over the views of each image, (B, classes), float32.
 
     Args:
         forward: maps images (B, C, H, W) to logits (B, classes).
         images: the crops of each image, shape (B * NUM_CROPS[tta], C, H, W).
-        temperature: divides the logits of each view; None for 1.
+        description: converts the logits of each view to probabilities.
     """
     views = images.unflatten(0, (-1, NUM_CROPS[tta])).unbind(1)
     if tta == "flip":
         views = (images, images.flip(3))
-    scale = temperature or 1.0
-    return torch.stack([(forward(view).float() / scale).softmax(1) for view in views]).mean(0)
+    return torch.stack([description.probabilities(forward(view)) for view in views]).mean(0)

@@ -17,7 +17,6 @@ from vitral.model import GroupedQueryAttention, ViT
 
 STEPS = 20  # steps of a deletion curve, or one per patch if there are fewer patches
 BATCH = 32  # images per forward pass
-SOFTMAX = partial(torch.softmax, dim=-1)
 
 
 @torch.inference_mode()
@@ -144,7 +143,7 @@ def deletion(
     image: Tensor,
     target: int,
     order: Tensor,
-    probabilities: Callable[[Tensor], Tensor] = SOFTMAX,
+    probabilities: Callable[[Tensor], Tensor],
 ) -> Curve:
     """Computes the probability of a class as patches are deleted, in order.
 
@@ -178,7 +177,7 @@ def insertion(
     image: Tensor,
     target: int,
     order: Tensor,
-    probabilities: Callable[[Tensor], Tensor] = SOFTMAX,
+    probabilities: Callable[[Tensor], Tensor],
 ) -> Curve:
     """Computes the probability of a class as patches are inserted into a blank image, in order.
 

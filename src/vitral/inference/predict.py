@@ -326,10 +326,9 @@ def resolve_image_size(config: ViTConfig, image_size: int | None) -> int:
 def _rank(
     model: ViT, top: int, tta: Tta, description: weights.Description, images: Tensor
 ) -> list[_Ranked]:
+    probabilities = mean_probabilities(model, images, tta, description)
     if description.multi_label:
-        rows = description.probabilities(model(images)).tolist()
-        return [_above(row, description.thresholds) for row in rows]
-    probabilities = mean_probabilities(model, images, tta, description.temperature)
+        return [_above(row, description.thresholds) for row in probabilities.tolist()]
     top_classes = probabilities.topk(min(top, model.num_classes))
     rows = zip(top_classes.indices.tolist(), top_classes.values.tolist(), strict=True)
     return [(tuple(classes), tuple(probabilities)) for classes, probabilities in rows]
