@@ -25,6 +25,7 @@ from vitral.engines import onnx
 from vitral.engines.plain import SlicedViT, replace_classes
 from vitral.errors import Messages, UserError, printable, reason_of
 from vitral.model import CHANNELS, ViT
+from vitral.weights import backbone_digest
 
 Runtime = Literal["onnxruntime", "openvino"]
 TOLERANCE = 1e-3  # of the largest feature
@@ -53,15 +54,6 @@ def by_runtime(model: ViT, runtime: Runtime) -> ViT:
     assert isinstance(copied, _ViT)
     copied.run = features
     return copied
-
-
-def backbone_digest(model: ViT) -> str:
-    """Returns a digest of all weights except those of the head."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("head."):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class _ViT(SlicedViT):

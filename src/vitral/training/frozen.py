@@ -25,6 +25,7 @@ from vitral.errors import UserError
 from vitral.machine import input_device
 from vitral.model import ViT
 from vitral.training.resolved import Resolved
+from vitral.weights import backbone_digest
 
 PART = 1024  # images whose features are stored together
 Trainable = int | Literal["all", "head"]
@@ -115,7 +116,7 @@ class FeaturePass:
         settings = [dataclasses.asdict(part) for part in (config.model, data, config.augment)]
         # Different weights, images or settings raise an error; on different hardware, features are
         # recomputed.
-        self.source = _digest([_weights_digest(model), fingerprint, train.seed, *settings])
+        self.source = _digest([backbone_digest(model), fingerprint, train.seed, *settings])
         self.hardware = _digest(dataclasses.asdict(dataclasses.replace(resolved, processes=1)))
 
     def __call__(
@@ -224,14 +225,6 @@ def read_features(directory: Path) -> Features:
         tensors = storage.read_tensors(part, "features")
         found[PartKey(int(view), int(first))] = Features(**tensors, broken=broken)
     return Features.concatenate(found[key] for key in sorted(found))
-
-
-def _weights_digest(model: ViT) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if not name.startswith("head."):
-            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _digest(document: object) -> str:

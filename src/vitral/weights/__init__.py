@@ -15,13 +15,14 @@ from vitral.weights.description import (
     require_head,
 )
 from vitral.weights.initialize import initialize, load_settings, request
-from vitral.weights.store import find, load, read_description, save
+from vitral.weights.store import backbone_digest, find, load, read_description, save
 
 __all__ = [
     "Description",
     "Weights",
     "Which",
     "absolute_paths",
+    "backbone_digest",
     "describe",
     "find",
     "initialize",

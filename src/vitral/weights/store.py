@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -27,6 +28,15 @@ def save(
 ) -> None:
     """Writes or replaces a weight directory. Raises OSError."""
     storage.write(directory, states, {"config": description.to_document()})
+
+
+def backbone_digest(model: ViT) -> str:
+    """Returns a digest of all weights except those of the head."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("head."):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_description(path: str | Path) -> tuple[Path, Description]:
