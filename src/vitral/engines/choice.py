@@ -76,26 +76,17 @@ def _fastest(model: ViT) -> Callable[[ViT], ViT]:
     if not onednn.is_supported(model):
         return by_torch
     config = model.config
-    grid, (dim, _, heads, kv_heads) = config.image_size // config.patch_size, config.shape
-    tokens = config.num_prefix + grid**2
+    grid = config.image_size // config.patch_size
     images = max(1, TOKENS_PER_SLICE // grid**2)
     block = ViT(dataclasses.replace(config, depth=1), 0).eval()
-    x = torch.zeros(images, tokens, dim)
+    x = torch.zeros(images, profile.num_tokens(config), config.shape.dim)
     engines = {"oneDNN": by_onednn, "torch": by_torch}
 
     def forward(engine: Callable[[ViT], ViT]) -> Callable[[], object]:
         copied = engine(block)
         return lambda: copied.encode(x, grid, grid)
 
-    options = {"qk-norm": config.qk_norm, "layer-scale": config.layer_scale > 0}
-    shape = {
-        "dim": dim,
-        "heads": f"{heads}/{kv_heads}",
-        "ffn": f"{config.mlp_ratio:g} {config.activation}",
-        "rope": config.rope,
-        "options": " ".join(name for name, is_on in options.items() if is_on) or "none",
-        "input": f"{images} x {tokens}",
-    }
+    candidates = {name: forward(engine) for name, engine in engines.items()}
     with torch.no_grad():
-        found = profile.fastest("prediction", shape, {n: forward(e) for n, e in engines.items()})
+        found = profile.fastest("prediction", profile.block_shape(config, images), candidates)
     return engines[found]

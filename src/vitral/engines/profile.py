@@ -25,6 +25,7 @@ import torch
 
 from vitral import storage
 from vitral.caches import cache_dir
+from vitral.config import ViTConfig
 from vitral.documents import convert_json, parse_json
 from vitral.errors import Messages, UserError, counted, printable, reason_of
 from vitral.files import read_regular
@@ -57,6 +58,26 @@ class Measurement:
     def __str__(self) -> str:
         times = ", ".join(f"{name} {_milliseconds(s)}" for name, s in self.seconds.items())
         return f"{self.decision} ({self.shape}, {counted(self.threads, 'thread')}): {times}"
+
+
+def block_shape(config: ViTConfig, images: int) -> dict[str, object]:
+    """Returns the shape of an encoder block and its input, for `fastest`."""
+    dim, _, heads, kv_heads = config.shape
+    options = {"qk-norm": config.qk_norm, "layer-scale": config.layer_scale > 0}
+    options |= {"dropout": config.dropout > 0, "qkv-bias": config.qkv_bias}
+    return {
+        "dim": dim,
+        "heads": f"{heads}/{kv_heads}",
+        "ffn": f"{config.mlp_ratio:g} {config.activation}",
+        "rope": config.rope,
+        "options": " ".join(name for name, is_on in options.items() if is_on) or "none",
+        "input": f"{images} x {num_tokens(config)}",
+    }
+
+
+def num_tokens(config: ViTConfig) -> int:
+    """Returns the number of tokens of an image, including CLS and registers."""
+    return config.num_prefix + (config.image_size // config.patch_size) ** 2
 
 
 def is_enabled() -> bool:

@@ -7,7 +7,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from vitral import compat, kernels
 from vitral.config import Config, ViTConfig
 from vitral.engines import profile
 from vitral.model import Residual, ViT, compile_blocks, count_flops
-from vitral.training.trial import autocast, can_compile
+from vitral.training.trial import Precision, autocast, can_compile
 
 MAX_ELEMENTS = 1 << 19  # of the tokens in a measurement, to limit its duration
 # Shorter runs take at most a few minutes on any processor, so compiling never saves time.
@@ -33,7 +32,7 @@ class Choices:
 
 
 def choose(
-    config: Config, precision: Any, max_threads: int, micro_batch: int, images: int
+    config: Config, precision: Precision, max_threads: int, micro_batch: int, images: int
 ) -> Choices:
     """Chooses the fastest implementation for a run; measures those that the profile lacks.
 
@@ -60,15 +59,15 @@ class Block:
     """The encoder block of a model, in training, with a batch of noise."""
 
     config: ViTConfig
-    precision: Any
+    precision: Precision
     images: int
 
     @classmethod
-    def of(cls, config: ViTConfig, precision: Any, micro_batch: int) -> Block:
+    def of(cls, config: ViTConfig, precision: Precision, micro_batch: int) -> Block:
         single = dataclasses.replace(
             config, depth=1, stochastic_depth=0.0, activation_checkpointing=False
         )
-        elements = _num_tokens(config) * config.shape.dim
+        elements = profile.num_tokens(config) * config.shape.dim
         return cls(single, precision, max(1, min(micro_batch, MAX_ELEMENTS // elements)))
 
     def fastest_threads(self, most: int) -> int:
@@ -127,7 +126,7 @@ class Block:
         if compiled:
             compile_blocks(model)
         grid, dim = self.config.image_size // self.config.patch_size, self.config.shape.dim
-        x = torch.randn(self.images, _num_tokens(self.config), dim, requires_grad=True)
+        x = torch.randn(self.images, profile.num_tokens(self.config), dim, requires_grad=True)
 
         def run() -> None:
             with autocast("cpu", self.precision):
@@ -139,18 +138,7 @@ class Block:
     @property
     def shape(self) -> dict[str, object]:
         """The settings that affect the speed of a block."""
-        config, (dim, _, heads, kv_heads) = self.config, self.config.shape
-        options = {"qk-norm": config.qk_norm, "layer-scale": config.layer_scale > 0}
-        options |= {"dropout": config.dropout > 0, "qkv-bias": config.qkv_bias}
-        return {
-            "dim": dim,
-            "heads": f"{heads}/{kv_heads}",
-            "ffn": f"{config.mlp_ratio:g} {config.activation}",
-            "rope": config.rope,
-            "options": " ".join(name for name, is_on in options.items() if is_on) or "none",
-            "input": f"{self.images} x {_num_tokens(config)}",
-            "precision": self.precision,
-        }
+        return {**profile.block_shape(self.config, self.images), "precision": self.precision}
 
 
 def num_graphs(config: Config) -> int:
@@ -164,10 +152,6 @@ def num_graphs(config: Config) -> int:
     kinds = {m.skip if m.gathers else m.skip > 0 for m in modules if isinstance(m, Residual)}
     sizes = {size for size, _ in config.train.progressive}
     return max(1, len(sizes)) * len(kinds) + 1
-
-
-def _num_tokens(config: ViTConfig) -> int:
-    return config.num_prefix + (config.image_size // config.patch_size) ** 2
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from vitral.training import processor
 from vitral.training.checkpoint import Checkpoint
 from vitral.training.distributed import NUM_SHARDS, World
 from vitral.training.optim import loss_sum
-from vitral.training.trial import autocast, can_compile, fused_is_faster
+from vitral.training.trial import Precision, autocast, can_compile, fused_is_faster
 
 MAX_GRAPHS = 64  # maximum number of graphs that a run compiles
 CPU_BATCH = 64  # images per micro-batch on a CPU: more take memory and are not faster
@@ -37,7 +37,7 @@ class Resolved:
 
     device: str
     """Type of the device: cpu, cuda, mps or xpu."""
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
     compile: bool
     threads: int
     micro_batch: int

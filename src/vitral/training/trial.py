@@ -16,12 +16,11 @@ from vitral import kernels
 from vitral.config import ViTConfig
 from vitral.model import FeedForward, PreNorm
 
+Precision = Literal["bf16", "fp32"]
 ROUNDS, STEPS = 5, 10
 
 
-def autocast(
-    device: str, precision: Literal["bf16", "fp32"]
-) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: str, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """Returns a context with bf16 autocast, or without autocast in float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -47,7 +46,7 @@ def can_compile(device: torch.device) -> bool:
 def fused_is_faster(
     config: ViTConfig,
     device: str,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
     compile: bool,
     micro_batch: int,
 ) -> bool:
