@@ -10,7 +10,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vitral import settings
-from vitral.config import Config
+from vitral.config import Config, Device, Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of the commands that run a model."""
+
+    device: Device = "auto"
+    """Device to run on; auto uses a GPU if one is available."""
+    engine: Engine = "auto"
+    """How to run the model on a CPU. auto: onednn or plain, whichever is faster in a measurement
+    that is stored for this machine. plain: the kernels of torch. onednn: those of oneDNN. bf16:
+    oneDNN, with the linear layers in bfloat16, less accurate. onnxruntime, openvino: these
+    packages, with a file that is exported once, in up to a minute, and cached."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitral.config import Device, Engine
+from vitral.cli.common import EngineOptions
 from vitral.errors import UserError
 from vitral.files import check_output
 
@@ -19,7 +19,7 @@ ARGUMENTS = {"weights": "WEIGHTS", "paths": "PATH+"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(EngineOptions):
     """Options of `vitral predict`."""
 
     top: int = 5
@@ -39,13 +39,6 @@ class Options:
     """Number of images per forward pass."""
     workers: int | None = None
     """Number of decoding processes. Default: all cores but one."""
-    device: Device = "auto"
-    """Device to run on; auto uses a GPU if one is available."""
-    engine: Engine = "auto"
-    """How to run the model on a CPU. auto: onednn or plain, whichever is faster in a measurement
-    that is stored for this machine. plain: the kernels of torch. onednn: those of oneDNN. bf16:
-    oneDNN, with the linear layers in bfloat16, less accurate. onnxruntime, openvino: these
-    packages, with a file that is exported once, in up to a minute, and cached."""
     json: bool = False
     """Print one JSON object per image, one per line."""
     csv: bool = False

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vitral.cli.common import TableOptions
-from vitral.config import Device, Engine
+from vitral.cli.common import EngineOptions, TableOptions
 from vitral.errors import UserError, printable
 from vitral.files import check_writable
 
@@ -25,7 +24,7 @@ ARGUMENTS = {"weights": "WEIGHTS"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TableOptions):
+class Options(TableOptions, EngineOptions):
     """Options of `vitral val`."""
 
     data: str | None = None
@@ -47,13 +46,6 @@ class Options(TableOptions):
     """Number of images per forward pass."""
     workers: int | None = None
     """Number of decoding processes. Default: all cores but one."""
-    device: Device = "auto"
-    """Device to run on; auto uses a GPU if one is available."""
-    engine: Engine = "auto"
-    """How to run the model on a CPU. auto: onednn or plain, whichever is faster in a measurement
-    that is stored for this machine. plain: the kernels of torch. onednn: those of oneDNN. bf16:
-    oneDNN, with the linear layers in bfloat16, less accurate. onnxruntime, openvino: these
-    packages, with a file that is exported once, in up to a minute, and cached."""
     out: str | None = None
     """Directory for the results: metrics.json, per_class.csv, confused_pairs.csv, confusion.csv and
     confusion.png; or image_sizes.csv, or suite.csv."""
