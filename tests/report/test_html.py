@@ -502,7 +502,7 @@ def test_likely_label_errors(run, tmp_path, capsys):
     text = page.words["label-errors"]
     assert "The training images are not checked" in text
     assert "of 360 validation images are mislabeled" in text
-    scores = evaluate_best(read_run(run), keep_probabilities=True).scores
+    scores = evaluate_best(read_run(run)).scores
     wrong = np.flatnonzero(~scores.hits(1))
     of_label = scores.probabilities[wrong, scores.labels[wrong]]
     order = wrong[np.argsort(of_label - scores.confidence[wrong], kind="stable")][:48]

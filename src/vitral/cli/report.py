@@ -46,9 +46,7 @@ def run(args: argparse.Namespace, options: Options) -> int:
     else:
         predictions, missing, errors = None, "", None
         try:
-            predictions = evaluate_best(
-                runs[0], options.data, options.columns, keep_probabilities=True
-            )
+            predictions = evaluate_best(runs[0], options.data, options.columns)
         except UserError as error:
             if options.label_errors:
                 raise

@@ -16,20 +16,16 @@ AnyScores = Scores | MultiLabelScores
 
 
 def score_batches(
-    weights: Weights,
-    batches: Iterable[Batch],
-    classes: tuple[str, ...],
-    *,
-    keep_probabilities: bool = False,
+    weights: Weights, batches: Iterable[Batch], classes: tuple[str, ...]
 ) -> AnyScores:
-    """Returns the scores of weights on batches with labels of all their classes."""
+    """Returns the scores, with all probabilities, on batches with labels of all classes."""
     if weights.description.multi_label:
         return multilabel.measure(weights.model, batches, classes, weights.description.thresholds)
     return scores.measure(
         weights.model,
         batches,
         classes,
-        keep_probabilities=keep_probabilities,
+        keep_probabilities=True,
         temperature=weights.description.temperature,
     )
 

@@ -31,7 +31,7 @@ from vitral.report.figures import NUM_COLORS, Chart, Line, number
 from vitral.report.label_errors import LabelErrorReport
 from vitral.report.multilabel import MultiLabelReport
 from vitral.report.predictions import Predictions
-from vitral.report.thumbnails import attention_pictures, data_uri, png_uri, thumbnail
+from vitral.report.thumbnails import attention_examples, data_uri, png_uri, thumbnail
 from vitral.rundir import Row, Run, RunDir, duration, headline
 from vitral.storage import replacing
 
@@ -39,7 +39,6 @@ MAX_MATRIX_CLASSES = 50  # limit for showing the full confusion matrix
 MAX_LISTED_CLASSES = 20  # above this, only the ten best and the ten worst
 MAX_PAIRS, IMAGES_PER_PAIR = 12, 4
 MAX_MISTAKES = 24
-NUM_ATTENTION_IMAGES = 8  # images whose attention is shown
 MAX_PICTURE_SIZE = 1100  # of the augmented batch, in pixels
 
 
@@ -175,12 +174,8 @@ class PredictionReport:
     @cached_property
     def attention(self) -> list[dict[str, Any]]:
         """Evenly spaced images of the dataset, and the attention of the model to them."""
-        records, found = self.predictions.records, []
-        for i in np.unique(np.linspace(0, len(records) - 1, NUM_ATTENTION_IMAGES).astype(int)):
-            pictures = attention_pictures(self.predictions.weights, records, int(i))
-            if pictures is not None:
-                found.append({"input": pictures[0], "attended": pictures[1], **self._caption(i)})
-        return found
+        found = attention_examples(self.predictions.weights, self.predictions.records)
+        return [{**pictures, **self._caption(i)} for i, pictures in found]
 
     @cached_property
     def calibration(self) -> CalibrationReport:

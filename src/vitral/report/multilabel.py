@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from vitral.evaluation.multilabel import ClassScores, MultiLabelScores
 from vitral.report.predictions import Predictions
-from vitral.report.thumbnails import attention_pictures, thumbnail
+from vitral.report.thumbnails import attention_examples, thumbnail
 
 MAX_LISTED_CLASSES = 20  # above this, only the ten best and the ten worst
 MAX_MISTAKES = 12  # of each kind
-NUM_ATTENTION_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,8 @@ class MultiLabelReport:
     @cached_property
     def attention(self) -> list[dict[str, Any]]:
         """Evenly spaced images of the dataset, and the attention of the model to them."""
-        records, found = self.predictions.records, []
-        for i in np.unique(np.linspace(0, len(records) - 1, NUM_ATTENTION_IMAGES).astype(int)):
-            pictures = attention_pictures(self.predictions.weights, records, int(i))
-            if pictures is not None:
-                found.append({"input": pictures[0], "attended": pictures[1], **self._labels(i)})
-        return found
+        found = attention_examples(self.predictions.weights, self.predictions.records)
+        return [{**pictures, **self._labels(i)} for i, pictures in found]
 
     def _worst(self, severity: NDArray[np.float64]) -> list[dict[str, Any]]:
         """Returns the images with the most severe mistakes, given those of all labels."""

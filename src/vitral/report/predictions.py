@@ -40,15 +40,12 @@ def evaluate_best(
     run: Run,
     data: str | None = None,
     columns: Mapping[str, str] = MappingProxyType({}),
-    *,
-    keep_probabilities: bool = False,
 ) -> Predictions:
-    """Evaluates the best weights of a run on its validation images.
+    """Evaluates the best weights of a run on its validation images; keeps all probabilities.
 
     Args:
         data: current path of the dataset; None uses the path stored with the weights.
         columns: settings of the columns, such as `label_column`, if the data is a table.
-        keep_probabilities: whether to keep the probabilities of all classes.
 
     Raises:
         UserError: if the weights or the data cannot be read, or the dataset is not that of the run.
@@ -62,7 +59,7 @@ def evaluate_best(
     batches = eval_batches(records, config, EVAL_BATCH, workers, device)
     total = -(-len(records) // EVAL_BATCH)
     batches = tqdm(batches, "evaluating", total, leave=False, disable=None)
-    scores = score_batches(weights, batches, dataset.classes, keep_probabilities=keep_probabilities)
+    scores = score_batches(weights, batches, dataset.classes)
     return Predictions(scores, records, weights, dataset.train)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from vitral.inference.attention import attention_weights, read, rollout
 from vitral.weights import Weights
 
 THUMBNAIL_SIZE = 112  # pixels of the longer side
+NUM_ATTENTION_IMAGES = 8  # images whose attention is shown
 
 
 def thumbnail(records: Records, index: int) -> str | None:
@@ -54,6 +56,14 @@ def data_uri(image: Image.Image, size: int) -> str:
 def png_uri(content: bytes) -> str:
     """Encodes a PNG in a data URI."""
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def attention_examples(weights: Weights, records: Records) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields the indices of evenly spaced images, and their `attention_pictures` by name."""
+    for i in np.unique(np.linspace(0, len(records) - 1, NUM_ATTENTION_IMAGES).astype(int)).tolist():
+        pictures = attention_pictures(weights, records, i)
+        if pictures is not None:
+            yield i, dict(zip(("input", "attended"), pictures, strict=True))
 
 
 def attention_pictures(weights: Weights, records: Records, index: int) -> tuple[str, str] | None:

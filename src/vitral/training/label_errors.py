@@ -24,7 +24,7 @@ def find_label_errors(run: Run, predictions: Predictions) -> LabelErrors:
     wrong ones.
 
     Args:
-        predictions: the result of `evaluate_best` with `keep_probabilities`.
+        predictions: the result of `evaluate_best`.
 
     Raises:
         UserError: if the stored features are damaged, or an image can have several labels.
