@@ -245,8 +245,8 @@ class DataConfig:
     name, such as label, class or target."""
     group_column: str | None = None
     """Column with the group of each image, such as a patient or a camera, if the data is a table.
-    Groups are not divided when images are held out. None uses a column
-    named group, group_id or patient_id, if there is one."""
+    Groups are not divided when images are held out. None uses a column named group, group_id or
+    patient_id, if there is one."""
     split_column: str | None = None
     """Column with the split of each image, train, val or test, if the data is a table. None uses a
     column named split or subset, if there is one."""

@@ -222,20 +222,20 @@ class EncoderBlock(nn.Module):
         if self.compiled is not None:
             return self.compiled(self, x, first, self.ffn_residual.draw(x), cosine, sine)
         x = self.attend(x, first, cosine, sine)
-        return self.feed(x, self.ffn_residual.draw(x))
+        return self.feed_forward(x, self.ffn_residual.draw(x))
 
     def apply_drawn(
         self, x: Tensor, first: Drawn, second: Drawn, cosine: Tensor | None, sine: Tensor | None
     ) -> Tensor:
         """Applies the block with the images drawn for both branches; for compilation."""
-        return self.feed(self.attend(x, first, cosine, sine), second)
+        return self.feed_forward(self.attend(x, first, cosine, sine), second)
 
     def attend(self, x: Tensor, drawn: Drawn, cosine: Tensor | None, sine: Tensor | None) -> Tensor:
         """Applies the first half of the block; keeps the shape."""
         normed = self.attention_norm(take(x, drawn))
         return x + self.attention_residual(self.attention(normed, cosine, sine), drawn)
 
-    def feed(self, x: Tensor, drawn: Drawn) -> Tensor:
+    def feed_forward(self, x: Tensor, drawn: Drawn) -> Tensor:
         """Applies the second half of the block; keeps the shape."""
         return x + self.ffn_residual(self.ffn(self.ffn_norm(take(x, drawn))), drawn)
 
@@ -291,9 +291,14 @@ class Residual(nn.Module):
     def __init__(self, config: ViTConfig, skip: float) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.skip, self.gathers = skip, skip >= self.MIN_SKIP_FRACTION
+        self.skip = skip
         initial = torch.full((config.shape.dim,), config.layer_scale)
         self.scale = nn.Parameter(initial) if config.layer_scale else None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the branch is computed only for the images that are kept."""
+        return self.skip >= self.MIN_SKIP_FRACTION
 
     def draw(self, x: Tensor) -> Drawn:
         """Returns the images to keep, factors (B, 1, 1) for the images, or None for all images."""

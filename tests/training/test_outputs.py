@@ -158,9 +158,9 @@ def test_the_report_gives_the_reason_for_missing_predictions(
 def test_only_the_weights_of_a_vit_are_written(make_outputs):
     work = make_outputs()
     states = {"model": build_model(work.config, 10).state_dict()}
-    make_outputs(Parts(name="other", model=torch.nn.Module)).save_weights(states, ["last"], {})
+    make_outputs(Parts(name="other", model=torch.nn.Module)).save_weights(states, ["last"], {}, {})
     assert not work.run.weights.exists()
-    work.save_weights(states, ["last", "best"], {"step": 3, "val_top1": 0.25})
+    work.save_weights(states, ["last", "best"], {"step": 3, "val_top1": 0.25}, {})
     assert {path.name for path in work.run.weights.iterdir()} == {"best", "last"}
     found = weights.load(work.run.last)
     assert found.description.metrics == {"step": 3, "val_top1": 0.25}
@@ -213,7 +213,7 @@ def test_weights_newer_than_their_checkpoint_are_kept(make_outputs, monkeypatch)
     """The resumed run reaches their step again."""
     work = make_outputs()
     states = {"model": build_model(work.config, 10).state_dict()}
-    work.save_weights(states, ["last", "best"], {"step": 9})
+    work.save_weights(states, ["last", "best"], {"step": 9}, {})
     restored = []
     monkeypatch.setattr(work, "_restore", lambda name, step: restored.append((name, step)))
     work.restore_weights(Progress(step=6, evaluated=6, best={"step": 3, "top1": 0.1}))

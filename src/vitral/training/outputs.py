@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -110,7 +109,7 @@ class Outputs:
         states: States,
         names: list[str],
         metrics: Mapping[str, float],
-        thresholds: Mapping[str, tuple[float, ...]] = MappingProxyType({}),
+        thresholds: Mapping[str, tuple[float, ...]],
     ) -> None:
         """Writes weights/NAME for each of `names`."""
         if self.parts.describable:

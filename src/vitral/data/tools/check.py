@@ -98,7 +98,8 @@ def check(
                 hashes[:] = [*_in_batches(_HashDataset(records), len(records), workers)]
         else:
             checks = _in_batches(_CheckDataset(records, duplicates), len(records), workers)
-            for i, (width, height, size, reason, spent, hashes[i]) in enumerate(checks):
+            for i, (width, height, size, reason, spent, found) in enumerate(checks):
+                hashes[i] = found
                 seconds.append(spent)
                 sizes.append(size)
                 if reason:
